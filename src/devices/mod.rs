@@ -1,0 +1,1 @@
+//! The device models. They see a [`crate::pci::Function`] to implement and a [`crate::dma::Dma`] to use.

@@ -1,0 +1,196 @@
+//! The one door to guest memory for device models: translate, copy, trace, fault.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+
+use crate::iommu::grace::Reader;
+use crate::iommu::{Endpoint, Fault, Iommu};
+use crate::trace::event::{Access, Route};
+use crate::trace::{Event, Tracer};
+
+/// The guest's memory as its vfio-user client maps it; it may change at any time.
+pub type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
+
+/// The most bytes that are copied in one read-side section, so that an UNMAP waits for microseconds and not for a
+/// whole transfer.
+const COPY_MAX: u64 = 128 << 10;
+
+/// Why an access did not happen. What lay before the named address was accessed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DmaError {
+    /// The IOMMU refused; the fault is reported already.
+    #[error("the IOMMU refused the {access:?} of {address:#x}")]
+    Fault {
+        /// The first address refused.
+        address: u64,
+        /// The direction.
+        access: Access,
+    },
+    /// The address was translated, but the guest has no memory there.
+    #[error("no guest memory at {gpa:#x}, to which {iova:#x} leads")]
+    NoMemory {
+        /// The I/O virtual address.
+        iova: u64,
+        /// The guest-physical address.
+        gpa: u64,
+    },
+    /// The driver has not set Bus Master Enable in the PCI command register.
+    #[error("bus mastering is off")]
+    BusMasterOff,
+}
+
+/// Bytes that an endpoint moved through its [`Door`], all handles together.
+#[derive(Debug, Default)]
+pub struct DmaCounters {
+    /// Bytes read from guest memory.
+    pub read: AtomicU64,
+    /// Bytes written to guest memory.
+    pub written: AtomicU64,
+    /// Accesses that the IOMMU refused.
+    pub faults: AtomicU64,
+}
+
+/// An endpoint's access to memory; each thread opens a [`Dma`] of its own.
+#[derive(Clone)]
+pub struct Door {
+    iommu: Arc<Iommu>,
+    endpoint: Arc<Endpoint>,
+    memory: Memory,
+    bus_master: Arc<AtomicBool>,
+    counters: Arc<DmaCounters>,
+    tracer: Tracer,
+}
+
+impl Door {
+    /// The door of the endpoint `id` to `memory`. Bus mastering is off.
+    pub fn new(iommu: &Arc<Iommu>, id: u32, memory: Memory, tracer: Tracer) -> Self {
+        Door {
+            iommu: iommu.clone(),
+            endpoint: iommu.endpoint(id),
+            memory,
+            bus_master: Arc::default(),
+            counters: Arc::default(),
+            tracer,
+        }
+    }
+
+    /// The endpoint id.
+    pub fn endpoint(&self) -> u32 {
+        self.endpoint.id()
+    }
+
+    /// Follows the Bus Master Enable bit of the PCI command register.
+    pub fn set_bus_master(&self, enabled: bool) {
+        self.bus_master.store(enabled, Ordering::Release);
+    }
+
+    /// What went through so far.
+    pub fn counters(&self) -> &Arc<DmaCounters> {
+        &self.counters
+    }
+
+    /// A handle for one thread.
+    pub fn open(&self) -> Dma {
+        Dma { door: self.clone(), reader: self.iommu.reader() }
+    }
+}
+
+/// One thread's access to memory.
+pub struct Dma {
+    door: Door,
+    reader: Reader,
+}
+
+impl Dma {
+    /// Reads `data.len()` bytes of guest memory from `iova` on.
+    pub fn read(&mut self, iova: u64, data: &mut [u8]) -> Result<(), DmaError> {
+        let mut done = 0;
+        while done < data.len() {
+            done += self.run(iova.wrapping_add(done as u64), Access::Read, data.len() - done, |memory, gpa, len| {
+                memory.read_slice(&mut data[done..done + len], gpa)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Writes `data` to guest memory from `iova` on.
+    pub fn write(&mut self, iova: u64, data: &[u8]) -> Result<(), DmaError> {
+        let mut done = 0;
+        while done < data.len() {
+            done +=
+                self.run(iova.wrapping_add(done as u64), Access::Write, data.len() - done, |memory, gpa, len| {
+                    memory.write_slice(&data[done..done + len], gpa)
+                })?;
+        }
+        Ok(())
+    }
+
+    /// Does the first contiguous run of an access of `want` bytes and returns its length.
+    fn run(
+        &mut self,
+        iova: u64,
+        access: Access,
+        want: usize,
+        copy: impl FnOnce(&GuestMemoryMmap, GuestAddress, usize) -> vm_memory::guest_memory::Result<()>,
+    ) -> Result<usize, DmaError> {
+        let door = &self.door;
+        if !door.bus_master.load(Ordering::Acquire) {
+            return Err(DmaError::BusMasterOff);
+        }
+        let memory = door.memory.memory();
+        let guard = self.reader.enter();
+        let found = match door.endpoint.translate(&guard, iova, access) {
+            Ok(found) => found,
+            Err(refused) => {
+                drop(guard);
+                door.counters.faults.fetch_add(1, Ordering::Relaxed);
+                door.iommu.report(Fault {
+                    endpoint: door.endpoint.id(),
+                    reason: refused.reason,
+                    access,
+                    address: iova,
+                    domain: refused.domain,
+                });
+                return Err(DmaError::Fault { address: iova, access });
+            }
+        };
+        let limit = COPY_MAX.min(want as u64);
+        let mut len = found.len.min(limit);
+        // Pages that lie one behind the other in guest memory are one access.
+        while len < limit {
+            match door.endpoint.translate(&guard, iova.wrapping_add(len), access) {
+                Ok(next) if next.gpa == found.gpa.wrapping_add(len) && next.tag == found.tag => {
+                    len = len.saturating_add(next.len).min(limit);
+                }
+                _ => break,
+            }
+        }
+        let result = match found.route {
+            Route::Msi => None,
+            Route::Mapped | Route::Bypass => copy(&memory, GuestAddress(found.gpa), len as usize).ok(),
+        };
+        drop(guard);
+        door.tracer.emit(Event::Dma {
+            endpoint: door.endpoint.id(),
+            access,
+            route: found.route,
+            failed: result.is_none(),
+            iova,
+            gpa: found.gpa,
+            len: len as u32,
+            domain: found.domain,
+            tag: found.tag,
+        });
+        if result.is_none() {
+            return Err(DmaError::NoMemory { iova, gpa: found.gpa });
+        }
+        let moved = match access {
+            Access::Read => &door.counters.read,
+            Access::Write => &door.counters.written,
+        };
+        moved.fetch_add(len, Ordering::Relaxed);
+        Ok(len as usize)
+    }
+}

@@ -1,0 +1,31 @@
+//! A virtual IOMMU that people can see into.
+//!
+//! The crate is one process that runs beside QEMU. It serves a virtio-iommu device over vhost-user and
+//! device models over vfio-user; every DMA access of a model is translated by the virtio-iommu, and every
+//! step is on the trace socket.
+//!
+//! # The house
+//!
+//! * [`wire`]: bytes and types, no I/O: the virtio-iommu requests and the trace records.
+//! * [`trace`]: events, the per-thread rings they go into, and the socket that serves them.
+//! * [`iommu`]: the vIOMMU itself: endpoints, domains, address spaces. It knows no socket, no queue and no thread.
+//! * [`dma`]: the one door to guest memory: translate, copy, trace, fault.
+//! * [`vhost`]: the only place that knows vhost-user and virtqueues.
+//! * [`pci`]: the only place that knows vfio-user: configuration space, BARs, interrupts.
+//! * [`devices`]: the device models; they see a [`pci::Function`] to implement and a [`dma::Dma`] to use.
+//! * [`topology`]: one TOML file from which endpoints, the VIOT and QEMU's arguments are made.
+//!
+//! Two journeys, both one way:
+//!
+//! * a request: virtqueue, `vhost`, `wire`, `iommu`, status, used ring, and one trace event;
+//! * a DMA access: device model, `dma`, the endpoint's address space, guest memory, and a trace event for each
+//!   contiguous run; or a fault, which is a trace event and an entry in the event queue.
+
+pub mod devices;
+pub mod dma;
+pub mod iommu;
+pub mod pci;
+pub mod topology;
+pub mod trace;
+pub mod vhost;
+pub mod wire;

@@ -1,0 +1,75 @@
+//! What a device model implements and what it is given.
+
+use crate::dma::Door;
+use crate::trace::Tracer;
+
+/// A memory BAR.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bar {
+    /// Which: 0 to 5. A 64-bit BAR takes the next index too.
+    pub index: u8,
+    /// Bytes, a power of two of at least 4096.
+    pub size: u64,
+    /// Whether it is a 64-bit BAR.
+    pub wide: bool,
+}
+
+/// What a function says of itself in its configuration space (PCI Express base specification, chapter 7).
+#[derive(Clone, Copy, Debug)]
+pub struct Identity {
+    /// Vendor ID.
+    pub vendor: u16,
+    /// Device ID.
+    pub device: u16,
+    /// Subsystem vendor ID.
+    pub subsystem_vendor: u16,
+    /// Subsystem ID.
+    pub subsystem: u16,
+    /// Class code: base class, subclass, programming interface in bits 23..0.
+    pub class: u32,
+    /// Revision ID.
+    pub revision: u8,
+    /// Its memory BARs.
+    pub bars: &'static [Bar],
+    /// Interrupt vectors, at least 1; offered as MSI-X, and up to 32 as MSI.
+    pub vectors: u16,
+    /// Whether it is a root-complex integrated endpoint, and not one that may stand behind a root port.
+    pub integrated: bool,
+}
+
+/// Sends interrupts to the guest. Clones send the same ones.
+#[derive(Clone, Default)]
+pub struct Interrupts {}
+
+impl Interrupts {
+    /// Sends vector `vector`; nothing happens while the guest has it disabled.
+    pub fn trigger(&self, vector: u16) {
+        let _ = vector;
+    }
+}
+
+/// What a function is given when it is made.
+#[derive(Clone)]
+pub struct Bus {
+    /// Its way to memory.
+    pub door: Door,
+    /// Its interrupts.
+    pub interrupts: Interrupts,
+    /// Where its commands and states are traced; the endpoint is `door.endpoint()`.
+    pub tracer: Tracer,
+}
+
+/// A device model. Its methods are called from the vfio-user thread and must not wait for I/O.
+pub trait Function: Send {
+    /// What it is; constant.
+    fn identity(&self) -> Identity;
+
+    /// The guest reads `data.len()` bytes at `offset` of a BAR. All of `data` is to be set.
+    fn bar_read(&mut self, bar: u8, offset: u64, data: &mut [u8]);
+
+    /// The guest writes `data` at `offset` of a BAR.
+    fn bar_write(&mut self, bar: u8, offset: u64, data: &[u8]);
+
+    /// Function-level or conventional reset. No DMA and no interrupt of before happens after it returned.
+    fn reset(&mut self);
+}

@@ -1,0 +1,153 @@
+//! What can happen, typed. Each variant packs into one [`crate::wire::trace::Record`].
+
+use serde::{Deserialize, Serialize};
+
+/// Who is at the other end of a session, or whose memory a region is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[repr(u8)]
+pub enum Channel {
+    /// The vhost-user connection of the virtio-iommu device.
+    VhostUser = 0,
+    /// The vfio-user connection of an endpoint.
+    VfioUser = 1,
+}
+
+/// Which way data moved, seen from the endpoint: a read takes data from memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[repr(u8)]
+pub enum Access {
+    /// The endpoint reads memory.
+    Read = 0,
+    /// The endpoint writes memory.
+    Write = 1,
+}
+
+/// What was reset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[repr(u8)]
+pub enum ResetKind {
+    /// The driver reset the virtio device: endpoints detached, domains gone, `bypass` kept.
+    Device = 0,
+    /// The machine was reset: as `Device`, and `bypass` has its boot value again.
+    System = 1,
+    /// A PCI function was reset.
+    Function = 2,
+    /// The machine was paused: the queues stopped, all state kept.
+    Pause = 3,
+    /// The machine goes on after a pause.
+    Resume = 4,
+}
+
+/// The way in which an access reached memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[repr(u8)]
+pub enum Route {
+    /// Through a mapping of the endpoint's domain.
+    Mapped = 0,
+    /// The endpoint or its domain is in bypass: the guest-physical address is the I/O virtual address.
+    Bypass = 1,
+    /// The address is in the endpoint's MSI region.
+    Msi = 2,
+}
+
+/// Which model completed a command.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[repr(u8)]
+pub enum Model {
+    /// An NVMe controller.
+    Nvme = 0,
+    /// An I/OAT DMA engine.
+    Ioat = 1,
+}
+
+/// How a command described its data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[repr(u8)]
+pub enum DataPointer {
+    /// The command moves no data.
+    None = 0,
+    /// NVMe physical region pages.
+    Prp = 1,
+    /// NVMe scatter-gather list.
+    Sgl = 2,
+    /// Plain source and destination addresses.
+    Address = 3,
+}
+
+/// One event, without its time and sequence number. Addresses and lengths are in bytes, durations in nanoseconds.
+#[allow(missing_docs, reason = "each variant's comment describes its fields")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Event {
+    /// A peer connected (`connected`) or left.
+    Session { channel: Channel, endpoint: Option<u32>, connected: bool },
+    /// The driver accepted features.
+    Features { offered: u64, accepted: u64 },
+    /// A region of guest memory was added (`added`) or removed.
+    Memory { channel: Channel, endpoint: Option<u32>, added: bool, gpa: u64, len: u64, writable: bool },
+    /// A virtqueue started (`started`) at this available index, or stopped.
+    Queue { queue: u8, started: bool, index: u16, size: u16 },
+    /// The driver kicked a virtqueue, and this many requests were found.
+    Kick { queue: u8, requests: u32 },
+    /// A request was answered. `domain`, the addresses and `flags` are the request's; unused ones are 0.
+    /// `endpoint` is that of ATTACH, DETACH and PROBE. `duration` is the time in the device.
+    Request {
+        request: u8,
+        status: u8,
+        endpoint: Option<u32>,
+        domain: u32,
+        flags: u32,
+        virt_start: u64,
+        virt_end: u64,
+        phys_start: u64,
+        duration: u64,
+    },
+    /// A reset, of the endpoint's function or of the IOMMU.
+    Reset { reset: ResetKind, endpoint: Option<u32> },
+    /// An access faulted; `reason` is the specification's `VIRTIO_IOMMU_FAULT_R_*`.
+    Fault { endpoint: u32, reason: u8, access: Access, address: u64, domain: Option<u32> },
+    /// An endpoint accessed one contiguous run of guest memory. `tag` is that of the split protocol's LINK, else 0.
+    /// `failed`: the address was translated, but no memory of the guest is there.
+    Dma {
+        endpoint: u32,
+        access: Access,
+        route: Route,
+        failed: bool,
+        iova: u64,
+        gpa: u64,
+        len: u32,
+        domain: u32,
+        tag: u64,
+    },
+    /// An interrupt was sent: an MSI-X vector of an endpoint, or the used buffer notification of a virtqueue.
+    Interrupt { endpoint: Option<u32>, vector: u16 },
+    /// A device model completed a command. NVMe: `status` is the completion's status field without the phase.
+    Command {
+        endpoint: u32,
+        model: Model,
+        opcode: u8,
+        queue: u16,
+        id: u16,
+        status: u16,
+        pointer: DataPointer,
+        address: u64,
+        len: u32,
+        duration: u64,
+    },
+    /// The driver wrote `bypass`.
+    Bypass { value: u8 },
+    /// A descriptor chain on this queue was not a request: it was returned with length `used`.
+    Malformed { queue: u8, head: u16, readable: u32, writable: u32, used: u32 },
+    /// A device model changed its state: `state` is the model's own (NVMe: CC in the low half, CSTS in the high half).
+    Device { endpoint: u32, model: Model, state: u64 },
+    /// `count` events were lost because a ring was full.
+    Lost { count: u64 },
+    /// A device model panicked and was contained.
+    Panic { endpoint: u32 },
+}

@@ -1,0 +1,136 @@
+//! The trace's binary record: one event, 64 bytes, little endian.
+//!
+//! `docs/trace.md` describes the fields of each kind. The layout is versioned by [`VERSION`]: a reader that is
+//! told another version must not guess.
+
+use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+/// The version of the record layout and of the meaning of its fields.
+pub const VERSION: u32 = 1;
+
+/// One event.
+#[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct Record {
+    /// `CLOCK_MONOTONIC` in nanoseconds, taken when the event was made.
+    pub time_ns: U64,
+    /// Counts all events of the process from 0; a gap is a loss.
+    pub seq: U64,
+    /// A [`Kind`].
+    pub kind: U16,
+    /// Small values of the kind: see [`crate::trace::event`].
+    pub small: [u8; 2],
+    /// The endpoint that the event is about, or [`NO_ENDPOINT`].
+    pub endpoint: U32,
+    /// Values of the kind.
+    pub args: [U64; 5],
+}
+
+/// [`Record::endpoint`] of an event that is about no endpoint.
+pub const NO_ENDPOINT: u32 = u32::MAX;
+
+/// What happened. The numbers are part of the format: they are never used again for something else.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u16)]
+pub enum Kind {
+    /// A peer connected or left.
+    Session = 1,
+    /// The driver accepted features.
+    Features = 2,
+    /// A region of guest memory came or went.
+    Memory = 3,
+    /// A virtqueue started or stopped.
+    Queue = 4,
+    /// The driver kicked a virtqueue.
+    Kick = 5,
+    /// A request was answered.
+    Request = 6,
+    /// The device, or the whole system, was reset.
+    Reset = 7,
+    /// An access of an endpoint faulted.
+    Fault = 8,
+    /// An endpoint accessed memory.
+    Dma = 9,
+    /// An interrupt was sent to the guest.
+    Interrupt = 10,
+    /// A device model completed a command.
+    Command = 11,
+    /// The driver wrote `bypass` in the configuration.
+    Bypass = 12,
+    /// A descriptor chain was not a request.
+    Malformed = 13,
+    /// A device model changed its state.
+    Device = 14,
+    /// Events were lost because a ring was full.
+    Lost = 15,
+    /// A device model panicked; it was contained.
+    Panic = 16,
+}
+
+impl Kind {
+    /// Every kind, in the order of the numbers.
+    pub const ALL: [Kind; 16] = [
+        Kind::Session,
+        Kind::Features,
+        Kind::Memory,
+        Kind::Queue,
+        Kind::Kick,
+        Kind::Request,
+        Kind::Reset,
+        Kind::Fault,
+        Kind::Dma,
+        Kind::Interrupt,
+        Kind::Command,
+        Kind::Bypass,
+        Kind::Malformed,
+        Kind::Device,
+        Kind::Lost,
+        Kind::Panic,
+    ];
+
+    /// The kind with this number.
+    pub fn from_number(number: u16) -> Option<Kind> {
+        Kind::ALL.into_iter().find(|kind| *kind as u16 == number)
+    }
+
+    /// The name that JSON lines and filters use.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Session => "session",
+            Kind::Features => "features",
+            Kind::Memory => "memory",
+            Kind::Queue => "queue",
+            Kind::Kick => "kick",
+            Kind::Request => "request",
+            Kind::Reset => "reset",
+            Kind::Fault => "fault",
+            Kind::Dma => "dma",
+            Kind::Interrupt => "interrupt",
+            Kind::Command => "command",
+            Kind::Bypass => "bypass",
+            Kind::Malformed => "malformed",
+            Kind::Device => "device",
+            Kind::Lost => "lost",
+            Kind::Panic => "panic",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_is_64_bytes() {
+        assert_eq!(size_of::<Record>(), 64);
+    }
+
+    #[test]
+    fn kinds_have_distinct_names_and_numbers() {
+        for kind in Kind::ALL {
+            assert_eq!(Kind::from_number(kind as u16), Some(kind));
+            assert_eq!(Kind::ALL.iter().filter(|k| k.name() == kind.name()).count(), 1);
+        }
+    }
+}
