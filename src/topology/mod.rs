@@ -1,0 +1,374 @@
+//! One TOML file from which endpoints, the VIOT and QEMU's arguments are made, so that they cannot disagree.
+//!
+//! `docs/topology.md` describes the file for its users.
+
+pub mod address;
+pub mod qemu;
+pub mod size;
+pub mod viot;
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::num::NonZeroU8;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use toml::Spanned;
+
+pub use address::{Address, Bdf};
+pub use size::Size;
+
+use crate::iommu::{EndpointSettings, Limits, Reserved, Settings};
+use crate::wire::virtio_iommu::ResvMemKind;
+
+/// The window of x86 message-signalled interrupts: an endpoint's writes there are interrupts.
+const X86_MSI: Reserved = Reserved { kind: ResvMemKind::Msi, start: 0xfee0_0000, end: 0xfeef_ffff };
+
+/// Why a topology cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum TopologyError {
+    /// The file cannot be read.
+    #[error("Cannot read the topology {path}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// It is not what was expected; the text names line, key and expectation.
+    #[error("Cannot use the topology {name}: {what}")]
+    Invalid {
+        /// The file, or the option it came from.
+        name: String,
+        /// Where, what was found and what was expected.
+        what: String,
+    },
+}
+
+/// The virtual machine that `viommu run` and `viommu args` describe.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Machine {
+    /// Guest memory.
+    pub memory: Size,
+    /// Virtual processors.
+    pub vcpus: NonZeroU8,
+}
+
+impl Default for Machine {
+    fn default() -> Self {
+        Machine { memory: Size(512 << 20), vcpus: NonZeroU8::MIN }
+    }
+}
+
+/// The virtio-iommu device.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub struct IommuDevice {
+    /// Its slot and function on the root bus.
+    pub address: Spanned<Address>,
+    /// `bypass` at power-on.
+    pub bypass: bool,
+    /// Bytes that the page tables may take.
+    pub table_memory: Size,
+}
+
+impl Default for IommuDevice {
+    fn default() -> Self {
+        IommuDevice {
+            address: Spanned::new(0..0, Address { device: 3, function: 0 }),
+            bypass: true,
+            table_memory: Size(Limits::default().table_bytes),
+        }
+    }
+}
+
+/// A PCI Express root port on the root bus.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RootPort {
+    /// The name that endpoints refer to.
+    pub name: Spanned<String>,
+    /// Its slot and function on the root bus.
+    pub address: Spanned<Address>,
+}
+
+/// What every endpoint has.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NvmeEntry {
+    name: Option<Spanned<String>>,
+    address: Spanned<Address>,
+    behind: Option<Spanned<String>>,
+    #[serde(default)]
+    hotplug: bool,
+    image: PathBuf,
+    #[serde(default = "default_block_size", rename = "block-size")]
+    block_size: Spanned<u32>,
+    serial: Option<String>,
+}
+
+fn default_block_size() -> Spanned<u32> {
+    Spanned::new(0..0, 512)
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct DmaEngineEntry {
+    name: Option<Spanned<String>>,
+    address: Spanned<Address>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct File {
+    #[serde(default)]
+    machine: Machine,
+    #[serde(default)]
+    iommu: IommuDevice,
+    #[serde(default)]
+    root_port: Vec<RootPort>,
+    #[serde(default)]
+    nvme: Vec<NvmeEntry>,
+    #[serde(default)]
+    dma_engine: Vec<DmaEngineEntry>,
+}
+
+/// Which device model serves an endpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Model {
+    /// An NVMe controller with one namespace.
+    Nvme {
+        /// The raw file behind the namespace, relative to the working directory.
+        image: PathBuf,
+        /// Bytes of a logical block: 512 or 4096.
+        block_size: u32,
+        /// The controller's serial number.
+        serial: String,
+    },
+    /// A DMA engine, compatible with I/OAT.
+    DmaEngine,
+}
+
+/// An endpoint of the IOMMU: a PCI function that this process serves over vfio-user.
+#[derive(Clone, Debug)]
+pub struct Endpoint {
+    /// Its name: that of its socket, and its id in QEMU.
+    pub name: String,
+    /// Its slot and function on its bus.
+    pub address: Address,
+    /// The root port before it, as an index into [`Topology::root_ports`].
+    pub behind: Option<usize>,
+    /// Whether it is left out at start, to be added with `device_add`.
+    pub hotplug: bool,
+    /// What it is.
+    pub model: Model,
+    /// Its bus, device and function number: the endpoint id.
+    pub bdf: Bdf,
+}
+
+/// A whole topology, checked.
+#[derive(Clone, Debug)]
+pub struct Topology {
+    /// The virtual machine.
+    pub machine: Machine,
+    /// The virtio-iommu device.
+    pub iommu: IommuDevice,
+    /// Root ports, in the order of the file.
+    pub root_ports: Vec<RootPort>,
+    /// Endpoints: NVMe controllers, then DMA engines.
+    pub endpoints: Vec<Endpoint>,
+}
+
+impl Topology {
+    /// Reads and checks a file.
+    pub fn load(path: &Path) -> Result<Topology, TopologyError> {
+        let text =
+            std::fs::read_to_string(path).map_err(|source| TopologyError::Read { path: path.to_path_buf(), source })?;
+        Topology::parse(&text, &path.display().to_string())
+    }
+
+    /// Checks the text of a topology; `name` is what errors call it.
+    pub fn parse(text: &str, name: &str) -> Result<Topology, TopologyError> {
+        let invalid = |what: String| TopologyError::Invalid { name: name.to_string(), what };
+        let file: File = toml::from_str(text).map_err(|error| invalid(error.to_string().trim_end().to_string()))?;
+        Checker { text }.check(file).map_err(invalid)
+    }
+
+    /// What the IOMMU must know of the endpoints.
+    pub fn settings(&self) -> Settings {
+        Settings {
+            boot_bypass: self.iommu.bypass,
+            endpoints: self
+                .endpoints
+                .iter()
+                .map(|endpoint| EndpointSettings { id: endpoint.bdf.id(), reserved: vec![X86_MSI] })
+                .collect(),
+            limits: Limits { table_bytes: self.iommu.table_memory.0, ..Limits::default() },
+            ..Settings::default()
+        }
+    }
+}
+
+/// Checks what the types of [`File`] do not express.
+struct Checker<'a> {
+    text: &'a str,
+}
+
+impl Checker<'_> {
+    fn check(&self, file: File) -> Result<Topology, String> {
+        let mut root_bus = BTreeMap::new();
+        self.take(&mut root_bus, &file.iommu.address, "iommu")?;
+        for port in &file.root_port {
+            self.take(&mut root_bus, &port.address, port.name.get_ref())?;
+        }
+        let mut topology =
+            Topology { machine: file.machine, iommu: file.iommu, root_ports: file.root_port, endpoints: Vec::new() };
+        for (index, entry) in file.nvme.into_iter().enumerate() {
+            let name = entry.name.as_ref().map_or_else(|| format!("nvme{index}"), |name| name.get_ref().clone());
+            let block_size = *entry.block_size.get_ref();
+            if !matches!(block_size, 512 | 4096) {
+                return Err(self.at(
+                    entry.block_size.span(),
+                    "block-size",
+                    &format!("{block_size} is not supported; 512 or 4096 was expected"),
+                ));
+            }
+            let behind = match &entry.behind {
+                None => None,
+                Some(port) => Some(self.root_port(&topology.root_ports, port)?),
+            };
+            if behind.is_none() && entry.hotplug {
+                return Err(self.at(
+                    entry.address.span(),
+                    "hotplug",
+                    "the root bus takes no hot-added device; put the endpoint behind a root port with `behind`",
+                ));
+            }
+            let model = Model::Nvme {
+                image: entry.image,
+                block_size,
+                serial: entry.serial.unwrap_or_else(|| format!("viommu-{name}")),
+            };
+            self.add(
+                &mut topology,
+                &mut root_bus,
+                Found { name, name_span: entry.name.map(|name| name.span()), behind, hotplug: entry.hotplug, model },
+                &entry.address,
+            )?;
+        }
+        for (index, entry) in file.dma_engine.into_iter().enumerate() {
+            let name = entry.name.as_ref().map_or_else(|| format!("dma{index}"), |name| name.get_ref().clone());
+            let name_span = entry.name.map(|name| name.span());
+            let found = Found { name, name_span, behind: None, hotplug: false, model: Model::DmaEngine };
+            self.add(&mut topology, &mut root_bus, found, &entry.address)?;
+        }
+        if topology.endpoints.is_empty() {
+            return Err("it has no endpoint; at least one [[nvme]] or [[dma-engine]] table was expected".into());
+        }
+        Ok(topology)
+    }
+
+    fn root_port(&self, ports: &[RootPort], name: &Spanned<String>) -> Result<usize, String> {
+        ports.iter().position(|port| port.name.get_ref() == name.get_ref()).ok_or_else(|| {
+            let known: Vec<_> = ports.iter().map(|port| format!("{:?}", port.name.get_ref())).collect();
+            let known =
+                if known.is_empty() { "there is none".into() } else { format!("there are {}", known.join(", ")) };
+            self.at(name.span(), "behind", &format!("no [[root-port]] is named {:?}; {known}", name.get_ref()))
+        })
+    }
+
+    fn add(
+        &self,
+        topology: &mut Topology,
+        root_bus: &mut BTreeMap<Address, String>,
+        found: Found,
+        address: &Spanned<Address>,
+    ) -> Result<(), String> {
+        let Found { name, name_span, behind, hotplug, model } = found;
+        let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+        let starts_well = name.starts_with(|c: char| c.is_ascii_alphabetic());
+        if !starts_well || !name.chars().all(plain) {
+            let what =
+                format!("{name:?} cannot name an endpoint; a letter and then letters, digits, - and _ were expected");
+            return Err(self.at(name_span.unwrap_or(0..0), "name", &what));
+        }
+        if topology.endpoints.iter().any(|other| other.name == name) || name == "viommu" {
+            return Err(self.at(name_span.unwrap_or(0..0), "name", &format!("the name {name:?} is taken")));
+        }
+        match behind {
+            None => self.take(root_bus, address, &name)?,
+            Some(_) if address.get_ref().device != 0 => {
+                let what = "a root port has one slot only; an address of 00.0 to 00.7 was expected";
+                return Err(self.at(address.span(), "address", what));
+            }
+            Some(port) => {
+                let twin =
+                    topology.endpoints.iter().find(|e| e.behind == Some(port) && e.address == *address.get_ref());
+                if let Some(twin) = twin {
+                    let what = format!("{} is taken by {:?}", address.get_ref(), twin.name);
+                    return Err(self.at(address.span(), "address", &what));
+                }
+            }
+        }
+        let bus = behind.map_or(0, |port| bus_behind(&topology.root_ports, port));
+        let bdf = Bdf { bus, address: *address.get_ref() };
+        topology.endpoints.push(Endpoint { name, address: *address.get_ref(), behind, hotplug, model, bdf });
+        Ok(())
+    }
+
+    /// Notes that `owner` sits at `address` of the root bus.
+    fn take(&self, bus: &mut BTreeMap<Address, String>, address: &Spanned<Address>, owner: &str) -> Result<(), String> {
+        let slot = *address.get_ref();
+        if slot.device == 0 || slot.device == 31 {
+            let what = format!("{slot} belongs to the q35 chipset; a device from 01 to 1e was expected");
+            return Err(self.at(address.span(), "address", &what));
+        }
+        match bus.insert(slot, owner.to_string()) {
+            Some(other) => Err(self.at(address.span(), "address", &format!("{slot} is taken by {other:?}"))),
+            None => Ok(()),
+        }
+    }
+
+    /// A message in the manner of the TOML parser's own: line, column, key, what is wrong.
+    fn at(&self, span: Range<usize>, key: &str, what: &str) -> String {
+        let mut message = String::new();
+        if span.is_empty() {
+            let _ = write!(message, "key `{key}`: {what}");
+            return message;
+        }
+        let before = self.text.get(..span.start).unwrap_or_default();
+        let line = before.matches('\n').count();
+        let column = before.len() - before.rfind('\n').map_or(0, |at| at + 1);
+        let source = self.text.lines().nth(line).unwrap_or_default();
+        let number = line + 1;
+        let margin = " ".repeat(number.to_string().len());
+        let _ = write!(
+            message,
+            "TOML error at line {number}, column {}\n{margin} |\n{number} | {source}\n{margin} | {}{}\nkey `{key}`: {what}",
+            column + 1,
+            " ".repeat(column),
+            "^".repeat(span.len().min(source.len().saturating_sub(column)).max(1)),
+        );
+        message
+    }
+}
+
+struct Found {
+    name: String,
+    name_span: Option<Range<usize>>,
+    behind: Option<usize>,
+    hotplug: bool,
+    model: Model,
+}
+
+/// The bus number that firmware gives to the bus behind a root port: it counts them in the order of their addresses.
+fn bus_behind(ports: &[RootPort], port: usize) -> u8 {
+    let address = ports.get(port).map(|port| *port.address.get_ref());
+    let before = ports.iter().filter(|other| Some(*other.address.get_ref()) < address).count();
+    u8::try_from(before + 1).unwrap_or(u8::MAX)
+}
+
+#[cfg(test)]
+mod tests;

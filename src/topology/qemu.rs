@@ -1,0 +1,95 @@
+//! QEMU's arguments for a topology.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::json;
+
+use super::{Endpoint, Topology};
+use crate::vhost::{QUEUE_SIZE, QUEUES};
+use crate::wire::virtio_iommu::{Config, DEVICE_ID};
+
+/// Where a topology's sockets and tables are.
+#[derive(Clone, Debug)]
+pub struct Paths {
+    /// The vhost-user socket of the virtio-iommu device.
+    pub iommu: PathBuf,
+}
+
+impl Paths {
+    /// The vfio-user socket of an endpoint: named after it, beside the vhost-user socket.
+    pub fn endpoint(&self, endpoint: &Endpoint) -> PathBuf {
+        self.iommu.with_file_name(format!("{}.sock", endpoint.name))
+    }
+
+    /// The VIOT: beside the vhost-user socket.
+    pub fn viot(&self) -> PathBuf {
+        self.iommu.with_file_name("viot.bin")
+    }
+}
+
+/// The arguments that make the machine and its memory: what a QEMU line of one's own must have in this or a like form,
+/// since the memory must be shared with this process.
+pub fn machine(topology: &Topology) -> Vec<String> {
+    let memory = topology.machine.memory;
+    [
+        "-machine",
+        "q35,memory-backend=viommu-memory",
+        "-m",
+        &memory.to_string(),
+        "-object",
+        &format!("memory-backend-memfd,id=viommu-memory,size={memory},share=on"),
+        "-smp",
+        &topology.machine.vcpus.to_string(),
+    ]
+    .map(String::from)
+    .to_vec()
+}
+
+/// The arguments that add the IOMMU, its table, root ports and endpoints.
+pub fn devices(topology: &Topology, paths: &Paths) -> Vec<String> {
+    let mut args = vec![
+        "-acpitable".into(),
+        format!("file={}", comma_safe(&paths.viot())),
+        "-chardev".into(),
+        format!("socket,id=viommu,path={}", comma_safe(&paths.iommu)),
+        "-device".into(),
+        format!(
+            "vhost-user-test-device-pci,chardev=viommu,virtio-id={DEVICE_ID},num_vqs={QUEUES},vq_size={QUEUE_SIZE},\
+             config_size={},addr={}",
+            size_of::<Config>(),
+            topology.iommu.address.get_ref(),
+        ),
+    ];
+    for (index, port) in topology.root_ports.iter().enumerate() {
+        args.push("-device".into());
+        args.push(format!(
+            "pcie-root-port,id={},addr={},chassis={},slot={}",
+            port.name.get_ref(),
+            port.address.get_ref(),
+            index + 1,
+            index + 1,
+        ));
+    }
+    for endpoint in topology.endpoints.iter().filter(|endpoint| !endpoint.hotplug) {
+        args.push("-device".into());
+        args.push(device(topology, endpoint, paths).to_string());
+    }
+    args
+}
+
+/// What `-device` takes as JSON, and QMP's `device_add` as its arguments, for one endpoint.
+pub fn device(topology: &Topology, endpoint: &Endpoint, paths: &Paths) -> serde_json::Value {
+    let bus = endpoint.behind.and_then(|port| topology.root_ports.get(port)).map(|port| port.name.get_ref().as_str());
+    json!({
+        "driver": "vfio-user-pci",
+        "id": endpoint.name,
+        "bus": bus.unwrap_or("pcie.0"),
+        "addr": endpoint.address.to_string(),
+        "socket": { "type": "unix", "path": paths.endpoint(endpoint) },
+    })
+}
+
+/// QEMU's option parser takes a doubled comma for a comma.
+fn comma_safe(path: &Path) -> String {
+    path.display().to_string().replace(',', ",,")
+}

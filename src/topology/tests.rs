@@ -1,0 +1,90 @@
+use super::*;
+
+fn parse(text: &str) -> Result<Topology, String> {
+    Topology::parse(text, "test.toml").map_err(|error| error.to_string())
+}
+
+fn refused(text: &str, wanted: &[&str]) {
+    let error = parse(text).unwrap_err();
+    for part in wanted {
+        assert!(error.contains(part), "{part:?} is not in: {error}");
+    }
+}
+
+#[test]
+fn endpoints_get_the_ids_that_firmware_will_give() {
+    let topology = parse(
+        r#"
+        [[root-port]]
+        name = "second"
+        address = "07.0"
+        [[root-port]]
+        name = "first"
+        address = "06.0"
+        [[nvme]]
+        address = "04.0"
+        image = "a.img"
+        [[nvme]]
+        address = "00.0"
+        behind = "second"
+        hotplug = true
+        image = "b.img"
+        [[dma-engine]]
+        address = "05.0"
+        "#,
+    )
+    .unwrap();
+    let ids: Vec<_> = topology.endpoints.iter().map(|e| (e.name.as_str(), e.bdf.to_string(), e.bdf.id())).collect();
+    assert_eq!(
+        ids,
+        [
+            ("nvme0", "0000:00:04.0".to_string(), 0x20),
+            ("nvme1", "0000:02:00.0".to_string(), 0x200),
+            ("dma0", "0000:00:05.0".to_string(), 0x28),
+        ]
+    );
+}
+
+#[test]
+fn the_viot_names_the_iommu_and_each_endpoint() {
+    let topology = parse("[[nvme]]\naddress = \"04.0\"\nimage = \"a\"\n[[dma-engine]]\naddress = \"05.0\"").unwrap();
+    let table = viot::table(&topology);
+    assert_eq!(&table[..4], b"VIOT");
+    assert_eq!(table.len(), 48 + 16 + 2 * 24);
+    assert_eq!(table.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)), 0);
+    // The node of the IOMMU: type 3, its BDF at offset 6. Those of the endpoints: type 1, endpoint id at 4.
+    assert_eq!((table[48], u16::from_le_bytes([table[54], table[55]])), (3, 0x18));
+    assert_eq!((table[64], table[68]), (1, 0x20));
+    assert_eq!((table[88], table[92]), (1, 0x28));
+}
+
+#[test]
+fn errors_name_line_key_and_expectation() {
+    refused("", &["test.toml", "[[nvme]]"]);
+    refused("[[nvme]]\naddress = \"04.0\"", &["line 1", "missing field `image`"]);
+    refused("[[nvme]]\naddress = \"04.9\"\nimage = \"a\"", &["line 2", "\"04.9\"", "expected"]);
+    refused("[[nvme]]\nadress = \"04.0\"\nimage = \"a\"", &["line 2", "unknown field `adress`", "`address`"]);
+    refused("[[nvme]]\naddress = \"03.0\"\nimage = \"a\"", &["line 2", "`address`", "taken by \"iommu\""]);
+    refused("[[nvme]]\naddress = \"1f.0\"\nimage = \"a\"", &["line 2", "chipset"]);
+    refused("[[nvme]]\naddress = \"00.0\"\nbehind = \"rp\"\nimage = \"a\"", &["line 3", "`behind`", "there is none"]);
+    refused(
+        "[[nvme]]\naddress = \"04.0\"\nblock-size = 520\nimage = \"a\"",
+        &["line 3", "`block-size`", "512 or 4096"],
+    );
+    refused("[[nvme]]\naddress = \"04.0\"\nname = \"a/b\"\nimage = \"a\"", &["line 3", "`name`"]);
+    refused("[[nvme]]\naddress = \"04.0\"\nhotplug = true\nimage = \"a\"", &["`hotplug`", "`behind`"]);
+    refused("[machine]\nmemory = 5\n", &["line 2", "string"]);
+    refused("[machine]\nmemory = \"5X\"\n", &["line 2", "\"512M\""]);
+    refused("[machine]\nvcpus = 0\n", &["line 2", "nonzero"]);
+}
+
+#[test]
+fn the_ready_topologies_are_valid() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("qemu-configs");
+    let mut seen = 0;
+    for entry in std::fs::read_dir(folder).unwrap() {
+        Topology::load(&entry.unwrap().path()).unwrap();
+        seen += 1;
+    }
+    assert!(seen >= 4, "{seen} topologies");
+}
