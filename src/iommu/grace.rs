@@ -26,6 +26,12 @@ impl Grace {
 
     /// Waits until every guard that existed at the call is gone. The caller must hold none itself.
     pub fn synchronize(&self) {}
+
+    /// Drops `garbage` once every guard that exists now is gone: in the next [`Grace::synchronize`] that somebody
+    /// calls, or with the last handle of this `Grace`. What can be reached by new readers must not refer to it.
+    pub fn retire(&self, garbage: Box<dyn Send>) {
+        drop(garbage);
+    }
 }
 
 impl Reader {
