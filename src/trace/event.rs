@@ -80,6 +80,17 @@ pub enum DataPointer {
     Address = 3,
 }
 
+/// Where events were lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[repr(u8)]
+pub enum LossPlace {
+    /// Between the thread that made them and the collector: no client has them.
+    Ring = 0,
+    /// Between the collector and this client, which read too slowly: other clients have them.
+    Client = 1,
+}
+
 /// One event, without its time and sequence number. Addresses and lengths are in bytes, durations in nanoseconds.
 #[allow(missing_docs, reason = "each variant's comment describes its fields")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -127,7 +138,13 @@ pub enum Event {
     },
     /// An interrupt was sent: an MSI-X vector of an endpoint, or the used buffer notification of a virtqueue.
     Interrupt { endpoint: Option<u32>, vector: u16 },
-    /// A device model completed a command. NVMe: `status` is the completion's status field without the phase.
+    /// A device model completed a command.
+    ///
+    /// NVMe: `status` is the completion's status field without the phase tag, `address` the starting LBA (0 for a command
+    /// that has none), `data` the first address of the data pointer (PRP1, or the first SGL descriptor's). I/OAT: `queue`
+    /// is the channel, `id` counts descriptors, `opcode` is the descriptor's operation type, `status` the low half of
+    /// CHANERR, `address` the source, `data` the destination. `duration` is the time from fetching the command to
+    /// completing it.
     Command {
         endpoint: u32,
         model: Model,
@@ -137,6 +154,7 @@ pub enum Event {
         status: u16,
         pointer: DataPointer,
         address: u64,
+        data: u64,
         len: u32,
         duration: u64,
     },
@@ -146,8 +164,9 @@ pub enum Event {
     Malformed { queue: u8, head: u16, readable: u32, writable: u32, used: u32 },
     /// A device model changed its state: `state` is the model's own (NVMe: CC in the low half, CSTS in the high half).
     Device { endpoint: u32, model: Model, state: u64 },
-    /// `count` events were lost because a ring was full.
-    Lost { count: u64 },
+    /// `count` events were lost at `place`, the first of them at `since` (`CLOCK_MONOTONIC`, ns). The trace itself makes
+    /// this event; nobody else does.
+    Lost { place: LossPlace, count: u64, since: u64 },
     /// A device model panicked and was contained.
     Panic { endpoint: u32 },
 }
