@@ -1,0 +1,78 @@
+//! What the first process of a guest has to do: mount, load drivers, power off.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use nix::errno::Errno;
+use nix::kmod::{ModuleInitFlags, finit_module};
+use nix::mount::{MsFlags, mount};
+use nix::sys::reboot::{RebootMode, reboot};
+
+use crate::results::Results;
+
+/// Where `mkinitramfs` put the modules: `NAME.ko` and `dependencies`, a line `NAME: WHAT IT NEEDS` for each.
+const MODULES: &str = "/modules";
+
+/// Mounts the kernel's file systems.
+///
+/// # Errors
+/// Which one could not be mounted. The debugging file systems may be absent.
+pub fn mount_file_systems() -> Result<()> {
+    for (kind, target, needed) in [
+        ("proc", "/proc", true),
+        ("sysfs", "/sys", true),
+        ("devtmpfs", "/dev", true),
+        ("tmpfs", "/tmp", true),
+        ("debugfs", "/sys/kernel/debug", false),
+        ("tracefs", "/sys/kernel/tracing", false),
+    ] {
+        match mount(Some(kind), target, Some(kind), MsFlags::empty(), None::<&str>) {
+            // EBUSY: the kernel mounted it itself (CONFIG_DEVTMPFS_MOUNT).
+            Ok(()) | Err(Errno::EBUSY) => {}
+            Err(error) if needed => return Err(error).with_context(|| format!("Cannot mount {kind} on {target}")),
+            Err(error) => eprintln!("viommu-guest: No {kind} on {target}: {error}"),
+        }
+    }
+    Ok(())
+}
+
+/// Loads modules in this order, each after those it needs. What is not in the initramfs is built into the kernel
+/// (`mkinitramfs` makes sure of that).
+///
+/// # Errors
+/// The module that the kernel refused, and why.
+pub fn load_modules(names: &[&str]) -> Result<()> {
+    let Ok(text) = fs::read_to_string(Path::new(MODULES).join("dependencies")) else { return Ok(()) };
+    let needs: HashMap<&str, &str> = text.lines().filter_map(|line| line.split_once(':')).collect();
+    names.iter().try_for_each(|name| load_module(name, &needs))
+}
+
+fn load_module(name: &str, needs: &HashMap<&str, &str>) -> Result<()> {
+    let Some(list) = needs.get(name) else { return Ok(()) };
+    for need in list.split_whitespace() {
+        load_module(need, needs)?;
+    }
+    let file = File::open(Path::new(MODULES).join(format!("{name}.ko")))
+        .with_context(|| format!("The initramfs lists the module {name} but does not hold it"))?;
+    match finit_module(&file, c"", ModuleInitFlags::empty()) {
+        Ok(()) | Err(Errno::EEXIST) => Ok(()),
+        Err(error) => Err(error).with_context(|| format!("The kernel does not take the module {name}")),
+    }
+}
+
+/// Ends the guest. Never returns.
+pub fn power_off(results: &mut Results) -> ! {
+    end(results, RebootMode::RB_POWER_OFF)
+}
+
+fn end(results: &mut Results, mode: RebootMode) -> ! {
+    results.drain();
+    nix::unistd::sync();
+    let Err(error) = reboot(mode);
+    eprintln!("viommu-guest: Cannot end the guest: {error}");
+    loop {
+        std::thread::park();
+    }
+}

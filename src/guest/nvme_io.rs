@@ -1,0 +1,227 @@
+//! Raw I/O on an NVMe namespace: measured, or written, read back and compared.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, anyhow, ensure};
+use clap::ValueEnum;
+use serde_json::{Value, json};
+
+use crate::blockdev::{self, Device};
+use crate::buffers::Buffers;
+use crate::engine::{self, Direction, Outcome, Stream};
+use crate::pattern::{self, Random};
+use crate::results::Results;
+use crate::{size, sysfs};
+
+/// How many bytes are moved if nothing is said.
+const DEFAULT_TOTAL: u64 = 64 << 20;
+
+/// What to do.
+#[derive(clap::Args)]
+pub struct Args {
+    /// The namespace's block device; the first one if not given.
+    #[arg(long)]
+    dev: Option<PathBuf>,
+    /// What to do; verify writes the range, reads it back and compares.
+    #[arg(long, value_enum, default_value_t = Op::Verify)]
+    op: Op,
+    /// Bytes an I/O: a multiple of 512.
+    #[arg(long, default_value = "4k", value_parser = size::parse)]
+    bs: u64,
+    /// I/Os in flight.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=4096))]
+    depth: u16,
+    /// Bytes to move (verify: the range); 64M if --seconds is not given.
+    #[arg(long, value_parser = size::parse, conflicts_with = "seconds")]
+    total: Option<u64>,
+    /// Seconds to go on; not for verify.
+    #[arg(long)]
+    seconds: Option<f64>,
+    /// Use buffers whose pages are scattered in physical memory.
+    #[arg(long)]
+    scatter: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Op {
+    Read,
+    Write,
+    Randread,
+    Randwrite,
+    Verify,
+}
+
+/// The workload. Emits one `result`.
+///
+/// # Errors
+/// An I/O that failed, or data that is wrong; a result says `"verified":false` then.
+pub fn run(args: &Args, results: &mut Results) -> Result<()> {
+    let path = blockdev::choose(args.dev.as_deref())?;
+    let device = Device::open(&path)?;
+    ensure!(args.bs > 0 && args.bs.is_multiple_of(512), "--bs: wanted a multiple of 512, found {}", args.bs);
+    ensure!(args.bs <= device.bytes, "--bs: {} bytes, but {} has {}", args.bs, path.display(), device.bytes);
+    ensure!(
+        args.seconds.is_none() || args.op != Op::Verify,
+        "--seconds: verify takes --total, as it has to read back what it wrote"
+    );
+    let mut buffers = Buffers::new(args.depth.into(), args.bs as usize, args.scatter)?;
+    let mut result = json!({
+        "workload": "nvme-io", "op": args.op.to_possible_value().map(|value| value.get_name().to_owned()),
+        "dev": path, "bs": args.bs, "depth": args.depth, "scatter": args.scatter,
+        "physical_runs_per_io": buffers.physical_runs(),
+    });
+    let outcome = match args.op {
+        Op::Verify => verify(&device, &mut buffers, args, &mut result),
+        _ => measure(&device, &mut buffers, args, &mut result),
+    };
+    if let Err(error) = &outcome {
+        result["error"] = format!("{error:#}").into();
+    }
+    results.emit("result", result);
+    outcome.map_err(|error| error.context(format!("nvme-io on {}", path.display())))
+}
+
+fn measure(device: &Device, buffers: &mut Buffers, args: &Args, result: &mut Value) -> Result<()> {
+    let direction = if matches!(args.op, Op::Read | Op::Randread) { Direction::Read } else { Direction::Write };
+    let blocks = device.bytes / args.bs;
+    let mut stream = Measured {
+        size: args.bs,
+        blocks,
+        random: matches!(args.op, Op::Randread | Op::Randwrite).then(|| Random::new(1)),
+        issued: 0,
+        limit: args.seconds.map_or(args.total.unwrap_or(DEFAULT_TOTAL) / args.bs, |_| u64::MAX),
+        end: args.seconds.map(|seconds| Instant::now() + Duration::from_secs_f64(seconds)),
+    };
+    let before = CpuTimes::now();
+    let outcome = engine::run(device, direction, buffers, &mut stream)?;
+    describe(result, outcome, &before);
+    Ok(())
+}
+
+fn verify(device: &Device, buffers: &mut Buffers, args: &Args, result: &mut Value) -> Result<()> {
+    let blocks = args.total.unwrap_or(DEFAULT_TOTAL).min(device.bytes) / args.bs;
+    let before = CpuTimes::now();
+    result["verified"] = false.into();
+    let written = write_pattern(device, buffers, 0..blocks, 1)?;
+    let mut read = check_pattern(device, buffers, 0..blocks, 1)?;
+    result["verified"] = true.into();
+    result["write_seconds"] = written.elapsed.as_secs_f64().into();
+    result["read_seconds"] = read.elapsed.as_secs_f64().into();
+    read.bytes += written.bytes;
+    read.elapsed += written.elapsed;
+    read.latencies.extend(written.latencies);
+    describe(result, read, &before);
+    Ok(())
+}
+
+/// Adds the numbers of a run to a result. Latencies are in microseconds; `cpu_s` is the whole guest's CPU time.
+fn describe(result: &mut Value, mut outcome: Outcome, before: &CpuTimes) {
+    let seconds = outcome.elapsed.as_secs_f64();
+    let ios = outcome.latencies.len();
+    let mut latency = |fraction| outcome.percentile(fraction) as f64 / 1e3;
+    result["latency_us"] = json!({ "p50": latency(0.5), "p90": latency(0.9), "p99": latency(0.99), "p999": latency(0.999), "max": latency(1.0) });
+    result["ios"] = ios.into();
+    result["bytes"] = outcome.bytes.into();
+    result["seconds"] = seconds.into();
+    result["iops"] = (ios as f64 / seconds).into();
+    result["mib_per_s"] = (outcome.bytes as f64 / seconds / f64::from(1 << 20)).into();
+    result["cpu_s"] = before.until_now();
+}
+
+/// Writes the pattern of `seed` into these blocks (units of the buffers' size).
+///
+/// # Errors
+/// An I/O that failed.
+pub fn write_pattern(
+    device: &Device,
+    buffers: &mut Buffers,
+    blocks: std::ops::Range<u64>,
+    seed: u64,
+) -> Result<Outcome> {
+    engine::run(device, Direction::Write, buffers, &mut Patterned { blocks, seed, direction: Direction::Write })
+}
+
+/// Reads these blocks and compares them with the pattern of `seed`.
+///
+/// # Errors
+/// An I/O that failed, or what is wrong with the first wrong sector.
+pub fn check_pattern(
+    device: &Device,
+    buffers: &mut Buffers,
+    blocks: std::ops::Range<u64>,
+    seed: u64,
+) -> Result<Outcome> {
+    engine::run(device, Direction::Read, buffers, &mut Patterned { blocks, seed, direction: Direction::Read })
+}
+
+/// I/O for its numbers: the data does not matter.
+struct Measured {
+    size: u64,
+    blocks: u64,
+    random: Option<Random>,
+    issued: u64,
+    limit: u64,
+    end: Option<Instant>,
+}
+
+impl Stream for Measured {
+    fn next(&mut self, _buffer: &mut [u8]) -> Option<u64> {
+        if self.issued == self.limit || self.end.is_some_and(|end| Instant::now() >= end) {
+            return None;
+        }
+        let block = self.random.as_mut().map_or(self.issued % self.blocks, |random| random.below(self.blocks));
+        self.issued += 1;
+        Some(block * self.size)
+    }
+
+    fn done(&mut self, _offset: u64, _buffer: &[u8]) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// The pattern, block after block.
+struct Patterned {
+    blocks: std::ops::Range<u64>,
+    seed: u64,
+    direction: Direction,
+}
+
+impl Stream for Patterned {
+    fn next(&mut self, buffer: &mut [u8]) -> Option<u64> {
+        let offset = self.blocks.next()? * buffer.len() as u64;
+        match self.direction {
+            Direction::Write => pattern::fill(buffer, offset, self.seed),
+            Direction::Read => pattern::poison(buffer),
+        }
+        Some(offset)
+    }
+
+    fn done(&mut self, offset: u64, buffer: &[u8]) -> Result<()> {
+        match self.direction {
+            Direction::Write => Ok(()),
+            Direction::Read => pattern::check(buffer, offset, self.seed).map_err(|message| anyhow!(message)),
+        }
+    }
+}
+
+/// The guest's CPU time since boot, from the first line of `/proc/stat` (proc_stat(5)), in its ticks of 10 ms.
+struct CpuTimes(Vec<u64>);
+
+impl CpuTimes {
+    fn now() -> Self {
+        let text = sysfs::text("/proc/stat").unwrap_or_default();
+        let line = text.lines().next().unwrap_or_default();
+        Self(line.split_whitespace().skip(1).filter_map(|field| field.parse().ok()).collect())
+    }
+
+    /// Seconds spent since then, by kind.
+    fn until_now(&self) -> Value {
+        let now = Self::now();
+        let spent = |at: usize| match (self.0.get(at), now.0.get(at)) {
+            (Some(before), Some(after)) => after.saturating_sub(*before) as f64 / 100.0,
+            _ => 0.0,
+        };
+        json!({ "user": spent(0), "system": spent(2), "idle": spent(3), "iowait": spent(4), "irq": spent(5), "softirq": spent(6) })
+    }
+}
