@@ -3,7 +3,10 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::{
+    Address, Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap,
+    GuestMemoryRegion,
+};
 
 use crate::iommu::grace::Reader;
 use crate::iommu::{Endpoint, Fault, Iommu};
@@ -121,6 +124,9 @@ impl Dma {
         while done < data.len() {
             done +=
                 self.run(iova.wrapping_add(done as u64), Access::Write, data.len() - done, |memory, gpa, len| {
+                    if !writable(memory, gpa, len as u64) {
+                        return Err(vm_memory::GuestMemoryError::InvalidGuestAddress(gpa));
+                    }
                     memory.write_slice(&data[done..done + len], gpa)
                 })?;
         }
@@ -192,5 +198,21 @@ impl Dma {
         };
         moved.fetch_add(len, Ordering::Relaxed);
         Ok(len as usize)
+    }
+}
+
+/// Whether all of a range is in memory that the client let us write; to try would be a SIGSEGV.
+fn writable(memory: &GuestMemoryMmap, gpa: GuestAddress, len: u64) -> bool {
+    let Some(last) = gpa.checked_add(len.saturating_sub(1)) else { return false };
+    let mut at = gpa;
+    loop {
+        let Some(region) = memory.find_region(at) else { return false };
+        if region.prot() & libc::PROT_WRITE == 0 {
+            return false;
+        }
+        if region.last_addr() >= last {
+            return true;
+        }
+        at = region.last_addr().unchecked_add(1);
     }
 }
