@@ -1,5 +1,6 @@
 //! What a device model implements and what it is given.
 
+use super::Interrupts;
 use crate::dma::Door;
 use crate::trace::Tracer;
 
@@ -35,17 +36,6 @@ pub struct Identity {
     pub vectors: u16,
     /// Whether it is a root-complex integrated endpoint, and not one that may stand behind a root port.
     pub integrated: bool,
-}
-
-/// Sends interrupts to the guest. Clones send the same ones.
-#[derive(Clone, Default)]
-pub struct Interrupts {}
-
-impl Interrupts {
-    /// Sends vector `vector`; nothing happens while the guest has it disabled.
-    pub fn trigger(&self, vector: u16) {
-        let _ = vector;
-    }
 }
 
 /// What a function is given when it is made.

@@ -1,5 +1,16 @@
 //! PCI functions over vfio-user. The only place that knows vfio-user.
+//!
+//! A [`Server`] listens on a socket; whoever connects, usually QEMU's `vfio-user-pci`, finds a function in its
+//! power-on state in a [`Slot`]. A function is a model that implements [`Function`]; what all functions have in
+//! common (configuration space, interrupts, the client's memory) is done here.
 
+mod backend;
+mod config;
 pub mod function;
+mod interrupts;
+mod memory;
+mod server;
 
-pub use function::{Bar, Bus, Function, Identity, Interrupts};
+pub use function::{Bar, Bus, Function, Identity};
+pub use interrupts::Interrupts;
+pub use server::{BindError, Server, Slot};

@@ -1,0 +1,313 @@
+//! Configuration space: header, BARs and capabilities (PCI Express base specification, chapter 7).
+//!
+//! QEMU passes every write of the guest's on and answers reads of BARs and of the MSI and MSI-X capabilities itself.
+
+use super::function::{Bar, Identity};
+
+/// Bytes of a PCI Express function's configuration space.
+pub(super) const SIZE: usize = 4096;
+
+const COMMAND: usize = 0x04;
+const STATUS: usize = 0x06;
+const BAR0: usize = 0x10;
+const CAPABILITIES: usize = 0x34;
+
+const PM: usize = 0x40;
+const MSI: usize = 0x50;
+const MSIX: usize = 0x60;
+const EXPRESS: usize = 0x70;
+
+const COMMAND_MEMORY: u16 = 1 << 1;
+const COMMAND_MASTER: u16 = 1 << 2;
+/// Parity error response, SERR# and INTx disable: bits without an effect here, which drivers may set.
+const COMMAND_OTHER: u16 = 1 << 6 | 1 << 8 | 1 << 10;
+const STATUS_CAPABILITIES: u16 = 1 << 4;
+
+/// No_Soft_Reset: going back from D3hot to D0 keeps all state.
+const PM_NO_SOFT_RESET: u16 = 1 << 3;
+const PM_STATE: u16 = 3;
+
+const DEVCAP_EXTENDED_TAG: u32 = 1 << 5;
+const DEVCAP_ROLE_BASED_ERRORS: u32 = 1 << 15;
+const DEVCAP_FLR: u32 = 1 << 28;
+const DEVCTL_FLR: u16 = 1 << 15;
+/// Relaxed ordering, extended tags, no snoop; the same after a reset as on hardware.
+const DEVCTL_RESET: u16 = 1 << 4 | 1 << 11;
+/// One lane at 2.5 GT/s: the lowest that there is, since nothing is faster for more.
+const LINK: u32 = 1 << 4 | 1;
+
+/// MSI's most.
+const MSI_VECTORS_MAX: u16 = 32;
+
+/// Where the MSI-X table and the pending bits are: a BAR of their own behind the model's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct MsixBar {
+    /// Which BAR; 32 bits wide.
+    pub index: u8,
+    /// Its bytes; the pending bits begin in its middle.
+    pub size: u64,
+}
+
+/// What the function has to do after a write.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Effect {
+    /// The driver set Initiate Function Level Reset.
+    pub reset: bool,
+    /// Whether the function may access memory now: bus mastering is on and the power state is D0.
+    pub master: bool,
+}
+
+/// A function's configuration space.
+pub(super) struct Config {
+    identity: Identity,
+    msix: MsixBar,
+    bytes: Box<[u8; SIZE]>,
+    writable: Box<[u8; SIZE]>,
+}
+
+impl Config {
+    /// As it is at power-on.
+    pub fn new(identity: Identity) -> Self {
+        let mut config = Config {
+            msix: msix_bar(identity.bars, identity.vectors),
+            identity,
+            bytes: Box::new([0; SIZE]),
+            writable: Box::new([0; SIZE]),
+        };
+        config.reset();
+        config
+    }
+
+    /// What the function said of itself.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// Where the MSI-X table is.
+    pub fn msix_bar(&self) -> MsixBar {
+        self.msix
+    }
+
+    /// Back to the power-on state.
+    pub fn reset(&mut self) {
+        self.bytes.fill(0);
+        self.writable.fill(0);
+        self.header();
+        self.power_management(MSI as u8);
+        self.msi(MSIX as u8);
+        self.msix(EXPRESS as u8);
+        self.express(0);
+    }
+
+    /// Reads; what lies past the end is ones.
+    pub fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0xff);
+        let Some(bytes) = usize::try_from(offset).ok().and_then(|at| self.bytes.get(at..)) else { return };
+        let len = data.len().min(bytes.len());
+        data[..len].copy_from_slice(&bytes[..len]);
+    }
+
+    /// Writes what is writable.
+    pub fn write(&mut self, offset: u64, data: &[u8]) -> Effect {
+        let mut reset = false;
+        for (at, &new) in (usize::try_from(offset).unwrap_or(SIZE)..SIZE).zip(data) {
+            let mask = self.writable[at];
+            self.bytes[at] = self.bytes[at] & !mask | new & mask;
+            // The bit reads as zero, so it is not among the writable ones.
+            reset |= at == EXPRESS + 9 && new & (DEVCTL_FLR >> 8) as u8 != 0;
+        }
+        Effect { reset, master: self.master() }
+    }
+
+    fn master(&self) -> bool {
+        self.get16(COMMAND) & COMMAND_MASTER != 0 && self.get16(PM + 4) & PM_STATE == 0
+    }
+
+    fn header(&mut self) {
+        let identity = self.identity;
+        self.set16(0x00, identity.vendor, 0);
+        self.set16(0x02, identity.device, 0);
+        self.set16(COMMAND, 0, COMMAND_MEMORY | COMMAND_MASTER | COMMAND_OTHER);
+        self.set16(STATUS, STATUS_CAPABILITIES, 0);
+        self.set32(0x08, identity.class << 8 | u32::from(identity.revision), 0);
+        self.set16(0x0c, 0, 0xff);
+        for bar in identity.bars {
+            self.bar(*bar);
+        }
+        let MsixBar { index, size } = self.msix;
+        self.bar(Bar { index, size, wide: false });
+        self.set16(0x2c, identity.subsystem_vendor, 0);
+        self.set16(0x2e, identity.subsystem, 0);
+        self.set16(CAPABILITIES, PM as u16, 0);
+        // Interrupt Line is the firmware's scratch byte; Interrupt Pin 0 says that there is no INTx.
+        self.set16(0x3c, 0, 0x00ff);
+    }
+
+    /// A memory BAR: the address bits above its size are writable.
+    fn bar(&mut self, bar: Bar) {
+        let at = BAR0 + 4 * usize::from(bar.index);
+        let mask = !(bar.size - 1);
+        self.set32(at, if bar.wide { 0b100 } else { 0 }, mask as u32);
+        if bar.wide {
+            self.set32(at + 4, 0, (mask >> 32) as u32);
+        }
+    }
+
+    fn power_management(&mut self, next: u8) {
+        self.capability(PM, 0x01, next);
+        self.set16(PM + 2, 3, 0);
+        self.set16(PM + 4, PM_NO_SOFT_RESET, PM_STATE);
+    }
+
+    fn msi(&mut self, next: u8) {
+        self.capability(MSI, 0x05, next);
+        let vectors = self.identity.vectors.clamp(1, MSI_VECTORS_MAX);
+        let capable = vectors.next_power_of_two().ilog2() as u16;
+        self.set16(MSI + 2, 1 << 7 | capable << 1, 0x71);
+        self.set32(MSI + 4, 0, !3);
+        self.set32(MSI + 8, 0, !0);
+        self.set16(MSI + 12, 0, 0xffff);
+    }
+
+    fn msix(&mut self, next: u8) {
+        self.capability(MSIX, 0x11, next);
+        self.set16(MSIX + 2, self.identity.vectors.clamp(1, 2048) - 1, 0xc000);
+        let MsixBar { index, size } = self.msix;
+        self.set32(MSIX + 4, u32::from(index), 0);
+        self.set32(MSIX + 8, (size / 2) as u32 | u32::from(index), 0);
+    }
+
+    fn express(&mut self, next: u8) {
+        self.capability(EXPRESS, 0x10, next);
+        let port = if self.identity.integrated { 9 } else { 0 };
+        self.set16(EXPRESS + 2, port << 4 | 2, 0);
+        self.set32(EXPRESS + 4, DEVCAP_FLR | DEVCAP_ROLE_BASED_ERRORS | DEVCAP_EXTENDED_TAG, 0);
+        self.set16(EXPRESS + 8, DEVCTL_RESET, !DEVCTL_FLR);
+        if !self.identity.integrated {
+            self.set32(EXPRESS + 12, LINK, 0);
+            self.set16(EXPRESS + 16, 0, 0x01c3);
+            self.set16(EXPRESS + 18, LINK as u16, 0);
+            // The speeds it supports, and the one it is to reach.
+            self.set32(EXPRESS + 44, 1 << 1, 0);
+            self.set16(EXPRESS + 48, 1, 0);
+        }
+    }
+
+    fn capability(&mut self, at: usize, id: u8, next: u8) {
+        self.set16(at, u16::from(next) << 8 | u16::from(id), 0);
+    }
+
+    fn get16(&self, at: usize) -> u16 {
+        u16::from_le_bytes([self.bytes[at], self.bytes[at + 1]])
+    }
+
+    fn set16(&mut self, at: usize, value: u16, writable: u16) {
+        self.bytes[at..at + 2].copy_from_slice(&value.to_le_bytes());
+        self.writable[at..at + 2].copy_from_slice(&writable.to_le_bytes());
+    }
+
+    fn set32(&mut self, at: usize, value: u32, writable: u32) {
+        self.bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
+        self.writable[at..at + 4].copy_from_slice(&writable.to_le_bytes());
+    }
+}
+
+/// The first BAR that the model does not use, large enough for 16 bytes a vector in each half.
+fn msix_bar(bars: &[Bar], vectors: u16) -> MsixBar {
+    let index = bars.iter().map(|bar| bar.index + 1 + u8::from(bar.wide)).max().unwrap_or(0);
+    let size = (32 * u64::from(vectors.clamp(1, 2048))).next_power_of_two().max(4096);
+    MsixBar { index, size }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(integrated: bool) -> Config {
+        Config::new(Identity {
+            vendor: 0x1b36,
+            device: 0x0010,
+            subsystem_vendor: 0x1af4,
+            subsystem: 0x1100,
+            class: 0x010802,
+            revision: 2,
+            bars: &[Bar { index: 0, size: 0x4000, wide: true }],
+            vectors: 65,
+            integrated,
+        })
+    }
+
+    fn read32(config: &Config, at: u64) -> u32 {
+        let mut data = [0; 4];
+        config.read(at, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    #[test]
+    fn the_capability_list_ends_and_names_each_once() {
+        let config = config(false);
+        let mut at = u64::from(config.bytes[CAPABILITIES]);
+        let mut ids = Vec::new();
+        while at != 0 {
+            let header = read32(&config, at);
+            ids.push(header as u8);
+            at = u64::from(header >> 8 & 0xff);
+        }
+        assert_eq!(ids, [0x01, 0x05, 0x11, 0x10]);
+    }
+
+    #[test]
+    fn bars_are_sized_by_writing_ones() {
+        let mut config = config(false);
+        for at in [0x10, 0x14, 0x18, 0x1c] {
+            config.write(at, &[0xff; 4]);
+        }
+        assert_eq!(read32(&config, 0x10), 0xffff_c004);
+        assert_eq!(read32(&config, 0x14), 0xffff_ffff);
+        assert_eq!(read32(&config, 0x18), 0xffff_f000);
+        assert_eq!(read32(&config, 0x1c), 0);
+        assert_eq!(read32(&config, MSIX as u64 + 4), 2);
+        assert_eq!(read32(&config, MSIX as u64 + 8), 0x800 | 2);
+    }
+
+    #[test]
+    fn memory_is_accessible_with_bus_mastering_in_d0() {
+        let mut config = config(false);
+        assert!(!config.write(COMMAND as u64, &[2, 0]).master);
+        assert!(config.write(COMMAND as u64, &[6, 4]).master);
+        assert_eq!(read32(&config, COMMAND as u64), 0x0010_0406);
+        assert!(!config.write(PM as u64 + 4, &[3]).master);
+        assert!(config.write(PM as u64 + 4, &[0]).master);
+        config.reset();
+        assert_eq!(read32(&config, COMMAND as u64), 0x0010_0000);
+    }
+
+    #[test]
+    fn flr_is_seen_and_reads_as_zero() {
+        let mut config = config(false);
+        assert!(!config.write(EXPRESS as u64 + 8, &[0x10, 0x08]).reset);
+        assert!(config.write(EXPRESS as u64 + 8, &[0x10, 0x88]).reset);
+        assert_eq!(read32(&config, EXPRESS as u64 + 8) & 0x8000, 0);
+    }
+
+    #[test]
+    fn an_integrated_endpoint_has_no_link() {
+        let config = config(true);
+        assert_eq!(read32(&config, EXPRESS as u64) >> 20 & 0xf, 9);
+        assert_eq!(read32(&config, EXPRESS as u64 + 12), 0);
+    }
+
+    #[test]
+    fn nothing_outside_can_be_reached() {
+        let mut config = config(false);
+        let mut data = [0; 8];
+        config.read(SIZE as u64 - 4, &mut data);
+        assert_eq!(data, [0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff]);
+        config.read(u64::MAX, &mut data);
+        assert_eq!(data, [0xff; 8]);
+        config.write(u64::MAX, &[1; 8]);
+        config.write(SIZE as u64 - 1, &[1; 8]);
+        config.write(0, &[0; SIZE + 1]);
+        assert_eq!(read32(&config, 0), 0x0010_1b36);
+    }
+}

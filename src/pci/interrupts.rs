@@ -1,0 +1,213 @@
+//! The interrupts of a function: one event file descriptor of the client's for each vector.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use crate::trace::{Event, Tracer};
+
+/// Which kind of interrupt a vector is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Msi,
+    Msix,
+}
+
+/// One vector.
+#[derive(Default)]
+struct Line {
+    sink: Option<File>,
+    masked: bool,
+    /// Triggered while masked.
+    pending: bool,
+}
+
+/// The vectors of both kinds; a driver uses one kind at a time.
+#[derive(Default)]
+struct Lines {
+    msi: Vec<Mutex<Line>>,
+    msix: Vec<Mutex<Line>>,
+}
+
+struct Shared {
+    endpoint: u32,
+    tracer: Tracer,
+    lines: RwLock<Lines>,
+}
+
+/// Sends interrupts to the guest. Clones send the same ones; the default sends none.
+#[derive(Clone, Default)]
+pub struct Interrupts(Option<Arc<Shared>>);
+
+impl Interrupts {
+    pub(super) fn new(endpoint: u32, tracer: Tracer) -> Self {
+        Interrupts(Some(Arc::new(Shared { endpoint, tracer, lines: RwLock::default() })))
+    }
+
+    /// Sends vector `vector`; nothing happens while the guest has it disabled, and a masked one is sent when it is
+    /// unmasked. With MSI, where the guest may have enabled fewer vectors than the function has, the number's low
+    /// bits count.
+    pub fn trigger(&self, vector: u16) {
+        let Some(shared) = &self.0 else { return };
+        let lines = shared.lines.read().unwrap_or_else(PoisonError::into_inner);
+        let (line, vector) = if lines.msi.is_empty() {
+            (lines.msix.get(usize::from(vector)), vector)
+        } else {
+            let low = usize::from(vector) % lines.msi.len();
+            (lines.msi.get(low), low as u16)
+        };
+        if let Some(line) = line {
+            shared.send(&mut lock(line), vector);
+        }
+    }
+
+    /// Sets which event file descriptors vectors `start..` of a kind send to; `None` takes one away.
+    pub(super) fn assign(&self, kind: Kind, start: usize, sinks: impl Iterator<Item = Option<File>>) {
+        let Some(shared) = &self.0 else { return };
+        let mut lines = shared.lines.write().unwrap_or_else(PoisonError::into_inner);
+        let lines = lines.of(kind);
+        for (number, sink) in (start..).zip(sinks) {
+            let sink = sink.filter(|sink| {
+                // A client may give any descriptor, and a write to it must not hold a model's thread up.
+                set_nonblocking(sink).inspect_err(|e| log::warn!("Interrupt {number} is not usable: {e}")).is_ok()
+            });
+            if lines.len() <= number {
+                if sink.is_none() {
+                    continue;
+                }
+                lines.resize_with(number + 1, Mutex::default);
+            }
+            if let Some(line) = lines.get(number) {
+                lock(line).sink = sink;
+            }
+        }
+        // How many MSI vectors are enabled is how many have a descriptor.
+        while lines.last().is_some_and(|line| lock(line).sink.is_none()) {
+            lines.pop();
+        }
+    }
+
+    /// Takes the descriptors of all vectors of a kind away.
+    pub(super) fn disable(&self, kind: Kind) {
+        let Some(shared) = &self.0 else { return };
+        shared.lines.write().unwrap_or_else(PoisonError::into_inner).of(kind).clear();
+    }
+
+    /// Masks or unmasks a vector; one that was triggered while masked is sent when unmasked.
+    pub(super) fn mask(&self, kind: Kind, vector: usize, masked: bool) {
+        let Some(shared) = &self.0 else { return };
+        let mut lines = shared.lines.write().unwrap_or_else(PoisonError::into_inner);
+        let Some(line) = lines.of(kind).get(vector) else { return };
+        let mut line = lock(line);
+        line.masked = masked;
+        if !masked && std::mem::take(&mut line.pending) {
+            shared.send(&mut line, vector as u16);
+        }
+    }
+
+    /// The pending bits of the 64 MSI-X vectors from `first` on.
+    pub(super) fn pending(&self, first: usize) -> u64 {
+        let Some(shared) = &self.0 else { return 0 };
+        let lines = shared.lines.read().unwrap_or_else(PoisonError::into_inner);
+        let vectors = lines.msix.iter().skip(first).take(64).enumerate();
+        vectors.fold(0, |bits, (bit, line)| bits | u64::from(lock(line).pending) << bit)
+    }
+}
+
+impl Shared {
+    fn send(&self, line: &mut Line, vector: u16) {
+        if line.masked {
+            line.pending = true;
+            return;
+        }
+        let Some(sink) = &mut line.sink else { return };
+        // A full counter means that the client has not yet seen an interrupt of before: none is lost.
+        match sink.write(&1u64.to_ne_bytes()) {
+            Ok(_) => self.tracer.emit(Event::Interrupt { endpoint: Some(self.endpoint), vector }),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => {
+                log::warn!("Endpoint {:#x}: interrupt {vector} was not sent: {error}", self.endpoint);
+                line.sink = None;
+            }
+        }
+    }
+}
+
+impl Lines {
+    fn of(&mut self, kind: Kind) -> &mut Vec<Mutex<Line>> {
+        match kind {
+            Kind::Msi => &mut self.msi,
+            Kind::Msix => &mut self.msix,
+        }
+    }
+}
+
+fn lock(line: &Mutex<Line>) -> std::sync::MutexGuard<'_, Line> {
+    line.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn set_nonblocking(file: &File) -> io::Result<()> {
+    // SAFETY: both calls take a descriptor that `file` keeps open, and no pointer.
+    let result = unsafe {
+        match libc::fcntl(file.as_raw_fd(), libc::F_GETFL) {
+            -1 => -1,
+            flags => libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK),
+        }
+    };
+    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::{FromRawFd, IntoRawFd};
+    use vmm_sys_util::eventfd::EventFd;
+
+    fn sink(event: &EventFd) -> Option<File> {
+        let copy = event.try_clone().unwrap();
+        // SAFETY: the descriptor was just given up by its owner.
+        Some(unsafe { File::from_raw_fd(copy.into_raw_fd()) })
+    }
+
+    fn events(count: usize) -> Vec<EventFd> {
+        (0..count).map(|_| EventFd::new(libc::EFD_NONBLOCK).unwrap()).collect()
+    }
+
+    #[test]
+    fn a_masked_vector_is_sent_when_unmasked() {
+        let interrupts = Interrupts::new(8, Tracer::default());
+        let event = &events(1)[0];
+        interrupts.assign(Kind::Msix, 3, [sink(event)].into_iter());
+        interrupts.mask(Kind::Msix, 3, true);
+        interrupts.trigger(3);
+        interrupts.trigger(3);
+        assert_eq!(interrupts.pending(0), 1 << 3);
+        assert!(event.read().is_err());
+        interrupts.mask(Kind::Msix, 3, false);
+        assert_eq!(event.read().unwrap(), 1);
+        assert_eq!(interrupts.pending(0), 0);
+    }
+
+    #[test]
+    fn msi_vectors_fold_onto_the_enabled_ones() {
+        let interrupts = Interrupts::new(8, Tracer::default());
+        let events = events(2);
+        interrupts.assign(Kind::Msi, 0, events.iter().map(sink));
+        interrupts.trigger(5);
+        assert_eq!(events[1].read().unwrap(), 1);
+        interrupts.disable(Kind::Msi);
+        interrupts.trigger(5);
+        assert!(events[1].read().is_err());
+    }
+
+    #[test]
+    fn a_descriptor_that_is_full_does_not_block() {
+        let interrupts = Interrupts::new(8, Tracer::default());
+        let event = EventFd::new(0).unwrap();
+        event.write(u64::MAX - 1).unwrap();
+        interrupts.assign(Kind::Msix, 0, [sink(&event)].into_iter());
+        interrupts.trigger(0);
+        assert_eq!(event.read().unwrap(), u64::MAX - 1);
+    }
+}

@@ -1,0 +1,164 @@
+//! The socket on which a function is offered.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::backend::{Backend, contained};
+use super::function::{Bus, Function};
+use super::interrupts::Interrupts;
+use super::memory::MemoryMap;
+use crate::dma::{Door, Memory};
+use crate::iommu::Iommu;
+use crate::trace::event::Channel;
+use crate::trace::{Event, Tracer};
+
+/// Why a socket could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// Somebody listens there.
+    #[error("The socket {0} is in use: another process serves it; stop that one or choose another path")]
+    Alive(PathBuf),
+    /// Something else than a socket is there; it is left alone.
+    #[error("The path {0} exists and is no socket; choose another path")]
+    NotASocket(PathBuf),
+    /// The system refused.
+    #[error("Cannot listen on the socket {path}")]
+    Io {
+        /// The socket.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// A place for a function: an endpoint's door to memory and its interrupts, which outlive the clients that come and go.
+pub struct Slot {
+    bus: Bus,
+    memory: Memory,
+}
+
+impl Slot {
+    /// The slot of endpoint `endpoint`.
+    pub fn new(iommu: &Arc<Iommu>, endpoint: u32, tracer: Tracer) -> Self {
+        let memory = Memory::new(vm_memory::GuestMemoryMmap::default());
+        let door = Door::new(iommu, endpoint, memory.clone(), tracer.clone());
+        let interrupts = Interrupts::new(endpoint, tracer.clone());
+        Slot { bus: Bus { door, interrupts, tracer }, memory }
+    }
+
+    /// What a function in this slot is given.
+    pub fn bus(&self) -> &Bus {
+        &self.bus
+    }
+}
+
+/// A listening socket. Its path is removed when it is dropped.
+pub struct Server {
+    listener: UnixListener,
+    path: PathBuf,
+    inode: u64,
+}
+
+impl Server {
+    /// Listens on `path`. A socket that nobody listens on any more is replaced.
+    pub fn bind(path: &Path) -> Result<Server, BindError> {
+        let failed = |source| BindError::Io { path: path.to_owned(), source };
+        match std::fs::symlink_metadata(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(failed(error)),
+            Ok(found) if !found.file_type().is_socket() => return Err(BindError::NotASocket(path.to_owned())),
+            Ok(_) => match UnixStream::connect(path) {
+                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                    std::fs::remove_file(path).map_err(failed)?;
+                }
+                Err(error) => return Err(failed(error)),
+                Ok(_) => return Err(BindError::Alive(path.to_owned())),
+            },
+        }
+        let listener = UnixListener::bind(path).map_err(failed)?;
+        let inode = std::fs::symlink_metadata(path).map_err(failed)?.ino();
+        Ok(Server { listener, path: path.to_owned(), inode })
+    }
+
+    /// The socket's path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Serves one client after the other until `shutdown` is readable; a client that is connected then is served until
+    /// it leaves. Each client finds a function as `make` makes it. `on_device_reset` is called when the client itself
+    /// resets the device, as QEMU does when the machine is reset, and not when the guest does.
+    ///
+    /// Nothing that a client does makes this return: only if waiting for connections fails is there an error.
+    pub fn serve(
+        &self,
+        slot: &Slot,
+        shutdown: &EventFd,
+        make: impl Fn(Bus) -> Box<dyn Function>,
+        on_device_reset: impl Fn(),
+    ) -> io::Result<()> {
+        while self.wait(shutdown)? {
+            let memory = MemoryMap::new(slot.memory.clone());
+            let Some(mut backend) = Backend::new(slot.bus.clone(), memory, &make, &on_device_reset) else {
+                // Without a function there is nothing to serve: the client is sent away.
+                self.listener.accept()?;
+                continue;
+            };
+            let listener = OwnedFd::from(self.listener.try_clone()?);
+            let server = vfio_user::Server::from_owned_fd(listener, true, backend.irqs(), backend.regions());
+            let session = |connected| {
+                let endpoint = Some(slot.bus.door.endpoint());
+                slot.bus.tracer.emit(Event::Session { channel: Channel::VfioUser, endpoint, connected });
+            };
+            session(true);
+            // The crate panics on some malformed messages, which ends that client's connection.
+            if let Some(Err(error)) = contained(&slot.bus, || server.run(&mut backend)) {
+                log::warn!("The connection on {} ended: {error}", self.path.display());
+                // If it could not even be accepted, for want of descriptors, some may be free soon.
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            drop(backend);
+            session(false);
+        }
+        Ok(())
+    }
+
+    /// Waits for a connection (`true`) or for the end (`false`).
+    fn wait(&self, shutdown: &EventFd) -> io::Result<bool> {
+        let mut waits = [shutdown.as_raw_fd(), self.listener.as_raw_fd()].map(|fd| libc::pollfd {
+            fd,
+            events: libc::POLLIN,
+            revents: 0,
+        });
+        loop {
+            // SAFETY: the pointer and the count describe `waits`, which outlives the call.
+            let result = unsafe { libc::poll(waits.as_mut_ptr(), waits.len() as libc::nfds_t, -1) };
+            if result == -1 {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            } else if waits[0].revents != 0 {
+                return Ok(false);
+            } else if waits[1].revents != 0 {
+                return Ok(true);
+            }
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Somebody else's socket may be there by now.
+        if std::fs::symlink_metadata(&self.path).is_ok_and(|found| found.ino() == self.inode) {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
