@@ -1,43 +1,154 @@
 //! Grace periods: a writer can wait until no reader can still use what it removed.
+//!
+//! It is the kernel's SRCU in small. Each reader has a slot of its own with a section number, odd while it is inside a
+//! section. [`Grace::synchronize`] notes the slots that are odd and waits until each shows another number.
+//!
+//! # Why it holds
+//!
+//! A writer stores "removed" and then, in `synchronize`, issues a sequentially consistent fence F1 and loads the slots.
+//! A reader stores an odd number to its slot, issues such a fence F2 and then loads what the writer may remove. The
+//! fences are in one total order:
+//!
+//! * F1 before F2: the reader's loads see "removed", or something newer. This section cannot use what was removed.
+//! * F2 before F1: the writer's load sees the odd number or a newer one of that slot. If it sees that very number, it
+//!   waits. Every later number is a Release store that comes after the reads of the section in program order, and the
+//!   writer's load is an Acquire: the reads happen before whatever the writer does next, such as freeing memory.
+//!
+//! A reader that registers after the writer has taken the lock over the list of slots sees "removed" by that lock; one
+//! that unregistered before has ended its reads before.
 
-use std::marker::PhantomData;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::{Acquire, Release, SeqCst};
+
+use super::sync::{AtomicU64, Mutex, Padded, fence, lock};
 
 /// The readers and the writer's side.
-pub struct Grace {}
+pub struct Grace {
+    state: Mutex<State>,
+}
+
+struct State {
+    slots: Vec<Arc<Slot>>,
+    garbage: Vec<Box<dyn Send>>,
+}
+
+/// A reader's section number: odd inside a section, even outside. Only the reader writes it.
+type Slot = Padded<AtomicU64>;
 
 /// One thread's right to read.
-pub struct Reader {}
+pub struct Reader {
+    grace: Arc<Grace>,
+    slot: Arc<Slot>,
+    /// The number outside a section: even.
+    number: u64,
+}
 
 /// While it lives, nothing that was reachable when it was taken is freed, and no [`Grace::synchronize`] that began
 /// after returns.
-pub struct Guard<'a>(PhantomData<&'a mut Reader>);
+pub struct Guard<'a>(&'a mut Reader);
 
 impl Grace {
     /// No readers yet.
     pub fn new() -> Arc<Self> {
-        Arc::new(Grace {})
+        Arc::new(Grace { state: Mutex::new(State { slots: Vec::new(), garbage: Vec::new() }) })
     }
 
     /// A new reader: one for each thread.
     pub fn reader(self: &Arc<Self>) -> Reader {
-        Reader {}
+        let slot = Arc::new(Padded(AtomicU64::new(0)));
+        lock(&self.state).slots.push(slot.clone());
+        Reader { grace: self.clone(), slot, number: 0 }
     }
 
-    /// Waits until every guard that existed at the call is gone. The caller must hold none itself.
-    pub fn synchronize(&self) {}
-
-    /// Drops `garbage` once every guard that exists now is gone: in the next [`Grace::synchronize`] that somebody
-    /// calls, or with the last handle of this `Grace`. What can be reached by new readers must not refer to it.
-    pub fn retire(&self, garbage: Box<dyn Send>) {
+    /// Waits until every guard that existed at the call is gone, then drops what was retired before the call. The
+    /// calling thread must hold no guard itself.
+    pub fn synchronize(&self) {
+        let mut state = lock(&self.state);
+        fence(SeqCst); // F1
+        let inside: Vec<(Arc<Slot>, u64)> = state
+            .slots
+            .iter()
+            .map(|slot| (slot, slot.0.load(Acquire)))
+            .filter(|(_, number)| number & 1 == 1)
+            .map(|(slot, number)| (slot.clone(), number))
+            .collect();
+        let garbage = std::mem::take(&mut state.garbage);
+        drop(state);
+        for (slot, number) in inside {
+            wait(&slot, number);
+        }
         drop(garbage);
     }
+
+    /// Drops `garbage` once every guard that exists now is gone: in the next [`Grace::synchronize`] that somebody
+    /// calls, or with the last handle of this `Grace`. New readers must not be able to reach it any more.
+    pub fn retire(&self, garbage: Box<dyn Send>) {
+        lock(&self.state).garbage.push(garbage);
+    }
+}
+
+/// Waits until `slot` shows another number than `number`. A section is short, so the wait begins with spinning; but
+/// the reader may have been preempted, and then it needs a processor more than this thread does.
+fn wait(slot: &Slot, number: u64) {
+    let mut tries = 0;
+    while slot.0.load(Acquire) == number {
+        pause(tries);
+        tries += 1;
+    }
+}
+
+#[cfg(not(loom))]
+fn pause(tries: u64) {
+    match tries {
+        0..100 => std::hint::spin_loop(),
+        100..120 => std::thread::yield_now(),
+        _ => std::thread::sleep(std::time::Duration::from_micros(50)),
+    }
+}
+
+#[cfg(loom)]
+fn pause(_tries: u64) {
+    loom::thread::yield_now();
 }
 
 impl Reader {
     /// Enters a read-side section: short, and without waiting for anything but memory.
     #[inline]
     pub fn enter(&mut self) -> Guard<'_> {
-        Guard(PhantomData)
+        // Release, so that a writer that sees this number and not the even one before it still has the reads of the
+        // section before behind it.
+        self.slot.0.store(self.number + 1, Release);
+        fence(SeqCst); // F2
+        Guard(self)
+    }
+
+    /// Ends the section, if there is one.
+    #[inline]
+    fn leave(&mut self) {
+        self.number += 2;
+        self.slot.0.store(self.number, Release);
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        // A guard that was forgotten has left its section open.
+        self.leave();
+        lock(&self.grace.state).slots.retain(|slot| !Arc::ptr_eq(slot, &self.slot));
+    }
+}
+
+impl Guard<'_> {
+    /// Whether it keeps `grace` waiting, and not another.
+    #[inline]
+    pub(super) fn is_of(&self, grace: &Grace) -> bool {
+        std::ptr::eq(&*self.0.grace, grace)
+    }
+}
+
+impl Drop for Guard<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        self.0.leave();
     }
 }

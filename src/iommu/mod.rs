@@ -3,6 +3,7 @@
 pub mod address_space;
 pub mod endpoint;
 pub mod grace;
+mod sync;
 
 pub use endpoint::{Endpoint, Translation};
 use std::sync::Arc;

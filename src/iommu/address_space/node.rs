@@ -1,0 +1,289 @@
+//! Tables, their slots, and what a slot's 64 bits mean.
+//!
+//! | | 63..54 | 53..12 | 11..6 | 5 | 4 | 3 | 2 | 1 | 0 |
+//! |---|---|---|---|---|---|---|---|---|---|
+//! | empty | 0 | 0 | 0 | 0 | 0 | 0 | 0 | 0 | 0 |
+//! | leaf | phys | phys | 0 | LAST | FIRST | MMIO | WRITE | READ | 1 |
+//! | table | live slots | address | address | 0 | 0 | 0 | 0 | IDLE | 0 |
+//!
+//! What only the writer needs of a table (how many of its slots are not empty, and whether it is listed as idle) stands
+//! in the slot that leads to it, which the writer has just read, and not in the table, where it would be one more cache
+//! miss.
+
+use std::ptr::NonNull;
+use std::sync::atomic::Ordering::{Acquire, Release};
+
+use crate::iommu::sync::AtomicU64;
+use crate::wire::virtio_iommu::MapFlags;
+
+/// The smallest mapping is 4 KiB.
+pub(super) const PAGE_SHIFT: u32 = 12;
+
+/// The shape of the tree: 128 slots of 2^57 bytes in the root, and five levels of 512 slots below.
+#[cfg(not(loom))]
+mod shape {
+    pub const BITS: u32 = 9;
+    pub const LEVELS: u32 = 6;
+    pub const ROOT_BITS: u32 = 7;
+}
+
+/// A tree small enough for the model checker; it covers 32 KiB.
+#[cfg(loom)]
+mod shape {
+    pub const BITS: u32 = 1;
+    pub const LEVELS: u32 = 2;
+    pub const ROOT_BITS: u32 = 1;
+}
+
+pub(super) const ROOT_LEVEL: u32 = shape::LEVELS - 1;
+const NODE_LEN: usize = 1 << shape::BITS;
+const ROOT_LEN: usize = 1 << shape::ROOT_BITS;
+
+/// The slots of the root.
+pub(super) type Root = [Slot; ROOT_LEN];
+
+/// What a table is charged: itself, and what the allocator needs to align it and to know its size.
+pub(super) const NODE_BYTES: u64 = (size_of::<Node>() + 64) as u64;
+
+/// log2 of the bytes that a slot of `level` covers.
+#[inline]
+pub(super) fn shift(level: u32) -> u32 {
+    PAGE_SHIFT + shape::BITS * level
+}
+
+/// The last byte of a slot of `level`, counted from its first.
+#[inline]
+pub(super) fn span(level: u32) -> u64 {
+    (1 << shift(level)) - 1
+}
+
+/// A table below the root.
+#[repr(C, align(64))]
+pub(super) struct Node {
+    slots: [Slot; NODE_LEN],
+    /// Told of each access and of the end, so that the model checker can see one after the other.
+    #[cfg(loom)]
+    alive: loom::cell::UnsafeCell<()>,
+}
+
+impl Node {
+    /// A table of empty slots; `None` if there is no memory.
+    #[cfg(not(loom))]
+    pub(super) fn allocate() -> Option<NonNull<Node>> {
+        // SAFETY: A node is not of size 0.
+        let node = NonNull::new(unsafe { std::alloc::alloc_zeroed(std::alloc::Layout::new::<Node>()) }.cast::<Node>())?;
+        if node.addr().get() as u64 & !Entry::ADDRESS != 0 {
+            // An address that no Linux gives unless asked to.
+            // SAFETY: Allocated above, and nobody else knows it.
+            unsafe { Self::free(node) };
+            return None;
+        }
+        Some(node)
+    }
+
+    #[cfg(loom)]
+    pub(super) fn allocate() -> Option<NonNull<Node>> {
+        let slots = std::array::from_fn(|_| Slot::default());
+        Some(NonNull::from(Box::leak(Box::new(Node { slots, alive: loom::cell::UnsafeCell::new(()) }))))
+    }
+
+    /// Gives the memory of a table back.
+    ///
+    /// # Safety
+    /// `node` comes from [`Node::allocate`], and nobody else uses it or can reach it.
+    pub(super) unsafe fn free(node: NonNull<Node>) {
+        // SAFETY: Allocated with the layout of a `Node`, as a box is; zeroes are valid slots; ours alone.
+        let node = unsafe { Box::from_raw(node.as_ptr()) };
+        #[cfg(loom)]
+        node.alive.with_mut(|_| ());
+        drop(node);
+    }
+
+    #[inline]
+    pub(super) fn slots(&self) -> &[Slot; NODE_LEN] {
+        #[cfg(loom)]
+        self.alive.with(|_| ());
+        &self.slots
+    }
+
+    /// The slot of `level` that covers `iova`.
+    #[inline]
+    pub(super) fn slot(&self, level: u32, iova: u64) -> &Slot {
+        &self.slots()[index(level, iova)]
+    }
+}
+
+/// Where in a table of `level` the slot that covers `iova` is.
+#[inline]
+fn index(level: u32, iova: u64) -> usize {
+    (iova >> shift(level)) as usize & (NODE_LEN - 1)
+}
+
+/// The slot of the root that covers `iova`.
+#[inline]
+pub(super) fn root_slot(root: &Root, iova: u64) -> &Slot {
+    &root[(iova >> shift(ROOT_LEVEL)) as usize & (ROOT_LEN - 1)]
+}
+
+/// One of the slots of a table that a range touches, with the part of the range that it covers.
+pub(super) struct Piece<'a> {
+    pub slot: &'a Slot,
+    pub start: u64,
+    pub end: u64,
+    /// The part is all that the slot covers.
+    pub whole: bool,
+}
+
+/// Cuts the inclusive range, of which no byte lies outside a table of `level`, at the borders of the table's slots.
+pub(super) fn pieces(slots: &[Slot], level: u32, start: u64, end: u64) -> impl Iterator<Item = Piece<'_>> {
+    let mask = slots.len() - 1;
+    let (first, last) = (start >> shift(level), end >> shift(level));
+    (first..=last).map(move |number| {
+        let (slot_start, slot_end) = (number << shift(level), (number << shift(level)) | span(level));
+        let (start, end) = (start.max(slot_start), end.min(slot_end));
+        let whole = start == slot_start && end == slot_end;
+        Piece { slot: &slots[number as usize & mask], start, end, whole }
+    })
+}
+
+/// A slot: readers load it at any time, the writer stores to it.
+#[derive(Default)]
+#[repr(transparent)]
+pub(super) struct Slot(AtomicU64);
+
+impl Slot {
+    /// Acquire: what the writer did before it stored the entry, above all to clear the table that it leads to, is seen.
+    #[inline]
+    pub(super) fn load(&self) -> Entry {
+        Entry(self.0.load(Acquire))
+    }
+
+    /// Release: the other half. Since there is one writer, load and store need not be one step.
+    #[inline]
+    pub(super) fn store(&self, entry: Entry) {
+        self.0.store(entry.0, Release);
+    }
+}
+
+/// What a slot holds.
+#[derive(Clone, Copy)]
+pub(super) struct Entry(u64);
+
+impl Entry {
+    pub(super) const EMPTY: Entry = Entry(0);
+
+    const LEAF: u64 = 1 << 0;
+    const FLAGS_SHIFT: u32 = 1;
+    const FLAGS: u64 = 0b111 << Self::FLAGS_SHIFT;
+    const FIRST: u64 = 1 << 4;
+    const LAST: u64 = 1 << 5;
+    const PHYS: u64 = !((1 << PAGE_SHIFT) - 1);
+
+    const IDLE: u64 = 1 << 1;
+    const ADDRESS: u64 = ((1 << Self::LIVE_SHIFT) - 1) & !0x3f;
+    const LIVE_SHIFT: u32 = 54;
+
+    /// A mapping, or a part of one, that leads to `phys`.
+    #[inline]
+    pub(super) fn leaf(phys: u64, flags: MapFlags) -> Self {
+        let flags = (u64::from(flags.bits()) << Self::FLAGS_SHIFT) & Self::FLAGS;
+        Entry((phys & Self::PHYS) | flags | Self::LEAF)
+    }
+
+    /// The same leaf, marked as the first or last of its mapping, or both.
+    #[inline]
+    pub(super) fn marked(self, first: bool, last: bool) -> Self {
+        Entry(self.0 | if first { Self::FIRST } else { 0 } | if last { Self::LAST } else { 0 })
+    }
+
+    /// An idle table without live slots.
+    pub(super) fn table(node: NonNull<Node>) -> Self {
+        Entry(node.as_ptr().expose_provenance() as u64 | Self::IDLE)
+    }
+
+    #[inline]
+    pub(super) fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    #[inline]
+    pub(super) fn is_leaf(self) -> bool {
+        self.0 & Self::LEAF != 0
+    }
+
+    pub(super) fn is_table(self) -> bool {
+        !self.is_empty() && !self.is_leaf()
+    }
+
+    /// Of a leaf.
+    #[inline]
+    pub(super) fn phys(self) -> u64 {
+        self.0 & Self::PHYS
+    }
+
+    /// Of a leaf.
+    #[inline]
+    pub(super) fn flags(self) -> MapFlags {
+        MapFlags::from_bits_truncate(((self.0 & Self::FLAGS) >> Self::FLAGS_SHIFT) as u32)
+    }
+
+    /// Of a leaf: it is the first of its mapping.
+    #[inline]
+    pub(super) fn is_first(self) -> bool {
+        self.0 & Self::FIRST != 0
+    }
+
+    /// Of a leaf: it is the last of its mapping.
+    #[inline]
+    pub(super) fn is_last(self) -> bool {
+        self.0 & Self::LAST != 0
+    }
+
+    /// Of a table: where it is.
+    #[inline]
+    pub(super) fn address(self) -> *mut Node {
+        std::ptr::with_exposed_provenance_mut((self.0 & Self::ADDRESS) as usize)
+    }
+
+    /// Of a table: the table.
+    ///
+    /// # Safety
+    /// The entry is a table's; and for all of `'a` the caller is in a read-side section, in which it loaded the entry,
+    /// or is the writer and does not free the table.
+    #[inline]
+    pub(super) unsafe fn node<'a>(self) -> &'a Node {
+        // SAFETY: A table's entry holds the address of a table that was allocated and is freed only when no such
+        // caller is left.
+        unsafe { &*self.address() }
+    }
+
+    /// Of a table: how many of its slots are not empty.
+    #[inline]
+    pub(super) fn live(self) -> u64 {
+        self.0 >> Self::LIVE_SHIFT
+    }
+
+    /// Of a table: with `more` more live slots.
+    #[inline]
+    pub(super) fn plus(self, more: u64) -> Self {
+        Entry(self.0 + (more << Self::LIVE_SHIFT))
+    }
+
+    /// Of a table: with `less` fewer live slots.
+    #[inline]
+    pub(super) fn minus(self, less: u64) -> Self {
+        Entry(self.0 - (less << Self::LIVE_SHIFT))
+    }
+
+    /// Of a table: it is in the list of those that are, or were, without live slots.
+    #[inline]
+    pub(super) fn is_idle(self) -> bool {
+        self.0 & Self::IDLE != 0
+    }
+
+    /// Of a table: listed or not.
+    #[inline]
+    pub(super) fn idle(self, idle: bool) -> Self {
+        Entry(if idle { self.0 | Self::IDLE } else { self.0 & !Self::IDLE })
+    }
+}

@@ -1,0 +1,351 @@
+//! What changes the tree: one writer at a time, behind the address space's lock.
+//!
+//! A table whose last mapping goes is kept for a while, since a driver that maps and unmaps page after page would
+//! otherwise allocate and free one each time: it is *idle*, listed, and unlinked when it is the oldest of too many.
+//! Every table without live slots is listed. A listed table may have come to life again; that is seen when it is its turn.
+
+use std::collections::VecDeque;
+use std::ptr::NonNull;
+
+use super::budget::Budget;
+use super::node::{Entry, Node, ROOT_LEVEL, Root, Slot, pieces, root_slot, span};
+use super::{MapError, Splits};
+use crate::wire::virtio_iommu::MapFlags;
+
+/// How many idle tables an address space keeps.
+const IDLE_MAX: usize = if cfg!(loom) { 0 } else { 32 };
+
+/// Tables that are out of the tree. Readers may still be in them: they must be freed, but after a grace period.
+pub(super) type Unlinked = Vec<NonNull<Node>>;
+
+/// The writer's side of an address space.
+pub(super) struct Writer {
+    pub(super) mappings: u64,
+    /// Tables that are in the tree.
+    pub(super) nodes: u64,
+    /// The idle tables, oldest first: their level and an address that they cover.
+    idle: VecDeque<(u32, u64)>,
+}
+
+/// A MAP.
+#[derive(Clone, Copy)]
+pub(super) struct Request {
+    pub start: u64,
+    pub end: u64,
+    pub phys: u64,
+    pub flags: MapFlags,
+}
+
+/// Why a MAP cannot be done as the tree stands.
+pub(super) enum Obstacle {
+    /// A mapping is in the way.
+    Mapping,
+    /// A table is where a leaf has to be. If no table is idle, it has a mapping.
+    Table,
+    /// There is no memory for a table.
+    NoMemory,
+}
+
+impl From<Obstacle> for MapError {
+    fn from(obstacle: Obstacle) -> Self {
+        match obstacle {
+            Obstacle::Mapping | Obstacle::Table => MapError::Overlap,
+            Obstacle::NoMemory => MapError::NoMemory,
+        }
+    }
+}
+
+impl Writer {
+    pub(super) fn new() -> Self {
+        Writer { mappings: 0, nodes: 0, idle: VecDeque::new() }
+    }
+
+    /// Maps, or changes nothing that a reader could see.
+    pub(super) fn map(&mut self, root: &Root, budget: &Budget, request: &Request) -> Result<(), Obstacle> {
+        if request.end - request.start == span(0) {
+            self.map_page(root, budget, request)?;
+        } else {
+            self.prepare(root, None, ROOT_LEVEL, budget, request.start, request.end)?;
+            fill(root, None, ROOT_LEVEL, request, request.start, request.end);
+        }
+        self.mappings += 1;
+        Ok(())
+    }
+
+    /// Maps a single page: one walk.
+    fn map_page(&mut self, root: &Root, budget: &Budget, request: &Request) -> Result<(), Obstacle> {
+        let mut parent = None;
+        let mut slot = root_slot(root, request.start);
+        for level in (0..ROOT_LEVEL).rev() {
+            let table = self.table_at(slot, parent, level, budget, request.start)?;
+            parent = Some(slot);
+            slot = table.slot(level, request.start);
+        }
+        if !slot.load().is_empty() {
+            return Err(Obstacle::Mapping);
+        }
+        slot.store(Entry::leaf(request.phys, request.flags).marked(true, true));
+        add_live(parent, 1);
+        Ok(())
+    }
+
+    /// Makes sure that nothing is in the way of a MAP and that there are all tables that it needs. `slots` are a table of
+    /// `level` to which the slot `parent` leads; the range lies inside it.
+    fn prepare(
+        &mut self,
+        slots: &[Slot],
+        parent: Option<&Slot>,
+        level: u32,
+        budget: &Budget,
+        start: u64,
+        end: u64,
+    ) -> Result<(), Obstacle> {
+        for piece in pieces(slots, level, start, end) {
+            if !piece.whole {
+                let table = self.table_at(piece.slot, parent, level - 1, budget, piece.start)?;
+                self.prepare(table.slots(), Some(piece.slot), level - 1, budget, piece.start, piece.end)?;
+                continue;
+            }
+            let entry = piece.slot.load();
+            if entry.is_leaf() {
+                return Err(Obstacle::Mapping);
+            }
+            if !entry.is_empty() {
+                return Err(Obstacle::Table);
+            }
+        }
+        Ok(())
+    }
+
+    /// The table of `level` to which `slot` leads, made if there is none. `parent` leads to the table that `slot` is in.
+    fn table_at<'a>(
+        &mut self,
+        slot: &'a Slot,
+        parent: Option<&Slot>,
+        level: u32,
+        budget: &Budget,
+        iova: u64,
+    ) -> Result<&'a Node, Obstacle> {
+        let mut entry = slot.load();
+        if entry.is_leaf() {
+            return Err(Obstacle::Mapping);
+        }
+        if entry.is_empty() {
+            let node = budget.allocate().ok_or(Obstacle::NoMemory)?;
+            entry = Entry::table(node);
+            slot.store(entry);
+            add_live(parent, 1);
+            self.nodes += 1;
+            self.idle.push_back((level, iova));
+        }
+        // SAFETY: Not empty and not a leaf; we are the writer, and tables are freed only after `&mut self` has ended.
+        Ok(unsafe { entry.node() })
+    }
+
+    /// Removes every mapping inside the inclusive range, and says how many, or finds that one of them sticks out of it.
+    pub(super) fn unmap(&mut self, root: &Root, start: u64, end: u64, unlinked: &mut Unlinked) -> Result<u64, Splits> {
+        if start ^ end <= span(0) {
+            return self.unmap_page(root, start, end);
+        }
+        // A mapping that sticks out covers the first or the last byte of the range.
+        for byte in [start, end] {
+            if let Some((entry, level)) = find(root, byte) {
+                let (first, last) = (byte & !span(level), byte | span(level));
+                let begins = first > start || first == start && entry.is_first();
+                let ends = last < end || last == end && entry.is_last();
+                if byte == start && !begins || byte == end && !ends {
+                    return Err(Splits);
+                }
+            }
+        }
+        let removed = self.remove(root, None, ROOT_LEVEL, start, end, unlinked);
+        self.mappings -= removed;
+        Ok(removed)
+    }
+
+    /// The same for a range inside a single page: one walk.
+    fn unmap_page(&mut self, root: &Root, start: u64, end: u64) -> Result<u64, Splits> {
+        let mut parent = None;
+        let mut slot = root_slot(root, start);
+        let mut entry = slot.load();
+        for level in (0..ROOT_LEVEL).rev() {
+            if !entry.is_table() {
+                break;
+            }
+            parent = Some((slot, level));
+            // SAFETY: A table, and we are the writer.
+            slot = unsafe { entry.node() }.slot(level, start);
+            entry = slot.load();
+        }
+        if entry.is_empty() {
+            return Ok(0);
+        }
+        let Some((parent, 0)) = parent else { return Err(Splits) };
+        if end - start != span(0) || !entry.is_first() || !entry.is_last() {
+            return Err(Splits);
+        }
+        slot.store(Entry::EMPTY);
+        self.drop_live(parent, 1, 0, start);
+        self.mappings -= 1;
+        Ok(1)
+    }
+
+    /// Removes what is inside the range from the table of `level` that `slots` are and to which `parent` leads. Tables that
+    /// lie wholly inside go too. Returns the number of mappings.
+    fn remove(
+        &mut self,
+        slots: &[Slot],
+        parent: Option<&Slot>,
+        level: u32,
+        start: u64,
+        end: u64,
+        unlinked: &mut Unlinked,
+    ) -> u64 {
+        let (mut mappings, mut cleared) = (0, 0);
+        let live = parent.map_or(slots.len() as u64, |slot| slot.load().live());
+        for piece in pieces(slots, level, start, end) {
+            if cleared == live {
+                break;
+            }
+            let entry = piece.slot.load();
+            if entry.is_empty() {
+                continue;
+            }
+            if entry.is_table() && !piece.whole {
+                // SAFETY: A table, and we are the writer.
+                let table = unsafe { entry.node() };
+                mappings += self.remove(table.slots(), Some(piece.slot), level - 1, piece.start, piece.end, unlinked);
+                continue;
+            }
+            piece.slot.store(Entry::EMPTY);
+            cleared += 1;
+            mappings += self.harvest(entry, unlinked);
+        }
+        if let Some(parent) = parent.filter(|_| cleared > 0) {
+            self.drop_live(parent, cleared, level, start);
+        }
+        mappings
+    }
+
+    /// Counts the mappings that begin in what a slot, which is cleared by now, led to, and hands on the tables.
+    fn harvest(&mut self, entry: Entry, unlinked: &mut Unlinked) -> u64 {
+        if entry.is_leaf() {
+            return u64::from(entry.is_first());
+        }
+        // SAFETY: A table, and we are the writer.
+        let slots = unsafe { entry.node() }.slots();
+        let live = slots.iter().map(Slot::load).filter(|entry| !entry.is_empty()).take(entry.live() as usize);
+        let mappings = live.map(|entry| self.harvest(entry, unlinked)).sum();
+        self.retire(entry, unlinked);
+        mappings
+    }
+
+    /// Removes everything and returns the number of mappings.
+    pub(super) fn clear(&mut self, root: &Root, unlinked: &mut Unlinked) -> u64 {
+        let removed = self.remove(root, None, ROOT_LEVEL, 0, u64::MAX, unlinked);
+        self.mappings -= removed;
+        self.idle.clear();
+        removed
+    }
+
+    /// Unlinks the oldest idle tables until there are no more than the address space keeps.
+    pub(super) fn trim(&mut self, root: &Root, unlinked: &mut Unlinked) {
+        while self.idle.len() > IDLE_MAX {
+            self.unlink_oldest(root, unlinked);
+        }
+    }
+
+    /// Unlinks all idle tables: each that is left has a mapping.
+    pub(super) fn unlink_idle(&mut self, root: &Root, unlinked: &mut Unlinked) {
+        while !self.idle.is_empty() {
+            self.unlink_oldest(root, unlinked);
+        }
+    }
+
+    /// Takes the oldest table off the list, and out of the tree if it is still without live slots.
+    fn unlink_oldest(&mut self, root: &Root, unlinked: &mut Unlinked) {
+        let Some((level, iova)) = self.idle.pop_front() else { return };
+        let mut parent = None;
+        let mut slot = root_slot(root, iova);
+        for above in (level + 1..ROOT_LEVEL).rev() {
+            let entry = slot.load();
+            if !entry.is_table() {
+                return;
+            }
+            parent = Some(slot);
+            // SAFETY: A table, and we are the writer.
+            slot = unsafe { entry.node() }.slot(above, iova);
+        }
+        let entry = slot.load();
+        if !entry.is_table() || !entry.is_idle() {
+            return;
+        }
+        if entry.live() > 0 {
+            slot.store(entry.idle(false));
+            return;
+        }
+        slot.store(Entry::EMPTY);
+        self.retire(entry, unlinked);
+        if let Some(parent) = parent {
+            self.drop_live(parent, 1, level + 1, iova);
+        }
+    }
+
+    /// Takes `less` live slots from the table of `level` to which `slot` leads and which covers `iova`.
+    fn drop_live(&mut self, slot: &Slot, less: u64, level: u32, iova: u64) {
+        let mut entry = slot.load().minus(less);
+        if entry.live() == 0 && !entry.is_idle() {
+            entry = entry.idle(true);
+            self.idle.push_back((level, iova));
+        }
+        slot.store(entry);
+    }
+
+    /// Hands on a table, which the tree does not lead to any more.
+    fn retire(&mut self, entry: Entry, unlinked: &mut Unlinked) {
+        self.nodes -= 1;
+        unlinked.extend(NonNull::new(entry.address()));
+    }
+}
+
+/// The leaf that covers `iova`, and its level.
+#[inline]
+pub(super) fn find(root: &Root, iova: u64) -> Option<(Entry, u32)> {
+    let mut entry = root_slot(root, iova).load();
+    for level in (0..=ROOT_LEVEL).rev() {
+        if entry.is_leaf() {
+            return Some((entry, level));
+        }
+        if entry.is_empty() || level == 0 {
+            return None;
+        }
+        // SAFETY: A table. Who calls is in a read-side section or is the writer.
+        entry = unsafe { entry.node() }.slot(level - 1, iova).load();
+    }
+    None
+}
+
+/// Adds live slots to the table to which `slot` leads; the root does not count its own.
+fn add_live(slot: Option<&Slot>, more: u64) {
+    if let Some(slot) = slot {
+        slot.store(slot.load().plus(more));
+    }
+}
+
+/// Writes the leaves of a MAP for which [`Writer::prepare`] has made room.
+fn fill(slots: &[Slot], parent: Option<&Slot>, level: u32, request: &Request, start: u64, end: u64) {
+    let mut filled = 0;
+    for piece in pieces(slots, level, start, end) {
+        if piece.whole {
+            let phys = request.phys.wrapping_add(piece.start - request.start);
+            let leaf = Entry::leaf(phys, request.flags);
+            piece.slot.store(leaf.marked(piece.start == request.start, piece.end == request.end));
+            filled += 1;
+        } else {
+            // SAFETY: `prepare` has put a table there; we are the writer.
+            let table = unsafe { piece.slot.load().node() };
+            fill(table.slots(), Some(piece.slot), level - 1, request, piece.start, piece.end);
+        }
+    }
+    add_live(parent, filled);
+}
