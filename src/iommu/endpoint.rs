@@ -1,8 +1,15 @@
 //! An endpoint, as the one who accesses memory sees it.
 
+use std::marker::PhantomData;
+use std::ptr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
+
+use super::domain::Domain;
 use super::grace::Guard;
+use super::limits::Reserved;
 use crate::trace::event::{Access, Route};
-use crate::wire::virtio_iommu::FaultReason;
+use crate::wire::virtio_iommu::{FaultReason, MapFlags, ResvMemKind};
 
 /// Where an I/O virtual address leads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,11 +39,30 @@ pub struct Refused {
 /// An endpoint, as the one who accesses memory sees it.
 pub struct Endpoint {
     id: u32,
+    /// What the endpoint is to the device; `None` for an id that it does not manage.
+    managed: Option<Managed>,
+    pub(super) domain: Slot<Domain>,
+}
+
+/// What holds for an endpoint in any domain and in none.
+struct Managed {
+    /// In the order of their addresses.
+    reserved: Box<[Reserved]>,
+    /// `bypass` of the device's configuration.
+    bypass: Arc<AtomicBool>,
 }
 
 impl Endpoint {
-    pub(super) fn new(id: u32) -> Self {
-        Endpoint { id }
+    /// An endpoint that the device manages, attached to nothing. `bypass` is that of the device's configuration.
+    pub(super) fn new(id: u32, mut reserved: Vec<Reserved>, bypass: Arc<AtomicBool>) -> Self {
+        reserved.sort_by_key(|region| region.start);
+        let managed = Managed { reserved: reserved.into_boxed_slice(), bypass };
+        Endpoint { id, managed: Some(managed), domain: Slot::empty() }
+    }
+
+    /// An endpoint that the device does not manage: all its accesses fault.
+    pub(super) fn unknown(id: u32) -> Self {
+        Endpoint { id, managed: None, domain: Slot::empty() }
     }
 
     /// The endpoint id.
@@ -44,10 +70,163 @@ impl Endpoint {
         self.id
     }
 
-    /// Translates one address. The answer may be used until `guard` is dropped: no request that would make it wrong
-    /// is answered before.
+    /// The reserved regions, in the order of their addresses.
+    pub(super) fn reserved(&self) -> &[Reserved] {
+        self.managed.as_ref().map_or(&[], |managed| &managed.reserved)
+    }
+
+    /// Translates one address. The answer may be used until `guard`, a guard of the same device's reader, is dropped:
+    /// no request that would make it wrong is answered before.
     pub fn translate(&self, guard: &Guard<'_>, iova: u64, access: Access) -> Result<Translation, Refused> {
-        let _ = (guard, access);
-        Ok(Translation { gpa: iova, len: u64::MAX - iova, route: Route::Bypass, domain: 0, tag: 0 })
+        let Some(managed) = &self.managed else {
+            return Err(Refused { reason: FaultReason::Unknown, domain: None });
+        };
+        // The one read that decides: what follows belongs to this domain, whatever is attached meanwhile.
+        let domain = self.domain.get(guard);
+        let id = domain.map(|domain| domain.id);
+        let refused = |reason| Err(Refused { reason, domain: id });
+
+        // Up to the next reserved region, one answer holds.
+        let mut limit = u64::MAX - iova;
+        let after = managed.reserved.iter().find(|region| region.end >= iova);
+        if let Some(region) = after {
+            if region.start <= iova {
+                return match region.kind {
+                    ResvMemKind::Reserved => refused(FaultReason::Mapping),
+                    ResvMemKind::Msi => Ok(Translation {
+                        gpa: iova,
+                        len: (region.end - iova).saturating_add(1),
+                        route: Route::Msi,
+                        domain: id.unwrap_or(0),
+                        tag: 0,
+                    }),
+                };
+            }
+            limit = region.start - iova - 1;
+        }
+        let limit = limit.saturating_add(1);
+
+        let bypass = Translation { gpa: iova, len: limit, route: Route::Bypass, domain: id.unwrap_or(0), tag: 0 };
+        let Some(domain) = domain else {
+            return match managed.bypass.load(Ordering::Acquire) {
+                true => Ok(bypass),
+                false => refused(FaultReason::Domain),
+            };
+        };
+        let Some(space) = &domain.space else { return Ok(bypass) };
+        let needed = match access {
+            Access::Read => MapFlags::READ,
+            Access::Write => MapFlags::WRITE,
+        };
+        match space.lookup(guard, iova) {
+            Some(found) if found.flags.contains(needed) => Ok(Translation {
+                gpa: found.phys,
+                len: found.len.min(limit),
+                route: Route::Mapped,
+                domain: domain.id,
+                tag: 0,
+            }),
+            _ => refused(FaultReason::Mapping),
+        }
+    }
+}
+
+/// A place for an `Arc` that readers borrow without counting, as long as their guard lives.
+pub(super) struct Slot<T> {
+    pointer: AtomicPtr<T>,
+    /// The slot owns one count.
+    owner: PhantomData<Arc<T>>,
+}
+
+impl<T> Slot<T> {
+    fn empty() -> Self {
+        Slot { pointer: AtomicPtr::new(ptr::null_mut()), owner: PhantomData }
+    }
+
+    /// What is in the slot.
+    fn get<'g>(&self, _guard: &'g Guard<'_>) -> Option<&'g T> {
+        // SAFETY: a pointer that is not null came from `Arc::into_raw` in `replace`, and the slot's count is given
+        // back by the `replace` that takes it out, whose caller keeps it until a grace period that began after it has
+        // ended. That grace period waits for `_guard` if the guard could have loaded the pointer.
+        unsafe { self.pointer.load(Ordering::Acquire).as_ref() }
+    }
+
+    /// Puts `new` into the slot. The caller must keep what it gets back until a grace period that begins after this
+    /// call has ended.
+    #[must_use]
+    pub(super) fn replace(&self, new: Option<Arc<T>>) -> Option<Arc<T>> {
+        let new = new.map_or(ptr::null_mut(), |new| Arc::into_raw(new).cast_mut());
+        let old = self.pointer.swap(new, Ordering::AcqRel);
+        // SAFETY: a pointer that is not null came from `Arc::into_raw` above, and the swap made this call its only
+        // owner.
+        (!old.is_null()).then(|| unsafe { Arc::from_raw(old) })
+    }
+}
+
+impl<T> Drop for Slot<T> {
+    fn drop(&mut self) {
+        // Nobody reads a slot that is being dropped; a reader of the same value through another slot relies on that
+        // slot's count.
+        drop(self.replace(None));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::iommu::address_space::AddressSpace;
+    use crate::iommu::grace::Grace;
+
+    const MSI: Reserved = Reserved { kind: ResvMemKind::Msi, start: 0xfee0_0000, end: 0xfeef_ffff };
+    const HOLE: Reserved = Reserved { kind: ResvMemKind::Reserved, start: 0x8000, end: 0x8fff };
+
+    fn endpoint(bypass: bool) -> Endpoint {
+        Endpoint::new(8, vec![MSI, HOLE], Arc::new(AtomicBool::new(bypass)))
+    }
+
+    #[test]
+    fn bypass_stops_short_of_a_reserved_region_and_goes_on_behind_it() {
+        let grace = Grace::new();
+        let mut reader = grace.reader();
+        let guard = reader.enter();
+        let endpoint = endpoint(true);
+        let at = |iova| endpoint.translate(&guard, iova, Access::Read).map(|found| (found.route, found.gpa, found.len));
+        assert_eq!(at(0x1000), Ok((Route::Bypass, 0x1000, 0x7000)));
+        assert_eq!(at(0x7fff), Ok((Route::Bypass, 0x7fff, 1)));
+        assert_eq!(at(0x8000).unwrap_err().reason, FaultReason::Mapping);
+        assert_eq!(at(0x9000), Ok((Route::Bypass, 0x9000, MSI.start - 0x9000)));
+        assert_eq!(at(MSI.start), Ok((Route::Msi, MSI.start, 0x10_0000)));
+        assert_eq!(at(MSI.end), Ok((Route::Msi, MSI.end, 1)));
+        assert_eq!(at(u64::MAX), Ok((Route::Bypass, u64::MAX, 1)));
+    }
+
+    #[test]
+    fn a_run_of_2_to_the_64_does_not_overflow() {
+        let grace = Grace::new();
+        let mut reader = grace.reader();
+        let guard = reader.enter();
+        let endpoint = Endpoint::new(8, Vec::new(), Arc::new(AtomicBool::new(true)));
+        assert_eq!(endpoint.translate(&guard, 0, Access::Read).map(|found| found.len), Ok(u64::MAX));
+    }
+
+    #[test]
+    fn a_slot_frees_what_it_holds() {
+        let slot = Slot::empty();
+        let value = Arc::new(5);
+        assert!(slot.replace(Some(value.clone())).is_none());
+        assert_eq!(Arc::strong_count(&value), 2);
+        drop(slot);
+        assert_eq!(Arc::strong_count(&value), 1);
+    }
+
+    #[test]
+    fn a_domain_outlives_the_device_for_the_endpoint_that_is_attached() {
+        let grace = Grace::new();
+        let mut reader = grace.reader();
+        let endpoint = endpoint(false);
+        let domain = Arc::new(Domain { id: 3, space: None::<AddressSpace> });
+        assert!(endpoint.domain.replace(Some(domain)).is_none());
+        let guard = reader.enter();
+        assert_eq!(endpoint.translate(&guard, 0, Access::Write).map(|found| found.domain), Ok(3));
     }
 }

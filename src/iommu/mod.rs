@@ -1,118 +1,87 @@
 //! The vIOMMU itself: endpoints, domains and address spaces. It knows no socket, no queue and no thread.
+//!
+//! One side changes it, under one lock: [`Iommu::execute`] and the resets. The other side reads, without a lock:
+//! [`Endpoint::translate`] inside a guard of a [`grace::Reader`]. What a request removed may be in use by a reader until
+//! [`Iommu::settle`] returns, so the driver is told of a removal only after it.
 
 pub mod address_space;
+pub mod counters;
+mod domain;
 pub mod endpoint;
+pub mod fault;
 pub mod grace;
+mod limits;
+mod request;
 mod sync;
 
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use address_space::{AddressSpace, Budget};
+pub use counters::Counters;
+use counters::Counts;
+use domain::{Domain, Domains};
 pub use endpoint::{Endpoint, Translation};
-use std::sync::Arc;
+pub use fault::Fault;
+use fault::{FaultListener, FaultQueue};
+pub use limits::{EndpointSettings, Limits, Reserved, Settings};
+pub use request::{NotARequest, Request};
 
-use crate::trace::event::Access;
 use crate::trace::{Event, Tracer};
-use crate::wire::virtio_iommu::{FaultReason, ResvMemKind};
-
-/// A region of an endpoint's I/O virtual addresses that cannot be mapped; both ends inclusive.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Reserved {
-    /// What the region is.
-    pub kind: ResvMemKind,
-    /// First address.
-    pub start: u64,
-    /// Last address.
-    pub end: u64,
-}
-
-/// An endpoint that the device manages.
-#[derive(Clone, Debug)]
-pub struct EndpointSettings {
-    /// The endpoint id; for a PCI function its bus, device and function number as the VIOT gives it.
-    pub id: u32,
-    /// Its reserved regions, which PROBE reports; at most one of kind MSI, none overlapping another.
-    pub reserved: Vec<Reserved>,
-}
-
-/// What the resources of the device are.
-#[derive(Clone, Debug)]
-pub struct Limits {
-    /// Bytes that all page tables together may take; a MAP beyond it gets `NOMEM`.
-    pub table_bytes: u64,
-    /// Domains that may exist at once; an ATTACH beyond it gets `NOMEM`.
-    pub domains: u32,
-    /// Faults that are kept while the driver has no buffer in the event queue; later ones are dropped and counted.
-    pub pending_faults: usize,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Limits { table_bytes: 256 << 20, domains: 65_536, pending_faults: 1024 }
-    }
-}
-
-/// What the device offers, fixed for its life.
-#[derive(Clone, Debug)]
-pub struct Settings {
-    /// Supported page sizes; the lowest bit is the granule.
-    pub page_size_mask: u64,
-    /// First and last address that can be mapped.
-    pub input_range: (u64, u64),
-    /// First and last domain id.
-    pub domain_range: (u32, u32),
-    /// What `bypass` in the configuration is at power-on and after a system reset.
-    pub boot_bypass: bool,
-    /// The endpoints.
-    pub endpoints: Vec<EndpointSettings>,
-    /// The limits.
-    pub limits: Limits,
-}
-
-impl Default for Settings {
-    /// Pages of 4 KiB, 2 MiB and 1 GiB; all 2^64 addresses; all domain ids; bypass at boot, since firmware
-    /// drives devices before any IOMMU driver runs.
-    fn default() -> Self {
-        Settings {
-            page_size_mask: (1 << 12) | (1 << 21) | (1 << 30),
-            input_range: (0, u64::MAX),
-            domain_range: (0, u32::MAX),
-            boot_bypass: true,
-            endpoints: Vec::new(),
-            limits: Limits::default(),
-        }
-    }
-}
-
-/// An access that was refused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Fault {
-    /// The endpoint.
-    pub endpoint: u32,
-    /// Why.
-    pub reason: FaultReason,
-    /// Read or write.
-    pub access: Access,
-    /// The first I/O virtual address that could not be accessed.
-    pub address: u64,
-    /// The domain that the endpoint was attached to.
-    pub domain: Option<u32>,
-}
+use crate::wire::virtio_iommu::{Config, FaultRecord, feature};
 
 /// The device, without its transport.
 pub struct Iommu {
+    settings: Settings,
     grace: Arc<grace::Grace>,
+    budget: Arc<Budget>,
     tracer: Tracer,
+    /// Fixed at the start, so that no request can make the device manage more.
+    endpoints: HashMap<u32, Arc<Endpoint>>,
+    domains: Mutex<Domains>,
+    /// `bypass` of the configuration, which every endpoint reads.
+    bypass: Arc<AtomicBool>,
+    /// What the driver accepted.
+    features: AtomicU64,
+    faults: FaultQueue,
+    counts: Counts,
 }
 
 impl Iommu {
+    /// The device type's features that are offered (section 5.13.3).
+    pub const FEATURES: u64 = feature::INPUT_RANGE
+        | feature::DOMAIN_RANGE
+        | feature::MAP_UNMAP
+        | feature::PROBE
+        | feature::MMIO
+        | feature::BYPASS_CONFIG;
+
     /// A device as it is at power-on.
     pub fn new(settings: Settings, tracer: Tracer) -> Arc<Iommu> {
-        let _ = settings;
-        Arc::new(Iommu { grace: grace::Grace::new(), tracer })
+        let bypass = Arc::new(AtomicBool::new(settings.boot_bypass));
+        let endpoints = settings.endpoints.iter().map(|endpoint| {
+            let id = endpoint.id;
+            (id, Arc::new(Endpoint::new(id, endpoint.reserved.clone(), bypass.clone())))
+        });
+        Arc::new(Iommu {
+            endpoints: endpoints.collect(),
+            grace: grace::Grace::new(),
+            budget: Budget::new(settings.limits.table_bytes),
+            tracer,
+            domains: Mutex::default(),
+            bypass,
+            features: AtomicU64::new(0),
+            faults: FaultQueue::new(settings.limits.pending_faults),
+            counts: Counts::default(),
+            settings,
+        })
     }
 
     /// A translator for the accesses of the endpoint `id`. An id that the device does not manage gets one too: all its
     /// accesses fault with reason UNKNOWN.
     pub fn endpoint(&self, id: u32) -> Arc<Endpoint> {
-        Arc::new(Endpoint::new(id))
+        self.endpoints.get(&id).cloned().unwrap_or_else(|| Arc::new(Endpoint::unknown(id)))
     }
 
     /// A new reader: one for each thread that translates.
@@ -120,7 +89,8 @@ impl Iommu {
         self.grace.reader()
     }
 
-    /// Traces a fault and queues it for the driver's event queue.
+    /// Traces a fault and queues it for the driver's event queue. Never waits for the driver: a fault that finds the
+    /// queue full is dropped and counted.
     pub fn report(&self, fault: Fault) {
         self.tracer.emit(Event::Fault {
             endpoint: fault.endpoint,
@@ -129,5 +99,102 @@ impl Iommu {
             address: fault.address,
             domain: fault.domain,
         });
+        let queued = self.faults.push(&fault);
+        self.counts.fault(queued);
+    }
+
+    /// Sets who is called when a fault was queued, or nobody.
+    pub fn on_fault(&self, listener: Option<FaultListener>) {
+        self.faults.listen(listener);
+    }
+
+    /// Whether a fault waits for the driver.
+    pub fn has_fault(&self) -> bool {
+        !self.faults.is_empty()
+    }
+
+    /// Takes the oldest fault that the driver was not told yet.
+    pub fn next_fault(&self) -> Option<FaultRecord> {
+        self.faults.pop()
+    }
+
+    /// The device configuration (section 5.13.4).
+    pub fn config(&self) -> Config {
+        let Settings { input_range, domain_range, page_size_mask, .. } = self.settings;
+        Config {
+            page_size_mask: page_size_mask.into(),
+            input_range: [input_range.0.into(), input_range.1.into()],
+            domain_range: [domain_range.0.into(), domain_range.1.into()],
+            probe_size: (self.probe_size() as u32).into(),
+            bypass: u8::from(self.bypass.load(Ordering::Acquire)),
+            reserved: [0; 3],
+        }
+    }
+
+    /// Bytes of properties in a PROBE request, without the tail.
+    pub fn probe_size(&self) -> usize {
+        self.settings.probe_size()
+    }
+
+    /// The driver accepted these of [`Iommu::FEATURES`].
+    pub fn set_features(&self, accepted: u64) {
+        self.features.store(accepted & Self::FEATURES, Ordering::Release);
+    }
+
+    fn features(&self) -> u64 {
+        self.features.load(Ordering::Acquire)
+    }
+
+    /// The driver writes `bypass`. Returns false, and changes nothing, if the value is neither 0 nor 1 or if
+    /// BYPASS_CONFIG was not negotiated (section 5.13.4.1). When it returns, no access uses the old value.
+    pub fn write_bypass(&self, value: u8) -> bool {
+        if value > 1 || self.features() & feature::BYPASS_CONFIG == 0 {
+            return false;
+        }
+        self.bypass.store(value == 1, Ordering::Release);
+        self.grace.synchronize();
+        true
+    }
+
+    /// Waits until no access can use anything that requests removed so far. Costs nothing if nothing was removed. The
+    /// caller must hold no guard.
+    pub fn settle(&self) {
+        let removed = self.domains().take_removed();
+        if let Some(retired) = removed {
+            self.grace.synchronize();
+            drop(retired);
+        }
+    }
+
+    /// The driver reset the device: all endpoints are detached, all domains are gone, and `bypass` stays. When it
+    /// returns, no access uses what was removed.
+    pub fn device_reset(&self) {
+        self.domains().clear();
+        self.counts.all_unmapped();
+        self.faults.clear();
+        self.set_features(0);
+        self.settle();
+    }
+
+    /// The machine was reset: as [`Iommu::device_reset`], and `bypass` has its boot value again.
+    pub fn system_reset(&self) {
+        self.bypass.store(self.settings.boot_bypass, Ordering::Release);
+        self.device_reset();
+    }
+
+    /// What the device did so far.
+    pub fn counters(&self) -> Counters {
+        self.counts.read(self.budget.used())
+    }
+
+    fn new_domain(&self, id: u32, bypass: bool) -> Domain {
+        Domain { id, space: (!bypass).then(|| AddressSpace::new(self.grace.clone(), self.budget.clone())) }
+    }
+}
+
+impl Drop for Iommu {
+    fn drop(&mut self) {
+        // Endpoints and readers may outlive the device; what was retired must still not be freed under them.
+        self.settle();
     }
 }

@@ -1,7 +1,151 @@
 //! The virtio-iommu device over vhost-user. The only place that knows vhost-user and virtqueues.
+//!
+//! [`Server::run`] serves one frontend after the other: when QEMU ends, the device is as at power-on and waits for the
+//! next. Nothing that a frontend or a guest does ends it: a frontend that breaks the protocol loses its connection, a
+//! guest that breaks its queue is not served until it resets the device.
+
+mod backend;
+mod config;
+mod queue;
+mod reset;
+mod ring;
+mod server;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use reset::{Action, Lifecycle};
+use serde::Serialize;
+pub use server::{Server, ServerError, Shutdown};
+
+use crate::iommu::Iommu;
+use crate::trace::event::{Channel, ResetKind};
+use crate::trace::{Event, Tracer};
 
 /// The request queue and the event queue (virtio specification, section 5.13.2).
 pub const QUEUES: usize = 2;
-
-/// Entries of each queue.
+/// Entries of each queue, as QEMU is told to offer them.
 pub const QUEUE_SIZE: u16 = 256;
+/// The request queue.
+const REQUESTS: usize = 0;
+/// The event queue.
+const EVENTS: usize = 1;
+
+/// What the virtqueues did since the process began.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Counters {
+    /// Kicks of the driver, on both queues.
+    pub kicks: u64,
+    /// Used buffer notifications to the driver, on both queues.
+    pub notifications: u64,
+    /// Requests of a type that does not exist; these are malformed too.
+    pub unknown: u64,
+    /// Chains that were no request or no buffer for a fault, and queues that were no queue.
+    pub malformed: u64,
+}
+
+/// The live form of [`Counters`].
+#[derive(Default)]
+struct Counts {
+    kicks: AtomicU64,
+    notifications: AtomicU64,
+    unknown: AtomicU64,
+    malformed: AtomicU64,
+}
+
+/// What outlives a connection.
+struct Shared {
+    iommu: Arc<Iommu>,
+    tracer: Tracer,
+    lifecycle: Mutex<Lifecycle>,
+    counts: Counts,
+}
+
+impl Shared {
+    fn queue_started(&self, queue: usize, base: u16) {
+        let mut lifecycle = self.lifecycle();
+        let action = lifecycle.started(queue, base);
+        self.apply(action);
+    }
+
+    /// Returns whether it was running.
+    fn queue_stopped(&self, queue: usize, index: u16) -> bool {
+        self.lifecycle().stopped(queue, index)
+    }
+
+    /// The frontend is gone: the next one finds the device as at power-on.
+    fn disconnected(&self) {
+        let mut lifecycle = self.lifecycle();
+        *lifecycle = Lifecycle::default();
+        self.iommu.system_reset();
+        self.tracer.emit(Event::Session { channel: Channel::VhostUser, endpoint: None, connected: false });
+    }
+
+    /// The lifecycle stays locked while its action is done, so that a queue starts after it.
+    fn apply(&self, action: Option<Action>) {
+        let reset = match action {
+            None => return,
+            Some(Action::Resume) => ResetKind::Resume,
+            Some(Action::DeviceReset) => {
+                self.iommu.device_reset();
+                ResetKind::Device
+            }
+            Some(Action::SystemReset) => {
+                self.iommu.system_reset();
+                ResetKind::System
+            }
+        };
+        self.tracer.emit(Event::Reset { reset, endpoint: None });
+    }
+
+    fn lifecycle(&self) -> MutexGuard<'_, Lifecycle> {
+        self.lifecycle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Tells the device what vhost-user does not: see [`Server::control`]. Without any of it the device still tells a reset
+/// of the driver from a pause; with it, it restores the boot-time `bypass` when the machine is reset.
+#[derive(Clone)]
+pub struct Control {
+    shared: Arc<Shared>,
+}
+
+impl Control {
+    /// A PCI function of the machine was reset over vfio-user (DEVICE_RESET). If the virtqueues are stopped and ran
+    /// before, the machine is being reset. To be called after the function has stopped its accesses.
+    pub fn function_reset(&self) {
+        let mut lifecycle = self.shared.lifecycle();
+        let action = lifecycle.function_reset();
+        self.shared.apply(action);
+    }
+
+    /// QMP's RESET event: the machine was reset.
+    pub fn machine_reset(&self) {
+        let mut lifecycle = self.shared.lifecycle();
+        let action = lifecycle.machine_reset();
+        self.shared.apply(action);
+    }
+
+    /// QMP's STOP event: the machine was paused. All state is kept.
+    pub fn machine_paused(&self) {
+        if self.shared.lifecycle().machine_paused() {
+            self.shared.tracer.emit(Event::Reset { reset: ResetKind::Pause, endpoint: None });
+        }
+    }
+
+    /// QMP's RESUME event: the machine goes on.
+    pub fn machine_resumed(&self) {
+        self.shared.lifecycle().machine_resumed();
+    }
+
+    /// What the virtqueues did so far.
+    pub fn counters(&self) -> Counters {
+        let counts = &self.shared.counts;
+        Counters {
+            kicks: counts.kicks.load(Ordering::Relaxed),
+            notifications: counts.notifications.load(Ordering::Relaxed),
+            unknown: counts.unknown.load(Ordering::Relaxed),
+            malformed: counts.malformed.load(Ordering::Relaxed),
+        }
+    }
+}

@@ -1,0 +1,124 @@
+//! What the device did so far, readable at any time.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde::Serialize;
+
+use super::request::Request;
+use crate::wire::virtio_iommu::Status;
+
+/// Requests of one type.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct RequestCount {
+    /// Answered, with any status.
+    pub total: u64,
+    /// Of these, with a status other than OK.
+    pub failed: u64,
+}
+
+/// What the device did since the process began.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Counters {
+    /// ATTACH requests.
+    pub attach: RequestCount,
+    /// DETACH requests.
+    pub detach: RequestCount,
+    /// MAP requests.
+    pub map: RequestCount,
+    /// UNMAP requests.
+    pub unmap: RequestCount,
+    /// PROBE requests.
+    pub probe: RequestCount,
+    /// Mappings that exist.
+    pub mappings_live: u64,
+    /// The most mappings that existed at once.
+    pub mappings_peak: u64,
+    /// Bytes that all page tables take.
+    pub table_bytes: u64,
+    /// Accesses that were refused.
+    pub faults: u64,
+    /// Of these, those that the driver is not told: its event queue and the device's were full.
+    pub faults_dropped: u64,
+}
+
+/// The live form of [`RequestCount`].
+#[derive(Default)]
+struct Count {
+    total: AtomicU64,
+    failed: AtomicU64,
+}
+
+impl Count {
+    fn add(&self, status: Status) {
+        self.total.fetch_add(1, Ordering::Relaxed);
+        if status != Status::Ok {
+            self.failed.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn read(&self) -> RequestCount {
+        RequestCount { total: self.total.load(Ordering::Relaxed), failed: self.failed.load(Ordering::Relaxed) }
+    }
+}
+
+/// The live form of [`Counters`].
+#[derive(Default)]
+pub(super) struct Counts {
+    attach: Count,
+    detach: Count,
+    map: Count,
+    unmap: Count,
+    probe: Count,
+    mappings_live: AtomicU64,
+    mappings_peak: AtomicU64,
+    faults: AtomicU64,
+    faults_dropped: AtomicU64,
+}
+
+impl Counts {
+    pub(super) fn request(&self, request: &Request, status: Status) {
+        let count = match request {
+            Request::Attach(_) => &self.attach,
+            Request::Detach(_) => &self.detach,
+            Request::Map(_) => &self.map,
+            Request::Unmap(_) => &self.unmap,
+            Request::Probe(_) => &self.probe,
+        };
+        count.add(status);
+    }
+
+    pub(super) fn mapped(&self) {
+        let live = self.mappings_live.fetch_add(1, Ordering::Relaxed) + 1;
+        self.mappings_peak.fetch_max(live, Ordering::Relaxed);
+    }
+
+    pub(super) fn unmapped(&self, mappings: u64) {
+        self.mappings_live.fetch_sub(mappings, Ordering::Relaxed);
+    }
+
+    pub(super) fn all_unmapped(&self) {
+        self.mappings_live.store(0, Ordering::Relaxed);
+    }
+
+    pub(super) fn fault(&self, delivered: bool) {
+        self.faults.fetch_add(1, Ordering::Relaxed);
+        if !delivered {
+            self.faults_dropped.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    pub(super) fn read(&self, table_bytes: u64) -> Counters {
+        Counters {
+            attach: self.attach.read(),
+            detach: self.detach.read(),
+            map: self.map.read(),
+            unmap: self.unmap.read(),
+            probe: self.probe.read(),
+            mappings_live: self.mappings_live.load(Ordering::Relaxed),
+            mappings_peak: self.mappings_peak.load(Ordering::Relaxed),
+            table_bytes,
+            faults: self.faults.load(Ordering::Relaxed),
+            faults_dropped: self.faults_dropped.load(Ordering::Relaxed),
+        }
+    }
+}

@@ -1,0 +1,115 @@
+//! Domains: address spaces that endpoints are attached to.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::address_space::AddressSpace;
+use super::endpoint::Endpoint;
+use crate::wire::virtio_iommu::Status;
+
+/// What a reader needs of a domain.
+pub(super) struct Domain {
+    pub(super) id: u32,
+    /// `None`: a bypass domain, where an address leads to itself.
+    pub(super) space: Option<AddressSpace>,
+}
+
+/// A domain and what only the writer needs of it.
+pub(super) struct Entry {
+    pub(super) domain: Arc<Domain>,
+    pub(super) members: Vec<Arc<Endpoint>>,
+}
+
+/// All domains and who is attached to which: the writer's side, under one lock.
+#[derive(Default)]
+pub(super) struct Domains {
+    by_id: HashMap<u32, Entry>,
+    attached: HashMap<u32, u32>,
+    /// What readers may still be using: to be dropped after a grace period.
+    retired: Vec<Arc<Domain>>,
+    /// Something that readers may still be using was removed.
+    removed: bool,
+}
+
+impl Domains {
+    /// The domain `id`, if it exists.
+    pub(super) fn get(&mut self, id: u32) -> Option<&mut Entry> {
+        self.by_id.get_mut(&id)
+    }
+
+    /// The domain that the endpoint is attached to.
+    pub(super) fn of(&self, endpoint: u32) -> Option<u32> {
+        self.attached.get(&endpoint).copied()
+    }
+
+    /// Domains that will exist after `endpoint` left its own.
+    pub(super) fn count_without(&self, endpoint: u32) -> usize {
+        let alone = self.of(endpoint).and_then(|id| self.by_id.get(&id)).is_some_and(|entry| entry.members.len() == 1);
+        self.by_id.len() - usize::from(alone)
+    }
+
+    /// Attaches `endpoint` to the domain `id`, which `make` creates if it does not exist, in the place of the domain
+    /// it was attached to. A reader sees the old domain or the new one, never none. Returns how many mappings died
+    /// with the old domain.
+    pub(super) fn attach(&mut self, endpoint: &Arc<Endpoint>, id: u32, make: impl FnOnce() -> Domain) -> u64 {
+        let entry = self.by_id.entry(id).or_insert_with(|| Entry { domain: Arc::new(make()), members: Vec::new() });
+        entry.members.push(endpoint.clone());
+        let old = endpoint.domain.replace(Some(entry.domain.clone()));
+        self.retire(old);
+        match self.attached.insert(endpoint.id(), id) {
+            Some(left) => self.leave(endpoint.id(), left),
+            None => 0,
+        }
+    }
+
+    /// Detaches `endpoint` from the domain `id`. Returns how many mappings died with the domain.
+    pub(super) fn detach(&mut self, endpoint: &Endpoint, id: u32) -> Result<u64, Status> {
+        if self.of(endpoint.id()) != Some(id) {
+            return Err(Status::Inval);
+        }
+        let old = endpoint.domain.replace(None);
+        self.retire(old);
+        self.attached.remove(&endpoint.id());
+        Ok(self.leave(endpoint.id(), id))
+    }
+
+    /// Detaches everything.
+    pub(super) fn clear(&mut self) {
+        for (_, entry) in self.by_id.drain() {
+            for endpoint in entry.members {
+                self.retired.extend(endpoint.domain.replace(None));
+            }
+            self.retired.push(entry.domain);
+        }
+        self.attached.clear();
+        self.removed = true;
+    }
+
+    /// Notes that a translation that readers may still be using was removed.
+    pub(super) fn note_removal(&mut self) {
+        self.removed = true;
+    }
+
+    /// What was removed since the last call and is to be dropped after a grace period; `None` if nothing was.
+    pub(super) fn take_removed(&mut self) -> Option<Vec<Arc<Domain>>> {
+        std::mem::take(&mut self.removed).then(|| std::mem::take(&mut self.retired))
+    }
+
+    /// Takes a member off a domain, and the domain away if it was the last. Returns how many mappings died.
+    fn leave(&mut self, endpoint: u32, id: u32) -> u64 {
+        let Some(entry) = self.by_id.get_mut(&id) else { return 0 };
+        entry.members.retain(|member| member.id() != endpoint);
+        if !entry.members.is_empty() {
+            return 0;
+        }
+        let Some(entry) = self.by_id.remove(&id) else { return 0 };
+        let died = entry.domain.space.as_ref().map_or(0, AddressSpace::mappings);
+        self.retired.push(entry.domain);
+        died
+    }
+
+    fn retire(&mut self, domain: Option<Arc<Domain>>) {
+        self.removed |= domain.is_some();
+        self.retired.extend(domain);
+    }
+}

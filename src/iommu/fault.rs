@@ -1,0 +1,117 @@
+//! Faults: from the access that was refused to the driver's event queue.
+
+use std::collections::VecDeque;
+use std::sync::{Mutex, PoisonError};
+
+use crate::trace::event::Access;
+use crate::wire::virtio_iommu::{FaultFlags, FaultReason, FaultRecord};
+
+/// An access that was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// The endpoint.
+    pub endpoint: u32,
+    /// Why.
+    pub reason: FaultReason,
+    /// Read or write.
+    pub access: Access,
+    /// The first I/O virtual address that could not be accessed.
+    pub address: u64,
+    /// The domain that the endpoint was attached to.
+    pub domain: Option<u32>,
+}
+
+impl Fault {
+    /// What the driver gets (section 5.13.6.9).
+    fn record(&self) -> FaultRecord {
+        let access = match self.access {
+            Access::Read => FaultFlags::READ,
+            Access::Write => FaultFlags::WRITE,
+        };
+        FaultRecord {
+            reason: self.reason as u8,
+            flags: (access | FaultFlags::ADDRESS).bits().into(),
+            endpoint: self.endpoint.into(),
+            address: self.address.into(),
+            ..FaultRecord::default()
+        }
+    }
+}
+
+/// Called, from any thread, when a fault was queued. It must not wait.
+pub type FaultListener = Box<dyn Fn() + Send + Sync>;
+
+/// The faults that wait for a buffer of the driver.
+pub(super) struct FaultQueue {
+    limit: usize,
+    pending: Mutex<VecDeque<FaultRecord>>,
+    listener: Mutex<Option<FaultListener>>,
+}
+
+impl FaultQueue {
+    pub(super) fn new(limit: usize) -> Self {
+        FaultQueue { limit, pending: Mutex::default(), listener: Mutex::default() }
+    }
+
+    /// Queues a fault. Returns false if the queue is full: the fault is dropped, the older ones are kept, as they are
+    /// nearer to the cause.
+    pub(super) fn push(&self, fault: &Fault) -> bool {
+        {
+            let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
+            if pending.len() >= self.limit {
+                return false;
+            }
+            pending.push_back(fault.record());
+        }
+        if let Some(listener) = &*self.listener.lock().unwrap_or_else(PoisonError::into_inner) {
+            listener();
+        }
+        true
+    }
+
+    pub(super) fn pop(&self) -> Option<FaultRecord> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
+    }
+
+    pub(super) fn clear(&self) {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    pub(super) fn listen(&self, listener: Option<FaultListener>) {
+        *self.listener.lock().unwrap_or_else(PoisonError::into_inner) = listener;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    const FAULT: Fault =
+        Fault { endpoint: 8, reason: FaultReason::Mapping, access: Access::Write, address: 0x1234, domain: Some(1) };
+
+    #[test]
+    fn a_full_queue_keeps_the_oldest() {
+        let queue = FaultQueue::new(2);
+        let woken = Arc::new(AtomicU32::new(0));
+        let counter = woken.clone();
+        queue.listen(Some(Box::new(move || {
+            counter.fetch_add(1, Ordering::Relaxed);
+        })));
+        assert!(queue.push(&FAULT));
+        assert!(queue.push(&FAULT));
+        assert!(!queue.push(&Fault { address: 0, ..FAULT }));
+        assert_eq!(woken.load(Ordering::Relaxed), 2);
+        let record = queue.pop().unwrap();
+        assert_eq!(record.address.get(), 0x1234);
+        assert_eq!(record.flags.get(), 0x102);
+        assert_eq!(record.reserved, [0; 3]);
+        assert_eq!(queue.pop().unwrap().address.get(), 0x1234);
+        assert!(queue.is_empty());
+    }
+}

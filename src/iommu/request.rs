@@ -1,0 +1,244 @@
+//! The five requests: what each means and what status it gets (section 5.13.6).
+
+use std::time::Duration;
+
+use zerocopy::{FromBytes, IntoBytes};
+
+use super::Iommu;
+use super::address_space::MapError;
+use super::domain::Domains;
+use crate::trace::Event;
+use crate::wire::virtio_iommu::{
+    ATTACH_F_BYPASS, Attach, Detach, Map, MapFlags, PROBE_T_RESV_MEM, Probe, ProbeResvMem, Status, Tail, Unmap,
+    feature, request_type,
+};
+
+/// The device-readable part of a request.
+#[derive(Clone, Copy, Debug)]
+pub enum Request {
+    /// Attach an endpoint to a domain.
+    Attach(Attach),
+    /// Detach an endpoint from its domain.
+    Detach(Detach),
+    /// Map a range of a domain.
+    Map(Map),
+    /// Remove the mappings in a range of a domain.
+    Unmap(Unmap),
+    /// Ask for an endpoint's properties.
+    Probe(Probe),
+}
+
+/// Bytes are not a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NotARequest {
+    /// There are fewer than the type needs, or than a type needs.
+    TooShort,
+    /// The type is not one of [`request_type`].
+    UnknownType(u8),
+}
+
+impl Request {
+    /// The most bytes that [`Request::parse`] looks at.
+    pub const MAX_LEN: usize = size_of::<Probe>();
+
+    /// Reads a request; what lies behind it is ignored.
+    pub fn parse(bytes: &[u8]) -> Result<Request, NotARequest> {
+        fn read<T: FromBytes>(bytes: &[u8]) -> Result<T, NotARequest> {
+            T::read_from_prefix(bytes).map(|(request, _)| request).map_err(|_| NotARequest::TooShort)
+        }
+        if bytes.len() < size_of::<Tail>() {
+            return Err(NotARequest::TooShort);
+        }
+        match bytes[0] {
+            request_type::ATTACH => read(bytes).map(Request::Attach),
+            request_type::DETACH => read(bytes).map(Request::Detach),
+            request_type::MAP => read(bytes).map(Request::Map),
+            request_type::UNMAP => read(bytes).map(Request::Unmap),
+            request_type::PROBE => read(bytes).map(Request::Probe),
+            unknown => Err(NotARequest::UnknownType(unknown)),
+        }
+    }
+
+    /// The trace's event of this request, answered with `status` after `duration`.
+    pub fn event(&self, status: Status, duration: Duration) -> Event {
+        let (mut endpoint, mut domain, mut flags) = (None, 0, 0);
+        let (mut virt_start, mut virt_end, mut phys_start) = (0, 0, 0);
+        let request = match self {
+            Request::Attach(attach) => {
+                (endpoint, domain, flags) = (Some(attach.endpoint.get()), attach.domain.get(), attach.flags.get());
+                request_type::ATTACH
+            }
+            Request::Detach(detach) => {
+                (endpoint, domain) = (Some(detach.endpoint.get()), detach.domain.get());
+                request_type::DETACH
+            }
+            Request::Map(map) => {
+                (domain, flags) = (map.domain.get(), map.flags.get());
+                (virt_start, virt_end, phys_start) = (map.virt_start.get(), map.virt_end.get(), map.phys_start.get());
+                request_type::MAP
+            }
+            Request::Unmap(unmap) => {
+                (domain, virt_start, virt_end) = (unmap.domain.get(), unmap.virt_start.get(), unmap.virt_end.get());
+                request_type::UNMAP
+            }
+            Request::Probe(probe) => {
+                endpoint = Some(probe.endpoint.get());
+                request_type::PROBE
+            }
+        };
+        Event::Request {
+            request,
+            status: status as u8,
+            endpoint,
+            domain,
+            flags,
+            virt_start,
+            virt_end,
+            phys_start,
+            duration: u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX),
+        }
+    }
+}
+
+/// A request that is done is `Ok`; else the status says why it is not.
+type Done = Result<(), Status>;
+
+fn require(condition: bool, status: Status) -> Done {
+    condition.then_some(()).ok_or(status)
+}
+
+impl Iommu {
+    /// Does a request. `properties` is the device-writable part before the tail; it is all written by PROBE, and
+    /// otherwise left alone. After a request that removes something, [`Iommu::settle`] must be called before the
+    /// driver is told.
+    pub fn execute(&self, request: &Request, properties: &mut [u8]) -> Status {
+        let done = match request {
+            Request::Attach(attach) => self.attach(attach),
+            Request::Detach(detach) => self.detach(detach),
+            Request::Map(map) => self.map(map),
+            Request::Unmap(unmap) => self.unmap(unmap),
+            Request::Probe(probe) => self.probe(probe, properties),
+        };
+        let status = done.err().unwrap_or(Status::Ok);
+        self.counts.request(request, status);
+        status
+    }
+
+    /// Section 5.13.6.3.2. Everything is checked before anything changes.
+    fn attach(&self, request: &Attach) -> Done {
+        let (id, flags) = (request.domain.get(), request.flags.get());
+        let bypass = flags & ATTACH_F_BYPASS != 0;
+        require(flags & !ATTACH_F_BYPASS == 0 && request.reserved == [0; 4], Status::Inval)?;
+        require(!bypass || self.accepted(feature::BYPASS_CONFIG), Status::Inval)?;
+        self.check_domain_range(id)?;
+        let endpoint = self.endpoints.get(&request.endpoint.get()).ok_or(Status::NoEnt)?;
+
+        let mut domains = self.domains();
+        match domains.get(id) {
+            Some(entry) => require(bypass == entry.domain.space.is_none(), Status::Inval)?,
+            None => {
+                let others = domains.count_without(endpoint.id());
+                require(others < self.settings.limits.domains as usize, Status::NoMem)?;
+            }
+        }
+        // Attaching again to the same domain changes nothing; above all it does not end the domain.
+        if domains.of(endpoint.id()) != Some(id) {
+            let died = domains.attach(endpoint, id, || self.new_domain(id, bypass));
+            self.counts.unmapped(died);
+        }
+        Ok(())
+    }
+
+    /// Section 5.13.6.4.2. `reserved` is ignored, as the specification wants it.
+    fn detach(&self, request: &Detach) -> Done {
+        let endpoint = self.endpoints.get(&request.endpoint.get()).ok_or(Status::NoEnt)?;
+        let died = self.domains().detach(endpoint, request.domain.get())?;
+        self.counts.unmapped(died);
+        Ok(())
+    }
+
+    /// Section 5.13.6.5.2.
+    fn map(&self, request: &Map) -> Done {
+        let flags = MapFlags::from_bits(request.flags.get()).ok_or(Status::Inval)?;
+        require(!flags.contains(MapFlags::MMIO) || self.accepted(feature::MMIO), Status::Inval)?;
+        self.check_domain_range(request.domain.get())?;
+        let (start, end, phys) = (request.virt_start.get(), request.virt_end.get(), request.phys_start.get());
+
+        let mut domains = self.domains();
+        let entry = domains.get(request.domain.get()).ok_or(Status::NoEnt)?;
+        let space = entry.domain.space.as_ref().ok_or(Status::Inval)?;
+        self.check_map_range(start, end, phys)?;
+        let mut reserved = entry.members.iter().flat_map(|member| member.reserved());
+        require(!reserved.any(|region| region.start <= end && start <= region.end), Status::Inval)?;
+        space.map(start, end, phys, flags).map_err(|error| match error {
+            MapError::Overlap => Status::Inval,
+            MapError::NoMemory => Status::NoMem,
+        })?;
+        self.counts.mapped();
+        Ok(())
+    }
+
+    /// Section 5.13.6.6.2. Of what the specification leaves open: `reserved` that is not zero is refused, and nothing
+    /// is removed then.
+    fn unmap(&self, request: &Unmap) -> Done {
+        require(request.reserved == [0; 4], Status::Inval)?;
+        self.check_domain_range(request.domain.get())?;
+        let (start, end) = (request.virt_start.get(), request.virt_end.get());
+
+        let mut domains = self.domains();
+        let entry = domains.get(request.domain.get()).ok_or(Status::NoEnt)?;
+        let space = entry.domain.space.as_ref().ok_or(Status::Inval)?;
+        require(start <= end, Status::Range)?;
+        let removed = space.unmap(start, end).map_err(|_| Status::Range)?;
+        self.counts.unmapped(removed.mappings);
+        if removed.mappings > 0 {
+            domains.note_removal();
+        }
+        Ok(())
+    }
+
+    /// Section 5.13.6.7.2.
+    fn probe(&self, request: &Probe, properties: &mut [u8]) -> Done {
+        properties.fill(0);
+        let endpoint = self.endpoints.get(&request.endpoint.get()).ok_or(Status::NoEnt)?;
+        require(properties.len() >= self.probe_size(), Status::Inval)?;
+        let slots = properties.chunks_exact_mut(size_of::<ProbeResvMem>());
+        for (region, slot) in endpoint.reserved().iter().zip(slots) {
+            let property = ProbeResvMem {
+                kind: PROBE_T_RESV_MEM.into(),
+                length: ((size_of::<ProbeResvMem>() - 4) as u16).into(),
+                subtype: region.kind as u8,
+                reserved: [0; 3],
+                start: region.start.into(),
+                end: region.end.into(),
+            };
+            slot.copy_from_slice(property.as_bytes());
+        }
+        Ok(())
+    }
+
+    fn check_domain_range(&self, id: u32) -> Done {
+        let (first, last) = self.settings.domain_range;
+        require((first..=last).contains(&id), Status::Range)
+    }
+
+    fn check_map_range(&self, start: u64, end: u64, phys: u64) -> Done {
+        let offset = self.settings.granule() - 1;
+        require(start <= end, Status::Range)?;
+        require((start | phys | end.wrapping_add(1)) & offset == 0, Status::Range)?;
+        let (first, last) = self.settings.input_range;
+        require(first <= start && end <= last, Status::Range)?;
+        require(phys.checked_add(end - start).is_some(), Status::Range)
+    }
+
+    fn accepted(&self, feature: u64) -> bool {
+        self.features() & feature != 0
+    }
+}
+
+/// Kept out of the methods above so that a poisoned lock, which cannot happen without a bug here, is not an outage.
+impl Iommu {
+    pub(super) fn domains(&self) -> std::sync::MutexGuard<'_, Domains> {
+        self.domains.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,436 @@
+//! The device, as vhost-user-backend drives it: messages of the frontend on one thread, the queues on another.
+
+use std::io;
+use std::mem;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Instant;
+
+use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost_user_backend::{VhostUserBackend, VringState, VringT};
+use virtio_bindings::bindings::virtio_config::{VIRTIO_F_IN_ORDER, VIRTIO_F_VERSION_1};
+use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_queue::QueueT;
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
+use zerocopy::IntoBytes;
+
+use super::queue::{self, BadChain, Buffers, Popped};
+use super::ring::Ring;
+use super::{EVENTS, QUEUES, REQUESTS, Shared, config};
+use crate::dma::Memory;
+use crate::iommu::{Iommu, NotARequest, Request};
+use crate::trace::Event;
+use crate::trace::event::Channel;
+use crate::wire::virtio_iommu::{FaultRecord, Status, Tail};
+
+/// The largest virtqueue that the device takes, for a QEMU that is told another size than [`super::QUEUE_SIZE`].
+const QUEUE_SIZE_MAX: usize = 1024;
+
+/// Requests that are answered together: one grace period, and one notification at most, for all of them.
+const BATCH_MAX: usize = 256;
+
+/// Batches after which the other queue, and the frontend, get their turn.
+const ROUNDS_MAX: usize = 8;
+
+/// What epoll says for [`Backend::wake`]: the numbers up to the count of queues are the crate's.
+const WAKE_TOKEN: u16 = QUEUES as u16 + 1;
+
+/// What the device offers.
+const FEATURES: u64 = Iommu::FEATURES
+    | 1 << VIRTIO_F_VERSION_1
+    | 1 << VIRTIO_F_IN_ORDER
+    | 1 << VIRTIO_RING_F_EVENT_IDX
+    | 1 << VIRTIO_RING_F_INDIRECT_DESC
+    | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+
+/// One connection's device.
+pub(super) struct Backend {
+    shared: Arc<Shared>,
+    memory: Memory,
+    /// The queues, once the worker has seen them.
+    rings: OnceLock<Vec<Ring>>,
+    /// What only the worker's thread uses.
+    worker: Mutex<Worker>,
+    /// Wakes the worker: a fault was queued, or requests are left.
+    wake: (EventConsumer, EventNotifier),
+    /// Ends the worker. The crate takes the consumer and never closes it: see [`Backend::close_exit_event`].
+    exit: Mutex<Option<RawFd>>,
+    /// Guest memory as it was traced last: address and length of each region.
+    traced_memory: Mutex<Vec<(u64, u64)>>,
+}
+
+/// The worker's own state.
+#[derive(Default)]
+struct Worker {
+    buffers: Buffers,
+    answers: Vec<Answer>,
+    /// Bytes that are written into a chain.
+    reply: Vec<u8>,
+    /// A queue that was set up rightly, and in which nothing impossible was found since.
+    sound: [bool; QUEUES],
+    /// Requests were left for the next turn.
+    more: bool,
+}
+
+/// A chain that is done and not given back yet.
+struct Answer {
+    head: u16,
+    used: u32,
+    start: Instant,
+    request: Option<(Request, Status)>,
+}
+
+impl Backend {
+    pub(super) fn new(shared: Arc<Shared>, memory: Memory) -> io::Result<Arc<Self>> {
+        let wake = new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC)?;
+        Ok(Arc::new(Backend {
+            shared,
+            memory,
+            rings: OnceLock::new(),
+            worker: Mutex::default(),
+            wake,
+            exit: Mutex::new(None),
+            traced_memory: Mutex::default(),
+        }))
+    }
+
+    /// The descriptor and the token that wake the worker.
+    pub(super) fn wake_source(&self) -> (RawFd, u64) {
+        (self.wake.0.as_raw_fd(), u64::from(WAKE_TOKEN))
+    }
+
+    /// Something that wakes the worker.
+    pub(super) fn waker(&self) -> io::Result<EventNotifier> {
+        self.wake.1.try_clone()
+    }
+
+    /// Closes the descriptor that the crate leaks. To be called once, when the daemon is gone.
+    pub(super) fn close_exit_event(&self) {
+        if let Some(fd) = lock(&self.exit).take() {
+            // SAFETY: the crate took the consumer apart into this descriptor, registered it with an epoll that is
+            // closed by now, and dropped every trace of it.
+            drop(unsafe { OwnedFd::from_raw_fd(fd) });
+        }
+    }
+
+    /// The worker was woken.
+    fn serve(&self, event: u16, rings: &[Ring]) {
+        let rings = self.rings.get_or_init(|| rings.to_vec());
+        let memory = self.memory.memory();
+        let mut worker = lock(&self.worker);
+        for (index, ring) in rings.iter().enumerate() {
+            if ring.take_started() {
+                worker.sound[index] = self.start(index, ring, &memory);
+            }
+        }
+        if event == WAKE_TOKEN {
+            // Nothing to read is no error: it was read with an earlier wake.
+            let _ = self.wake.0.consume();
+        }
+        for (index, ring) in rings.iter().enumerate() {
+            if ring.take_kicked() {
+                self.trace_kick(index, ring, &memory);
+            }
+        }
+        if usize::from(event) == REQUESTS || mem::take(&mut worker.more) {
+            self.serve_requests(&mut worker, &rings[REQUESTS], &memory);
+        }
+        self.deliver_faults(&mut worker, &rings[EVENTS], &memory);
+    }
+
+    /// A queue was started. Returns whether it can be used.
+    fn start(&self, index: usize, ring: &Ring, memory: &GuestMemoryMmap) -> bool {
+        let (base, size, valid) = {
+            let state = ring.get_ref();
+            let queue = state.get_queue();
+            (queue.next_avail(), queue.size(), ring.is_usable() && queue.is_valid(memory))
+        };
+        self.shared.queue_started(index, base);
+        self.shared.tracer.emit(Event::Queue { queue: index as u8, started: true, index: base, size });
+        if !valid {
+            self.distrust(index);
+        }
+        valid
+    }
+
+    /// Something impossible was found in a queue: it is left alone until it is set up anew. The specification's way to
+    /// say so, DEVICE_NEEDS_RESET, does not exist in vhost-user.
+    fn distrust(&self, index: usize) {
+        log::warn!("Virtqueue {index} is not a virtqueue: it is ignored until the driver resets the device");
+        self.trace_malformed(index, 0, 0, 0);
+    }
+
+    fn trace_kick(&self, index: usize, ring: &Ring, memory: &GuestMemoryMmap) {
+        let requests = queue::available(ring.get_ref().get_queue(), memory).unwrap_or(0);
+        self.shared.counts.kicks.fetch_add(1, Ordering::Relaxed);
+        self.shared.tracer.emit(Event::Kick { queue: index as u8, requests: u32::from(requests) });
+    }
+
+    fn trace_malformed(&self, index: usize, head: u16, readable: usize, writable: usize) {
+        self.shared.counts.malformed.fetch_add(1, Ordering::Relaxed);
+        self.shared.tracer.emit(Event::Malformed {
+            queue: index as u8,
+            head,
+            readable: readable as u32,
+            writable: writable as u32,
+            used: 0,
+        });
+    }
+
+    /// Answers what is in the request queue, batch by batch.
+    fn serve_requests(&self, worker: &mut Worker, ring: &Ring, memory: &GuestMemoryMmap) {
+        for _ in 0..ROUNDS_MAX {
+            // Held for a batch: who stops the queue waits for the batch, and so reads the right index.
+            let mut state = ring.get_mut();
+            if !is_served(&state) || !worker.sound[REQUESTS] {
+                return;
+            }
+            worker.sound[REQUESTS] = self.serve_batch(worker, &mut state, memory);
+            if !worker.sound[REQUESTS] {
+                return self.distrust(REQUESTS);
+            }
+            match state.get_queue_mut().enable_notification(memory) {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(_) => {
+                    worker.sound[REQUESTS] = false;
+                    return self.distrust(REQUESTS);
+                }
+            }
+        }
+        worker.more = true;
+        if let Err(error) = self.wake.1.notify() {
+            log::warn!("The worker cannot wake itself, requests wait for the next kick: {error}");
+        }
+    }
+
+    /// Answers one batch. Returns false if the queue is not one.
+    fn serve_batch(&self, worker: &mut Worker, state: &mut VringState, memory: &GuestMemoryMmap) -> bool {
+        let queue = state.get_queue_mut();
+        let mut sound = queue.disable_notification(memory).is_ok();
+        worker.answers.clear();
+        while sound && worker.answers.len() < BATCH_MAX {
+            match queue::pop(queue, memory) {
+                Popped::Chain(chain) => {
+                    let (start, head) = (Instant::now(), chain.head_index());
+                    let filled = worker.buffers.fill(chain, queue.size());
+                    let (used, request) = match filled.and_then(|()| self.answer(worker, memory)) {
+                        Ok((used, request, status)) => (used, Some((request, status))),
+                        Err(BadChain) => {
+                            let (readable, writable) = (worker.buffers.readable(), worker.buffers.writable());
+                            self.trace_malformed(REQUESTS, head, readable, writable);
+                            (0, None)
+                        }
+                    };
+                    worker.answers.push(Answer { head, used, start, request });
+                }
+                Popped::Empty => break,
+                Popped::Broken => sound = false,
+            }
+        }
+        if worker.answers.is_empty() {
+            return sound;
+        }
+        // The rule that all hangs on: the driver is not told of a removal while an access may still use what was
+        // removed.
+        self.shared.iommu.settle();
+        for answer in worker.answers.drain(..) {
+            if let Some((request, status)) = answer.request {
+                self.shared.tracer.emit(request.event(status, answer.start.elapsed()));
+            }
+            // A head outside of the queue cannot be given back.
+            if answer.head < queue.size() {
+                sound &= queue.add_used(memory, answer.head, answer.used).is_ok();
+            }
+        }
+        self.notify(REQUESTS, state, memory);
+        sound
+    }
+
+    /// Does the request in the buffers and writes its answer. Returns the bytes written.
+    fn answer(&self, worker: &mut Worker, memory: &GuestMemoryMmap) -> Result<(u32, Request, Status), BadChain> {
+        let Worker { buffers, reply, .. } = worker;
+        let mut bytes = [0; Request::MAX_LEN];
+        let len = buffers.read(memory, &mut bytes)?;
+        let request = Request::parse(&bytes[..len]).map_err(|error| {
+            if let NotARequest::UnknownType(_) = error {
+                self.shared.counts.unknown.fetch_add(1, Ordering::Relaxed);
+            }
+            BadChain
+        })?;
+        // The tail is the last four bytes of the device-writable part, however long that is.
+        let writable = buffers.writable();
+        let properties = writable.checked_sub(size_of::<Tail>()).ok_or(BadChain)?;
+        buffers.check_writable(memory)?;
+        reply.clear();
+        reply.resize(writable, 0);
+        let (properties, tail) = reply.split_at_mut(properties);
+        let status = self.shared.iommu.execute(&request, properties);
+        tail[0] = status as u8;
+        buffers.write(memory, reply)?;
+        Ok((writable as u32, request, status))
+    }
+
+    /// Moves faults into the event queue's buffers, as far as there are any. What is left waits for the next wake.
+    fn deliver_faults(&self, worker: &mut Worker, ring: &Ring, memory: &GuestMemoryMmap) {
+        let mut state = ring.get_mut();
+        if !is_served(&state) || !worker.sound[EVENTS] {
+            return;
+        }
+        let queue = state.get_queue_mut();
+        let mut sound = true;
+        // No more than the ring holds, so that a driver that keeps adding useless buffers does not keep the worker.
+        for _ in 0..queue.size() {
+            if !sound || !self.shared.iommu.has_fault() {
+                break;
+            }
+            match queue::pop(queue, memory) {
+                Popped::Chain(chain) => {
+                    let head = chain.head_index();
+                    let filled = worker.buffers.fill(chain, queue.size());
+                    let used = match filled.and_then(|()| self.write_fault(&worker.buffers, memory)) {
+                        Ok(used) => used,
+                        Err(BadChain) => {
+                            let (readable, writable) = (worker.buffers.readable(), worker.buffers.writable());
+                            self.trace_malformed(EVENTS, head, readable, writable);
+                            0
+                        }
+                    };
+                    if head < queue.size() {
+                        sound &= queue.add_used(memory, head, used).is_ok();
+                    }
+                }
+                Popped::Empty => {
+                    // Ask for a kick, and look once more for a buffer that came meanwhile.
+                    match queue.enable_notification(memory) {
+                        Ok(true) => {}
+                        Ok(false) => break,
+                        Err(_) => sound = false,
+                    }
+                }
+                Popped::Broken => sound = false,
+            }
+        }
+        self.notify(EVENTS, &mut state, memory);
+        if !sound {
+            worker.sound[EVENTS] = false;
+            self.distrust(EVENTS);
+        }
+    }
+
+    /// Writes the oldest fault into the buffers. Returns the bytes written.
+    fn write_fault(&self, buffers: &Buffers, memory: &GuestMemoryMmap) -> Result<u32, BadChain> {
+        if buffers.writable() < size_of::<FaultRecord>() {
+            return Err(BadChain);
+        }
+        buffers.check_writable(memory)?;
+        if let Some(record) = self.shared.iommu.next_fault() {
+            buffers.write(memory, record.as_bytes())?;
+            return Ok(size_of::<FaultRecord>() as u32);
+        }
+        Ok(0)
+    }
+
+    /// Tells the driver of used entries, if there are any that it wants to know of.
+    fn notify(&self, index: usize, state: &mut VringState, memory: &GuestMemoryMmap) {
+        if !queue::needs_notification(state.get_queue_mut(), memory) || state.get_call().is_none() {
+            return;
+        }
+        if let Err(error) = state.signal_used_queue() {
+            log::warn!("The driver cannot be notified of virtqueue {index}: {error}");
+            return;
+        }
+        self.shared.counts.notifications.fetch_add(1, Ordering::Relaxed);
+        self.shared.tracer.emit(Event::Interrupt { endpoint: None, vector: index as u16 });
+    }
+}
+
+impl VhostUserBackend for Backend {
+    type Bitmap = ();
+    type Vring = Ring;
+
+    fn num_queues(&self) -> usize {
+        QUEUES
+    }
+
+    fn max_queue_size(&self) -> usize {
+        QUEUE_SIZE_MAX
+    }
+
+    fn features(&self) -> u64 {
+        FEATURES
+    }
+
+    fn acked_features(&self, features: u64) {
+        self.shared.iommu.set_features(features);
+        self.shared.tracer.emit(Event::Features { offered: FEATURES, accepted: features });
+    }
+
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::REPLY_ACK
+    }
+
+    fn set_event_idx(&self, _enabled: bool) {
+        // The queues know.
+    }
+
+    fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
+        config::read(&self.shared.iommu, offset, size)
+    }
+
+    fn set_config(&self, offset: u32, buf: &[u8]) -> io::Result<()> {
+        // Never an error, whatever the guest wrote: that would end the connection.
+        config::write(&self.shared.iommu, &self.shared.tracer, offset, buf);
+        Ok(())
+    }
+
+    fn update_memory(&self, memory: Memory) -> io::Result<()> {
+        let new: Vec<_> = memory.memory().iter().map(|region| (region.start_addr().0, region.len())).collect();
+        let mut old = lock(&self.traced_memory);
+        let trace = |added, &(gpa, len): &(u64, u64)| {
+            let channel = Channel::VhostUser;
+            self.shared.tracer.emit(Event::Memory { channel, endpoint: None, added, gpa, len, writable: true });
+        };
+        old.iter().filter(|region| !new.contains(region)).for_each(|region| trace(false, region));
+        new.iter().filter(|region| !old.contains(region)).for_each(|region| trace(true, region));
+        *old = new;
+        Ok(())
+    }
+
+    fn exit_event(&self, _thread_index: usize) -> Option<(EventConsumer, EventNotifier)> {
+        let exit = new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC)
+            .inspect_err(|error| log::error!("No event to end the virtqueues' worker with: {error}"))
+            .ok()?;
+        *lock(&self.exit) = Some(exit.0.as_raw_fd());
+        Some(exit)
+    }
+
+    fn stop_vring(&self, index: u32) -> io::Result<()> {
+        let index = index as usize;
+        if let Some(ring) = self.rings.get().and_then(|rings| rings.get(index)) {
+            let (base, size) = (ring.queue_next_avail(), ring.get_ref().get_queue().size());
+            if self.shared.queue_stopped(index, base) {
+                self.shared.tracer.emit(Event::Queue { queue: index as u8, started: false, index: base, size });
+            }
+        }
+        Ok(())
+    }
+
+    fn handle_event(&self, event: u16, _events: EventSet, rings: &[Ring], _thread: usize) -> io::Result<()> {
+        // Never an error: it would end the worker for good.
+        self.serve(event, rings);
+        Ok(())
+    }
+}
+
+/// Whether the frontend started and enabled the queue.
+fn is_served(state: &VringState) -> bool {
+    state.is_enabled() && state.get_queue().ready()
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

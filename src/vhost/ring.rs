@@ -1,0 +1,177 @@
+//! A virtqueue as vhost-user-backend keeps it, with what that crate does not tell a device.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use vhost_user_backend::{VringMutex, VringStateGuard, VringStateMutGuard, VringT};
+use virtio_queue::{Error, QueueT};
+
+use crate::dma::Memory;
+
+/// A virtqueue that knows whether it was just started, whether it was kicked, and that never ends a connection for
+/// what a guest wrote into its registers.
+#[derive(Clone)]
+pub(super) struct Ring {
+    inner: VringMutex<Memory>,
+    watch: Arc<Watch>,
+}
+
+#[derive(Default)]
+struct Watch {
+    /// Started, and not seen by the worker yet.
+    started: AtomicBool,
+    /// Kicked, and not seen by the worker yet.
+    kicked: AtomicBool,
+    /// The driver's size or addresses cannot be those of a split virtqueue.
+    unusable: AtomicBool,
+}
+
+impl Ring {
+    /// Whether the queue was started since the last call.
+    pub(super) fn take_started(&self) -> bool {
+        self.watch.started.swap(false, Ordering::AcqRel)
+    }
+
+    /// Whether the driver kicked the queue since the last call. Enabling a queue wakes the worker too, which is no kick.
+    pub(super) fn take_kicked(&self) -> bool {
+        self.watch.kicked.swap(false, Ordering::AcqRel)
+    }
+
+    /// Whether size and addresses can be those of a split virtqueue.
+    pub(super) fn is_usable(&self) -> bool {
+        !self.watch.unusable.load(Ordering::Acquire)
+    }
+}
+
+impl<'a> VringStateGuard<'a, Memory> for Ring {
+    type G = <VringMutex<Memory> as VringStateGuard<'a, Memory>>::G;
+}
+
+impl<'a> VringStateMutGuard<'a, Memory> for Ring {
+    type G = <VringMutex<Memory> as VringStateMutGuard<'a, Memory>>::G;
+}
+
+impl VringT<Memory> for Ring {
+    fn new(mem: Memory, max_queue_size: u16) -> Result<Self, Error> {
+        Ok(Ring { inner: VringMutex::new(mem, max_queue_size)?, watch: Arc::default() })
+    }
+
+    fn get_ref(&self) -> <Self as VringStateGuard<'_, Memory>>::G {
+        self.inner.get_ref()
+    }
+
+    fn get_mut(&self) -> <Self as VringStateMutGuard<'_, Memory>>::G {
+        self.inner.get_mut()
+    }
+
+    fn add_used(&self, desc_index: u16, len: u32) -> Result<(), Error> {
+        self.inner.add_used(desc_index, len)
+    }
+
+    fn signal_used_queue(&self) -> io::Result<()> {
+        self.inner.signal_used_queue()
+    }
+
+    fn enable_notification(&self) -> Result<bool, Error> {
+        self.inner.enable_notification()
+    }
+
+    fn disable_notification(&self) -> Result<(), Error> {
+        self.inner.disable_notification()
+    }
+
+    fn needs_notification(&self) -> Result<bool, Error> {
+        self.inner.needs_notification()
+    }
+
+    fn set_enabled(&self, enabled: bool) {
+        self.inner.set_enabled(enabled);
+    }
+
+    /// Addresses that are not aligned make the queue unusable. An error would end the connection, and with it the
+    /// guest, for good.
+    fn set_queue_info(&self, desc_table: u64, avail_ring: u64, used_ring: u64) -> Result<(), Error> {
+        let set = self.inner.set_queue_info(desc_table, avail_ring, used_ring);
+        self.watch.unusable.fetch_or(set.is_err(), Ordering::AcqRel);
+        Ok(())
+    }
+
+    fn queue_next_avail(&self) -> u16 {
+        self.inner.queue_next_avail()
+    }
+
+    fn set_queue_next_avail(&self, base: u16) {
+        self.inner.set_queue_next_avail(base);
+    }
+
+    fn set_queue_next_used(&self, idx: u16) {
+        self.inner.set_queue_next_used(idx);
+    }
+
+    /// A used ring outside of memory is found when the queue starts.
+    fn queue_used_idx(&self) -> Result<u16, Error> {
+        Ok(self.inner.queue_used_idx().unwrap_or(0))
+    }
+
+    /// The first thing that is set when a queue is set up.
+    fn set_queue_size(&self, num: u16) {
+        self.inner.set_queue_size(num);
+        let taken = self.inner.get_ref().get_queue().size() == num;
+        self.watch.unusable.store(!taken, Ordering::Release);
+    }
+
+    fn set_queue_event_idx(&self, enabled: bool) {
+        self.inner.set_queue_event_idx(enabled);
+    }
+
+    fn set_queue_ready(&self, ready: bool) {
+        self.inner.set_queue_ready(ready);
+        self.watch.started.store(ready, Ordering::Release);
+    }
+
+    fn set_kick(&self, file: Option<File>) {
+        self.inner.set_kick(file.filter(set_nonblocking));
+    }
+
+    /// Reads the kick, and returns whether the queue is to be served. The worker must not end, and must not wait: the
+    /// descriptor may have been exchanged since it was found readable.
+    fn read_kick(&self) -> io::Result<bool> {
+        match self.inner.read_kick() {
+            Ok(enabled) => {
+                self.watch.kicked.store(true, Ordering::Release);
+                Ok(enabled)
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+            Err(error) => {
+                log::warn!("A virtqueue's kick descriptor cannot be read and is closed: {error}");
+                self.inner.set_kick(None);
+                Ok(false)
+            }
+        }
+    }
+
+    fn set_call(&self, file: Option<File>) {
+        self.inner.set_call(file.filter(set_nonblocking));
+    }
+
+    fn set_err(&self, file: Option<File>) {
+        self.inner.set_err(file);
+    }
+}
+
+/// Makes sure that the worker never waits for the frontend. Returns false if that is not possible.
+fn set_nonblocking(file: &File) -> bool {
+    let fd = file.as_raw_fd();
+    // SAFETY: both calls only read and set flags of a descriptor that `file` keeps open.
+    let set = unsafe {
+        let flags = libc::fcntl(fd, libc::F_GETFL);
+        flags >= 0 && libc::fcntl(fd, libc::F_SETFL, flags | libc::O_NONBLOCK) >= 0
+    };
+    if !set {
+        log::warn!("A virtqueue's descriptor cannot be made non-blocking and is not used");
+    }
+    set
+}

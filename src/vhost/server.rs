@@ -1,0 +1,188 @@
+//! The socket: one frontend after the other, until the process is to end.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
+
+use vhost::vhost_user::{Error as VhostUserError, Listener};
+use vhost_user_backend::{Error as BackendError, VhostUserDaemon};
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::backend::Backend;
+use super::{Control, Counts, Shared};
+use crate::dma::Memory;
+use crate::iommu::Iommu;
+use crate::trace::event::Channel;
+use crate::trace::{Event, Tracer};
+
+/// Why the device cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// Somebody listens already.
+    #[error("Another process listens on {}; end it, or choose another --socket-path", .0.display())]
+    InUse(PathBuf),
+    /// Something else is there, which is not to be replaced.
+    #[error("{} exists and is not a socket; remove it, or choose another --socket-path", .0.display())]
+    NotASocket(PathBuf),
+    /// The operating system refuses the socket.
+    #[error("Cannot listen on {}", .path.display())]
+    Listen {
+        /// The socket's path.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The operating system refuses something else.
+    #[error("Cannot {what}")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// Ends [`Server::run`]. Clones end the same one.
+#[derive(Clone)]
+pub struct Shutdown {
+    event: Arc<EventFd>,
+}
+
+impl Shutdown {
+    /// Asks for the end; safe in a signal handler's thread, and more than once.
+    pub fn trigger(&self) {
+        // The only error is a counter that is full, that is, triggered.
+        let _ = self.event.write(1);
+    }
+}
+
+/// The device's socket.
+pub struct Server {
+    listener: Listener,
+    shared: Arc<Shared>,
+    shutdown: Shutdown,
+}
+
+impl Server {
+    /// Listens on `path`. A stale socket there is replaced, a live one is an error. The socket is removed when the
+    /// server is dropped.
+    pub fn bind(path: &Path, iommu: Arc<Iommu>, tracer: Tracer) -> Result<Server, ServerError> {
+        remove_stale(path)?;
+        let listener = Listener::new(path, false).map_err(|error| ServerError::Listen {
+            path: path.to_owned(),
+            source: match error {
+                VhostUserError::SocketError(error) => error,
+                other => io::Error::other(other),
+            },
+        })?;
+        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
+            .map_err(|source| ServerError::System { what: "create an event", source })?;
+        let shared = Arc::new(Shared { iommu, tracer, lifecycle: Default::default(), counts: Counts::default() });
+        Ok(Server { listener, shared, shutdown: Shutdown { event: Arc::new(event) } })
+    }
+
+    /// What ends [`Server::run`].
+    pub fn shutdown(&self) -> Shutdown {
+        self.shutdown.clone()
+    }
+
+    /// The way to tell the device what happens to the machine, and to read its counters.
+    pub fn control(&self) -> Control {
+        Control { shared: self.shared.clone() }
+    }
+
+    /// Serves one frontend after the other until [`Shutdown::trigger`].
+    pub fn run(&mut self) -> Result<(), ServerError> {
+        while wait_readable(self.listener.as_raw_fd(), self.shutdown.event.as_raw_fd())
+            .map_err(|source| ServerError::System { what: "wait for a frontend", source })?
+        {
+            self.serve_one().map_err(|source| ServerError::System { what: "serve a frontend", source })?;
+        }
+        Ok(())
+    }
+
+    /// Serves the frontend that waits to be accepted. A daemon of the crate serves one connection.
+    fn serve_one(&mut self) -> io::Result<()> {
+        let memory = Memory::new(GuestMemoryMmap::new());
+        let backend = Backend::new(self.shared.clone(), memory.clone())?;
+        let mut daemon = VhostUserDaemon::new("vhost-user".into(), backend.clone(), memory)
+            .map_err(|error| io::Error::other(error.to_string()))?;
+        let (wake, token) = backend.wake_source();
+        for handler in daemon.get_epoll_handlers() {
+            handler.register_listener(wake, EventSet::IN, token)?;
+        }
+        let waker = backend.waker()?;
+        self.shared.iommu.on_fault(Some(Box::new(move || {
+            // A full counter wakes as well.
+            let _ = waker.notify();
+        })));
+        self.shared.tracer.emit(Event::Session { channel: Channel::VhostUser, endpoint: None, connected: true });
+        let served = self.serve_until_shutdown(&mut daemon);
+        self.shared.iommu.on_fault(None);
+        drop(daemon);
+        backend.close_exit_event();
+        self.shared.disconnected();
+        match served {
+            Ok(()) | Err(BackendError::HandleRequest(VhostUserError::Disconnected)) => {}
+            // Not ours to fail for: the next frontend may do better.
+            Err(error) => log::warn!("The vhost-user connection ended: {error}"),
+        }
+        Ok(())
+    }
+
+    /// Serves until the frontend leaves or the process is to end.
+    fn serve_until_shutdown(&mut self, daemon: &mut VhostUserDaemon<Arc<Backend>>) -> Result<(), BackendError> {
+        daemon.start(&mut self.listener)?;
+        let Some(connection) = daemon.shutdown_handle() else { return daemon.wait() };
+        let left = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(BackendError::StartDaemon)?;
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                // Without a way to wait, the frontend is served until it leaves.
+                if let Ok(false) = wait_readable(left.as_raw_fd(), self.shutdown.event.as_raw_fd()) {
+                    connection.shutdown();
+                }
+            });
+            let served = daemon.wait();
+            let _ = left.write(1);
+            served
+        })
+    }
+}
+
+/// Waits until `fd` is readable (true), or `shutdown` is (false).
+fn wait_readable(fd: RawFd, shutdown: RawFd) -> io::Result<bool> {
+    let mut fds = [fd, shutdown].map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 });
+    loop {
+        // SAFETY: the pointer and the count are those of an array that lives through the call.
+        let ready = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, -1) };
+        if ready >= 0 {
+            return Ok(fds[1].revents == 0);
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}
+
+/// Removes a socket that nobody listens on any more.
+fn remove_stale(path: &Path) -> Result<(), ServerError> {
+    let listen = |source| ServerError::Listen { path: path.to_owned(), source };
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if found.file_type().is_socket() => {}
+        Ok(_) => return Err(ServerError::NotASocket(path.to_owned())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(listen(error)),
+    }
+    match UnixStream::connect(path) {
+        Ok(_) => Err(ServerError::InUse(path.to_owned())),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path).map_err(listen),
+        Err(error) => Err(listen(error)),
+    }
+}
