@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 
 use super::domain::Domain;
-use super::grace::Guard;
+use super::grace::{Grace, Guard};
 use super::limits::Reserved;
 use crate::trace::event::{Access, Route};
 use crate::wire::virtio_iommu::{FaultReason, MapFlags, ResvMemKind};
@@ -42,6 +42,7 @@ pub struct Endpoint {
     /// What the endpoint is to the device; `None` for an id that it does not manage.
     managed: Option<Managed>,
     pub(super) domain: Slot<Domain>,
+    grace: Arc<Grace>,
 }
 
 /// What holds for an endpoint in any domain and in none.
@@ -54,15 +55,15 @@ struct Managed {
 
 impl Endpoint {
     /// An endpoint that the device manages, attached to nothing. `bypass` is that of the device's configuration.
-    pub(super) fn new(id: u32, mut reserved: Vec<Reserved>, bypass: Arc<AtomicBool>) -> Self {
+    pub(super) fn new(id: u32, mut reserved: Vec<Reserved>, bypass: Arc<AtomicBool>, grace: Arc<Grace>) -> Self {
         reserved.sort_by_key(|region| region.start);
         let managed = Managed { reserved: reserved.into_boxed_slice(), bypass };
-        Endpoint { id, managed: Some(managed), domain: Slot::empty() }
+        Endpoint { id, managed: Some(managed), domain: Slot::empty(), grace }
     }
 
     /// An endpoint that the device does not manage: all its accesses fault.
-    pub(super) fn unknown(id: u32) -> Self {
-        Endpoint { id, managed: None, domain: Slot::empty() }
+    pub(super) fn unknown(id: u32, grace: Arc<Grace>) -> Self {
+        Endpoint { id, managed: None, domain: Slot::empty(), grace }
     }
 
     /// The endpoint id.
@@ -75,14 +76,19 @@ impl Endpoint {
         self.managed.as_ref().map_or(&[], |managed| &managed.reserved)
     }
 
-    /// Translates one address. The answer may be used until `guard`, a guard of the same device's reader, is dropped:
-    /// no request that would make it wrong is answered before.
+    /// Translates one address. The answer may be used until `guard` is dropped: no request that would make it wrong is
+    /// answered before.
+    ///
+    /// # Panics
+    /// If `guard` is of another device's reader: it would not keep anything alive.
     pub fn translate(&self, guard: &Guard<'_>, iova: u64, access: Access) -> Result<Translation, Refused> {
+        assert!(guard.is_of(&self.grace));
         let Some(managed) = &self.managed else {
             return Err(Refused { reason: FaultReason::Unknown, domain: None });
         };
         // The one read that decides: what follows belongs to this domain, whatever is attached meanwhile.
-        let domain = self.domain.get(guard);
+        // SAFETY: the guard was found to be of the device's own grace periods.
+        let domain = unsafe { self.domain.get(guard) };
         let id = domain.map(|domain| domain.id);
         let refused = |reason| Err(Refused { reason, domain: id });
 
@@ -144,7 +150,10 @@ impl<T> Slot<T> {
     }
 
     /// What is in the slot.
-    fn get<'g>(&self, _guard: &'g Guard<'_>) -> Option<&'g T> {
+    ///
+    /// # Safety
+    /// The guard must be of the grace periods that the callers of [`Slot::replace`] wait for.
+    unsafe fn get<'g>(&self, _guard: &'g Guard<'_>) -> Option<&'g T> {
         // SAFETY: a pointer that is not null came from `Arc::into_raw` in `replace`, and the slot's count is given
         // back by the `replace` that takes it out, whose caller keeps it until a grace period that began after it has
         // ended. That grace period waits for `_guard` if the guard could have loaded the pointer.
@@ -175,13 +184,12 @@ impl<T> Drop for Slot<T> {
 mod tests {
     use super::*;
     use crate::iommu::address_space::AddressSpace;
-    use crate::iommu::grace::Grace;
 
     const MSI: Reserved = Reserved { kind: ResvMemKind::Msi, start: 0xfee0_0000, end: 0xfeef_ffff };
     const HOLE: Reserved = Reserved { kind: ResvMemKind::Reserved, start: 0x8000, end: 0x8fff };
 
-    fn endpoint(bypass: bool) -> Endpoint {
-        Endpoint::new(8, vec![MSI, HOLE], Arc::new(AtomicBool::new(bypass)))
+    fn endpoint(bypass: bool, grace: &Arc<Grace>) -> Endpoint {
+        Endpoint::new(8, vec![MSI, HOLE], Arc::new(AtomicBool::new(bypass)), grace.clone())
     }
 
     #[test]
@@ -189,7 +197,7 @@ mod tests {
         let grace = Grace::new();
         let mut reader = grace.reader();
         let guard = reader.enter();
-        let endpoint = endpoint(true);
+        let endpoint = endpoint(true, &grace);
         let at = |iova| endpoint.translate(&guard, iova, Access::Read).map(|found| (found.route, found.gpa, found.len));
         assert_eq!(at(0x1000), Ok((Route::Bypass, 0x1000, 0x7000)));
         assert_eq!(at(0x7fff), Ok((Route::Bypass, 0x7fff, 1)));
@@ -205,7 +213,7 @@ mod tests {
         let grace = Grace::new();
         let mut reader = grace.reader();
         let guard = reader.enter();
-        let endpoint = Endpoint::new(8, Vec::new(), Arc::new(AtomicBool::new(true)));
+        let endpoint = Endpoint::new(8, Vec::new(), Arc::new(AtomicBool::new(true)), grace.clone());
         assert_eq!(endpoint.translate(&guard, 0, Access::Read).map(|found| found.len), Ok(u64::MAX));
     }
 
@@ -223,7 +231,7 @@ mod tests {
     fn a_domain_outlives_the_device_for_the_endpoint_that_is_attached() {
         let grace = Grace::new();
         let mut reader = grace.reader();
-        let endpoint = endpoint(false);
+        let endpoint = endpoint(false, &grace);
         let domain = Arc::new(Domain { id: 3, space: None::<AddressSpace> });
         assert!(endpoint.domain.replace(Some(domain)).is_none());
         let guard = reader.enter();

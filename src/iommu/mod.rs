@@ -59,14 +59,15 @@ impl Iommu {
 
     /// A device as it is at power-on.
     pub fn new(settings: Settings, tracer: Tracer) -> Arc<Iommu> {
+        let grace = grace::Grace::new();
         let bypass = Arc::new(AtomicBool::new(settings.boot_bypass));
         let endpoints = settings.endpoints.iter().map(|endpoint| {
             let id = endpoint.id;
-            (id, Arc::new(Endpoint::new(id, endpoint.reserved.clone(), bypass.clone())))
+            (id, Arc::new(Endpoint::new(id, endpoint.reserved.clone(), bypass.clone(), grace.clone())))
         });
         Arc::new(Iommu {
             endpoints: endpoints.collect(),
-            grace: grace::Grace::new(),
+            grace,
             budget: Budget::new(settings.limits.table_bytes),
             tracer,
             domains: Mutex::default(),
@@ -81,7 +82,7 @@ impl Iommu {
     /// A translator for the accesses of the endpoint `id`. An id that the device does not manage gets one too: all its
     /// accesses fault with reason UNKNOWN.
     pub fn endpoint(&self, id: u32) -> Arc<Endpoint> {
-        self.endpoints.get(&id).cloned().unwrap_or_else(|| Arc::new(Endpoint::unknown(id)))
+        self.endpoints.get(&id).cloned().unwrap_or_else(|| Arc::new(Endpoint::unknown(id, self.grace.clone())))
     }
 
     /// A new reader: one for each thread that translates.
