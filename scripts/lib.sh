@@ -84,6 +84,7 @@ cached() {
 
 # The apt sources of this machine, one "URI SUITE" a line, component main only.
 machine_sources() {
+	# shellcheck disable=SC2016
 	apt-get indextargets --format '$(REPO_URI) $(RELEASE) $(COMPONENT)' \
 		'Identifier: Packages' 2>/dev/null |
 		awk '$3 == "main" { print $1, $2 }' | sort -u

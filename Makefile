@@ -1,0 +1,41 @@
+# make help says what there is. KERNEL=stock (Debian's 6.12) or KERNEL=backports
+# (the newest in trixie-backports) chooses the guest's kernel.
+KERNEL ?= stock
+
+.PHONY: help demo test bench bench-guest setup update clean
+
+help:
+	@echo 'make demo         the NVMe flow from end to end, and its summary'
+	@echo 'make test         format, lints, unit and integration tests, guest boots'
+	@echo 'make bench        the address space beside a BTreeMap'
+	@echo 'make bench-guest  guest I/O here and on the devices inside QEMU'
+	@echo 'make setup        install what this machine lacks'
+	@echo 'make update       look for a newer QEMU, kernels and guest tools'
+	@echo 'make clean        remove target/; what was fetched stays in the cache'
+	@echo 'KERNEL=stock or KERNEL=backports chooses the guest kernel.'
+
+demo:
+	@scripts/demo $(KERNEL)
+
+test: setup
+	cargo fmt --check
+	cargo clippy --all-targets -- -D warnings
+	VIOMMU_GUEST=$$(scripts/prepare-guest $(KERNEL)) && export VIOMMU_GUEST && cargo test
+
+bench: setup
+	cargo bench
+
+bench-guest: setup
+	scripts/bench-guest $(KERNEL)
+
+setup:
+	@scripts/setup
+
+update:
+	scripts/get-qemu --update
+	scripts/get-kernel stock --update
+	scripts/get-kernel backports --update
+	scripts/get-guest-tools --update
+
+clean:
+	cargo clean
