@@ -83,11 +83,10 @@ cached() {
 }
 
 # The apt sources of this machine, one "URI SUITE" a line, component main only.
+# apt itself reads them, in whatever form they are written.
 machine_sources() {
-	# shellcheck disable=SC2016
-	apt-get indextargets --format '$(REPO_URI) $(RELEASE) $(COMPONENT)' \
-		'Identifier: Packages' 2>/dev/null |
-		awk '$3 == "main" { print $1, $2 }' | sort -u
+	{ apt-get update --print-uris 2>/dev/null || true; } |
+		sed -n "s|^'\(.*\)/dists/\(.*\)/main/binary-[^/]*/Packages.*|\1 \2|p" | sort -u
 }
 
 # machine_mirror SUITE_PATTERN PATH_NAME: the machine's mirror for such a suite.
@@ -113,14 +112,15 @@ debian_keyring() {
 }
 
 write_sources() {
-	local mirror=${VIOMMU_DEBIAN_MIRROR:-} security='' keyring
+	local mirror=${VIOMMU_DEBIAN_MIRROR:-} security='' keyring found
 	if [[ -z $mirror ]]; then
 		mirror=$(machine_mirror 'bookworm|trixie' debian)
 		security=$(machine_mirror '(bookworm|trixie)-security' debian-security)
 	fi
+	found=$(machine_sources | awk '{ print $2 }' | paste -sd ' ')
 	[[ -n $mirror ]] || die "No Debian mirror found in this machine's apt sources." \
 		"Wanted: an entry of suite bookworm or trixie with component main" \
-		"Found:  $(machine_sources | awk '{ printf "%s%s", sep, $2; sep = ", " }')" \
+		"Found:  ${found:-no entry at all}" \
 		"To do:  set VIOMMU_DEBIAN_MIRROR to the address of a Debian mirror"
 	keyring=$(debian_keyring)
 	cat <<-END
