@@ -38,6 +38,14 @@ pub fn mount_file_systems() -> Result<()> {
     Ok(())
 }
 
+/// The words after ` -- ` on the kernel's command line. (The kernel also hands them to its init as arguments, but mixed
+/// with those of its own parameters that it does not know, such as `nokaslr`.)
+pub fn arguments() -> Vec<String> {
+    let line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    let words = line.split_whitespace().skip_while(|word| *word != "--").skip(1);
+    words.map(ToOwned::to_owned).collect()
+}
+
 /// Loads modules in this order, each after those it needs. What is not in the initramfs is built into the kernel
 /// (`mkinitramfs` makes sure of that).
 ///
@@ -65,6 +73,11 @@ fn load_module(name: &str, needs: &HashMap<&str, &str>) -> Result<()> {
 /// Ends the guest. Never returns.
 pub fn power_off(results: &mut Results) -> ! {
     end(results, RebootMode::RB_POWER_OFF)
+}
+
+/// Starts the guest anew. Never returns.
+pub fn restart(results: &mut Results) -> ! {
+    end(results, RebootMode::RB_AUTOBOOT)
 }
 
 fn end(results: &mut Results, mode: RebootMode) -> ! {

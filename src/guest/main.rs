@@ -14,15 +14,24 @@
 mod blockdev;
 mod buffers;
 mod engine;
+mod hotplug;
 mod init;
+mod ioat;
+mod ioat_selftest;
 mod kmsg;
+mod nvme_cli;
 mod nvme_io;
 mod pattern;
+mod pci;
+mod rebind;
+mod reboot;
 mod report;
 mod results;
 mod shell;
 mod size;
 mod sysfs;
+mod vfio;
+mod vfio_dma;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
@@ -45,13 +54,27 @@ enum Workload {
     Shell,
     /// Raw I/O on an NVMe namespace, past the page cache, with io_uring.
     NvmeIo(nvme_io::Args),
+    /// Commands of the nvme program, each with its exit status and what it printed.
+    NvmeCli,
+    /// Take a driver off its function and give it back, with I/O after each time.
+    Rebind(rebind::Args),
+    /// Write, restart the guest, and find everything as it was.
+    Reboot,
+    /// Wait for another NVMe controller to be plugged in, and use it.
+    HotplugWait,
+    /// Let the kernel's ioatdma bind to the DMA engine; it copies memory as a self-test.
+    IoatSelftest,
+    /// Drive the DMA engine from a program, through VFIO: good copies, and DMA that must be refused.
+    VfioDma,
 }
 
 impl Workload {
-    /// The kernel modules that this workload needs, beside the IOMMU's.
+    /// The kernel modules that this workload needs, beside the IOMMU's and NVMe's.
     fn modules(&self) -> &'static [&'static str] {
         match self {
-            Self::Report | Self::Shell | Self::NvmeIo(_) => &["nvme"],
+            Self::VfioDma => &["vfio_pci", "vfio_iommu_type1"],
+            Self::IoatSelftest => &["ioatdma"],
+            _ => &[],
         }
     }
 
@@ -60,6 +83,12 @@ impl Workload {
             Self::Report => report::run(results),
             Self::Shell => shell::run(),
             Self::NvmeIo(args) => nvme_io::run(args, results),
+            Self::NvmeCli => nvme_cli::run(results),
+            Self::Rebind(args) => rebind::run(args, results),
+            Self::Reboot => reboot::run(results),
+            Self::HotplugWait => hotplug::run(results),
+            Self::IoatSelftest => ioat_selftest::run(results),
+            Self::VfioDma => vfio_dma::run(results),
         }
     }
 }
@@ -86,9 +115,10 @@ fn run(is_init: bool, results: &mut Results) -> Result<()> {
         init::mount_file_systems()?;
         *results = Results::guest_port();
     }
-    let workloads = parse(std::env::args().skip(1))?;
+    let workloads = parse(if is_init { init::arguments() } else { std::env::args().skip(1).collect() })?;
     if is_init {
-        let mut modules = vec!["virtio_iommu"];
+        // The IOMMU's driver first: an endpoint that binds before it would do its DMA untranslated.
+        let mut modules = vec!["virtio_iommu", "nvme"];
         modules.extend(workloads.iter().flat_map(Workload::modules));
         init::load_modules(&modules)?;
         blockdev::wait_for_controllers()?;
@@ -98,8 +128,7 @@ fn run(is_init: bool, results: &mut Results) -> Result<()> {
 }
 
 /// Parses the command line: workloads with their arguments, separated by `+`. None at all means a report.
-fn parse(args: impl Iterator<Item = String>) -> Result<Vec<Workload>> {
-    let args: Vec<String> = args.collect();
+fn parse(args: Vec<String>) -> Result<Vec<Workload>> {
     if args.is_empty() {
         return Ok(vec![Workload::Report]);
     }

@@ -1,6 +1,6 @@
 //! Raw I/O on an NVMe namespace: measured, or written, read back and compared.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, ensure};
@@ -153,6 +153,21 @@ pub fn check_pattern(
     seed: u64,
 ) -> Result<Outcome> {
     engine::run(device, Direction::Read, buffers, &mut Patterned { blocks, seed, direction: Direction::Read })
+}
+
+/// Writes and reads back `bytes` from the device's start, in 64 KiB I/Os, 8 in flight: what other workloads do to
+/// see that a device works.
+///
+/// # Errors
+/// An I/O that failed, or data that is wrong.
+pub fn exercise(path: &Path, bytes: u64, seed: u64) -> Result<()> {
+    const SIZE: usize = 64 << 10;
+    let device = Device::open(path)?;
+    let mut buffers = Buffers::new(8, SIZE, true)?;
+    let blocks = bytes.min(device.bytes) / SIZE as u64;
+    write_pattern(&device, &mut buffers, 0..blocks, seed)?;
+    check_pattern(&device, &mut buffers, 0..blocks, seed)?;
+    Ok(())
 }
 
 /// I/O for its numbers: the data does not matter.

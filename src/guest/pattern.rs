@@ -81,8 +81,8 @@ fn describe(bytes: &[u8], seed: u64) -> String {
         _ if bytes.iter().all(|byte| *byte == 0xdb) => "the device wrote nothing there".into(),
         _ if bytes.iter().all(|byte| *byte == 0) => "all zeroes".into(),
         [sector, its_seed, ..] if words(sector, its_seed).eq(found.iter().copied()) => {
-            let age = if its_seed == seed { "" } else { ", of an earlier run" };
-            format!("it holds sector {sector}{age}, whole")
+            let other = if its_seed == seed { "" } else { " of another write" };
+            format!("it holds sector {sector}{other}, whole")
         }
         _ => format!("its first words are {:#018x} {:#018x}", found[0], found[1]),
     }
@@ -109,7 +109,7 @@ mod tests {
         fill(&mut buffer, 5 * SECTOR as u64, 7);
         assert!(message(&buffer).contains("it holds sector 5, whole"));
         fill(&mut buffer, 0, 6);
-        assert!(message(&buffer).contains("earlier run"));
+        assert!(message(&buffer).contains("sector 0 of another write"));
         fill(&mut buffer, 0, 7);
         buffer[SECTOR + 100] ^= 1;
         assert!(message(&buffer).starts_with("Sector 1 is wrong from byte 96"));

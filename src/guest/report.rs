@@ -42,7 +42,7 @@ fn memory_bytes() -> Option<u64> {
 
 /// One function: ids as sysfs prints them, its driver, and its IOMMU group with the group's domain type
 /// (`DMA`, `DMA-FQ`, `identity`, `blocked`, `unmanaged`), null if it has none.
-fn pci_function(name: &str) -> Value {
+pub fn pci_function(name: &str) -> Value {
     let folder = Path::new("/sys/bus/pci/devices").join(name);
     json!({
         "bdf": name,

@@ -1,0 +1,174 @@
+//! Each class of DMA that an IOMMU must refuse, made by a real device: the DMA engine, programmed through VFIO.
+//!
+//! Four pages are mapped, each at an IOVA of its own and with just the rights its use takes. Every case is one
+//! descriptor; afterwards the channel's status and error registers and the memory say what happened.
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+use crate::buffers::{Buffers, PAGE};
+use crate::ioat::{self, DESCRIPTOR, Outcome};
+use crate::pattern;
+use crate::pci;
+use crate::results::Results;
+use crate::vfio::{Access, Bar, Function};
+
+/// Where the pages are for the device. Nothing else is mapped.
+const CONTROL: u64 = 0x1000_0000;
+const SOURCE: u64 = 0x2000_0000;
+const DESTINATION: u64 = 0x3000_0000;
+/// Where nothing is.
+const NOWHERE: u64 = 0x6000_0000;
+/// Where the completion is written in the control page; the descriptor is at its start.
+const COMPLETION: u64 = CONTROL + 0x100;
+
+/// The pages' places in the buffers.
+const CONTROL_PAGE: usize = 0;
+const SOURCE_PAGE: usize = 1;
+const DESTINATION_PAGE: usize = 2;
+
+/// Bytes of a copy.
+const SIZE: u32 = 2048;
+
+/// One descriptor, and what must come of it.
+struct Case {
+    name: &'static str,
+    source: u64,
+    destination: u64,
+    descriptor: u64,
+    completion: u64,
+    /// The channel's error bits; 0: the copy is made.
+    error: u32,
+    /// The first IOVA that the IOMMU must refuse.
+    fault: Option<u64>,
+}
+
+const GOOD: Case = Case {
+    name: "copy",
+    source: SOURCE,
+    destination: DESTINATION,
+    descriptor: CONTROL,
+    completion: COMPLETION,
+    error: 0,
+    fault: None,
+};
+
+/// Rogue ones between good ones: a refused access must not harm what comes after it.
+const CASES: [Case; 9] = [
+    GOOD,
+    Case { name: "unmapped source", source: NOWHERE, error: ioat::ERROR_SOURCE, fault: Some(NOWHERE), ..GOOD },
+    Case {
+        name: "unmapped destination",
+        destination: NOWHERE,
+        error: ioat::ERROR_DESTINATION,
+        fault: Some(NOWHERE),
+        ..GOOD
+    },
+    Case {
+        name: "write to a read-only mapping",
+        source: CONTROL,
+        destination: SOURCE,
+        error: ioat::ERROR_DESTINATION,
+        fault: Some(SOURCE),
+        ..GOOD
+    },
+    Case {
+        name: "read of a write-only mapping",
+        source: DESTINATION,
+        destination: DESTINATION + SIZE as u64,
+        error: ioat::ERROR_SOURCE,
+        fault: Some(DESTINATION),
+        ..GOOD
+    },
+    Case {
+        name: "source past its mapping's end",
+        source: SOURCE + PAGE as u64 - 1024,
+        error: ioat::ERROR_SOURCE,
+        fault: Some(SOURCE + PAGE as u64),
+        ..GOOD
+    },
+    Case {
+        name: "unmapped descriptor",
+        descriptor: NOWHERE,
+        error: ioat::ERROR_DESCRIPTOR,
+        fault: Some(NOWHERE),
+        ..GOOD
+    },
+    Case {
+        name: "unmapped completion",
+        completion: NOWHERE,
+        error: ioat::ERROR_COMPLETION,
+        fault: Some(NOWHERE),
+        ..GOOD
+    },
+    Case { name: "copy after all these", ..GOOD },
+];
+
+/// The workload. Emits one `result` with every case.
+///
+/// # Errors
+/// Names the cases that did not come out as they must.
+pub fn run(results: &mut Results) -> Result<()> {
+    let bdf = pci::with_id(ioat::VENDOR, ioat::DEVICE).into_iter().next();
+    let bdf = bdf.with_context(|| format!("The guest has no DMA engine {:04x}:{:04x}", ioat::VENDOR, ioat::DEVICE))?;
+    let mut pages = Buffers::new(3, PAGE, true)?;
+    let function = Function::open(&bdf)?;
+    for (page, iova, access) in [
+        (CONTROL_PAGE, CONTROL, Access::ReadWrite),
+        (SOURCE_PAGE, SOURCE, Access::Read),
+        (DESTINATION_PAGE, DESTINATION, Access::Write),
+    ] {
+        // SAFETY: `run_case` takes references to the pages only while the channel is stopped.
+        unsafe { function.map(pages.pointer(page), iova, PAGE as u64, access)? };
+    }
+    let bar = function.bar0()?;
+    let mut cases = Vec::new();
+    let mut wrong = Vec::new();
+    for case in CASES {
+        let (report, good) = run_case(&case, &bar, &mut pages).with_context(|| format!("Case \"{}\"", case.name))?;
+        if !good {
+            wrong.push(case.name);
+        }
+        cases.push(report);
+    }
+    results.emit("result", json!({ "workload": "vfio-dma", "bdf": bdf, "cases": cases, "wrong": wrong }));
+    ensure!(wrong.is_empty(), "DMA did not come out as it must: {wrong:?}");
+    Ok(())
+}
+
+/// Carries out one case; what happened, and whether it is what must happen.
+fn run_case(case: &Case, bar: &Bar, pages: &mut Buffers) -> Result<(Value, bool)> {
+    // SAFETY: the channel is stopped: it was never started, or the last case ended with it done or halted.
+    unsafe {
+        pages.contents(CONTROL_PAGE)[..DESCRIPTOR].copy_from_slice(&ioat::copy(
+            SIZE,
+            case.source,
+            case.destination,
+            case.descriptor,
+        ));
+        pattern::fill(pages.contents(SOURCE_PAGE), SOURCE, 1);
+        pattern::poison(pages.contents(DESTINATION_PAGE));
+    }
+    let outcome = ioat::run_one(bar, case.descriptor, case.completion)?;
+    // SAFETY: the channel is done or halted, as `run_one` waited for.
+    let (source_intact, copied) = unsafe {
+        let source_intact = pattern::check(pages.contents(SOURCE_PAGE), SOURCE, 1).is_ok();
+        (source_intact, pattern::check(&pages.contents(DESTINATION_PAGE)[..SIZE as usize], SOURCE, 1).is_ok())
+    };
+    let good = source_intact && as_expected(case, outcome, copied);
+    let report = json!({
+        "case": case.name, "good": good, "state": outcome.status & 7, "chansts": outcome.status,
+        "chanerr": outcome.error, "expected_chanerr": case.error, "fault_iova": case.fault,
+        "copied": copied, "source_intact": source_intact,
+    });
+    Ok((report, good))
+}
+
+fn as_expected(case: &Case, outcome: Outcome, copied: bool) -> bool {
+    match case.error {
+        0 => outcome.is_done() && copied,
+        // The data may have been copied before the completion was refused.
+        ioat::ERROR_COMPLETION => outcome.is_halted() && outcome.error == case.error,
+        _ => outcome.is_halted() && outcome.error == case.error && !copied,
+    }
+}
