@@ -1,1 +1,3 @@
 //! The device models. They see a [`crate::pci::Function`] to implement and a [`crate::dma::Dma`] to use.
+
+pub mod ioat;

@@ -1,0 +1,153 @@
+//! When the channel's interrupt is sent.
+
+use crate::pci::Interrupts;
+
+/// Software takes interrupts. Reading INTRCTRL clears it, so that a handler that has begun is not disturbed.
+const MASTER: u8 = 1 << 0;
+/// There is an interrupt that ATTNSTATUS tells of.
+const STATUS: u8 = 1 << 1;
+/// Both of these.
+const INTERRUPT: u8 = 1 << 2;
+/// Each channel has an MSI-X vector of its own.
+const VECTOR_PER_CHANNEL: u8 = 1 << 3;
+
+/// The interrupt: sent once each time that software armed it. One that is due before is kept until then.
+///
+/// Either bit of INTRCTRL lets it through: on hardware the master enable is for INTx and MSI, where one handler serves
+/// all channels, and drivers that use a vector per channel leave it off.
+#[derive(Default)]
+pub struct Interrupt {
+    interrupts: Interrupts,
+    enable: u8,
+    sent: bool,
+    due: bool,
+    attention: bool,
+}
+
+impl Interrupt {
+    /// Armed, but not enabled.
+    pub fn new(interrupts: Interrupts) -> Self {
+        Interrupt { interrupts, ..Interrupt::default() }
+    }
+
+    /// As it was at first.
+    pub fn reset(&mut self) {
+        *self = Interrupt::new(self.interrupts.clone());
+    }
+
+    /// The channel was reset: what was due is not any more.
+    pub fn reset_channel(&mut self) {
+        self.due = false;
+        self.sent = false;
+    }
+
+    /// There is a reason for an interrupt.
+    pub fn raise(&mut self) {
+        self.due = true;
+        self.send();
+    }
+
+    /// Software has seen the last one.
+    pub fn arm(&mut self) {
+        self.sent = false;
+        self.send();
+    }
+
+    /// Whether it was sent and not armed since.
+    pub fn is_disarmed(&self) -> bool {
+        self.sent
+    }
+
+    /// INTRCTRL is written.
+    pub fn write_control(&mut self, value: u8) {
+        self.enable = value & (MASTER | VECTOR_PER_CHANNEL);
+        self.send();
+    }
+
+    /// INTRCTRL.
+    pub fn control(&self) -> u8 {
+        let status = if self.attention { STATUS } else { 0 };
+        let both = if self.attention && self.enable & MASTER != 0 { INTERRUPT } else { 0 };
+        self.enable | status | both
+    }
+
+    /// INTRCTRL was read.
+    pub fn control_was_read(&mut self) {
+        self.enable &= !MASTER;
+    }
+
+    /// ATTNSTATUS.
+    pub fn attention(&self) -> u32 {
+        u32::from(self.attention)
+    }
+
+    /// ATTNSTATUS was read.
+    pub fn attention_was_read(&mut self) {
+        self.attention = false;
+    }
+
+    fn send(&mut self) {
+        if self.due && !self.sent && self.enable != 0 {
+            self.due = false;
+            self.sent = true;
+            self.attention = true;
+            self.interrupts.trigger(0);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn enabled() -> Interrupt {
+        let mut interrupt = Interrupt::default();
+        interrupt.write_control(VECTOR_PER_CHANNEL);
+        interrupt
+    }
+
+    #[test]
+    fn one_is_sent_for_each_arming() {
+        let mut interrupt = enabled();
+        interrupt.raise();
+        assert!(interrupt.is_disarmed());
+        interrupt.raise();
+        interrupt.raise();
+        interrupt.arm();
+        assert!(interrupt.is_disarmed());
+        interrupt.arm();
+        assert!(!interrupt.is_disarmed());
+    }
+
+    #[test]
+    fn one_that_is_due_waits_for_an_enable() {
+        let mut interrupt = Interrupt::default();
+        interrupt.raise();
+        assert!(!interrupt.is_disarmed());
+        assert_eq!(interrupt.attention(), 0);
+        interrupt.write_control(MASTER);
+        assert!(interrupt.is_disarmed());
+        interrupt.reset();
+        interrupt.write_control(MASTER);
+        assert!(!interrupt.is_disarmed());
+    }
+
+    #[test]
+    fn a_handler_finds_out_what_it_is_for() {
+        let mut interrupt = Interrupt::default();
+        interrupt.write_control(MASTER);
+        assert_eq!(interrupt.control(), MASTER);
+        interrupt.raise();
+        assert_eq!(interrupt.control(), MASTER | STATUS | INTERRUPT);
+        interrupt.control_was_read();
+        assert_eq!(interrupt.control(), STATUS);
+        assert_eq!(interrupt.attention(), 1);
+        interrupt.attention_was_read();
+        // Between the read of INTRCTRL and its write nothing is sent.
+        interrupt.arm();
+        interrupt.raise();
+        assert!(!interrupt.is_disarmed());
+        interrupt.write_control(MASTER | STATUS | INTERRUPT);
+        assert!(interrupt.is_disarmed());
+    }
+}

@@ -1,0 +1,108 @@
+//! The registers in BAR 0: the global ones, and the channel's in a block of 0x80 bytes behind them.
+//!
+//! The names are those of Intel's data sheets ("DMA engine", "Intel QuickData Technology").
+
+/// Bytes of BAR 0, as on hardware; what is not named here reads as zero and ignores writes.
+pub const BAR_SIZE: u64 = 0x4000;
+
+/// Number of channels, 8 bits.
+pub const CHANCNT: usize = 0x00;
+/// Largest transfer of a descriptor, 8 bits: log2 of the bytes.
+pub const XFERCAP: usize = 0x01;
+/// Interrupt control, 8 bits; see [`super::interrupt`].
+pub const INTRCTRL: usize = 0x03;
+/// Attention status, 32 bits: bit n for an interrupt of channel n. Reading clears it.
+pub const ATTNSTATUS: usize = 0x04;
+/// Version, 8 bits: major, minor.
+pub const CBVER: usize = 0x08;
+
+/// Channel control, 16 bits.
+pub const CHANCTRL: usize = 0x80;
+/// Which older programming interfaces the channel has, 16 bits.
+pub const DMA_COMP: usize = 0x82;
+/// Channel command, 8 bits.
+pub const CHANCMD: usize = 0x84;
+/// Descriptor count, 16 bits: how many descriptors there are since CHAINADDR was written, modulo 2^16.
+pub const DMACOUNT: usize = 0x86;
+/// Channel status, 64 bits: the address of the last completed descriptor, and a [`super::channel::Status`].
+pub const CHANSTS: usize = 0x88;
+/// Descriptor chain address, 64 bits.
+pub const CHAINADDR: usize = 0x90;
+/// Where completions are written, 64 bits.
+pub const CHANCMP: usize = 0x98;
+/// Channel errors, 32 bits, of [`Errors`]. Writing a one clears an error.
+pub const CHANERR: usize = 0xa8;
+/// Which errors cause no interrupt, 32 bits.
+pub const CHANERRMSK: usize = 0xac;
+/// Bytes up to the end of the last register.
+pub const END: usize = 0xb0;
+
+/// One channel: what each function of a server processor has. More functions, and not more channels, make more of them.
+pub const CHANNELS: u8 = 1;
+/// 64 KiB a descriptor. Hardware has 1 MiB; but programs that fill the channel with 65,535 descriptors of the largest
+/// size (the kernel's VFIO selftests) expect tens of GB/s then, and a short descriptor is a bound on how long the channel
+/// takes to stop.
+pub const TRANSFER_LOG2: u8 = 16;
+/// Version 3.3.
+pub const VERSION: u8 = 0x33;
+/// DMA_COMP: the interface of version 2, which is a count of descriptors and not the append bit of version 1.
+pub const COMPATIBLE_V2: u16 = 1 << 1;
+
+bitflags::bitflags! {
+    /// CHANCTRL.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    pub struct Control: u16 {
+        /// Read: the interrupt was sent and no further one is. Write: one more may be sent.
+        const INTERRUPT_DISABLE = 1 << 0;
+        /// An error is written to CHANCMP.
+        const ERROR_COMPLETION = 1 << 2;
+        /// Any error stops the channel. It does so anyway.
+        const ANY_ERROR_ABORT = 1 << 3;
+        /// An error sends the interrupt.
+        const ERROR_INTERRUPT = 1 << 4;
+        /// Descriptor reads do not snoop. They always do.
+        const NO_SNOOP = 1 << 5;
+        /// Software's own mark.
+        const IN_USE = 1 << 8;
+    }
+}
+
+bitflags::bitflags! {
+    /// CHANCMD.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Command: u8 {
+        /// Stop before the next descriptor.
+        const SUSPEND = 1 << 2;
+        /// Go on after a suspend.
+        const RESUME = 1 << 4;
+        /// Forget everything. The bit reads as one until it is done.
+        const RESET = 1 << 5;
+    }
+}
+
+bitflags::bitflags! {
+    /// CHANERR: why the channel halted.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    pub struct Errors: u32 {
+        /// The source cannot be read.
+        const SOURCE_ADDRESS = 1 << 0;
+        /// The destination cannot be written.
+        const DESTINATION_ADDRESS = 1 << 1;
+        /// The descriptor that the current one names as next cannot be read.
+        const NEXT_ADDRESS = 1 << 2;
+        /// The next descriptor's address is no multiple of 64.
+        const NEXT_ALIGNMENT = 1 << 3;
+        /// CHAINADDR is no multiple of 64, or there is no memory.
+        const CHAIN_ADDRESS = 1 << 4;
+        /// CHANCMD was written with something that is no command.
+        const COMMAND = 1 << 5;
+        /// The descriptor's operation or one of its control bits is not supported.
+        const CONTROL = 1 << 10;
+        /// The descriptor's size is 0 or larger than XFERCAP says.
+        const LENGTH = 1 << 11;
+        /// CHANCMP cannot be written.
+        const COMPLETION_ADDRESS = 1 << 12;
+        /// The model itself failed.
+        const UNAFFILIATED = 1 << 15;
+    }
+}
