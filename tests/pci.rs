@@ -17,7 +17,7 @@ use tempfile::TempDir;
 use vfio_bindings::bindings::vfio::*;
 use vfio_user::Client;
 use viommu::dma::Dma;
-use viommu::iommu::{Iommu, Settings};
+use viommu::iommu::{EndpointSettings, Iommu, Settings};
 use viommu::pci::{Bar, BindError, Bus, Function, Identity, Server, Slot};
 use viommu::trace::Tracer;
 use vmm_sys_util::eventfd::EventFd;
@@ -112,7 +112,8 @@ impl Setup {
         let server = Server::bind(&dir.path().join("toy.sock")).unwrap();
         let (stop, count) = (shutdown.try_clone().unwrap(), resets.clone());
         let thread = std::thread::spawn(move || {
-            let iommu = Iommu::new(Settings::default(), Tracer::default());
+            let endpoints = vec![EndpointSettings { id: ENDPOINT, reserved: Vec::new() }];
+            let iommu = Iommu::new(Settings { endpoints, ..Settings::default() }, Tracer::default());
             let slot = Slot::new(&iommu, ENDPOINT, Tracer::default());
             let make =
                 |bus: Bus| -> Box<dyn Function> { Box::new(Toy { dma: bus.door.open(), bus, address: 0, result: 0 }) };
