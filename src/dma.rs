@@ -9,7 +9,7 @@ use vm_memory::{
 };
 
 use crate::iommu::grace::Reader;
-use crate::iommu::{Endpoint, Fault, Iommu};
+use crate::iommu::{Endpoint, Fault, Iommu, Translation};
 use crate::trace::event::{Access, Route};
 use crate::trace::{Event, Tracer};
 
@@ -133,6 +133,25 @@ impl Dma {
         Ok(())
     }
 
+    /// Reads a little-endian 32-bit word that the guest changes on its own account, such as a shadow doorbell. While it
+    /// is still `known` the read is neither traced nor counted: a device that looks often would fill the trace with
+    /// accesses that tell nothing. Faults are reported in any case.
+    pub fn poll(&mut self, iova: u64, known: u32) -> Result<u32, DmaError> {
+        let mut bytes = [0; 4];
+        let run =
+            self.reach(iova, Access::Read, bytes.len(), |memory, gpa, len| memory.read_slice(&mut bytes[..len], gpa))?;
+        let value = u32::from_le_bytes(bytes);
+        if run.len as usize == bytes.len() && run.result.is_ok() && value == known {
+            return Ok(value);
+        }
+        let len = self.tell(run, Access::Read)?;
+        if len < bytes.len() {
+            // It crosses a page.
+            self.read(iova.wrapping_add(len as u64), &mut bytes[len..])?;
+        }
+        Ok(u32::from_le_bytes(bytes))
+    }
+
     /// Does the first contiguous run of an access of `want` bytes and returns its length.
     fn run(
         &mut self,
@@ -141,6 +160,18 @@ impl Dma {
         want: usize,
         copy: impl FnOnce(&GuestMemoryMmap, GuestAddress, usize) -> vm_memory::guest_memory::Result<()>,
     ) -> Result<usize, DmaError> {
+        let run = self.reach(iova, access, want, copy)?;
+        self.tell(run, access)
+    }
+
+    /// Translates and copies the first contiguous run of an access.
+    fn reach(
+        &mut self,
+        iova: u64,
+        access: Access,
+        want: usize,
+        copy: impl FnOnce(&GuestMemoryMmap, GuestAddress, usize) -> vm_memory::guest_memory::Result<()>,
+    ) -> Result<Run, DmaError> {
         let door = &self.door;
         if !door.bus_master.load(Ordering::Acquire) {
             return Err(DmaError::BusMasterOff);
@@ -174,22 +205,29 @@ impl Dma {
             }
         }
         let result = match found.route {
-            Route::Msi => None,
-            Route::Mapped | Route::Bypass => copy(&memory, GuestAddress(found.gpa), len as usize).ok(),
+            Route::Msi => Err(()),
+            Route::Mapped | Route::Bypass => copy(&memory, GuestAddress(found.gpa), len as usize).map_err(drop),
         };
         drop(guard);
+        Ok(Run { iova, found, len, result })
+    }
+
+    /// Traces and counts a run, and returns its length.
+    fn tell(&self, run: Run, access: Access) -> Result<usize, DmaError> {
+        let Run { iova, found, len, result } = run;
+        let door = &self.door;
         door.tracer.emit(Event::Dma {
             endpoint: door.endpoint.id(),
             access,
             route: found.route,
-            failed: result.is_none(),
+            failed: result.is_err(),
             iova,
             gpa: found.gpa,
             len: len as u32,
             domain: found.domain,
             tag: found.tag,
         });
-        if result.is_none() {
+        if result.is_err() {
             return Err(DmaError::NoMemory { iova, gpa: found.gpa });
         }
         let moved = match access {
@@ -199,6 +237,14 @@ impl Dma {
         moved.fetch_add(len, Ordering::Relaxed);
         Ok(len as usize)
     }
+}
+
+/// A contiguous run of guest memory that was accessed, or would have been if it were there.
+struct Run {
+    iova: u64,
+    found: Translation,
+    len: u64,
+    result: Result<(), ()>,
 }
 
 /// Whether all of a range is in memory that the client let us write; to try would be a SIGSEGV.
