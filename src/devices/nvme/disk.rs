@@ -1,0 +1,221 @@
+//! What a controller has for its namespace: a raw file, and what stays when the controller is reset.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+/// How a controller is to be.
+#[derive(Clone, Debug)]
+pub struct NvmeConfig {
+    /// The raw file behind the namespace.
+    pub image: PathBuf,
+    /// Whether the namespace is write-protected; other users may read the image then.
+    pub read_only: bool,
+    /// Bytes of a logical block: 512 or 4096.
+    pub block_size: u32,
+    /// The serial number, up to 20 ASCII characters; unique, since the namespace's NGUID is made of it.
+    pub serial: String,
+    /// I/O queue pairs, 1 to 64; as many interrupt vectors and one more.
+    pub queues: u16,
+}
+
+impl NvmeConfig {
+    /// A writable namespace of 512-byte blocks on a controller with 16 queue pairs.
+    pub fn new(image: impl Into<PathBuf>, serial: impl Into<String>) -> Self {
+        NvmeConfig { image: image.into(), read_only: false, block_size: 512, serial: serial.into(), queues: 16 }
+    }
+}
+
+/// Why an image cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say it")]
+pub enum OpenError {
+    #[error("There is no image {0}; create one with `truncate -s 1G {0}`, or let `--create-images SIZE` do it")]
+    Missing(PathBuf),
+    #[error("Cannot open the image {path}")]
+    Open { path: PathBuf, source: io::Error },
+    #[error("The image {0} is in use by another process; a raw image can have one writer only")]
+    Locked(PathBuf),
+    #[error("The image {path} has {bytes} bytes; a multiple of the block size {block_size}, and not 0, was expected")]
+    Size { path: PathBuf, bytes: u64, block_size: u32 },
+    #[error("The image {0} is not a regular file or a block device")]
+    NotAFile(PathBuf),
+    #[error("A block size of {0} is not supported; 512 or 4096 was expected")]
+    BlockSize(u32),
+    #[error("The serial number {0:?} does not do; 1 to 20 printable ASCII characters were expected")]
+    Serial(String),
+    #[error("{0} queue pairs are not supported; 1 to 64 were expected")]
+    Queues(u16),
+}
+
+/// What was done since the image was opened, over all resets.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// I/O commands completed, with success or not.
+    pub io_count: AtomicU64,
+    /// Read commands among them.
+    pub reads: AtomicU64,
+    /// Write commands among them.
+    pub writes: AtomicU64,
+    /// Bytes that successful reads gave to the host.
+    pub bytes_read: AtomicU64,
+    /// Bytes that successful writes took from the host.
+    pub bytes_written: AtomicU64,
+    /// Admin commands completed.
+    pub admin_count: AtomicU64,
+    /// Commands, of both kinds, that completed with an error.
+    pub errors: AtomicU64,
+    /// Controllers made: power cycles.
+    pub power_cycles: AtomicU64,
+    /// Controllers that were enabled and went away without a shutdown.
+    pub unsafe_shutdowns: AtomicU64,
+}
+
+/// The open image of a namespace and its counters; they outlive the controllers that use them.
+#[derive(Debug)]
+pub struct Disk {
+    file: File,
+    config: NvmeConfig,
+    blocks: u64,
+    punches: bool,
+    opened: Instant,
+    /// What was done.
+    pub counters: Counters,
+}
+
+impl Disk {
+    /// Opens and locks an image.
+    pub fn open(config: NvmeConfig) -> Result<Arc<Disk>, OpenError> {
+        let path = || config.image.clone();
+        if !matches!(config.block_size, 512 | 4096) {
+            return Err(OpenError::BlockSize(config.block_size));
+        }
+        let printable = |c: u8| c.is_ascii_graphic() || c == b' ';
+        if !(1..=20).contains(&config.serial.len()) || !config.serial.bytes().all(printable) {
+            return Err(OpenError::Serial(config.serial));
+        }
+        if !(1..=64).contains(&config.queues) {
+            return Err(OpenError::Queues(config.queues));
+        }
+        let file = match OpenOptions::new().read(true).write(!config.read_only).open(&config.image) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(OpenError::Missing(path())),
+            Err(source) => return Err(OpenError::Open { path: path(), source }),
+        };
+        let bytes = size(&file).map_err(|source| OpenError::Open { path: path(), source })?;
+        let Some(bytes) = bytes else { return Err(OpenError::NotAFile(path())) };
+        lock(&file, config.read_only).map_err(|source| match source.kind() {
+            io::ErrorKind::WouldBlock => OpenError::Locked(path()),
+            _ => OpenError::Open { path: path(), source },
+        })?;
+        let block_size = config.block_size;
+        if bytes == 0 || bytes % u64::from(block_size) != 0 {
+            return Err(OpenError::Size { path: path(), bytes, block_size });
+        }
+        // Past the end, so that nothing is punched in the attempt.
+        let punches = !config.read_only && punch(&file, bytes, 4096).is_ok();
+        let blocks = bytes / u64::from(block_size);
+        let (opened, counters) = (Instant::now(), Counters::default());
+        Ok(Arc::new(Disk { file, config, blocks, punches, opened, counters }))
+    }
+
+    /// How it was configured.
+    pub fn config(&self) -> &NvmeConfig {
+        &self.config
+    }
+
+    /// Logical blocks of the namespace.
+    pub fn blocks(&self) -> u64 {
+        self.blocks
+    }
+
+    /// Since when it is open.
+    pub(super) fn opened(&self) -> Instant {
+        self.opened
+    }
+
+    /// Whether deallocated blocks give their space back; they read as zeros in any case.
+    pub(super) fn punches(&self) -> bool {
+        self.punches
+    }
+
+    /// Reads from a byte offset.
+    pub(super) fn read(&self, data: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file.read_exact_at(data, offset)
+    }
+
+    /// Writes to a byte offset.
+    pub(super) fn write(&self, data: &[u8], offset: u64) -> io::Result<()> {
+        self.file.write_all_at(data, offset)
+    }
+
+    /// Makes what was written durable.
+    pub(super) fn flush(&self) -> io::Result<()> {
+        if self.config.read_only { Ok(()) } else { self.file.sync_data() }
+    }
+
+    /// Makes a range of bytes zeros; with `deallocate`, if that can be, without keeping space for them.
+    pub(super) fn zero(&self, mut offset: u64, mut len: u64, deallocate: bool) -> io::Result<()> {
+        static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+        if deallocate && self.punches && punch(&self.file, offset, len).is_ok() {
+            return Ok(());
+        }
+        while len > 0 {
+            let now = len.min(ZEROS.len() as u64);
+            self.file.write_all_at(&ZEROS[..now as usize], offset)?;
+            offset += now;
+            len -= now;
+        }
+        Ok(())
+    }
+
+    /// A namespace globally unique identifier, made of the serial number.
+    pub(super) fn nguid(&self) -> [u8; 16] {
+        let hash = |seed: u64| {
+            // FNV-1a: it need only differ where serials differ.
+            let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+            self.config.serial.bytes().fold(0xcbf2_9ce4_8422_2325 ^ seed, step)
+        };
+        let mut id = [0; 16];
+        id[..8].copy_from_slice(&hash(0).to_be_bytes());
+        id[8..].copy_from_slice(&hash(1).to_be_bytes());
+        id
+    }
+
+    pub(super) fn count(&self, counter: impl FnOnce(&Counters) -> &AtomicU64, by: u64) {
+        counter(&self.counters).fetch_add(by, Ordering::Relaxed);
+    }
+}
+
+/// The bytes of a regular file or a block device.
+fn size(file: &File) -> io::Result<Option<u64>> {
+    use std::io::{Seek, SeekFrom};
+    use std::os::unix::fs::FileTypeExt;
+    let metadata = file.metadata()?;
+    if metadata.is_file() {
+        Ok(Some(metadata.len()))
+    } else if metadata.file_type().is_block_device() {
+        Ok(Some((&*file).seek(SeekFrom::End(0))?))
+    } else {
+        Ok(None)
+    }
+}
+
+fn lock(file: &File, shared: bool) -> io::Result<()> {
+    let kind = if shared { libc::LOCK_SH } else { libc::LOCK_EX };
+    // SAFETY: the call takes a descriptor that `file` keeps open, and no pointer.
+    let result = unsafe { libc::flock(file.as_raw_fd(), kind | libc::LOCK_NB) };
+    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+fn punch(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    // SAFETY: the call takes a descriptor that `file` keeps open, and no pointer.
+    let result = unsafe { libc::fallocate(file.as_raw_fd(), mode, offset as libc::off_t, len as libc::off_t) };
+    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}

@@ -1,0 +1,125 @@
+//! Get Log Page (section 5.14.1).
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::event::ErrorInfo;
+use super::features::TEMPERATURE;
+use super::shared::{Shared, lock};
+use super::spec::{Status, nvm};
+
+/// Log page identifiers.
+mod id {
+    pub const ERROR: u8 = 0x01;
+    pub const HEALTH: u8 = 0x02;
+    pub const FIRMWARE: u8 = 0x03;
+    pub const EFFECTS: u8 = 0x05;
+}
+
+/// Entries that the error log keeps.
+pub(super) const ERROR_ENTRIES: usize = 64;
+
+/// Revision of the firmware, which there is none of.
+pub(super) const FIRMWARE: &str = env!("CARGO_PKG_VERSION");
+
+/// The commands that failed last, newest first.
+#[derive(Debug, Default)]
+pub(super) struct ErrorLog {
+    entries: VecDeque<(u64, ErrorInfo)>,
+    count: u64,
+}
+
+impl ErrorLog {
+    /// Notes one.
+    pub fn push(&mut self, info: ErrorInfo) {
+        self.count += 1;
+        self.entries.push_front((self.count, info));
+        self.entries.truncate(ERROR_ENTRIES);
+    }
+}
+
+/// The whole of a log page.
+pub(super) fn page(shared: &Shared, log: u8) -> Result<Vec<u8>, Status> {
+    match log {
+        id::ERROR => Ok(errors(&lock(&shared.error_log))),
+        id::HEALTH => Ok(health(shared)),
+        id::FIRMWARE => Ok(firmware()),
+        id::EFFECTS => Ok(effects()),
+        _ => Err(Status::INVALID_LOG_PAGE),
+    }
+}
+
+/// Error information (figure 193).
+fn errors(log: &ErrorLog) -> Vec<u8> {
+    let mut page = vec![0; 64 * ERROR_ENTRIES];
+    for (entry, (count, info)) in page.chunks_exact_mut(64).zip(&log.entries) {
+        put(entry, 0, &count.to_le_bytes());
+        put(entry, 8, &info.queue.to_le_bytes());
+        put(entry, 10, &info.cid.to_le_bytes());
+        put(entry, 12, &(info.status.0 << 1).to_le_bytes());
+        // Parameter error location: not known.
+        put(entry, 14, &0xffffu16.to_le_bytes());
+        put(entry, 16, &info.lba.to_le_bytes());
+        put(entry, 24, &info.nsid.to_le_bytes());
+    }
+    page
+}
+
+/// SMART / health information (figure 194).
+fn health(shared: &Shared) -> Vec<u8> {
+    let mut page = vec![0; 512];
+    let warning = lock(&shared.features).temperature_warning();
+    let counters = &shared.disk.counters;
+    let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+    // In thousands of 512-byte units, rounded up.
+    let units = |counter: &AtomicU64| get(counter).div_ceil(512_000);
+    put(&mut page, 0, &[u8::from(warning) << 1]);
+    put(&mut page, 1, &TEMPERATURE.to_le_bytes());
+    // Available spare and its threshold.
+    put(&mut page, 3, &[100, 10]);
+    put(&mut page, 32, &units(&counters.bytes_read).to_le_bytes());
+    put(&mut page, 48, &units(&counters.bytes_written).to_le_bytes());
+    put(&mut page, 64, &get(&counters.reads).to_le_bytes());
+    put(&mut page, 80, &get(&counters.writes).to_le_bytes());
+    put(&mut page, 112, &get(&counters.power_cycles).to_le_bytes());
+    put(&mut page, 128, &(shared.disk.opened().elapsed().as_secs() / 3600).to_le_bytes());
+    put(&mut page, 144, &get(&counters.unsafe_shutdowns).to_le_bytes());
+    put(&mut page, 176, &lock(&shared.error_log).count.to_le_bytes());
+    page
+}
+
+/// Firmware slot information (figure 195): slot 1 is active.
+fn firmware() -> Vec<u8> {
+    let mut page = vec![0; 512];
+    page[0] = 1;
+    page[8..16].fill(b' ');
+    put(&mut page, 8, FIRMWARE.as_bytes());
+    page
+}
+
+/// Commands supported and effects (figure 199).
+fn effects() -> Vec<u8> {
+    const SUPPORTED: u32 = 1;
+    const CHANGES_BLOCKS: u32 = 1 << 1;
+    let mut page = vec![0; 4096];
+    let mut set = |base: usize, opcode: u8, effect: u32| {
+        put(&mut page, base + 4 * usize::from(opcode), &effect.to_le_bytes());
+    };
+    for opcode in super::admin::OPCODES {
+        set(0, opcode, SUPPORTED);
+    }
+    for opcode in [nvm::FLUSH, nvm::READ, nvm::COMPARE] {
+        set(1024, opcode, SUPPORTED);
+    }
+    for opcode in [nvm::WRITE, nvm::WRITE_ZEROES, nvm::DATASET_MANAGEMENT] {
+        set(1024, opcode, SUPPORTED | CHANGES_BLOCKS);
+    }
+    page
+}
+
+/// Sets some bytes of a page.
+pub(super) fn put(page: &mut [u8], at: usize, bytes: &[u8]) {
+    for (to, from) in page.iter_mut().skip(at).zip(bytes) {
+        *to = *from;
+    }
+}

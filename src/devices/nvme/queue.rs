@@ -1,0 +1,231 @@
+//! Queues in the host's memory (section 4.1).
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering, fence};
+
+use zerocopy::IntoBytes;
+use zerocopy::little_endian::{U16, U32};
+
+use super::shared::{Doorbells, InvalidDoorbell, Shadow, Shared, lock};
+use super::spec::{CQE, Cqe, SQE, Sqe, Status};
+use crate::dma::{Dma, DmaError};
+
+/// The thread is to end: the queue or the controller goes away, or the queue cannot be accessed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Ended;
+
+/// A submission queue, as the thread that processes it sees it.
+pub(super) struct SubmissionQueue {
+    id: u16,
+    base: u64,
+    size: u32,
+    head: u32,
+    /// The tail as it was last seen.
+    tail: u32,
+    /// Where the event index was written last, and what; `None` before that.
+    armed: Option<(u64, u32)>,
+}
+
+impl SubmissionQueue {
+    /// A new, empty queue of `size` entries. The calling thread is its only reader.
+    pub fn new(id: u16, base: u64, size: u32) -> Self {
+        SubmissionQueue { id, base, size, head: 0, tail: 0, armed: None }
+    }
+
+    /// Up to where the queue was fetched.
+    pub fn head(&self) -> u16 {
+        self.head as u16
+    }
+
+    /// Looks for new entries, and says whether there are any.
+    pub fn poll(&mut self, dma: &mut Dma, shared: &Shared) -> Result<bool, DmaError> {
+        let Some(doorbells) = shared.doorbells.get(usize::from(self.id)) else { return Ok(false) };
+        let tail = match shared.shadow.tail(self.id) {
+            Some(shadow) => dma.poll(shadow.doorbell, self.tail)?,
+            None => doorbells.tail.value(),
+        };
+        if tail < self.size {
+            self.tail = tail;
+        } else if self.tail != tail {
+            shared.invalid_doorbell(InvalidDoorbell::Value);
+        }
+        Ok(self.head != self.tail)
+    }
+
+    /// Asks the host to write the register when it has new entries. `false`: it has some already.
+    pub fn prepare_wait(&mut self, dma: &mut Dma, shared: &Shared) -> Result<bool, DmaError> {
+        if let Some(shadow) = shared.shadow.tail(self.id)
+            && self.armed != Some((shadow.event_index, self.tail))
+        {
+            arm(dma, shadow, self.tail)?;
+            self.armed = Some((shadow.event_index, self.tail));
+        }
+        Ok(!self.poll(dma, shared)?)
+    }
+
+    /// Fetches at most `max` new entries; there are more if it was as many.
+    pub fn fetch(&mut self, dma: &mut Dma, max: usize, entries: &mut Vec<Sqe>) -> Result<(), DmaError> {
+        let end = if self.tail >= self.head { self.tail } else { self.size };
+        let count = (end - self.head).min(max as u32);
+        entries.clear();
+        entries.resize(count as usize, Sqe::default());
+        dma.read(self.base.wrapping_add(u64::from(self.head) * SQE), entries.as_mut_bytes())?;
+        self.head = (self.head + count) % self.size;
+        Ok(())
+    }
+}
+
+/// Sets an event index, so that the host writes the doorbell register when it goes past `value`. What the host wrote
+/// to the shadow before it could see that is seen by the next read.
+fn arm(dma: &mut Dma, shadow: Shadow, value: u32) -> Result<(), DmaError> {
+    dma.write(shadow.event_index, &value.to_le_bytes())?;
+    fence(Ordering::SeqCst);
+    Ok(())
+}
+
+/// A command that is done.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Completion {
+    pub cid: u16,
+    pub status: Status,
+    pub result: u32,
+}
+
+/// A completion queue; the submission queues that belong to it share it.
+pub(super) struct CompletionQueue {
+    id: u16,
+    base: u64,
+    size: u32,
+    vector: Option<u16>,
+    state: Mutex<State>,
+}
+
+struct State {
+    tail: u32,
+    head: u32,
+    phase: bool,
+}
+
+impl CompletionQueue {
+    /// A new, empty queue of `size` entries.
+    pub fn new(id: u16, base: u64, size: u32, vector: Option<u16>) -> Self {
+        CompletionQueue { id, base, size, vector, state: Mutex::new(State { tail: 0, head: 0, phase: true }) }
+    }
+
+    /// The queue identifier.
+    pub fn id(&self) -> u16 {
+        self.id
+    }
+
+    /// Posts completions of the submission queue `sq`, with one interrupt for all that fit; waits for the host while
+    /// the queue is full.
+    pub fn post(
+        &self,
+        dma: &mut Dma,
+        shared: &Shared,
+        sq: (u16, u16),
+        mut done: &[Completion],
+        stop: &AtomicBool,
+    ) -> Result<(), Ended> {
+        while !done.is_empty() {
+            let posted = self.post_some(dma, shared, sq, done).map_err(|_| {
+                shared.fatal();
+                Ended
+            })?;
+            done = &done[posted..];
+            if posted > 0 {
+                if let Some(vector) = self.vector {
+                    shared.bus.interrupts.trigger(vector);
+                }
+            } else {
+                self.wait(dma, shared, stop)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Posts what fits without wrapping.
+    fn post_some(
+        &self,
+        dma: &mut Dma,
+        shared: &Shared,
+        (sq_id, sq_head): (u16, u16),
+        done: &[Completion],
+    ) -> Result<usize, DmaError> {
+        let mut state = lock(&self.state);
+        let mut free = self.free(&state);
+        if free < done.len() {
+            state.head = self.host_head(dma, shared)?;
+            free = self.free(&state);
+        }
+        let count = done.len().min(free).min((self.size - state.tail) as usize);
+        let entry = |completion: &Completion| Cqe {
+            result: U32::new(completion.result),
+            reserved: U32::ZERO,
+            sq_head: U16::new(sq_head),
+            sq_id: U16::new(sq_id),
+            cid: U16::new(completion.cid),
+            status: U16::new(completion.status.0 << 1 | u16::from(state.phase)),
+        };
+        let entries: Vec<Cqe> = done[..count].iter().map(entry).collect();
+        if count > 0 {
+            // The phase tag, which makes an entry valid, is in the same aligned 8 bytes as all that an I/O driver
+            // looks at; so a host that polls sees an entry whole or not at all.
+            dma.write(self.base.wrapping_add(u64::from(state.tail) * CQE), entries.as_bytes())?;
+            state.tail += count as u32;
+            if state.tail == self.size {
+                state.tail = 0;
+                state.phase = !state.phase;
+            }
+        }
+        Ok(count)
+    }
+
+    /// Entries that can be posted: one always stays free.
+    fn free(&self, state: &State) -> usize {
+        ((state.head + self.size - state.tail - 1) % self.size) as usize
+    }
+
+    fn doorbells<'a>(&self, shared: &'a Shared) -> Option<&'a Doorbells> {
+        shared.doorbells.get(usize::from(self.id))
+    }
+
+    /// Up to where the host has consumed the queue.
+    fn host_head(&self, dma: &mut Dma, shared: &Shared) -> Result<u32, DmaError> {
+        let known = self.doorbells(shared).map_or(0, |doorbells| doorbells.head.value());
+        let Some(shadow) = shared.shadow.head(self.id) else { return Ok(known) };
+        let head = dma.poll(shadow.doorbell, known)?;
+        if head < self.size {
+            return Ok(head);
+        }
+        shared.invalid_doorbell(InvalidDoorbell::Value);
+        Ok(known)
+    }
+
+    /// Waits until the host has consumed something of a full queue.
+    fn wait(&self, dma: &mut Dma, shared: &Shared, stop: &AtomicBool) -> Result<(), Ended> {
+        let Some(doorbells) = self.doorbells(shared) else { return Err(Ended) };
+        doorbells.head.subscribe();
+        let result = self.wait_subscribed(dma, shared, stop);
+        doorbells.head.unsubscribe();
+        result
+    }
+
+    fn wait_subscribed(&self, dma: &mut Dma, shared: &Shared, stop: &AtomicBool) -> Result<(), Ended> {
+        let fatal = |_| {
+            shared.fatal();
+            Ended
+        };
+        let full_at = lock(&self.state).head;
+        if let Some(shadow) = shared.shadow.head(self.id) {
+            arm(dma, shadow, full_at).map_err(fatal)?;
+        }
+        while self.host_head(dma, shared).map_err(fatal)? == full_at {
+            if stop.load(Ordering::Acquire) || shared.is_fatal() {
+                return Err(Ended);
+            }
+            std::thread::park();
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,230 @@
+//! What the threads of a controller share: the vfio-user thread, the admin thread and a worker for each submission
+//! queue.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::Thread;
+
+use super::disk::Disk;
+use super::event::{AsyncEvents, ErrorInfo};
+use super::features::Features;
+use super::log::ErrorLog;
+use super::spec::{CSTS_FATAL, Status};
+use crate::pci::Bus;
+use crate::trace::Event;
+use crate::trace::event::Model;
+
+/// A doorbell register of a queue.
+#[derive(Default)]
+pub(super) struct Doorbell {
+    /// Entries of the queue; 0 while it does not exist.
+    size: AtomicU32,
+    value: AtomicU32,
+    /// Who waits for it. A tail has one waiter, its queue's worker, all the time; a head has those that found the
+    /// queue full.
+    waiters: Mutex<Vec<Thread>>,
+}
+
+impl Doorbell {
+    /// The queue is created, empty.
+    pub fn open(&self, size: u32) {
+        self.value.store(0, Ordering::Relaxed);
+        self.size.store(size, Ordering::Release);
+    }
+
+    /// The queue is deleted.
+    pub fn close(&self) {
+        self.size.store(0, Ordering::Release);
+        lock(&self.waiters).clear();
+    }
+
+    /// The last value that the host wrote.
+    pub fn value(&self) -> u32 {
+        self.value.load(Ordering::Acquire)
+    }
+
+    /// Entries of the queue.
+    pub fn size(&self) -> u32 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    /// The calling thread is unparked at each write from now on.
+    pub fn subscribe(&self) {
+        lock(&self.waiters).push(std::thread::current());
+    }
+
+    /// The calling thread is not any more.
+    pub fn unsubscribe(&self) {
+        let me = std::thread::current().id();
+        lock(&self.waiters).retain(|thread| thread.id() != me);
+    }
+
+    /// The host writes it.
+    pub fn ring(&self, value: u32) -> Result<(), InvalidDoorbell> {
+        match self.size() {
+            0 => Err(InvalidDoorbell::Register),
+            size if value >= size => Err(InvalidDoorbell::Value),
+            _ => {
+                self.value.store(value, Ordering::Release);
+                self.wake();
+                Ok(())
+            }
+        }
+    }
+
+    /// Unparks who waits.
+    pub fn wake(&self) {
+        lock(&self.waiters).iter().for_each(Thread::unpark);
+    }
+}
+
+/// A doorbell write that is an error; the numbers are those of the asynchronous event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum InvalidDoorbell {
+    Register = 0,
+    Value = 1,
+}
+
+/// Both doorbells of a queue identifier.
+#[derive(Default)]
+pub(super) struct Doorbells {
+    pub tail: Doorbell,
+    pub head: Doorbell,
+}
+
+/// Where the host keeps shadow doorbells and reads event indexes (doorbell buffer configuration); 0 while it does not.
+#[derive(Default)]
+pub(super) struct ShadowBuffers {
+    doorbells: AtomicU64,
+    event_indexes: AtomicU64,
+}
+
+/// Where one doorbell's shadow and event index are.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Shadow {
+    pub doorbell: u64,
+    pub event_index: u64,
+}
+
+impl ShadowBuffers {
+    /// Sets the buffers.
+    pub fn set(&self, doorbells: u64, event_indexes: u64) {
+        self.event_indexes.store(event_indexes, Ordering::Relaxed);
+        self.doorbells.store(doorbells, Ordering::Release);
+    }
+
+    /// The shadow of the tail doorbell of a submission queue; the admin queue's is a register only.
+    pub fn tail(&self, queue: u16) -> Option<Shadow> {
+        self.at(queue, 2 * u64::from(queue))
+    }
+
+    /// The shadow of the head doorbell of a completion queue.
+    pub fn head(&self, queue: u16) -> Option<Shadow> {
+        self.at(queue, 2 * u64::from(queue) + 1)
+    }
+
+    fn at(&self, queue: u16, index: u64) -> Option<Shadow> {
+        let doorbells = self.doorbells.load(Ordering::Acquire);
+        if doorbells == 0 || queue == 0 {
+            return None;
+        }
+        let event_indexes = self.event_indexes.load(Ordering::Relaxed);
+        Some(Shadow { doorbell: doorbells.wrapping_add(4 * index), event_index: event_indexes.wrapping_add(4 * index) })
+    }
+}
+
+/// What the threads of a controller share.
+pub(super) struct Shared {
+    pub bus: Bus,
+    pub disk: Arc<Disk>,
+    /// Controller configuration.
+    pub cc: AtomicU32,
+    /// Controller status.
+    pub csts: AtomicU32,
+    /// By queue identifier; the first is the admin queue's.
+    pub doorbells: Box<[Doorbells]>,
+    pub shadow: ShadowBuffers,
+    pub features: Mutex<Features>,
+    pub events: Mutex<AsyncEvents>,
+    pub error_log: Mutex<ErrorLog>,
+    /// Whether writes need not be durable at once; a copy of the feature, for the workers.
+    pub write_cache: AtomicBool,
+}
+
+impl Shared {
+    pub fn new(bus: Bus, disk: Arc<Disk>) -> Self {
+        let queues = usize::from(disk.config().queues);
+        Shared {
+            bus,
+            disk,
+            cc: AtomicU32::new(0),
+            csts: AtomicU32::new(0),
+            doorbells: (0..=queues).map(|_| Doorbells::default()).collect(),
+            shadow: ShadowBuffers::default(),
+            features: Mutex::default(),
+            events: Mutex::default(),
+            error_log: Mutex::default(),
+            write_cache: AtomicBool::new(true),
+        }
+    }
+
+    /// The host writes a doorbell register.
+    pub fn ring(&self, queue: usize, is_head: bool, value: u32) {
+        let rung = match self.doorbells.get(queue) {
+            Some(doorbells) => if is_head { &doorbells.head } else { &doorbells.tail }.ring(value),
+            None => Err(InvalidDoorbell::Register),
+        };
+        if let Err(invalid) = rung {
+            self.invalid_doorbell(invalid);
+        }
+    }
+
+    /// Tells the host of a wrong doorbell value.
+    pub fn invalid_doorbell(&self, invalid: InvalidDoorbell) {
+        lock(&self.events).error(invalid as u8);
+        if let Some(admin) = self.doorbells.first() {
+            admin.tail.wake();
+        }
+    }
+
+    /// Notes a command that failed.
+    pub fn log_error(&self, queue: u16, cid: u16, status: Status, nsid: u32, lba: u64) {
+        self.disk.count(|c| &c.errors, 1);
+        lock(&self.error_log).push(ErrorInfo { queue, cid, status, nsid, lba });
+    }
+
+    /// The controller cannot go on: a queue cannot be accessed. Only a reset helps.
+    pub fn fatal(&self) {
+        if self.csts.fetch_or(CSTS_FATAL, Ordering::SeqCst) & CSTS_FATAL == 0 {
+            log::warn!(
+                "NVMe {:#x}: a queue cannot be accessed; the controller needs a reset",
+                self.bus.door.endpoint()
+            );
+            self.trace_state();
+        }
+    }
+
+    /// Whether [`Shared::fatal`] was called since the last reset.
+    pub fn is_fatal(&self) -> bool {
+        self.csts.load(Ordering::Relaxed) & CSTS_FATAL != 0
+    }
+
+    pub fn trace_state(&self) {
+        let state = u64::from(self.cc.load(Ordering::SeqCst)) | u64::from(self.csts.load(Ordering::SeqCst)) << 32;
+        self.bus.tracer.emit(Event::Device { endpoint: self.bus.door.endpoint(), model: Model::Nvme, state });
+    }
+
+    /// Runs a thread of the controller's: a panic of it is the controller's fatal status and nothing more.
+    pub fn contained(&self, run: impl FnOnce()) {
+        if catch_unwind(AssertUnwindSafe(run)).is_err() {
+            self.bus.tracer.emit(Event::Panic { endpoint: self.bus.door.endpoint() });
+            self.fatal();
+        }
+    }
+}
+
+/// Locks; what a panicking thread left is whole, since all that is done under these locks is plain assignments.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

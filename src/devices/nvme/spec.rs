@@ -1,0 +1,192 @@
+//! What the NVM Express base specification (1.4) gives layouts and numbers for.
+
+use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+/// A submission queue entry (figure 105).
+#[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct Sqe {
+    /// Command.
+    pub opcode: u8,
+    /// Fused operation in bits 1:0, PRP or SGL in bits 7:6.
+    pub flags: u8,
+    /// Command identifier.
+    pub cid: U16,
+    /// Namespace.
+    pub nsid: U32,
+    /// Command dwords 2 and 3.
+    pub cdw2: [U32; 2],
+    /// Metadata pointer.
+    pub metadata: U64,
+    /// Data pointer: PRP entries 1 and 2, or an SGL descriptor.
+    pub data: [U64; 2],
+    /// Command dwords 10 to 15.
+    pub cdw10: U32,
+    /// See `cdw10`.
+    pub cdw11: U32,
+    /// See `cdw10`.
+    pub cdw12: U32,
+    /// See `cdw10`.
+    pub cdw13: U32,
+    /// See `cdw10`.
+    pub cdw14: U32,
+    /// See `cdw10`.
+    pub cdw15: U32,
+}
+
+impl Sqe {
+    /// Fused operation: 0 is a normal command.
+    pub fn fuse(&self) -> u8 {
+        self.flags & 3
+    }
+
+    /// PRP or SGL for data transfer.
+    pub fn psdt(&self) -> u8 {
+        self.flags >> 6
+    }
+
+    /// The starting LBA of a command that has one.
+    pub fn slba(&self) -> u64 {
+        u64::from(self.cdw10.get()) | u64::from(self.cdw11.get()) << 32
+    }
+}
+
+/// A completion queue entry (figure 121).
+#[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct Cqe {
+    /// Of the command's own.
+    pub result: U32,
+    /// Reserved.
+    pub reserved: U32,
+    /// Up to where the submission queue was fetched.
+    pub sq_head: U16,
+    /// The submission queue.
+    pub sq_id: U16,
+    /// Command identifier.
+    pub cid: U16,
+    /// Phase tag in bit 0, status field above.
+    pub status: U16,
+}
+
+/// Bytes of an [`Sqe`].
+pub const SQE: u64 = size_of::<Sqe>() as u64;
+/// Bytes of a [`Cqe`].
+pub const CQE: u64 = size_of::<Cqe>() as u64;
+
+/// A completion's status field (figure 122): status code, type, and Do Not Retry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Status(pub u16);
+
+/// A command that is repeated fails again.
+const DNR: u16 = 1 << 14;
+
+#[allow(missing_docs, reason = "the names are the specification's")]
+impl Status {
+    pub const SUCCESS: Status = Status(0);
+    pub const INVALID_OPCODE: Status = Status(DNR | 0x01);
+    pub const INVALID_FIELD: Status = Status(DNR | 0x02);
+    pub const DATA_TRANSFER_ERROR: Status = Status(DNR | 0x04);
+    pub const INTERNAL_ERROR: Status = Status(0x06);
+    pub const ABORT_REQUESTED: Status = Status(0x07);
+    pub const ABORTED_SQ_DELETION: Status = Status(0x08);
+    pub const INVALID_NAMESPACE: Status = Status(DNR | 0x0b);
+    pub const COMMAND_SEQUENCE_ERROR: Status = Status(DNR | 0x0c);
+    pub const INVALID_SGL_SEGMENT: Status = Status(DNR | 0x0d);
+    pub const INVALID_SGL_COUNT: Status = Status(DNR | 0x0e);
+    pub const DATA_SGL_LENGTH_INVALID: Status = Status(DNR | 0x0f);
+    pub const SGL_TYPE_INVALID: Status = Status(DNR | 0x11);
+    pub const PRP_OFFSET_INVALID: Status = Status(DNR | 0x13);
+    pub const WRITE_PROTECTED: Status = Status(DNR | 0x20);
+    pub const LBA_OUT_OF_RANGE: Status = Status(DNR | 0x80);
+    pub const COMPLETION_QUEUE_INVALID: Status = Status(DNR | 0x100);
+    pub const INVALID_QUEUE_ID: Status = Status(DNR | 0x101);
+    pub const INVALID_QUEUE_SIZE: Status = Status(DNR | 0x102);
+    pub const AER_LIMIT_EXCEEDED: Status = Status(DNR | 0x105);
+    pub const INVALID_INTERRUPT_VECTOR: Status = Status(DNR | 0x108);
+    pub const INVALID_LOG_PAGE: Status = Status(DNR | 0x109);
+    pub const INVALID_QUEUE_DELETION: Status = Status(DNR | 0x10c);
+    pub const FEATURE_NOT_SAVEABLE: Status = Status(DNR | 0x10d);
+    pub const WRITE_FAULT: Status = Status(0x280);
+    pub const UNRECOVERED_READ_ERROR: Status = Status(0x281);
+    pub const COMPARE_FAILURE: Status = Status(DNR | 0x285);
+}
+
+/// Admin commands.
+#[allow(missing_docs, reason = "the names are the specification's")]
+pub mod admin {
+    pub const DELETE_SQ: u8 = 0x00;
+    pub const CREATE_SQ: u8 = 0x01;
+    pub const GET_LOG_PAGE: u8 = 0x02;
+    pub const DELETE_CQ: u8 = 0x04;
+    pub const CREATE_CQ: u8 = 0x05;
+    pub const IDENTIFY: u8 = 0x06;
+    pub const ABORT: u8 = 0x08;
+    pub const SET_FEATURES: u8 = 0x09;
+    pub const GET_FEATURES: u8 = 0x0a;
+    pub const ASYNC_EVENT_REQUEST: u8 = 0x0c;
+    pub const DOORBELL_BUFFER_CONFIG: u8 = 0x7c;
+}
+
+/// I/O commands of the NVM command set.
+#[allow(missing_docs, reason = "the names are the specification's")]
+pub mod nvm {
+    pub const FLUSH: u8 = 0x00;
+    pub const WRITE: u8 = 0x01;
+    pub const READ: u8 = 0x02;
+    pub const COMPARE: u8 = 0x05;
+    pub const WRITE_ZEROES: u8 = 0x08;
+    pub const DATASET_MANAGEMENT: u8 = 0x09;
+}
+
+/// The namespace identifier that means all of them.
+pub const NSID_ALL: u32 = u32::MAX;
+/// The only namespace.
+pub const NSID: u32 = 1;
+
+/// Controller registers (figure 68).
+#[allow(missing_docs, reason = "the names are the specification's")]
+pub mod register {
+    pub const CAP: u64 = 0x00;
+    pub const VS: u64 = 0x08;
+    pub const INTMS: u64 = 0x0c;
+    pub const INTMC: u64 = 0x10;
+    pub const CC: u64 = 0x14;
+    pub const CSTS: u64 = 0x1c;
+    pub const AQA: u64 = 0x24;
+    pub const ASQ: u64 = 0x28;
+    pub const ACQ: u64 = 0x30;
+    /// Where the doorbells begin: submission queue y's tail at 8y, completion queue y's head at 8y + 4.
+    pub const DOORBELLS: u64 = 0x1000;
+}
+
+/// The version that is implemented: 1.4.
+pub const VERSION: u32 = 0x0001_0400;
+
+/// CC: enable.
+pub const CC_ENABLE: u32 = 1;
+/// CSTS: ready.
+pub const CSTS_READY: u32 = 1;
+/// CSTS: fatal.
+pub const CSTS_FATAL: u32 = 1 << 1;
+/// CSTS: shutdown status.
+pub const CSTS_SHUTDOWN: u32 = 3 << 2;
+/// CSTS: shutdown is going on.
+pub const CSTS_SHUTDOWN_OCCURRING: u32 = 1 << 2;
+/// CSTS: shutdown is complete.
+pub const CSTS_SHUTDOWN_COMPLETE: u32 = 2 << 2;
+
+/// The largest page that CC.MPS may choose, as a power of two of 4 KiB.
+pub const MPS_MAX: u32 = 4;
+/// The most entries of a queue.
+pub const QUEUE_ENTRIES_MAX: u32 = 1024;
+/// The most bytes that a command may transfer, as a power of two of 4 KiB pages: 8 MiB, as much as Linux asks for.
+pub const MDTS: u8 = 11;
+/// The same in bytes.
+pub const TRANSFER_MAX: u64 = 4096 << MDTS;
+
+/// CC's memory page size in bytes.
+pub fn page_size(cc: u32) -> u64 {
+    4096 << (cc >> 7 & 0xf).min(MPS_MAX)
+}
