@@ -1,100 +1,108 @@
-//! What can happen, typed. Each variant packs into one [`crate::wire::trace::Record`].
+//! What can happen, typed. Each variant packs into one [`crate::wire::trace::Record`]; `codec` says how.
 
-use serde::{Deserialize, Serialize};
+/// Enumerations whose numbers and names are part of the trace's format: neither is ever used again for something else.
+macro_rules! named {
+    ($($(#[$meta:meta])* pub enum $type:ident { $($(#[$doc:meta])* $variant:ident = $number:literal $name:literal,)* })*) => { $(
+        $(#[$meta])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[repr(u8)]
+        pub enum $type { $($(#[$doc])* $variant = $number,)* }
 
-/// Who is at the other end of a session, or whose memory a region is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[repr(u8)]
-pub enum Channel {
-    /// The vhost-user connection of the virtio-iommu device.
-    VhostUser = 0,
-    /// The vfio-user connection of an endpoint.
-    VfioUser = 1,
+        impl $type {
+            /// Every value.
+            pub const ALL: &[$type] = &[$($type::$variant),*];
+
+            /// The value with this number.
+            pub fn from_number(number: u8) -> Option<$type> {
+                match number {
+                    $($number => Some($type::$variant),)*
+                    _ => None,
+                }
+            }
+
+            /// Its name in JSON and text.
+            pub fn name(self) -> &'static str {
+                match self {
+                    $($type::$variant => $name,)*
+                }
+            }
+        }
+    )* };
 }
 
-/// Which way data moved, seen from the endpoint: a read takes data from memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[repr(u8)]
-pub enum Access {
-    /// The endpoint reads memory.
-    Read = 0,
-    /// The endpoint writes memory.
-    Write = 1,
-}
+named! {
+    /// Who is at the other end of a session, or whose memory a region is.
+    pub enum Channel {
+        /// The vhost-user connection of the virtio-iommu device.
+        VhostUser = 0 "vhost-user",
+        /// The vfio-user connection of an endpoint.
+        VfioUser = 1 "vfio-user",
+    }
 
-/// What was reset.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[repr(u8)]
-pub enum ResetKind {
-    /// The driver reset the virtio device: endpoints detached, domains gone, `bypass` kept.
-    Device = 0,
-    /// The machine was reset: as `Device`, and `bypass` has its boot value again.
-    System = 1,
-    /// A PCI function was reset.
-    Function = 2,
-    /// The machine was paused: the queues stopped, all state kept.
-    Pause = 3,
-    /// The machine goes on after a pause.
-    Resume = 4,
-}
+    /// Which way data moved, seen from the endpoint: a read takes data from memory.
+    pub enum Access {
+        /// The endpoint reads memory.
+        Read = 0 "read",
+        /// The endpoint writes memory.
+        Write = 1 "write",
+    }
 
-/// The way in which an access reached memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[repr(u8)]
-pub enum Route {
-    /// Through a mapping of the endpoint's domain.
-    Mapped = 0,
-    /// The endpoint or its domain is in bypass: the guest-physical address is the I/O virtual address.
-    Bypass = 1,
-    /// The address is in the endpoint's MSI region.
-    Msi = 2,
-}
+    /// What was reset.
+    pub enum ResetKind {
+        /// The driver reset the virtio device: endpoints detached, domains gone, `bypass` kept.
+        Device = 0 "device",
+        /// The machine was reset: as `Device`, and `bypass` has its boot value again.
+        System = 1 "system",
+        /// A PCI function was reset.
+        Function = 2 "function",
+        /// The machine was paused: the queues stopped, all state kept.
+        Pause = 3 "pause",
+        /// The machine goes on after a pause.
+        Resume = 4 "resume",
+    }
 
-/// Which model completed a command.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[repr(u8)]
-pub enum Model {
-    /// An NVMe controller.
-    Nvme = 0,
-    /// An I/OAT DMA engine.
-    Ioat = 1,
-}
+    /// The way in which an access reached memory.
+    pub enum Route {
+        /// Through a mapping of the endpoint's domain.
+        Mapped = 0 "mapped",
+        /// The endpoint or its domain is in bypass: the guest-physical address is the I/O virtual address.
+        Bypass = 1 "bypass",
+        /// The address is in the endpoint's MSI region.
+        Msi = 2 "msi",
+    }
 
-/// How a command described its data.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[repr(u8)]
-pub enum DataPointer {
-    /// The command moves no data.
-    None = 0,
-    /// NVMe physical region pages.
-    Prp = 1,
-    /// NVMe scatter-gather list.
-    Sgl = 2,
-    /// Plain source and destination addresses.
-    Address = 3,
-}
+    /// Which model completed a command.
+    pub enum Model {
+        /// An NVMe controller.
+        Nvme = 0 "nvme",
+        /// An I/OAT DMA engine.
+        Ioat = 1 "ioat",
+    }
 
-/// Where events were lost.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[repr(u8)]
-pub enum LossPlace {
-    /// Between the thread that made them and the collector: no client has them.
-    Ring = 0,
-    /// Between the collector and this client, which read too slowly: other clients have them.
-    Client = 1,
+    /// How a command described its data.
+    pub enum DataPointer {
+        /// The command moves no data.
+        None = 0 "none",
+        /// NVMe physical region pages.
+        Prp = 1 "prp",
+        /// NVMe scatter-gather list.
+        Sgl = 2 "sgl",
+        /// Plain source and destination addresses.
+        Address = 3 "address",
+    }
+
+    /// Where events were lost.
+    pub enum LossPlace {
+        /// Between the thread that made them and the collector: no client has them.
+        Ring = 0 "ring",
+        /// Between the collector and this client, which read too slowly: other clients have them.
+        Client = 1 "client",
+    }
 }
 
 /// One event, without its time and sequence number. Addresses and lengths are in bytes, durations in nanoseconds.
 #[allow(missing_docs, reason = "each variant's comment describes its fields")]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "snake_case")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
     /// A peer connected (`connected`) or left.
     Session { channel: Channel, endpoint: Option<u32>, connected: bool },

@@ -1,17 +1,114 @@
 //! Every step, made visible.
+//!
+//! A [`Tracer`] puts [`Event`]s into a ring of the calling thread and never waits. One collector thread merges the rings
+//! in the order of the sequence numbers into a backlog, and serves the clients of the trace socket from it: each has a
+//! position in the backlog, and one that falls behind the oldest event there loses events, and nobody else does.
+//! `docs/trace.md` is the description for users.
 
+mod backlog;
+mod client;
+mod codec;
+mod collector;
 pub mod event;
+mod fields;
+mod filter;
+mod names;
+mod reader;
+mod ring;
+mod server;
+mod socket;
+mod tracer;
 
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+pub use codec::CodecError;
 pub use event::Event;
+pub use fields::{json, text};
+pub use filter::{Choice, Format, Last, hello, parse_endpoint};
+pub use reader::{ReadError, Reader};
+pub use tracer::{Counters, Tracer};
 
-/// Takes events from anywhere in the process. Clones share one trace.
-#[derive(Clone, Default)]
-pub struct Tracer {}
+/// How to trace.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Serve clients on a Unix socket with this path. A stale socket there is replaced.
+    pub socket: Option<PathBuf>,
+    /// Events that are kept for clients, those that come late and those that read slowly; rounded up to a power of two.
+    /// 64 bytes each.
+    pub backlog: usize,
+    /// Events that a thread can make before the collector must have taken the first; rounded up to a power of two.
+    /// 64 bytes each, for each thread that makes events.
+    pub ring: usize,
+}
 
-impl Tracer {
-    /// Records that `event` happened now. Never waits: an event that finds its ring full is counted as lost.
-    #[inline]
-    pub fn emit(&self, event: Event) {
-        let _ = event;
+impl Default for Options {
+    /// No socket, a backlog of 8 MiB, rings of 1 MiB.
+    fn default() -> Self {
+        Options { socket: None, backlog: 1 << 17, ring: 1 << 14 }
+    }
+}
+
+/// Why tracing could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// Somebody serves on the socket.
+    #[error("Another process serves the trace socket {0}: choose another path or stop that process")]
+    Alive(PathBuf),
+    /// The path is taken by something that is no socket.
+    #[error("Cannot make the trace socket {0}: something that is no socket has this path; choose another or remove it")]
+    NoSocket(PathBuf),
+    /// The socket could not be made.
+    #[error("Cannot make the trace socket {path}")]
+    Socket {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The collector could not start.
+    #[error("Cannot start the trace's collector")]
+    Collector(#[source] std::io::Error),
+}
+
+/// Keeps the collector running until it is stopped or dropped.
+pub struct TraceHandle {
+    shared: Arc<tracer::Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Starts tracing.
+pub fn start(options: Options) -> Result<(Tracer, TraceHandle), StartError> {
+    let socket = options.socket.as_deref().map(socket::Socket::bind).transpose()?;
+    let ring = options.ring.max(2).next_power_of_two();
+    let shared = tracer::Shared::new(ring).map_err(StartError::Collector)?;
+    let server = server::Server::new(shared.clone(), socket, options.backlog).map_err(StartError::Collector)?;
+    let thread =
+        std::thread::Builder::new().name("trace".into()).spawn(move || server.run()).map_err(StartError::Collector)?;
+    Ok((Tracer::new(shared.clone()), TraceHandle { shared, thread: Some(thread) }))
+}
+
+impl TraceHandle {
+    /// Collects what was emitted until now, gives the clients up to half a second to take it, closes their connections
+    /// and removes the socket. What is emitted later goes nowhere. Returns the final counts.
+    pub fn stop(mut self) -> Counters {
+        self.end();
+        self.shared.counters()
+    }
+
+    fn end(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            self.shared.stop();
+            if thread.join().is_err() {
+                log::error!("The trace's collector panicked");
+            }
+        }
+    }
+}
+
+impl Drop for TraceHandle {
+    fn drop(&mut self) {
+        self.end();
     }
 }

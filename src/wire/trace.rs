@@ -1,13 +1,42 @@
-//! The trace's binary record: one event, 64 bytes, little endian.
+//! The trace's binary format: a header, then one record of the same size for each event, little endian.
 //!
-//! `docs/trace.md` describes the fields of each kind. The layout is versioned by [`VERSION`]: a reader that is
-//! told another version must not guess.
+//! `docs/trace.md` describes the fields of each kind.
 
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-/// The version of the record layout and of the meaning of its fields.
+/// What a binary stream starts with.
+pub const MAGIC: [u8; 8] = *b"VIOMMUTR";
+
+/// The version of the header, of the record layout and of the meaning of the fields. A reader that is told another
+/// version must not guess. New kinds, and new values in fields that were 0, do not change it.
 pub const VERSION: u32 = 1;
+
+/// The first 64 bytes of a binary stream.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct Header {
+    /// [`MAGIC`].
+    pub magic: [u8; 8],
+    /// [`VERSION`].
+    pub version: U32,
+    /// Bytes of a [`Record`]; the header has as many.
+    pub record_size: U32,
+    /// Which clock the times are of: 1, the number of `CLOCK_MONOTONIC`.
+    pub clock: U32,
+    /// The process that is traced.
+    pub pid: U32,
+    /// When the trace was started.
+    pub start_ns: U64,
+    /// What to add to a time to get nanoseconds since 1970 (`CLOCK_REALTIME`), as it was when the stream began.
+    pub realtime_offset_ns: U64,
+    /// The kinds that the client gets: bit n is the kind with number n.
+    pub kinds: U64,
+    /// Events that the process lost before the stream began.
+    pub lost: U64,
+    /// The sequence number from which on the client gets new events; those of the backlog have lower ones.
+    pub seq: U64,
+}
 
 /// One event.
 #[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
@@ -15,11 +44,12 @@ pub const VERSION: u32 = 1;
 pub struct Record {
     /// `CLOCK_MONOTONIC` in nanoseconds, taken when the event was made.
     pub time_ns: U64,
-    /// Counts all events of the process from 0; a gap is a loss.
+    /// Counts the recorded events of the process from 0, without gaps. A client sees gaps where its filter left events
+    /// out and where it read too slowly (then a `Lost` record fills the gap).
     pub seq: U64,
     /// A [`Kind`].
     pub kind: U16,
-    /// Small values of the kind: see [`crate::trace::event`].
+    /// Small values of the kind.
     pub small: [u8; 2],
     /// The endpoint that the event is about, or [`NO_ENDPOINT`].
     pub endpoint: U32,
@@ -62,7 +92,7 @@ pub enum Kind {
     Malformed = 13,
     /// A device model changed its state.
     Device = 14,
-    /// Events were lost because a ring was full.
+    /// Events were lost.
     Lost = 15,
     /// A device model panicked; it was contained.
     Panic = 16,
@@ -88,6 +118,16 @@ impl Kind {
         Kind::Lost,
         Kind::Panic,
     ];
+
+    /// The kind's bit in a set of kinds.
+    pub const fn bit(self) -> u64 {
+        1 << self as u16
+    }
+
+    /// The kind with this name.
+    pub fn from_name(name: &str) -> Option<Kind> {
+        Kind::ALL.into_iter().find(|kind| kind.name() == name)
+    }
 
     /// The kind with this number.
     pub fn from_number(number: u16) -> Option<Kind> {
@@ -122,7 +162,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_record_is_64_bytes() {
+    fn header_and_record_are_64_bytes() {
+        assert_eq!(size_of::<Header>(), 64);
         assert_eq!(size_of::<Record>(), 64);
     }
 
@@ -130,6 +171,8 @@ mod tests {
     fn kinds_have_distinct_names_and_numbers() {
         for kind in Kind::ALL {
             assert_eq!(Kind::from_number(kind as u16), Some(kind));
+            assert_eq!(Kind::from_name(kind.name()), Some(kind));
+            assert_eq!(Kind::ALL[kind as usize - 1], kind);
             assert_eq!(Kind::ALL.iter().filter(|k| k.name() == kind.name()).count(), 1);
         }
     }

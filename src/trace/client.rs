@@ -1,0 +1,301 @@
+//! One client of the trace socket.
+
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use epoll::Events;
+use zerocopy::IntoBytes;
+
+use crate::trace::backlog::Backlog;
+use crate::trace::event::{Event, LossPlace};
+use crate::trace::fields;
+use crate::trace::filter::{Choice, Filter, Format, Last, hello, refusal};
+use crate::wire::trace::{Header, Kind, Record};
+
+/// A client that has sent nothing for so long gets the default.
+const GRACE: Duration = Duration::from_millis(100);
+
+/// A client that has begun its line has so long to end it.
+const LINE_TIME: Duration = Duration::from_secs(2);
+
+/// Bytes that the first line may have.
+const LINE_MAX: usize = 4096;
+
+/// A client that is turned away has so long to read why.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+/// Bytes that are made ready for a client at a time.
+const OUT_MAX: usize = 64 << 10;
+
+/// Times that a client's bytes are made ready before others get their turn.
+const ROUNDS: usize = 4;
+
+enum State {
+    /// It may send a line.
+    Greeting { line: Vec<u8>, deadline: Instant },
+    /// It gets events.
+    Streaming { format: Format, filter: Filter },
+    /// It gets what is ready, and then its connection is closed.
+    Closing { deadline: Instant },
+}
+
+/// What a client missed.
+struct Missed {
+    count: u64,
+    /// When the first event happened.
+    since: u64,
+    /// When the last one happened.
+    until: u64,
+    /// The number of the last one.
+    seq: u64,
+}
+
+/// How far a client is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// It has all that there is for it.
+    Done,
+    /// There is more for it, and it can take it.
+    More,
+    /// There is more for it, and its socket is full.
+    Blocked,
+    /// It is gone, or is to go.
+    Gone,
+}
+
+/// A connection and what it is owed.
+pub struct Client {
+    stream: UnixStream,
+    state: State,
+    /// Where in the backlog it is.
+    position: u64,
+    missed: Option<Missed>,
+    out: Vec<u8>,
+    /// Bytes of `out` that the socket took.
+    sent: usize,
+    blocked: bool,
+}
+
+impl Client {
+    /// A client that connected when the backlog ended at `position`.
+    pub fn new(stream: UnixStream, position: u64) -> io::Result<Self> {
+        stream.set_nonblocking(true)?;
+        let state = State::Greeting { line: Vec::new(), deadline: Instant::now() + GRACE };
+        Ok(Client { stream, state, position, missed: None, out: Vec::new(), sent: 0, blocked: false })
+    }
+
+    /// Turns the client away.
+    pub fn refuse(&mut self, message: &str) {
+        self.out.extend(refusal(message).as_bytes());
+        self.state = State::Closing { deadline: Instant::now() + FAREWELL };
+    }
+
+    /// The socket.
+    pub fn fd(&self) -> RawFd {
+        self.stream.as_raw_fd()
+    }
+
+    /// What to wait for on the socket. That the client hangs up is always reported.
+    pub fn interest(&self) -> Events {
+        match self.state {
+            State::Greeting { .. } => Events::EPOLLIN | Events::EPOLLRDHUP,
+            _ if self.blocked => Events::EPOLLOUT,
+            _ => Events::empty(),
+        }
+    }
+
+    /// When [`Client::expire`] is to be called.
+    pub fn deadline(&self) -> Option<Instant> {
+        match self.state {
+            State::Greeting { deadline, .. } | State::Closing { deadline } => Some(deadline),
+            State::Streaming { .. } => None,
+        }
+    }
+
+    /// Whether it gets events.
+    pub fn is_streaming(&self) -> bool {
+        matches!(self.state, State::Streaming { .. })
+    }
+
+    /// Whether its socket was full.
+    pub fn is_blocked(&self) -> bool {
+        self.blocked
+    }
+
+    /// Where in the backlog it is.
+    pub fn position(&self) -> u64 {
+        self.position
+    }
+
+    /// Reads what the client sent before it gets events. The result is its choice once it has made one.
+    pub fn receive(&mut self) -> Option<Choice> {
+        let State::Greeting { line, deadline } = &mut self.state else { return None };
+        let mut buffer = [0; 1024];
+        loop {
+            match self.stream.read(&mut buffer) {
+                // It sends no more, and may still want to read.
+                Ok(0) => break,
+                Ok(len) => {
+                    if line.is_empty() {
+                        *deadline = Instant::now() + LINE_TIME;
+                    }
+                    line.extend(&buffer[..len]);
+                    if line.contains(&b'\n') {
+                        break;
+                    }
+                    if line.len() > LINE_MAX {
+                        self.refuse(&format!("The first line has more than {LINE_MAX} bytes"));
+                        return None;
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
+                Err(_) => {
+                    self.state = State::Closing { deadline: Instant::now() };
+                    return None;
+                }
+            }
+        }
+        let line = line.split(|byte| *byte == b'\n').next().unwrap_or_default();
+        match Choice::parse(line) {
+            Ok(choice) => Some(choice),
+            Err(message) => {
+                self.refuse(&message);
+                None
+            }
+        }
+    }
+
+    /// The time that [`Client::deadline`] gave has come: a silent client gets the default, an unfinished line ends the
+    /// connection.
+    pub fn expire(&mut self) -> Option<Choice> {
+        match &self.state {
+            State::Greeting { line, .. } if line.is_empty() => Some(Choice::default()),
+            State::Greeting { .. } => {
+                self.refuse("The first line did not end with a newline in time");
+                None
+            }
+            _ => None,
+        }
+    }
+
+    /// Begins the stream.
+    pub fn begin(&mut self, choice: &Choice, header: &Header, backlog: &Backlog) {
+        let filter = choice.filter();
+        match choice.format {
+            Format::Json => self.out.extend(hello(header, choice.format).as_bytes()),
+            Format::Binary => self.out.extend(header.as_bytes()),
+        }
+        let wanted = match choice.backlog {
+            Last::None => 0,
+            Last::Count(count) => count,
+            Last::All => u64::MAX,
+        };
+        // What came during the greeting comes in any case.
+        let old =
+            backlog.newest_first().filter(|(position, record)| *position < self.position && filter.passes(record));
+        let mut start = self.position;
+        for ((position, _), _) in old.zip(0..wanted) {
+            start = position;
+        }
+        self.position = start;
+        self.state = State::Streaming { format: choice.format, filter };
+    }
+
+    /// The event at this client's position goes out of the backlog.
+    pub fn miss(&mut self, record: &Record) {
+        self.position += 1;
+        let wanted = match &self.state {
+            State::Greeting { .. } => true,
+            State::Streaming { filter, .. } => filter.passes(record),
+            State::Closing { .. } => false,
+        };
+        if !wanted {
+            return;
+        }
+        // Whoever misses the news of a loss missed what was lost.
+        let is_loss = record.kind.get() == Kind::Lost as u16;
+        let count = if is_loss { record.args[0].get() } else { 1 };
+        let time = record.time_ns.get();
+        let missed = self.missed.get_or_insert(Missed { count: 0, since: time, until: 0, seq: 0 });
+        missed.count += count;
+        missed.until = time;
+        missed.seq = record.seq.get();
+    }
+
+    /// Sends what there is for the client, up to a limit.
+    pub fn pump(&mut self, backlog: &Backlog) -> Progress {
+        for _ in 0..ROUNDS {
+            if self.out.is_empty() {
+                self.fill(backlog);
+            }
+            if self.out.is_empty() {
+                return if matches!(self.state, State::Closing { .. }) { Progress::Gone } else { Progress::Done };
+            }
+            match self.stream.write(&self.out[self.sent..]) {
+                Ok(len) => {
+                    self.blocked = false;
+                    self.sent += len;
+                    if self.sent == self.out.len() {
+                        self.out.clear();
+                        self.sent = 0;
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.blocked = true;
+                    return Progress::Blocked;
+                }
+                Err(_) => return Progress::Gone,
+            }
+        }
+        Progress::More
+    }
+
+    /// Makes the next bytes ready.
+    fn fill(&mut self, backlog: &Backlog) {
+        let State::Streaming { format, filter } = &self.state else { return };
+        if let Some(missed) = self.missed.take() {
+            let lost = Event::Lost { place: LossPlace::Client, count: missed.count, since: missed.since };
+            append(*format, &lost.encode(missed.until, missed.seq), &mut self.out);
+        }
+        loop {
+            let run = backlog.run(self.position);
+            if run.is_empty() {
+                return;
+            }
+            for record in run {
+                self.position += 1;
+                if filter.passes(record) {
+                    append(*format, record, &mut self.out);
+                    if self.out.len() >= OUT_MAX {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        // A Unix socket that is closed with unread data resets the connection, and the client might not see the end of
+        // what it was sent. A bounded number of reads: the client may send for ever.
+        let mut buffer = [0; 4096];
+        for _ in 0..16 {
+            if !matches!(self.stream.read(&mut buffer), Ok(1..)) {
+                break;
+            }
+        }
+    }
+}
+
+fn append(format: Format, record: &Record, out: &mut Vec<u8>) {
+    match format {
+        Format::Binary => out.extend(record.as_bytes()),
+        // Records are made in this process, so they are of this version.
+        Format::Json => drop(fields::json(record, out)),
+    }
+}

@@ -1,0 +1,244 @@
+//! Merges the threads' rings in the order of the sequence numbers.
+
+use std::sync::Arc;
+
+use crate::trace::Event;
+use crate::trace::event::LossPlace;
+use crate::trace::ring::Consumer;
+use crate::trace::tracer::{Shared, WORDS, now_ns};
+use crate::wire::trace::Record;
+
+/// Which word of a record is its sequence number.
+const SEQ_WORD: usize = std::mem::offset_of!(Record, seq) / 8;
+
+/// Events that one call of [`Collector::drain`] takes at most, so that clients and sockets get their turn.
+const DRAIN_MAX: usize = 8192;
+
+/// How often to look again for an event that has its number but is not in its ring yet: its thread is a few
+/// nanoseconds from putting it there, unless the kernel took the processor away from it.
+const LOOKS: usize = 200;
+
+/// How far [`Collector::drain`] came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Drained {
+    /// All events are taken that had a number when the call returned, as far as this thread can see.
+    All,
+    /// There are more.
+    More,
+    /// The next event has its number but is not in its ring yet.
+    Waiting,
+}
+
+/// The one consumer of all rings of a trace.
+pub struct Collector {
+    shared: Arc<Shared>,
+    rings: Vec<Consumer<WORDS>>,
+    /// The sequence number of the next event to take. A number is taken only when there is room for its event, so
+    /// every number arrives.
+    next: u64,
+}
+
+impl Collector {
+    /// Has taken nothing yet.
+    pub fn new(shared: Arc<Shared>) -> Self {
+        Collector { shared, rings: Vec::new(), next: 0 }
+    }
+
+    /// The sequence number of the next event.
+    pub fn next(&self) -> u64 {
+        self.next
+    }
+
+    /// Gives events to `take` in the order of their numbers.
+    pub fn drain(&mut self, mut take: impl FnMut(Record)) -> Drained {
+        let mut left = DRAIN_MAX;
+        let mut looks = 0;
+        loop {
+            let before = left;
+            self.drain_once(&mut left, &mut take);
+            if left == 0 {
+                return Drained::More;
+            }
+            if self.shared.sequence.count() == self.next {
+                if self.report_losses() {
+                    continue;
+                }
+                self.rings.retain_mut(|ring| !ring.is_finished());
+                return Drained::All;
+            }
+            if left == before {
+                looks += 1;
+                if looks > LOOKS {
+                    return Drained::Waiting;
+                }
+                std::hint::spin_loop();
+            }
+        }
+    }
+
+    /// Takes all events up to the first whose number is missing, but no more than `left`.
+    fn drain_once(&mut self, left: &mut usize, take: &mut impl FnMut(Record)) {
+        self.rings.extend(self.shared.new_rings());
+        for ring in &mut self.rings {
+            ring.refresh();
+        }
+        let mut progress = true;
+        while progress && *left > 0 {
+            progress = false;
+            for ring in &mut self.rings {
+                let before = *left;
+                while *left > 0 && ring.peek(SEQ_WORD).map(u64::from_le) == Some(self.next) {
+                    let Some(words) = ring.pop() else { break };
+                    take(zerocopy::transmute!(words));
+                    self.next += 1;
+                    *left -= 1;
+                }
+                if *left != before {
+                    progress = true;
+                    ring.release();
+                }
+            }
+        }
+    }
+
+    /// Emits what threads lost that have not emitted since: a thread reports its losses itself with its next event.
+    /// Whether there was any.
+    fn report_losses(&mut self) -> bool {
+        let mut any = false;
+        for ring in &mut self.rings {
+            ring.refresh();
+            if ring.peek(SEQ_WORD).is_none()
+                && let Some(loss) = ring.take_loss()
+            {
+                self.shared.emit(&Event::Lost { place: LossPlace::Ring, count: loss.count, since: loss.since });
+                any = true;
+            }
+        }
+        let late = self.shared.take_late();
+        if late > 0 {
+            self.shared.emit(&Event::Lost { place: LossPlace::Ring, count: late, since: now_ns() });
+            any = true;
+        }
+        any
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::trace::Tracer;
+    use crate::wire::trace::Kind;
+
+    fn all(collector: &mut Collector) -> Vec<Record> {
+        let mut records = Vec::new();
+        while collector.drain(|record| records.push(record)) != Drained::All {}
+        records
+    }
+
+    /// What a reader would add up: events received, and lost according to the Lost events.
+    fn add_up(records: &[Record]) -> (u64, u64) {
+        records.iter().fold((0, 0), |(received, lost), record| match Event::decode(record).unwrap() {
+            Event::Lost { count, .. } => (received, lost + count),
+            _ => (received + 1, lost),
+        })
+    }
+
+    #[test]
+    fn threads_are_merged_in_the_order_of_the_numbers() {
+        let shared = Shared::new(1 << 12).unwrap();
+        let mut collector = Collector::new(shared.clone());
+        let threads: Vec<_> = (0..4u32)
+            .map(|endpoint| {
+                let tracer = Tracer::new(shared.clone());
+                std::thread::spawn(move || {
+                    for vector in 0..1000 {
+                        tracer.emit(Event::Interrupt { endpoint: Some(endpoint), vector });
+                    }
+                })
+            })
+            .collect();
+        let mut records = all(&mut collector);
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+        records.extend(all(&mut collector));
+        assert!(records.iter().enumerate().all(|(n, record)| record.seq.get() == n as u64));
+        for endpoint in 0..4 {
+            let mine = records.iter().filter(|record| record.endpoint.get() == endpoint);
+            assert!(mine.map(|record| record.args[0].get()).eq(0..1000));
+        }
+        assert!(collector.rings.is_empty(), "the rings of threads that ended are gone");
+        let counters = shared.counters();
+        assert_eq!((counters.emitted(), counters.of(Kind::Interrupt), counters.lost), (4000, 4000, 0));
+    }
+
+    #[test]
+    fn a_loss_is_reported_where_it_happened_and_adds_up() {
+        let shared = Shared::new(8).unwrap();
+        let tracer = Tracer::new(shared.clone());
+        let mut collector = Collector::new(shared.clone());
+        let emit = |vectors: std::ops::Range<u16>| {
+            vectors.for_each(|vector| tracer.emit(Event::Interrupt { endpoint: None, vector }));
+        };
+        emit(0..11);
+        // The thread is silent after the loss: the collector speaks for it.
+        let first = all(&mut collector);
+        assert_eq!(add_up(&first), (8, 3));
+        assert!(matches!(Event::decode(&first[8]).unwrap(), Event::Lost { place: LossPlace::Ring, count: 3, .. }));
+        assert!(all(&mut collector).is_empty());
+
+        // The thread makes another event as soon as there is space: it speaks itself, where the gap is.
+        emit(11..21);
+        let mut second = Vec::new();
+        collector.drain_once(&mut 3, &mut |record| second.push(record));
+        emit(21..22);
+        second.extend(all(&mut collector));
+        assert_eq!(second.len(), 8 + 1 + 1);
+        assert!(matches!(Event::decode(&second[8]).unwrap(), Event::Lost { place: LossPlace::Ring, count: 2, .. }));
+        assert_eq!(second[9].args[0].get(), 21);
+        assert!(second.iter().map(|record| record.seq.get()).eq(9..19));
+        let counters = shared.counters();
+        assert_eq!((counters.emitted(), counters.lost), (22, 5));
+    }
+
+    #[test]
+    fn an_event_of_a_thread_at_its_end_is_counted() {
+        struct Last(std::cell::RefCell<Option<Tracer>>);
+        impl Drop for Last {
+            fn drop(&mut self) {
+                if let Some(tracer) = self.0.take() {
+                    tracer.emit(Event::Panic { endpoint: 1 });
+                }
+            }
+        }
+        thread_local!(static LAST: Last = const { Last(std::cell::RefCell::new(None)) });
+        let shared = Shared::new(8).unwrap();
+        let tracer = Tracer::new(shared.clone());
+        let thread = std::thread::spawn(move || {
+            // Registered before the tracer's own locals, and so destroyed after them, or the other way round: in both
+            // cases the event is recorded or counted.
+            LAST.with(|last| *last.0.borrow_mut() = Some(tracer.clone()));
+            tracer.emit(Event::Panic { endpoint: 0 });
+        });
+        thread.join().unwrap();
+        let mut collector = Collector::new(shared.clone());
+        let mut records = all(&mut collector);
+        records.extend(all(&mut collector));
+        let (received, lost) = add_up(&records);
+        assert_eq!(received + lost, 2);
+        assert_eq!(shared.counters().emitted(), 2);
+        assert_eq!(shared.counters().lost, lost);
+    }
+
+    #[test]
+    fn one_thread_may_emit_to_several_traces() {
+        let traces: Vec<_> = (0..3).map(|_| Shared::new(16).unwrap()).collect();
+        for n in 0..5 {
+            for shared in &traces {
+                shared.emit(&Event::Panic { endpoint: n });
+            }
+        }
+        for shared in traces {
+            let mut collector = Collector::new(shared);
+            assert_eq!(all(&mut collector).len(), 5);
+        }
+    }
+}

@@ -1,0 +1,280 @@
+//! What a client chooses with its first line, and what it is told in return.
+
+use std::fmt::Write;
+
+use serde_json::{Value, json};
+
+use crate::wire::trace::{Header, Kind, NO_ENDPOINT, Record, VERSION};
+
+/// How a client gets events.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Format {
+    /// One line of JSON an event.
+    #[default]
+    Json,
+    /// A [`Header`], then a [`Record`] an event.
+    Binary,
+}
+
+/// Which of the events that happened before it came a client gets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Last {
+    /// Up to so many.
+    Count(u64),
+    /// As many as there are.
+    All,
+    /// None.
+    #[default]
+    None,
+}
+
+/// What a client chose; the default is what a client gets that chooses nothing.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Choice {
+    /// How to write the events.
+    pub format: Format,
+    /// Only these kinds; all if empty. [`Kind::Lost`] always comes.
+    pub kinds: Vec<Kind>,
+    /// No events about other endpoints; all if empty. Events about no endpoint always come.
+    pub endpoints: Vec<u32>,
+    /// Events of before.
+    pub backlog: Last,
+}
+
+/// Says what a choice looks like; ends the messages about bad ones.
+const EXPECTED: &str = r#"expected one line like {"format":"json"|"binary","kinds":["request",...],"endpoints":[32,"00:04.0",...],"backlog":N|"all"}, every member optional, or an empty line"#;
+
+impl Choice {
+    /// The choice that a client's first line makes. The error says what is wrong and what is possible.
+    pub fn parse(line: &[u8]) -> Result<Choice, String> {
+        if line.trim_ascii().is_empty() {
+            return Ok(Choice::default());
+        }
+        let value = serde_json::from_slice(line).map_err(|error| format!("Not JSON ({error}): {EXPECTED}"))?;
+        let Value::Object(members) = value else {
+            return Err(format!("Not a JSON object: {EXPECTED}"));
+        };
+        let mut choice = Choice::default();
+        for (key, value) in &members {
+            match key.as_str() {
+                "format" => choice.format = parse_format(value)?,
+                "kinds" => choice.kinds = parse_list(key, value, parse_kind)?,
+                "endpoints" => choice.endpoints = parse_list(key, value, parse_endpoint_value)?,
+                "backlog" => choice.backlog = parse_backlog(value)?,
+                _ => return Err(format!("Unknown member {key:?}: {EXPECTED}")),
+            }
+        }
+        Ok(choice)
+    }
+
+    /// The line that makes this choice, with its newline.
+    pub fn line(&self) -> String {
+        let format = match self.format {
+            Format::Json => "json",
+            Format::Binary => "binary",
+        };
+        let kinds: Vec<_> = self.kinds.iter().map(|kind| kind.name()).collect();
+        let backlog = match self.backlog {
+            Last::None => json!(0),
+            Last::Count(count) => json!(count),
+            Last::All => json!("all"),
+        };
+        let mut line =
+            json!({"format": format, "kinds": kinds, "endpoints": self.endpoints, "backlog": backlog}).to_string();
+        line.push('\n');
+        line
+    }
+
+    /// The filter of the choice.
+    pub fn filter(&self) -> Filter {
+        let chosen = if self.kinds.is_empty() { &Kind::ALL } else { self.kinds.as_slice() };
+        let kinds = chosen.iter().fold(Kind::Lost.bit(), |bits, kind| bits | kind.bit());
+        let mut endpoints = self.endpoints.clone();
+        endpoints.sort_unstable();
+        endpoints.dedup();
+        Filter { kinds, endpoints }
+    }
+}
+
+/// Which events a client gets.
+#[derive(Clone, Debug)]
+pub struct Filter {
+    /// Bit n: the kind with number n.
+    pub kinds: u64,
+    /// Sorted; empty: all.
+    endpoints: Vec<u32>,
+}
+
+impl Filter {
+    /// Whether the client gets this event.
+    #[inline]
+    pub fn passes(&self, record: &Record) -> bool {
+        if self.kinds >> record.kind.get() & 1 == 0 {
+            return false;
+        }
+        let endpoint = record.endpoint.get();
+        self.endpoints.is_empty() || endpoint == NO_ENDPOINT || self.endpoints.binary_search(&endpoint).is_ok()
+    }
+}
+
+fn parse_format(value: &Value) -> Result<Format, String> {
+    match value.as_str() {
+        Some("json") => Ok(Format::Json),
+        Some("binary") => Ok(Format::Binary),
+        _ => Err(format!("Bad \"format\" {value}: expected \"json\" or \"binary\"")),
+    }
+}
+
+fn parse_list<T>(key: &str, value: &Value, parse: impl Fn(&Value) -> Result<T, String>) -> Result<Vec<T>, String> {
+    let Value::Array(values) = value else {
+        return Err(format!("Bad {key:?} {value}: expected a list"));
+    };
+    values.iter().map(parse).collect()
+}
+
+fn parse_kind(value: &Value) -> Result<Kind, String> {
+    value.as_str().and_then(Kind::from_name).ok_or_else(|| {
+        let mut message = format!("Unknown event kind {value}: expected one of");
+        for (n, kind) in Kind::ALL.iter().enumerate() {
+            let _ = write!(message, "{} \"{}\"", if n == 0 { "" } else { "," }, kind.name());
+        }
+        message
+    })
+}
+
+fn parse_endpoint_value(value: &Value) -> Result<u32, String> {
+    let number = match value {
+        Value::String(text) => parse_endpoint(text).ok(),
+        _ => value.as_u64().and_then(|number| u32::try_from(number).ok()),
+    };
+    number.ok_or_else(|| format!("Bad endpoint {value}: {ENDPOINT_EXPECTED}"))
+}
+
+const ENDPOINT_EXPECTED: &str = "expected an endpoint id like 32 or \"0x20\", or a PCI address like \"00:04.0\"";
+
+/// An endpoint as people write it: `32`, `0x20`, `00:04.0` or `0000:00:04.0`.
+pub fn parse_endpoint(text: &str) -> Result<u32, String> {
+    let number = match text.strip_prefix("0x") {
+        Some(digits) => u32::from_str_radix(digits, 16).ok(),
+        None => text.parse().ok(),
+    };
+    number.or_else(|| parse_bdf(text)).ok_or_else(|| format!("Bad endpoint {text:?}: {ENDPOINT_EXPECTED}"))
+}
+
+fn parse_bdf(text: &str) -> Option<u32> {
+    let text = text.strip_prefix("0000:").unwrap_or(text);
+    let (bus, rest) = text.split_once(':')?;
+    let (device, function) = rest.split_once('.')?;
+    let part = |digits: &str, max: u32| u32::from_str_radix(digits, 16).ok().filter(|number| *number <= max);
+    Some(part(bus, 0xff)? << 8 | part(device, 0x1f)? << 3 | part(function, 7)?)
+}
+
+fn parse_backlog(value: &Value) -> Result<Last, String> {
+    match (value.as_u64(), value.as_str()) {
+        (Some(0), _) => Ok(Last::None),
+        (Some(count), _) => Ok(Last::Count(count)),
+        (_, Some("all")) => Ok(Last::All),
+        _ => Err(format!("Bad \"backlog\" {value}: expected a number of events or \"all\"")),
+    }
+}
+
+/// The header as the first line of a JSON stream.
+pub fn hello(header: &Header, format: Format) -> String {
+    let kinds: Vec<_> =
+        Kind::ALL.iter().filter(|kind| header.kinds & kind.bit() != 0).map(|kind| kind.name()).collect();
+    let mut line = json!({
+        "kind": "hello",
+        "version": header.version.get(),
+        "pid": header.pid.get(),
+        "clock": "CLOCK_MONOTONIC",
+        "start": header.start_ns.get(),
+        // In microseconds it is exact in a double.
+        "realtime_offset_us": header.realtime_offset_ns.get() / 1000,
+        "format": match format { Format::Json => "json", Format::Binary => "binary" },
+        "record_size": header.record_size.get(),
+        "kinds": kinds,
+        "lost": header.lost.get(),
+        "seq": header.seq.get(),
+    })
+    .to_string();
+    line.push('\n');
+    line
+}
+
+/// A line for a client that cannot be served.
+pub fn refusal(message: &str) -> String {
+    let mut line = json!({"kind": "error", "version": VERSION, "error": message}).to_string();
+    line.push('\n');
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::trace::Event;
+
+    #[test]
+    fn a_choice_survives_its_line() {
+        let choices = [
+            Choice::default(),
+            Choice {
+                format: Format::Binary,
+                kinds: vec![Kind::Dma, Kind::Fault],
+                endpoints: vec![32, u32::MAX],
+                backlog: Last::Count(7),
+            },
+            Choice { backlog: Last::All, ..Choice::default() },
+        ];
+        for choice in choices {
+            assert_eq!(Choice::parse(choice.line().as_bytes()), Ok(choice));
+        }
+        assert_eq!(Choice::parse(b"{}"), Ok(Choice::default()));
+        assert_eq!(Choice::parse(b" \r"), Ok(Choice::default()));
+    }
+
+    #[test]
+    fn a_bad_line_says_what_is_possible() {
+        for (line, expected) in [
+            (&b"hello"[..], "Not JSON"),
+            (b"\xff\xfe", "Not JSON"),
+            (b"[]", "Not a JSON object"),
+            (br#"{"format":"xml"}"#, "\"json\" or \"binary\""),
+            (br#"{"kinds":"dma"}"#, "a list"),
+            (br#"{"kinds":["dam"]}"#, "\"dma\", \"interrupt\""),
+            (br#"{"endpoints":["4.0"]}"#, "00:04.0"),
+            (br#"{"endpoints":[4294967296]}"#, "00:04.0"),
+            (br#"{"endpoints":[-1]}"#, "00:04.0"),
+            (br#"{"backlog":"some"}"#, "\"all\""),
+            (br#"{"backlog":-5}"#, "\"all\""),
+            (br#"{"formt":"json"}"#, "Unknown member \"formt\""),
+        ] {
+            let message = Choice::parse(line).unwrap_err();
+            assert!(message.contains(expected), "{message}");
+        }
+        let deep = [b'['; 4000];
+        assert!(Choice::parse(&deep).is_err());
+    }
+
+    #[test]
+    fn endpoints_are_ids_or_pci_addresses() {
+        assert_eq!(parse_endpoint("32"), Ok(32));
+        assert_eq!(parse_endpoint("0x20"), Ok(32));
+        assert_eq!(parse_endpoint("00:04.0"), Ok(32));
+        assert_eq!(parse_endpoint("0000:01:1f.7"), Ok(0x1ff));
+        for bad in ["", "x", "00:20.0", "00:04.8", "100:00.0", "0001:00:04.0", "00:04", "0x"] {
+            assert!(parse_endpoint(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_filter_keeps_losses_and_events_about_no_endpoint() {
+        let choice = Choice { kinds: vec![Kind::Interrupt], endpoints: vec![5, 3], ..Choice::default() };
+        let filter = choice.filter();
+        let passes = |event: Event| filter.passes(&event.encode(0, 0));
+        assert!(passes(Event::Interrupt { endpoint: Some(3), vector: 0 }));
+        assert!(passes(Event::Interrupt { endpoint: None, vector: 0 }));
+        assert!(!passes(Event::Interrupt { endpoint: Some(4), vector: 0 }));
+        assert!(!passes(Event::Panic { endpoint: 3 }));
+        assert!(passes(Event::Lost { place: crate::trace::event::LossPlace::Ring, count: 1, since: 0 }));
+    }
+}

@@ -1,0 +1,421 @@
+//! The path of an event out of the thread that made it: a ring for each thread, and one sequence number for all.
+//!
+//! A ring has one producer and one consumer. Its slots are arrays of relaxed atomics, so a mistake here could at worst
+//! show a torn event, never undefined behaviour; the positions order them.
+
+use std::sync::Arc;
+
+#[cfg(loom)]
+use loom::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+#[cfg(not(loom))]
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+
+/// Keeps what different threads write on different cache lines (two, because processors fetch lines in pairs).
+#[repr(align(128))]
+struct Apart<T>(T);
+
+/// A ring of slots of `WORDS` 64-bit words. Positions count from 0 and are taken modulo the number of slots.
+struct Ring<const WORDS: usize> {
+    slots: Box<[[AtomicU64; WORDS]]>,
+    /// The consumer has read everything before this position.
+    head: Apart<AtomicUsize>,
+    /// The producer has written everything before this position.
+    tail: Apart<AtomicUsize>,
+    /// Events that found the ring full and are not reported yet.
+    lost: Apart<AtomicU64>,
+    /// When the first of them was lost.
+    lost_since: AtomicU64,
+    /// The producer is gone; what it wrote is still there.
+    closed: AtomicBool,
+}
+
+/// The writing end, owned by one thread.
+pub struct Producer<const WORDS: usize> {
+    ring: Arc<Ring<WORDS>>,
+    tail: usize,
+    /// What `head` was when it was last looked at: the real one is this or later.
+    head: usize,
+}
+
+/// The reading end, owned by the collector.
+pub struct Consumer<const WORDS: usize> {
+    ring: Arc<Ring<WORDS>>,
+    head: usize,
+    /// What `tail` was when it was last looked at: the real one is this or later.
+    tail: usize,
+}
+
+/// Events that were lost between two that were not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Loss {
+    /// How many.
+    pub count: u64,
+    /// When the first of them was lost, as given to [`Producer::lose`].
+    pub since: u64,
+}
+
+/// A ring of `slots` slots, a power of two of at least 2.
+pub fn ring<const WORDS: usize>(slots: usize) -> (Producer<WORDS>, Consumer<WORDS>) {
+    assert!(slots.is_power_of_two() && slots >= 2, "A ring has a power of two of slots, and not {slots}");
+    let ring = Arc::new(Ring {
+        slots: (0..slots).map(|_| std::array::from_fn(|_| AtomicU64::new(0))).collect(),
+        head: Apart(AtomicUsize::new(0)),
+        tail: Apart(AtomicUsize::new(0)),
+        lost: Apart(AtomicU64::new(0)),
+        lost_since: AtomicU64::new(0),
+        closed: AtomicBool::new(false),
+    });
+    (Producer { ring: ring.clone(), tail: 0, head: 0 }, Consumer { ring, head: 0, tail: 0 })
+}
+
+impl<const WORDS: usize> Ring<WORDS> {
+    fn slot(&self, position: usize) -> &[AtomicU64; WORDS] {
+        &self.slots[position & (self.slots.len() - 1)]
+    }
+
+    fn take_loss(&self) -> Option<Loss> {
+        if self.lost.0.load(Ordering::Relaxed) == 0 {
+            return None;
+        }
+        // Pairs with the release in `lose`. The producer sets `lost_since` before it makes `lost` nonzero again, so a
+        // consumer that takes the count can at worst read the time of an even newer loss.
+        let since = self.lost_since.load(Ordering::Relaxed);
+        match self.lost.0.swap(0, Ordering::AcqRel) {
+            0 => None,
+            count => Some(Loss { count, since }),
+        }
+    }
+}
+
+impl<const WORDS: usize> Producer<WORDS> {
+    /// Whether the ring can take `wanted` more events.
+    #[inline]
+    pub fn room(&mut self, wanted: usize) -> bool {
+        let slots = self.ring.slots.len();
+        if slots - self.tail.wrapping_sub(self.head) >= wanted {
+            return true;
+        }
+        // Acquire: the consumer's reads of a slot come before our next write to it.
+        self.head = self.ring.head.0.load(Ordering::Acquire);
+        slots - self.tail.wrapping_sub(self.head) >= wanted
+    }
+
+    /// Writes one event. Only after [`Producer::room`] said that there is room for it.
+    #[inline]
+    pub fn push(&mut self, event: [u64; WORDS]) {
+        for (word, value) in self.ring.slot(self.tail).iter().zip(event) {
+            word.store(value, Ordering::Relaxed);
+        }
+        self.tail = self.tail.wrapping_add(1);
+        // Release: whoever sees the new position sees the event.
+        self.ring.tail.0.store(self.tail, Ordering::Release);
+    }
+
+    /// Whether the ring became half full, or three quarters, with the last event: time to call the consumer.
+    /// Looked at once in a quarter of a ring, so that it costs nothing.
+    #[inline]
+    pub fn is_filling(&mut self) -> bool {
+        let slots = self.ring.slots.len();
+        if self.tail & (slots / 4).max(1).wrapping_sub(1) != 0 {
+            return false;
+        }
+        self.head = self.ring.head.0.load(Ordering::Acquire);
+        self.tail.wrapping_sub(self.head) >= slots / 2
+    }
+
+    /// Whether there is a loss that neither end has taken.
+    #[inline]
+    pub fn has_loss(&self) -> bool {
+        self.ring.lost.0.load(Ordering::Relaxed) != 0
+    }
+
+    /// Counts an event for which there was no room.
+    #[cold]
+    pub fn lose(&mut self, now: u64) {
+        if self.ring.lost.0.load(Ordering::Relaxed) == 0 {
+            self.ring.lost_since.store(now, Ordering::Relaxed);
+        }
+        self.ring.lost.0.fetch_add(1, Ordering::Release);
+    }
+
+    /// What was lost since the last loss was taken, by either end.
+    #[inline]
+    pub fn take_loss(&mut self) -> Option<Loss> {
+        self.ring.take_loss()
+    }
+
+    /// Whether the consumer is gone.
+    pub fn is_orphan(&self) -> bool {
+        Arc::strong_count(&self.ring) == 1
+    }
+}
+
+impl<const WORDS: usize> Drop for Producer<WORDS> {
+    fn drop(&mut self) {
+        // Release: whoever sees that the producer is gone sees all that it wrote.
+        self.ring.closed.store(true, Ordering::Release);
+    }
+}
+
+impl<const WORDS: usize> Consumer<WORDS> {
+    /// Looks for new events.
+    pub fn refresh(&mut self) {
+        // Acquire: pairs with the release in `push`.
+        self.tail = self.ring.tail.0.load(Ordering::Acquire);
+    }
+
+    /// One word of the oldest event that the last [`Consumer::refresh`] found, without taking the event.
+    pub fn peek(&self, word: usize) -> Option<u64> {
+        (self.head != self.tail).then(|| self.ring.slot(self.head)[word].load(Ordering::Relaxed))
+    }
+
+    /// Takes the oldest event that the last [`Consumer::refresh`] found. Its slot stays taken until
+    /// [`Consumer::release`].
+    pub fn pop(&mut self) -> Option<[u64; WORDS]> {
+        if self.head == self.tail {
+            return None;
+        }
+        let slot = self.ring.slot(self.head);
+        let event = std::array::from_fn(|word| slot[word].load(Ordering::Relaxed));
+        self.head = self.head.wrapping_add(1);
+        Some(event)
+    }
+
+    /// Gives the slots of all events taken so far back to the producer.
+    pub fn release(&mut self) {
+        // Release: our reads come before the producer's next writes. Pairs with `room`.
+        self.ring.head.0.store(self.head, Ordering::Release);
+    }
+
+    /// What the producer lost since its last event, if it has not reported that itself. Only meaningful when the ring is
+    /// empty: otherwise the events in it are older than the loss.
+    pub fn take_loss(&mut self) -> Option<Loss> {
+        self.ring.take_loss()
+    }
+
+    /// Whether the producer is gone and all that it wrote has been taken.
+    pub fn is_finished(&mut self) -> bool {
+        if !self.ring.closed.load(Ordering::Acquire) {
+            return false;
+        }
+        self.refresh();
+        self.head == self.tail && self.ring.lost.0.load(Ordering::Relaxed) == 0
+    }
+}
+
+/// The number of the next event, and in its top bit whether the collector sleeps until somebody wakes it.
+///
+/// Both are in one word so that a producer, which takes a number for each event anyway, learns at no cost whether it
+/// has to wake the collector: either its number comes before the collector's wish to sleep, and then the collector sees
+/// that an event is on its way; or it comes after, and then the producer sees the wish.
+pub struct Sequence(Apart<AtomicU64>);
+
+const ASLEEP: u64 = 1 << 63;
+
+impl Sequence {
+    /// Starts at 0, awake.
+    pub fn new() -> Self {
+        Sequence(Apart(AtomicU64::new(0)))
+    }
+
+    /// Takes a number; also says whether the collector must be woken once the event is in its ring.
+    #[inline]
+    pub fn take(&self) -> (u64, bool) {
+        let word = self.0.0.fetch_add(1, Ordering::Relaxed);
+        (word & !ASLEEP, word & ASLEEP != 0)
+    }
+
+    /// How many numbers were taken.
+    pub fn count(&self) -> u64 {
+        self.0.0.load(Ordering::Relaxed) & !ASLEEP
+    }
+
+    /// The collector, which has seen all events before `next`, wants to sleep until it is woken. `false`: it must not,
+    /// since an event is on its way.
+    pub fn try_sleep(&self, next: u64) -> bool {
+        self.0.0.compare_exchange(next, next | ASLEEP, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+    }
+
+    /// Ends the collector's sleep. `true` for the one caller that ended it: that one has to wake it.
+    pub fn end_sleep(&self) -> bool {
+        self.0.0.fetch_and(!ASLEEP, Ordering::Relaxed) & ASLEEP != 0
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_come_out_as_they_went_in_and_a_full_ring_has_no_room() {
+        let (mut producer, mut consumer) = ring::<2>(4);
+        for round in 0..10u64 {
+            for n in 0..4 {
+                assert!(producer.room(1));
+                producer.push([round, n]);
+            }
+            assert!(!producer.room(1));
+            consumer.refresh();
+            assert_eq!(consumer.peek(0), Some(round));
+            for n in 0..4 {
+                assert_eq!(consumer.pop(), Some([round, n]));
+            }
+            assert_eq!(consumer.pop(), None);
+            assert!(!producer.room(1), "slots are given back by release only");
+            consumer.release();
+            assert!(producer.room(4));
+            assert!(!producer.room(5));
+        }
+    }
+
+    #[test]
+    fn a_loss_is_taken_once() {
+        let (mut producer, mut consumer) = ring::<1>(2);
+        assert_eq!(consumer.take_loss(), None);
+        producer.lose(70);
+        producer.lose(80);
+        assert_eq!(consumer.take_loss(), Some(Loss { count: 2, since: 70 }));
+        assert_eq!(producer.take_loss(), None);
+        producer.lose(90);
+        assert_eq!(producer.take_loss(), Some(Loss { count: 1, since: 90 }));
+        assert_eq!(consumer.take_loss(), None);
+    }
+
+    #[test]
+    fn the_consumer_is_called_when_the_ring_fills_and_only_then() {
+        let (mut producer, mut consumer) = ring::<1>(16);
+        let mut calls = Vec::new();
+        for n in 0..16 {
+            producer.push([n]);
+            if producer.is_filling() {
+                calls.push(n);
+            }
+        }
+        assert_eq!(calls, [7, 11, 15]);
+        consumer.refresh();
+        while consumer.pop().is_some() {}
+        consumer.release();
+        assert!(producer.room(1));
+        producer.push([0]);
+        assert!(!producer.is_filling());
+    }
+
+    #[test]
+    fn a_ring_is_finished_when_the_producer_is_gone_and_all_is_read() {
+        let (mut producer, mut consumer) = ring::<1>(2);
+        producer.push([1]);
+        assert!(!consumer.is_finished());
+        drop(producer);
+        assert!(!consumer.is_finished());
+        assert_eq!(consumer.pop(), Some([1]));
+        assert!(consumer.is_finished());
+    }
+
+    #[test]
+    fn a_dead_collector_makes_orphans() {
+        let (producer, consumer) = ring::<1>(2);
+        assert!(!producer.is_orphan());
+        drop(consumer);
+        assert!(producer.is_orphan());
+    }
+}
+
+#[cfg(all(test, loom))]
+mod loom_tests {
+    use super::*;
+    use loom::sync::atomic::AtomicBool;
+    use loom::thread;
+
+    /// More events than slots, two words each: no event is torn, none comes twice or out of order, and every one is
+    /// either received or counted as lost.
+    #[test]
+    fn loom_ring_delivers_or_counts() {
+        loom::model(|| {
+            let (mut producer, mut consumer) = ring::<2>(2);
+            let sender = thread::spawn(move || {
+                for n in 1..=3u64 {
+                    if producer.room(1) {
+                        producer.push([n, !n]);
+                    } else {
+                        producer.lose(n);
+                    }
+                }
+            });
+            let mut received = Vec::new();
+            let drain = |consumer: &mut Consumer<2>, received: &mut Vec<u64>| {
+                consumer.refresh();
+                while let Some([n, check]) = consumer.pop() {
+                    assert_eq!(check, !n, "a torn event");
+                    received.push(n);
+                }
+                consumer.release();
+            };
+            drain(&mut consumer, &mut received);
+            sender.join().unwrap();
+            drain(&mut consumer, &mut received);
+            assert!(received.is_sorted_by(|a, b| a < b));
+            let lost = consumer.take_loss().map_or(0, |loss| loss.count);
+            assert_eq!(received.len() as u64 + lost, 3);
+            assert!(consumer.is_finished());
+        });
+    }
+
+    /// Both ends take losses: each is taken by exactly one of them.
+    #[test]
+    fn loom_losses_are_taken_once() {
+        loom::model(|| {
+            let (mut producer, mut consumer) = ring::<1>(2);
+            let sender = thread::spawn(move || {
+                producer.lose(1);
+                producer.lose(2);
+                producer.take_loss().map_or(0, |loss| loss.count)
+            });
+            let mut taken = consumer.take_loss().map_or(0, |loss| loss.count);
+            taken += sender.join().unwrap();
+            taken += consumer.take_loss().map_or(0, |loss| loss.count);
+            assert_eq!(taken, 2);
+        });
+    }
+
+    /// The collector never sleeps on an event that nobody will wake it for.
+    #[test]
+    fn loom_no_wake_is_missed() {
+        loom::model(|| {
+            let sequence = Arc::new(Sequence::new());
+            let woken = Arc::new(AtomicBool::new(false));
+            let senders: Vec<_> = (0..2)
+                .map(|_| {
+                    let (mut producer, consumer) = ring::<1>(2);
+                    let (sequence, woken) = (sequence.clone(), woken.clone());
+                    let sender = thread::spawn(move || {
+                        let (number, wake) = sequence.take();
+                        producer.push([number]);
+                        if wake && sequence.end_sleep() {
+                            woken.store(true, Ordering::Release);
+                        }
+                    });
+                    (sender, consumer)
+                })
+                .collect();
+            let (threads, mut consumers): (Vec<_>, Vec<_>) = senders.into_iter().unzip();
+            let mut seen = 0;
+            let mut drain = |seen: &mut u64| {
+                for consumer in &mut consumers {
+                    consumer.refresh();
+                    *seen += consumer.pop().is_some() as u64;
+                }
+            };
+            drain(&mut seen);
+            let asleep = sequence.try_sleep(seen);
+            for thread in threads {
+                thread.join().unwrap();
+            }
+            let before = seen;
+            drain(&mut seen);
+            assert_eq!(seen, 2);
+            if asleep && seen != before {
+                assert!(woken.load(Ordering::Acquire), "asleep with events in the rings");
+            }
+        });
+    }
+}

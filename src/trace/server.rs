@@ -1,0 +1,335 @@
+//! The collector's thread: empties the rings and serves the clients, and sleeps as long as it can.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use epoll::{ControlOptions, Events};
+
+use crate::trace::backlog::Backlog;
+use crate::trace::client::{Client, Progress};
+use crate::trace::collector::{Collector, Drained};
+use crate::trace::filter::{Choice, Filter};
+use crate::trace::socket::Socket;
+use crate::trace::tracer::{Shared, now_ns, realtime_ns};
+use crate::wire::trace::{Header, MAGIC, Record, VERSION};
+
+/// How long events may wait in the rings while clients watch and there is traffic.
+const TICK: Duration = Duration::from_millis(2);
+
+/// After so long without an event the next one wakes the collector, which costs its thread a system call.
+const QUIET: Duration = Duration::from_millis(50);
+
+/// How long to wait for a thread that lost its processor between taking a number and making its event visible.
+const STRAGGLER: Duration = Duration::from_millis(1);
+
+/// How long to leave connections waiting when the process has no descriptor left for them.
+const NO_DESCRIPTOR: Duration = Duration::from_millis(100);
+
+/// How long clients have to take the last events.
+const STOP: Duration = Duration::from_millis(500);
+
+/// Clients served at once, at most; fewer where the process may have fewer than four times as many descriptors.
+const CLIENTS_MAX: u64 = 256;
+
+/// Behind the vCPUs and the device models when there are not enough processors.
+const NICE: i32 = 5;
+
+const WAKE: u64 = 0;
+const LISTENER: u64 = 1;
+const FIRST_CLIENT: u64 = 2;
+
+/// Everything that the collector's thread owns.
+pub struct Server {
+    shared: Arc<Shared>,
+    collector: Collector,
+    backlog: Backlog,
+    epoll: Epoll,
+    socket: Option<Socket>,
+    /// Until when the socket is left alone.
+    no_accept: Option<Instant>,
+    clients: BTreeMap<u64, Client>,
+    clients_max: usize,
+    next_client: u64,
+    last_event: Instant,
+}
+
+impl Server {
+    /// Serves on `socket`, if there is one.
+    pub fn new(shared: Arc<Shared>, socket: Option<Socket>, backlog: usize) -> io::Result<Self> {
+        let epoll = Epoll::new()?;
+        epoll.add(shared.wake.as_raw_fd(), Events::EPOLLIN, WAKE)?;
+        if let Some(socket) = &socket {
+            epoll.add(socket.listener().as_raw_fd(), Events::EPOLLIN, LISTENER)?;
+        }
+        Ok(Server {
+            collector: Collector::new(shared.clone()),
+            shared,
+            backlog: Backlog::new(backlog),
+            epoll,
+            socket,
+            no_accept: None,
+            clients: BTreeMap::new(),
+            clients_max: clients_max(),
+            next_client: FIRST_CLIENT,
+            last_event: Instant::now(),
+        })
+    }
+
+    /// Until the trace is stopped.
+    pub fn run(mut self) {
+        be_nice();
+        let mut timeout = None;
+        while !self.shared.is_stopping() {
+            let ready = self.epoll.wait(timeout);
+            self.shared.sequence.end_sleep();
+            // Before the rings are emptied: who calls from now on calls about what comes after.
+            let _ = self.shared.wake.read();
+            let drained = self.drain();
+            for event in ready {
+                self.handle(event);
+            }
+            self.expire();
+            let more = self.pump();
+            timeout = self.timeout(drained, more);
+        }
+        self.finish();
+    }
+
+    /// Takes what is in the rings.
+    fn drain(&mut self) -> Drained {
+        let Server { collector, backlog, clients, .. } = self;
+        let before = backlog.end();
+        let mut slowest = clients.values().map(Client::position).min().unwrap_or(u64::MAX);
+        let drained = collector.drain(|record| {
+            if let Some(victim) = backlog.victim()
+                && backlog.first() >= slowest
+            {
+                slowest = miss(clients, backlog.first(), victim);
+            }
+            backlog.push(record);
+        });
+        if backlog.end() != before {
+            self.last_event = Instant::now();
+        }
+        drained
+    }
+
+    fn handle(&mut self, event: epoll::Event) {
+        match event.data {
+            WAKE => {}
+            LISTENER => self.accept(),
+            id => {
+                let events = Events::from_bits_truncate(event.events);
+                let Some(client) = self.clients.get_mut(&id) else { return };
+                if events.intersects(Events::EPOLLIN | Events::EPOLLRDHUP) {
+                    let choice = client.receive();
+                    self.begin(id, choice);
+                }
+                if events.intersects(Events::EPOLLHUP | Events::EPOLLERR) {
+                    self.clients.remove(&id);
+                }
+            }
+        }
+    }
+
+    fn accept(&mut self) {
+        loop {
+            let Some(socket) = &self.socket else { return };
+            match socket.listener().accept() {
+                Ok((stream, _)) => {
+                    if let Err(error) = self.add(stream) {
+                        log::warn!("Cannot serve a trace client: {error}");
+                    }
+                }
+                Err(error) => match error.raw_os_error() {
+                    Some(libc::EINTR | libc::ECONNABORTED) => {}
+                    Some(libc::EAGAIN) => return,
+                    _ => {
+                        log::warn!("Cannot accept a trace client now: {error}");
+                        let _ = self.epoll.change(socket.listener().as_raw_fd(), Events::empty(), LISTENER);
+                        self.no_accept = Some(Instant::now() + NO_DESCRIPTOR);
+                        return;
+                    }
+                },
+            }
+        }
+    }
+
+    fn add(&mut self, stream: UnixStream) -> io::Result<()> {
+        let mut client = Client::new(stream, self.backlog.end())?;
+        if self.clients.len() >= self.clients_max {
+            client.refuse(&format!("{} clients are served already, which is the limit", self.clients_max));
+            // What the socket does not take at once is lost with the connection.
+            client.pump(&self.backlog);
+            return Ok(());
+        }
+        self.epoll.add(client.fd(), client.interest(), self.next_client)?;
+        self.clients.insert(self.next_client, client);
+        self.next_client += 1;
+        Ok(())
+    }
+
+    /// Begins a client's stream if it has made its choice.
+    fn begin(&mut self, id: u64, choice: Option<Choice>) {
+        let Some(choice) = choice else { return };
+        let header = self.header(&choice.filter());
+        if let Some(client) = self.clients.get_mut(&id) {
+            client.begin(&choice, &header, &self.backlog);
+        }
+    }
+
+    fn header(&self, filter: &Filter) -> Header {
+        Header {
+            magic: MAGIC,
+            version: VERSION.into(),
+            record_size: (size_of::<Record>() as u32).into(),
+            clock: (libc::CLOCK_MONOTONIC as u32).into(),
+            pid: std::process::id().into(),
+            start_ns: self.shared.start_ns.into(),
+            realtime_offset_ns: realtime_ns().saturating_sub(now_ns()).into(),
+            kinds: filter.kinds.into(),
+            lost: self.shared.counters().lost.into(),
+            seq: self.collector.next().into(),
+        }
+    }
+
+    /// Does what is due.
+    fn expire(&mut self) {
+        let now = Instant::now();
+        if self.no_accept.is_some_and(|until| until <= now)
+            && let Some(socket) = &self.socket
+        {
+            self.no_accept = None;
+            let _ = self.epoll.change(socket.listener().as_raw_fd(), Events::EPOLLIN, LISTENER);
+        }
+        let due = self.clients.iter().filter(|(_, client)| client.deadline().is_some_and(|deadline| deadline <= now));
+        let due: Vec<u64> = due.map(|(id, _)| *id).collect();
+        for id in due {
+            let Some(client) = self.clients.get_mut(&id) else { continue };
+            match client.expire() {
+                Some(choice) => self.begin(id, Some(choice)),
+                // Refused just now: its new deadline is ahead.
+                None if client.deadline().is_some_and(|deadline| deadline > now) => {}
+                None => drop(self.clients.remove(&id)),
+            }
+        }
+    }
+
+    /// Sends to all clients what they can take, within limits. Whether some could take more.
+    fn pump(&mut self) -> bool {
+        let Server { clients, backlog, epoll, .. } = self;
+        let mut more = false;
+        clients.retain(|id, client| {
+            let before = client.interest();
+            let progress = client.pump(backlog);
+            let after = client.interest();
+            more |= progress == Progress::More;
+            progress != Progress::Gone && (after == before || epoll.change(client.fd(), after, *id).is_ok())
+        });
+        more
+    }
+
+    /// How long to sleep at most; `None`: until something happens.
+    fn timeout(&mut self, drained: Drained, more: bool) -> Option<Duration> {
+        if more || drained == Drained::More {
+            return Some(Duration::ZERO);
+        }
+        let due = self.clients.values().filter_map(Client::deadline).chain(self.no_accept).min();
+        let due = due.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let tick = if drained == Drained::Waiting {
+            Some(STRAGGLER)
+        } else if !self.clients.values().any(Client::is_streaming) {
+            // Nobody watches: a thread whose ring becomes half full will call.
+            None
+        } else if self.last_event.elapsed() < QUIET || !self.shared.sequence.try_sleep(self.collector.next()) {
+            Some(TICK)
+        } else {
+            None
+        };
+        tick.into_iter().chain(due).min()
+    }
+
+    /// Gives everybody the rest, within a limited time.
+    fn finish(mut self) {
+        let end = Instant::now() + STOP;
+        self.socket = None;
+        while self.drain() != Drained::All && Instant::now() < end {}
+        let greeting: Vec<u64> =
+            self.clients.iter().filter(|(_, client)| !client.is_streaming()).map(|(id, _)| *id).collect();
+        for id in greeting {
+            if let Some(client) = self.clients.get_mut(&id) {
+                let choice = client.receive().or_else(|| client.expire());
+                self.begin(id, choice);
+            }
+        }
+        loop {
+            let more = self.pump();
+            let left = end.saturating_duration_since(Instant::now());
+            if (!more && !self.clients.values().any(Client::is_blocked)) || left.is_zero() {
+                return;
+            }
+            if !more {
+                for event in self.epoll.wait(Some(left)) {
+                    self.handle(event);
+                }
+            }
+        }
+    }
+}
+
+/// The event `victim` at `position` goes out of the backlog. Returns where the slowest client then is.
+fn miss(clients: &mut BTreeMap<u64, Client>, position: u64, victim: &Record) -> u64 {
+    let mut slowest = u64::MAX;
+    for client in clients.values_mut() {
+        if client.position() == position {
+            client.miss(victim);
+        }
+        slowest = slowest.min(client.position());
+    }
+    slowest
+}
+
+/// The crate's functions, with a descriptor that is closed.
+struct Epoll(OwnedFd);
+
+impl Epoll {
+    fn new() -> io::Result<Self> {
+        let fd = epoll::create(true)?;
+        // SAFETY: `create` just made the descriptor, and nothing else knows it.
+        Ok(Epoll(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    fn add(&self, fd: RawFd, events: Events, data: u64) -> io::Result<()> {
+        epoll::ctl(self.0.as_raw_fd(), ControlOptions::EPOLL_CTL_ADD, fd, epoll::Event::new(events, data))
+    }
+
+    fn change(&self, fd: RawFd, events: Events, data: u64) -> io::Result<()> {
+        epoll::ctl(self.0.as_raw_fd(), ControlOptions::EPOLL_CTL_MOD, fd, epoll::Event::new(events, data))
+    }
+
+    /// A timeout is rounded up to milliseconds, so that what is due then is due.
+    fn wait(&self, timeout: Option<Duration>) -> Vec<epoll::Event> {
+        let timeout = timeout.map_or(-1, |time| i32::try_from(time.as_micros().div_ceil(1000)).unwrap_or(i32::MAX));
+        let mut events = [epoll::Event::new(Events::empty(), 0); 64];
+        // The only error that can happen is an interrupt by a signal, and then nothing is ready.
+        let count = epoll::wait(self.0.as_raw_fd(), timeout, &mut events).unwrap_or(0);
+        events[..count].to_vec()
+    }
+}
+
+fn clients_max() -> usize {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the call writes one rlimit to the address given, which is that of a live local one.
+    let known = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } == 0;
+    let descriptors = if known { limit.rlim_cur } else { 0 };
+    (descriptors / 4).clamp(1, CLIENTS_MAX) as usize
+}
+
+fn be_nice() {
+    // SAFETY: the call takes numbers only. For Linux, 0 is the calling thread. A failure costs nothing but the courtesy.
+    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE) };
+}
