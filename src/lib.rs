@@ -21,6 +21,7 @@
 //! * a DMA access: device model, `dma`, the endpoint's address space, guest memory, and a trace event for each
 //!   contiguous run; or a fault, which is a trace event and an entry in the event queue.
 
+pub mod cli;
 pub mod devices;
 pub mod dma;
 pub mod iommu;

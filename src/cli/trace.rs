@@ -1,0 +1,162 @@
+//! `viommu trace`: prints what the trace socket says.
+
+use std::io::{self, BufWriter, IsTerminal, Write};
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+use clap::ValueEnum;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use zerocopy::IntoBytes;
+
+use crate::trace::{self, Choice, Last, ReadError, Reader};
+use crate::wire::trace::{Header, Kind, Record};
+
+/// Print the trace of a running viommu
+///
+/// Connects to the trace socket of `viommu serve` or `viommu run` and prints events as they happen, until that process
+/// ends or so many events have been printed as --count says.
+#[derive(clap::Args)]
+pub struct Args {
+    /// The trace socket
+    #[arg(long, value_name = "PATH", default_value = "trace.sock")]
+    socket: PathBuf,
+
+    /// How to print the events
+    #[arg(long, value_enum, default_value_t)]
+    format: Format,
+
+    /// Only events of this kind; may be given several times, or as a list with commas
+    #[arg(long = "kind", value_name = "KIND", value_delimiter = ',', value_parser = kind_parser())]
+    kinds: Vec<Kind>,
+
+    /// Leave out events about other endpoints; an id (32) or a PCI address (00:04.0), several times or as a list
+    #[arg(long = "endpoint", value_name = "ENDPOINT", value_delimiter = ',', value_parser = trace::parse_endpoint)]
+    endpoints: Vec<u32>,
+
+    /// Begin with the last N events that happened before, or with all that are kept
+    #[arg(long, value_name = "N|all", default_value = "0", value_parser = parse_backlog)]
+    backlog: Last,
+
+    /// End after N events
+    #[arg(long, value_name = "N")]
+    count: Option<u64>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+enum Format {
+    /// A line for people: seconds since boot, kind, endpoint, then field=value
+    #[default]
+    Text,
+    /// A JSON object a line
+    Json,
+    /// The binary stream as docs/trace.md describes it
+    Binary,
+}
+
+fn kind_parser() -> impl TypedValueParser<Value = Kind> {
+    PossibleValuesParser::new(Kind::ALL.map(Kind::name))
+        .try_map(|name| Kind::from_name(&name).ok_or_else(|| format!("Unknown kind {name}")))
+}
+
+fn parse_backlog(text: &str) -> Result<Last, String> {
+    match (text, text.parse()) {
+        ("all", _) => Ok(Last::All),
+        (_, Ok(0)) => Ok(Last::None),
+        (_, Ok(count)) => Ok(Last::Count(count)),
+        _ => Err("Expected a number of events or \"all\"".into()),
+    }
+}
+
+/// Prints the trace to the standard output.
+pub fn main(args: &Args) -> Result<()> {
+    let stdout = io::stdout();
+    ensure!(
+        args.format != Format::Binary || !stdout.is_terminal(),
+        "A terminal cannot show the binary format: send it to a file or a program, or choose --format text"
+    );
+    let choice = Choice {
+        kinds: args.kinds.clone(),
+        endpoints: args.endpoints.clone(),
+        backlog: args.backlog,
+        ..Choice::default()
+    };
+    let mut reader = Reader::connect(&args.socket, &choice)?;
+    let mut out = BufWriter::with_capacity(64 << 10, stdout.lock());
+    match print(&mut reader, args.format, args.count, &mut out) {
+        // Whoever read our output has seen enough.
+        Err(PrintError::Write(error)) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        Err(PrintError::Write(error)) => Err(error).context("Cannot write the trace"),
+        Err(PrintError::Read(error)) => Err(error.into()),
+        Ok(()) => Ok(()),
+    }
+}
+
+enum PrintError {
+    Read(ReadError),
+    Write(io::Error),
+}
+
+impl From<ReadError> for PrintError {
+    fn from(error: ReadError) -> Self {
+        PrintError::Read(error)
+    }
+}
+
+impl From<io::Error> for PrintError {
+    fn from(error: io::Error) -> Self {
+        PrintError::Write(error)
+    }
+}
+
+/// Prints up to `count` events. What is printed is flushed whenever the next event is not here yet.
+fn print(
+    reader: &mut Reader<impl io::Read>,
+    format: Format,
+    count: Option<u64>,
+    out: &mut impl Write,
+) -> Result<(), PrintError> {
+    begin(reader.header(), format, out)?;
+    let mut unknown = 0u64;
+    let mut left = count.unwrap_or(u64::MAX);
+    let mut line = Vec::new();
+    while left > 0 {
+        if !reader.is_ready() {
+            out.flush()?;
+        }
+        let Some(record) = reader.next_record()? else { break };
+        left -= 1;
+        line.clear();
+        if !append(&record, format, &mut line) {
+            unknown += 1;
+        }
+        out.write_all(&line)?;
+    }
+    out.flush()?;
+    if unknown > 0 {
+        log::warn!("{unknown} events are of a kind that this version of viommu does not know");
+    }
+    Ok(())
+}
+
+fn begin(header: &Header, format: Format, out: &mut impl Write) -> io::Result<()> {
+    match format {
+        Format::Json => out.write_all(trace::hello(header, trace::Format::Json).as_bytes()),
+        Format::Binary => out.write_all(header.as_bytes()),
+        Format::Text => {
+            writeln!(out, "# viommu, process {}; lost before: {}", header.pid, header.lost)?;
+            writeln!(out, "# {:>13} {:<9} {:<8} fields", "monotonic", "kind", "endpoint")
+        }
+    }
+}
+
+/// `false`: the record is not known.
+fn append(record: &Record, format: Format, line: &mut Vec<u8>) -> bool {
+    match format {
+        Format::Json => trace::json(record, line).is_ok(),
+        Format::Text => trace::text(record, line).is_ok(),
+        Format::Binary => {
+            line.extend(record.as_bytes());
+            true
+        }
+    }
+}
