@@ -168,12 +168,12 @@ impl Iommu {
     }
 
     /// The driver reset the device: all endpoints are detached, all domains are gone, and `bypass` stays. When it
-    /// returns, no access uses what was removed.
+    /// returns, no access uses what was removed. What the next driver accepted stays too: over vhost-user it is known
+    /// before the reset is.
     pub fn device_reset(&self) {
         self.domains().clear();
         self.counts.all_unmapped();
         self.faults.clear();
-        self.set_features(0);
         self.settle();
     }
 

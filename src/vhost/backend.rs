@@ -146,7 +146,7 @@ impl Backend {
         let (base, size, valid) = {
             let state = ring.get_ref();
             let queue = state.get_queue();
-            (queue.next_avail(), queue.size(), ring.is_usable() && queue.is_valid(memory))
+            (queue.next_avail(), queue.size(), ring.has_size() && queue.is_valid(memory))
         };
         self.shared.queue_started(index, base);
         self.shared.tracer.emit(Event::Queue { queue: index as u8, started: true, index: base, size });
@@ -281,7 +281,7 @@ impl Backend {
             return;
         }
         let queue = state.get_queue_mut();
-        let mut sound = true;
+        let (mut sound, mut used_any) = (true, false);
         // No more than the ring holds, so that a driver that keeps adding useless buffers does not keep the worker.
         for _ in 0..queue.size() {
             if !sound || !self.shared.iommu.has_fault() {
@@ -301,6 +301,7 @@ impl Backend {
                     };
                     if head < queue.size() {
                         sound &= queue.add_used(memory, head, used).is_ok();
+                        used_any = true;
                     }
                 }
                 Popped::Empty => {
@@ -314,7 +315,9 @@ impl Backend {
                 Popped::Broken => sound = false,
             }
         }
-        self.notify(EVENTS, &mut state, memory);
+        if used_any {
+            self.notify(EVENTS, &mut state, memory);
+        }
         if !sound {
             worker.sound[EVENTS] = false;
             self.distrust(EVENTS);
@@ -334,7 +337,7 @@ impl Backend {
         Ok(0)
     }
 
-    /// Tells the driver of used entries, if there are any that it wants to know of.
+    /// Tells the driver of used entries that were just added, if it wants to know of one of them.
     fn notify(&self, index: usize, state: &mut VringState, memory: &GuestMemoryMmap) {
         if !queue::needs_notification(state.get_queue_mut(), memory) || state.get_call().is_none() {
             return;

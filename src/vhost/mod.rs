@@ -77,6 +77,7 @@ impl Shared {
     fn disconnected(&self) {
         let mut lifecycle = self.lifecycle();
         *lifecycle = Lifecycle::default();
+        self.iommu.set_features(0);
         self.iommu.system_reset();
         self.tracer.emit(Event::Session { channel: Channel::VhostUser, endpoint: None, connected: false });
     }

@@ -25,8 +25,8 @@ struct Watch {
     started: AtomicBool,
     /// Kicked, and not seen by the worker yet.
     kicked: AtomicBool,
-    /// The driver's size or addresses cannot be those of a split virtqueue.
-    unusable: AtomicBool,
+    /// The driver's size cannot be that of a split virtqueue.
+    odd_size: AtomicBool,
 }
 
 impl Ring {
@@ -40,9 +40,9 @@ impl Ring {
         self.watch.kicked.swap(false, Ordering::AcqRel)
     }
 
-    /// Whether size and addresses can be those of a split virtqueue.
-    pub(super) fn is_usable(&self) -> bool {
-        !self.watch.unusable.load(Ordering::Acquire)
+    /// Whether the driver's size can be that of a split virtqueue; if not, the size is not the driver's.
+    pub(super) fn has_size(&self) -> bool {
+        !self.watch.odd_size.load(Ordering::Acquire)
     }
 }
 
@@ -91,12 +91,8 @@ impl VringT<Memory> for Ring {
         self.inner.set_enabled(enabled);
     }
 
-    /// Addresses that are not aligned make the queue unusable. An error would end the connection, and with it the
-    /// guest, for good.
     fn set_queue_info(&self, desc_table: u64, avail_ring: u64, used_ring: u64) -> Result<(), Error> {
-        let set = self.inner.set_queue_info(desc_table, avail_ring, used_ring);
-        self.watch.unusable.fetch_or(set.is_err(), Ordering::AcqRel);
-        Ok(())
+        self.inner.set_queue_info(desc_table, avail_ring, used_ring)
     }
 
     fn queue_next_avail(&self) -> u16 {
@@ -111,16 +107,16 @@ impl VringT<Memory> for Ring {
         self.inner.set_queue_next_used(idx);
     }
 
-    /// A used ring outside of memory is found when the queue starts.
+    /// A used ring that lies partly outside of memory is found when the queue starts; an error here would end the
+    /// connection, and with it the guest, for good.
     fn queue_used_idx(&self) -> Result<u16, Error> {
         Ok(self.inner.queue_used_idx().unwrap_or(0))
     }
 
-    /// The first thing that is set when a queue is set up.
     fn set_queue_size(&self, num: u16) {
         self.inner.set_queue_size(num);
         let taken = self.inner.get_ref().get_queue().size() == num;
-        self.watch.unusable.store(!taken, Ordering::Release);
+        self.watch.odd_size.store(!taken, Ordering::Release);
     }
 
     fn set_queue_event_idx(&self, enabled: bool) {

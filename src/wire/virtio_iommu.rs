@@ -218,7 +218,7 @@ pub struct Probe {
 /// `VIRTIO_IOMMU_PROBE_T_RESV_MEM`, the only property type of the specification.
 pub const PROBE_T_RESV_MEM: u16 = 1;
 
-/// What a reserved region is (section 5.13.6.7.1).
+/// What a reserved region is (section 5.13.6.8.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum ResvMemKind {
@@ -228,7 +228,7 @@ pub enum ResvMemKind {
     Msi = 1,
 }
 
-/// The RESV_MEM property with its head (section 5.13.6.7.1).
+/// The RESV_MEM property with its head (section 5.13.6.8.1).
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct ProbeResvMem {

@@ -1,0 +1,567 @@
+//! A driver's side: a vhost-user frontend, guest memory in a memfd and virtqueues built by hand in it.
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use viommu::dma::{Dma, Door, Memory};
+use viommu::iommu::{EndpointSettings, Iommu, Reserved, Settings};
+use viommu::trace::Tracer;
+use viommu::vhost::{Control, Server, Shutdown};
+use viommu::wire::virtio_iommu::*;
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use zerocopy::{FromBytes, IntoBytes};
+
+use crate::common::memfd;
+
+/// Bytes of guest memory, which begins at 0.
+pub const RAM: u64 = 64 << 20;
+/// Where buffers and indirect tables are; what lies before is the test's, but for the queues.
+const BUFFERS: std::ops::Range<u64> = 16 << 20..32 << 20;
+/// Where the queues are.
+const QUEUE_BASES: [u64; 2] = [0x1_0000, 0x2_0000];
+/// What the driver gives as the address of its own mapping of guest address 0.
+pub const USER_BASE: u64 = 0x7f00_0000_0000;
+/// Entries of each queue.
+pub const SIZE: u16 = 256;
+/// How long anything may take.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+/// How long nothing must happen before it is taken for granted that nothing will.
+pub const QUIET: Duration = Duration::from_millis(50);
+
+/// The request queue.
+pub const REQUESTS: usize = 0;
+/// The event queue.
+pub const EVENTS: usize = 1;
+
+/// An endpoint with an MSI region, as x86 has it.
+pub const EP: u32 = 0x20;
+/// One more.
+pub const EP2: u32 = 0x28;
+/// An endpoint without reserved regions.
+pub const BARE: u32 = 0x30;
+/// An endpoint with an MSI region and [`HOLE`].
+pub const HOLED: u32 = 0x38;
+/// An id that the device does not manage.
+pub const NOBODY: u32 = 0x444;
+
+pub const MSI: Reserved = Reserved { kind: ResvMemKind::Msi, start: 0xfee0_0000, end: 0xfeef_ffff };
+pub const HOLE: Reserved = Reserved { kind: ResvMemKind::Reserved, start: 0x8_0000, end: 0x8_ffff };
+
+pub const READ: u32 = MapFlags::READ.bits();
+pub const WRITE: u32 = MapFlags::WRITE.bits();
+
+pub const OK: u8 = Status::Ok as u8;
+pub const INVAL: u8 = Status::Inval as u8;
+pub const RANGE: u8 = Status::Range as u8;
+pub const NOENT: u8 = Status::NoEnt as u8;
+pub const NOMEM: u8 = Status::NoMem as u8;
+
+pub const EVENT_IDX: u64 = 1 << 29;
+pub const IN_ORDER: u64 = 1 << 35;
+pub const INDIRECT: u64 = 1 << 28;
+pub const VERSION_1: u64 = 1 << 32;
+pub const PROTOCOL_FEATURES: u64 = 1 << 30;
+
+/// The daemon, in this process but behind its socket.
+pub struct Device {
+    pub iommu: Arc<Iommu>,
+    pub control: Control,
+    pub path: PathBuf,
+    shutdown: Shutdown,
+    thread: Option<JoinHandle<()>>,
+    _dir: TempDir,
+}
+
+impl Device {
+    pub fn new() -> Device {
+        Device::with(|_| {})
+    }
+
+    /// A device whose settings `change` changes.
+    pub fn with(change: impl FnOnce(&mut Settings)) -> Device {
+        let reserved = |id| match id {
+            BARE => vec![],
+            HOLED => vec![MSI, HOLE],
+            _ => vec![MSI],
+        };
+        let endpoints = [EP, EP2, BARE, HOLED].map(|id| EndpointSettings { id, reserved: reserved(id) });
+        let mut settings = Settings { endpoints: endpoints.into(), ..Settings::default() };
+        change(&mut settings);
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("viommu.sock");
+        let iommu = Iommu::new(settings, Tracer::default());
+        let mut server = Server::bind(&path, iommu.clone(), Tracer::default()).unwrap();
+        let (control, shutdown) = (server.control(), server.shutdown());
+        let thread = thread::spawn(move || server.run().unwrap());
+        Device { iommu, control, path, shutdown, thread: Some(thread), _dir: dir }
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        self.shutdown.trigger();
+        let ended = self.thread.take().unwrap().join();
+        if !thread::panicking() {
+            ended.unwrap();
+        }
+    }
+}
+
+/// A part of a request: what the device reads, or how much it may write.
+#[derive(Clone, Debug)]
+pub enum Part {
+    R(Vec<u8>),
+    W(usize),
+}
+
+/// What came back in the used ring, and the whole device-writable part.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Used {
+    pub len: u32,
+    pub written: Vec<u8>,
+}
+
+impl Used {
+    /// The status, which the last four bytes are; they must be a proper tail.
+    pub fn status(&self) -> u8 {
+        assert_eq!(self.len as usize, self.written.len(), "the used length covers the tail");
+        let (_, tail) = Tail::read_from_suffix(&self.written).unwrap();
+        assert_eq!(tail.reserved, [0; 3]);
+        tail.status
+    }
+}
+
+/// One descriptor, as it stands in memory.
+#[derive(Clone, Copy)]
+pub struct Descriptor {
+    pub address: u64,
+    pub len: u32,
+    pub flags: u16,
+    pub next: u16,
+}
+
+pub const NEXT: u16 = 1;
+pub const DEVICE_WRITES: u16 = 2;
+pub const INDIRECT_TABLE: u16 = 4;
+
+/// A split virtqueue.
+pub struct Queue {
+    pub descriptors: u64,
+    pub available: u64,
+    pub used: u64,
+    pub next_available: u16,
+    pub next_used: u16,
+    next_descriptor: u16,
+    pub kick: EventFd,
+    pub call: EventFd,
+}
+
+impl Queue {
+    fn new(base: u64) -> Queue {
+        Queue {
+            descriptors: base,
+            available: base + 0x2000,
+            used: base + 0x3000,
+            next_available: 0,
+            next_used: 0,
+            next_descriptor: 0,
+            kick: EventFd::new(EFD_NONBLOCK).unwrap(),
+            call: EventFd::new(EFD_NONBLOCK).unwrap(),
+        }
+    }
+}
+
+/// A driver with its machine: frontend, memory and queues.
+pub struct Driver {
+    pub frontend: Frontend,
+    pub ram: Memory,
+    file: File,
+    pub queues: [Queue; 2],
+    pub offered: u64,
+    next_buffer: u64,
+}
+
+impl Driver {
+    /// Connects, accepts all features and starts both queues.
+    pub fn new(device: &Device) -> Driver {
+        Driver::accepting(device, u64::MAX)
+    }
+
+    /// Connects, accepts those of the offered features that are in `features`, and starts both queues.
+    pub fn accepting(device: &Device, features: u64) -> Driver {
+        let mut driver = Driver::connect(&device.path);
+        driver.negotiate(features);
+        driver.set_memory();
+        driver.start_queue(REQUESTS, 0);
+        driver.start_queue(EVENTS, 0);
+        driver
+    }
+
+    /// Connects and asks for the features, no more.
+    pub fn connect(path: &Path) -> Driver {
+        let mut frontend = Frontend::connect(path, 2).unwrap();
+        frontend.set_owner().unwrap();
+        let offered = frontend.get_features().unwrap();
+        assert_ne!(offered & PROTOCOL_FEATURES, 0);
+        let protocol = frontend.get_protocol_features().unwrap();
+        let wanted =
+            VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::REPLY_ACK;
+        assert!(protocol.contains(wanted), "{protocol:?}");
+        frontend.set_protocol_features(wanted).unwrap();
+        // From now on each message is acknowledged: an error shows at once, and what was set has been taken.
+        frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        assert_eq!(frontend.get_queue_num().unwrap(), 2);
+        let file = memfd(RAM);
+        let mapping = FileOffset::new(file.try_clone().unwrap(), 0);
+        let ranges = [(GuestAddress(0), RAM as usize, Some(mapping))];
+        let ram = Memory::new(GuestMemoryMmap::from_ranges_with_files(ranges).unwrap());
+        let queues = QUEUE_BASES.map(Queue::new);
+        Driver { frontend, ram, file, queues, offered, next_buffer: BUFFERS.start }
+    }
+
+    /// Accepts those of the offered features that are in `features`.
+    pub fn negotiate(&mut self, features: u64) {
+        self.frontend.set_features(self.offered & (features | PROTOCOL_FEATURES)).unwrap();
+    }
+
+    /// Tells the device of the memory, in two regions as a machine with more than 2 GiB has them.
+    pub fn set_memory(&mut self) {
+        let region = |start: u64, len: u64| VhostUserMemoryRegionInfo {
+            guest_phys_addr: start,
+            memory_size: len,
+            userspace_addr: USER_BASE + start,
+            mmap_offset: start,
+            mmap_handle: self.file.as_raw_fd(),
+        };
+        let half = RAM / 2;
+        self.frontend.set_mem_table(&[region(0, half), region(half, RAM - half)]).unwrap();
+    }
+
+    /// Starts a queue as it stands in memory, at the index `base` of its available ring.
+    pub fn start_queue(&mut self, index: usize, base: u16) {
+        self.set_up_queue(index, base).unwrap();
+        let queue = &self.queues[index];
+        self.frontend.set_vring_call(index, &queue.call).unwrap();
+        self.frontend.set_vring_kick(index, &queue.kick).unwrap();
+        self.frontend.set_vring_enable(index, true).unwrap();
+    }
+
+    /// Size, index and addresses of a queue.
+    pub fn set_up_queue(&mut self, index: usize, base: u16) -> Result<(), vhost::Error> {
+        let queue = &self.queues[index];
+        self.frontend.set_vring_num(index, SIZE)?;
+        self.frontend.set_vring_base(index, base)?;
+        let addresses = VringConfigData {
+            queue_max_size: SIZE,
+            queue_size: SIZE,
+            flags: 0,
+            desc_table_addr: USER_BASE + queue.descriptors,
+            used_ring_addr: USER_BASE + queue.used,
+            avail_ring_addr: USER_BASE + queue.available,
+            log_addr: None,
+        };
+        self.frontend.set_vring_addr(index, &addresses)
+    }
+
+    /// Stops both queues, as a reset and a pause do, and returns where they stopped.
+    pub fn stop_queues(&mut self) -> [u16; 2] {
+        [REQUESTS, EVENTS].map(|index| self.frontend.get_vring_base(index).unwrap() as u16)
+    }
+
+    /// Starts both queues where they stopped, as the end of a pause does.
+    pub fn resume_queues(&mut self, bases: [u16; 2]) {
+        for (index, base) in bases.into_iter().enumerate() {
+            self.start_queue(index, base);
+        }
+    }
+
+    /// Stops both queues and starts them empty, as a driver does that resets the device and starts over.
+    pub fn reset(&mut self) {
+        self.stop_queues();
+        self.start_over();
+    }
+
+    /// Starts both queues empty.
+    pub fn start_over(&mut self) {
+        for (index, base) in QUEUE_BASES.into_iter().enumerate() {
+            self.queues[index] = Queue::new(base);
+            self.write(base, &[0; 0x4000]);
+            self.start_queue(index, 0);
+        }
+    }
+
+    pub fn write(&self, address: u64, data: &[u8]) {
+        self.ram.memory().write_slice(data, GuestAddress(address)).unwrap();
+    }
+
+    pub fn read(&self, address: u64, len: usize) -> Vec<u8> {
+        let mut data = vec![0; len];
+        self.ram.memory().read_slice(&mut data, GuestAddress(address)).unwrap();
+        data
+    }
+
+    pub fn read_u16(&self, address: u64) -> u16 {
+        self.ram.memory().load(GuestAddress(address), Ordering::Acquire).unwrap()
+    }
+
+    pub fn write_u16(&self, address: u64, value: u16) {
+        self.ram.memory().store(value, GuestAddress(address), Ordering::Release).unwrap();
+    }
+
+    /// Memory for a buffer; it is used again after a few thousand requests.
+    pub fn allocate(&mut self, len: usize) -> u64 {
+        if self.next_buffer + len as u64 > BUFFERS.end {
+            self.next_buffer = BUFFERS.start;
+        }
+        let address = self.next_buffer;
+        self.next_buffer += (len as u64).next_multiple_of(16);
+        address
+    }
+
+    pub fn set_descriptor(&self, index: usize, number: u16, descriptor: Descriptor) {
+        self.write(self.queues[index].descriptors + 16 * u64::from(number), &descriptor_bytes(descriptor));
+    }
+
+    /// Puts a head into the available ring.
+    pub fn make_available(&mut self, index: usize, head: u16) {
+        let queue = &mut self.queues[index];
+        let slot = queue.available + 4 + 2 * u64::from(queue.next_available % SIZE);
+        queue.next_available = queue.next_available.wrapping_add(1);
+        let (address, next) = (queue.available + 2, queue.next_available);
+        self.write_u16(slot, head);
+        self.write_u16(address, next);
+    }
+
+    /// Adds one chain without a kick. Returns its head, and where its device-writable parts are.
+    pub fn add(&mut self, index: usize, parts: &[Part]) -> (u16, Vec<(u64, usize)>) {
+        let (descriptors, writable) = self.place(parts);
+        let first = self.queues[index].next_descriptor;
+        for (count, mut descriptor) in descriptors.iter().copied().enumerate() {
+            let number = first.wrapping_add(count as u16) % SIZE;
+            descriptor.next = (number + 1) % SIZE;
+            self.set_descriptor(index, number, descriptor);
+        }
+        self.queues[index].next_descriptor = first.wrapping_add(descriptors.len() as u16) % SIZE;
+        self.make_available(index, first);
+        (first, writable)
+    }
+
+    /// As [`Driver::add`], with all descriptors in an indirect table.
+    pub fn add_indirect(&mut self, index: usize, parts: &[Part]) -> (u16, Vec<(u64, usize)>) {
+        let (mut descriptors, writable) = self.place(parts);
+        for (number, descriptor) in descriptors.iter_mut().enumerate() {
+            descriptor.next = number as u16 + 1;
+        }
+        let table: Vec<u8> = descriptors.iter().flat_map(|&descriptor| descriptor_bytes(descriptor)).collect();
+        let address = self.allocate(table.len());
+        self.write(address, &table);
+        let head = self.queues[index].next_descriptor;
+        let len = table.len() as u32;
+        self.set_descriptor(index, head, Descriptor { address, len, flags: INDIRECT_TABLE, next: 0 });
+        self.queues[index].next_descriptor = (head + 1) % SIZE;
+        self.make_available(index, head);
+        (head, writable)
+    }
+
+    /// Puts the parts of a chain into memory. Device-writable ones are filled with something that no device writes.
+    fn place(&mut self, parts: &[Part]) -> (Vec<Descriptor>, Vec<(u64, usize)>) {
+        let mut writable = Vec::new();
+        let mut descriptors = Vec::new();
+        for (count, part) in parts.iter().enumerate() {
+            let (data, flags) = match part {
+                Part::R(data) => (data.clone(), 0),
+                Part::W(len) => (vec![0xa5; *len], DEVICE_WRITES),
+            };
+            let address = self.allocate(data.len());
+            self.write(address, &data);
+            if flags == DEVICE_WRITES {
+                writable.push((address, data.len()));
+            }
+            let flags = flags | if count + 1 < parts.len() { NEXT } else { 0 };
+            descriptors.push(Descriptor { address, len: data.len() as u32, flags, next: 0 });
+        }
+        (descriptors, writable)
+    }
+
+    pub fn kick(&self, index: usize) {
+        self.queues[index].kick.write(1).unwrap();
+    }
+
+    /// Waits for the next used entry: head and length.
+    pub fn wait_used(&mut self, index: usize) -> (u16, u32) {
+        self.try_wait_used(index, PATIENCE).expect("the device does not answer")
+    }
+
+    /// Waits a while for the next used entry.
+    pub fn try_wait_used(&mut self, index: usize, patience: Duration) -> Option<(u16, u32)> {
+        let begin = Instant::now();
+        while self.read_u16(self.queues[index].used + 2) == self.queues[index].next_used {
+            if begin.elapsed() > patience {
+                return None;
+            }
+            thread::yield_now();
+        }
+        let queue = &mut self.queues[index];
+        let entry = queue.used + 4 + 8 * u64::from(queue.next_used % SIZE);
+        queue.next_used = queue.next_used.wrapping_add(1);
+        let entry: [u32; 2] = FromBytes::read_from_bytes(&self.read(entry, 8)).unwrap();
+        Some((entry[0] as u16, entry[1]))
+    }
+
+    /// Does one request, from chain to used entry.
+    pub fn transact(&mut self, parts: &[Part]) -> Used {
+        let (head, writable) = self.add(REQUESTS, parts);
+        self.kick(REQUESTS);
+        let (used, len) = self.wait_used(REQUESTS);
+        assert_eq!(used, head);
+        self.collect(len, &writable)
+    }
+
+    pub fn collect(&self, len: u32, writable: &[(u64, usize)]) -> Used {
+        Used { len, written: writable.iter().flat_map(|&(address, len)| self.read(address, len)).collect() }
+    }
+
+    /// Does one request in the usual form.
+    pub fn request(&mut self, request: &impl IntoBytesRequest) -> u8 {
+        self.transact(&[Part::R(request.bytes()), Part::W(4)]).status()
+    }
+
+    pub fn attach(&mut self, domain: u32, endpoint: u32) -> u8 {
+        self.request(&attach(domain, endpoint, 0))
+    }
+
+    pub fn attach_bypass(&mut self, domain: u32, endpoint: u32) -> u8 {
+        self.request(&attach(domain, endpoint, ATTACH_F_BYPASS))
+    }
+
+    pub fn detach(&mut self, domain: u32, endpoint: u32) -> u8 {
+        self.request(&detach(domain, endpoint))
+    }
+
+    pub fn map(&mut self, domain: u32, start: u64, end: u64, phys: u64, flags: u32) -> u8 {
+        self.request(&map(domain, start, end, phys, flags))
+    }
+
+    pub fn unmap(&mut self, domain: u32, start: u64, end: u64) -> u8 {
+        self.request(&unmap(domain, start, end))
+    }
+
+    /// PROBE; the properties and the status.
+    pub fn probe(&mut self, endpoint: u32) -> (Vec<u8>, u8) {
+        let size = self.config().probe_size.get() as usize;
+        let used = self.transact(&[Part::R(probe(endpoint).bytes()), Part::W(size), Part::W(4)]);
+        let status = used.status();
+        (used.written[..size].to_vec(), status)
+    }
+
+    pub fn config(&mut self) -> Config {
+        let (_, data) = self.frontend.get_config(0, 40, VhostUserConfigFlags::WRITABLE, &[0; 40]).unwrap();
+        Config::read_from_bytes(&data).unwrap()
+    }
+
+    /// Writes the whole configuration, as QEMU does for a write of one byte.
+    pub fn write_config(&mut self, config: &Config) {
+        self.frontend.set_config(0, VhostUserConfigFlags::WRITABLE, config.as_bytes()).unwrap();
+    }
+
+    pub fn write_bypass(&mut self, bypass: u8) {
+        let config = Config { bypass, ..self.config() };
+        self.write_config(&config);
+    }
+
+    /// An endpoint's access to this driver's memory.
+    pub fn dma(&self, device: &Device, endpoint: u32) -> Dma {
+        let door = Door::new(&device.iommu, endpoint, self.ram.clone(), Tracer::default());
+        door.set_bus_master(true);
+        door.open()
+    }
+
+    /// Adds buffers to the event queue, as Linux does once.
+    pub fn add_event_buffers(&mut self, count: usize, len: usize) -> Vec<(u64, usize)> {
+        (0..count).flat_map(|_| self.add(EVENTS, &[Part::W(len)]).1).collect()
+    }
+
+    /// Waits for the next fault, which is to be in `buffer`.
+    pub fn wait_fault(&mut self, buffer: (u64, usize)) -> FaultRecord {
+        let (_, len) = self.wait_used(EVENTS);
+        assert_eq!(len, 24);
+        FaultRecord::read_from_prefix(&self.read(buffer.0, buffer.1)).unwrap().0
+    }
+}
+
+/// A request's device-readable part.
+pub trait IntoBytesRequest {
+    fn bytes(&self) -> Vec<u8>;
+}
+
+impl<T: IntoBytes + zerocopy::Immutable> IntoBytesRequest for T {
+    fn bytes(&self) -> Vec<u8> {
+        self.as_bytes().to_vec()
+    }
+}
+
+fn head(kind: u8) -> Head {
+    Head { kind, reserved: [0; 3] }
+}
+
+pub fn attach(domain: u32, endpoint: u32, flags: u32) -> Attach {
+    let head = head(request_type::ATTACH);
+    Attach { head, domain: domain.into(), endpoint: endpoint.into(), flags: flags.into(), reserved: [0; 4] }
+}
+
+pub fn detach(domain: u32, endpoint: u32) -> Detach {
+    let head = head(request_type::DETACH);
+    Detach { head, domain: domain.into(), endpoint: endpoint.into(), reserved: [0; 8] }
+}
+
+pub fn map(domain: u32, start: u64, end: u64, phys: u64, flags: u32) -> Map {
+    Map {
+        head: head(request_type::MAP),
+        domain: domain.into(),
+        virt_start: start.into(),
+        virt_end: end.into(),
+        phys_start: phys.into(),
+        flags: flags.into(),
+    }
+}
+
+pub fn unmap(domain: u32, start: u64, end: u64) -> Unmap {
+    Unmap {
+        head: head(request_type::UNMAP),
+        domain: domain.into(),
+        virt_start: start.into(),
+        virt_end: end.into(),
+        reserved: [0; 4],
+    }
+}
+
+pub fn probe(endpoint: u32) -> Probe {
+    Probe { head: head(request_type::PROBE), endpoint: endpoint.into(), reserved: [0; 64] }
+}
+
+pub fn descriptor_bytes(descriptor: Descriptor) -> Vec<u8> {
+    let mut bytes = descriptor.address.to_le_bytes().to_vec();
+    bytes.extend(descriptor.len.to_le_bytes());
+    bytes.extend(descriptor.flags.to_le_bytes());
+    bytes.extend(descriptor.next.to_le_bytes());
+    bytes
+}
+
+/// Waits until `condition` holds.
+pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let begin = Instant::now();
+    while !condition() {
+        assert!(begin.elapsed() < PATIENCE, "{what} does not happen");
+        thread::sleep(Duration::from_millis(1));
+    }
+}

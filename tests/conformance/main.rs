@@ -1,0 +1,16 @@
+//! What the virtio-iommu device must do, row by row of `docs/conformance.md`, over a real vhost-user socket.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
+#[path = "../common/mod.rs"]
+mod common;
+mod coverage;
+mod frontend;
+
+mod hostile;
+mod qemu_acceptance;
+mod reset;
+mod rows_access;
+mod rows_attach;
+mod rows_device;
+mod rows_map;
