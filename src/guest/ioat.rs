@@ -38,19 +38,21 @@ const LIMIT: Duration = Duration::from_secs(5);
 pub const ERROR_SOURCE: u32 = 1 << 0;
 /// The destination cannot be written.
 pub const ERROR_DESTINATION: u32 = 1 << 1;
-/// The descriptor cannot be read.
-pub const ERROR_DESCRIPTOR: u32 = 1 << 2;
+/// A descriptor that another one names as next cannot be read.
+pub const ERROR_NEXT: u32 = 1 << 2;
+/// The chain's first descriptor cannot be read.
+pub const ERROR_CHAIN: u32 = 1 << 4;
 /// The completion cannot be written.
 pub const ERROR_COMPLETION: u32 = 1 << 12;
 
-/// One descriptor that copies `size` bytes, in guest-visible form. It is the chain's end: it points to itself.
-pub fn copy(size: u32, source: u64, destination: u64, own_iova: u64) -> [u8; DESCRIPTOR] {
+/// A descriptor that copies `size` bytes, as the engine reads it. The last of a chain may name any next one.
+pub fn copy(size: u32, source: u64, destination: u64, next: u64) -> [u8; DESCRIPTOR] {
     let mut bytes = [0; DESCRIPTOR];
     bytes[0..4].copy_from_slice(&size.to_le_bytes());
     bytes[4..8].copy_from_slice(&CONTROL_COMPLETION.to_le_bytes());
     bytes[8..16].copy_from_slice(&source.to_le_bytes());
     bytes[16..24].copy_from_slice(&destination.to_le_bytes());
-    bytes[24..32].copy_from_slice(&own_iova.to_le_bytes());
+    bytes[24..32].copy_from_slice(&next.to_le_bytes());
     bytes
 }
 
@@ -75,19 +77,19 @@ impl Outcome {
     }
 }
 
-/// Resets channel 0, clears its errors, and has it carry out one descriptor.
+/// Resets channel 0, clears its errors, and has it carry out `count` descriptors.
 ///
 /// # Errors
 /// If the channel does not halt on reset, or neither ends nor halts in time.
-pub fn run_one(bar: &Bar, descriptor_iova: u64, completion_iova: u64) -> Result<Outcome> {
+pub fn run_chain(bar: &Bar, first: u64, count: u16, completion: u64) -> Result<Outcome> {
     bar.write(COMMAND, COMMAND_RESET)?;
     wait(bar, Outcome::is_halted)?;
     bar.write(ERROR, bar.read::<u32>(ERROR)?)?;
     let left = bar.read::<u32>(ERROR)?;
     ensure!(left == 0, "The channel's errors cannot be cleared: {left:#x}");
-    bar.write(COMPLETION, completion_iova)?;
-    bar.write(CHAIN, descriptor_iova)?;
-    bar.write(COUNT, 1_u16)?;
+    bar.write(COMPLETION, completion)?;
+    bar.write(CHAIN, first)?;
+    bar.write(COUNT, count)?;
     // Halted without an error is still the reset's halt: the channel has not started yet.
     wait(bar, |outcome| outcome.is_done() || (outcome.is_halted() && outcome.error != 0))
 }

@@ -36,9 +36,13 @@ struct Case {
     source: u64,
     destination: u64,
     descriptor: u64,
+    /// The next descriptor; there are two in the chain if it is not the first itself.
+    next: u64,
     completion: u64,
-    /// The channel's error bits; 0: the copy is made.
+    /// The channel's error bits; 0: all went well.
     error: u32,
+    /// Whether the destination holds the data afterwards.
+    copied: bool,
     /// The first IOVA that the IOMMU must refuse.
     fault: Option<u64>,
 }
@@ -48,21 +52,26 @@ const GOOD: Case = Case {
     source: SOURCE,
     destination: DESTINATION,
     descriptor: CONTROL,
+    next: CONTROL,
     completion: COMPLETION,
     error: 0,
+    copied: true,
     fault: None,
 };
 
+/// One whose copy is not made; the refused access is at `fault`.
+const REFUSED: Case = Case { copied: false, ..GOOD };
+
 /// Rogue ones between good ones: a refused access must not harm what comes after it.
-const CASES: [Case; 9] = [
+const CASES: [Case; 10] = [
     GOOD,
-    Case { name: "unmapped source", source: NOWHERE, error: ioat::ERROR_SOURCE, fault: Some(NOWHERE), ..GOOD },
+    Case { name: "unmapped source", source: NOWHERE, error: ioat::ERROR_SOURCE, fault: Some(NOWHERE), ..REFUSED },
     Case {
         name: "unmapped destination",
         destination: NOWHERE,
         error: ioat::ERROR_DESTINATION,
         fault: Some(NOWHERE),
-        ..GOOD
+        ..REFUSED
     },
     Case {
         name: "write to a read-only mapping",
@@ -70,7 +79,7 @@ const CASES: [Case; 9] = [
         destination: SOURCE,
         error: ioat::ERROR_DESTINATION,
         fault: Some(SOURCE),
-        ..GOOD
+        ..REFUSED
     },
     Case {
         name: "read of a write-only mapping",
@@ -78,22 +87,24 @@ const CASES: [Case; 9] = [
         destination: DESTINATION + SIZE as u64,
         error: ioat::ERROR_SOURCE,
         fault: Some(DESTINATION),
-        ..GOOD
+        ..REFUSED
     },
     Case {
         name: "source past its mapping's end",
         source: SOURCE + PAGE as u64 - 1024,
         error: ioat::ERROR_SOURCE,
         fault: Some(SOURCE + PAGE as u64),
-        ..GOOD
+        ..REFUSED
     },
     Case {
-        name: "unmapped descriptor",
+        name: "unmapped first descriptor",
         descriptor: NOWHERE,
-        error: ioat::ERROR_DESCRIPTOR,
+        next: NOWHERE,
+        error: ioat::ERROR_CHAIN,
         fault: Some(NOWHERE),
-        ..GOOD
+        ..REFUSED
     },
+    Case { name: "unmapped next descriptor", next: NOWHERE, error: ioat::ERROR_NEXT, fault: Some(NOWHERE), ..GOOD },
     Case {
         name: "unmapped completion",
         completion: NOWHERE,
@@ -149,8 +160,9 @@ fn run_case(case: &Case, bar: &Bar, pages: &mut Buffers) -> Result<(Value, bool)
         pattern::fill(pages.contents(SOURCE_PAGE), SOURCE, 1);
         pattern::poison(pages.contents(DESTINATION_PAGE));
     }
-    let outcome = ioat::run_one(bar, case.descriptor, case.completion)?;
-    // SAFETY: the channel is done or halted, as `run_one` waited for.
+    let outcome =
+        ioat::run_chain(bar, case.descriptor, if case.next == case.descriptor { 1 } else { 2 }, case.completion)?;
+    // SAFETY: the channel is done or halted, as `run_chain` waited for.
     let (source_intact, copied) = unsafe {
         let source_intact = pattern::check(pages.contents(SOURCE_PAGE), SOURCE, 1).is_ok();
         (source_intact, pattern::check(&pages.contents(DESTINATION_PAGE)[..SIZE as usize], SOURCE, 1).is_ok())
@@ -159,16 +171,12 @@ fn run_case(case: &Case, bar: &Bar, pages: &mut Buffers) -> Result<(Value, bool)
     let report = json!({
         "case": case.name, "good": good, "state": outcome.status & 7, "chansts": outcome.status,
         "chanerr": outcome.error, "expected_chanerr": case.error, "fault_iova": case.fault,
-        "copied": copied, "source_intact": source_intact,
+        "copied": copied, "expected_copied": case.copied, "source_intact": source_intact,
     });
     Ok((report, good))
 }
 
 fn as_expected(case: &Case, outcome: Outcome, copied: bool) -> bool {
-    match case.error {
-        0 => outcome.is_done() && copied,
-        // The data may have been copied before the completion was refused.
-        ioat::ERROR_COMPLETION => outcome.is_halted() && outcome.error == case.error,
-        _ => outcome.is_halted() && outcome.error == case.error && !copied,
-    }
+    let ended = if case.error == 0 { outcome.is_done() } else { outcome.is_halted() };
+    ended && outcome.error == case.error && copied == case.copied
 }
