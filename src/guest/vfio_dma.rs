@@ -36,8 +36,8 @@ struct Case {
     source: u64,
     destination: u64,
     descriptor: u64,
-    /// The next descriptor; there are two in the chain if it is not the first itself.
-    next: u64,
+    /// A second descriptor, which the first one names as next.
+    next: Option<u64>,
     completion: u64,
     /// The channel's error bits; 0: all went well.
     error: u32,
@@ -52,7 +52,7 @@ const GOOD: Case = Case {
     source: SOURCE,
     destination: DESTINATION,
     descriptor: CONTROL,
-    next: CONTROL,
+    next: None,
     completion: COMPLETION,
     error: 0,
     copied: true,
@@ -99,12 +99,17 @@ const CASES: [Case; 10] = [
     Case {
         name: "unmapped first descriptor",
         descriptor: NOWHERE,
-        next: NOWHERE,
         error: ioat::ERROR_CHAIN,
         fault: Some(NOWHERE),
         ..REFUSED
     },
-    Case { name: "unmapped next descriptor", next: NOWHERE, error: ioat::ERROR_NEXT, fault: Some(NOWHERE), ..GOOD },
+    Case {
+        name: "unmapped next descriptor",
+        next: Some(NOWHERE),
+        error: ioat::ERROR_NEXT,
+        fault: Some(NOWHERE),
+        ..GOOD
+    },
     Case {
         name: "unmapped completion",
         completion: NOWHERE,
@@ -149,19 +154,15 @@ pub fn run(results: &mut Results) -> Result<()> {
 
 /// Carries out one case; what happened, and whether it is what must happen.
 fn run_case(case: &Case, bar: &Bar, pages: &mut Buffers) -> Result<(Value, bool)> {
+    let first = ioat::copy(SIZE, case.source, case.destination, case.next.unwrap_or(0));
+    let count = if case.next.is_some() { 2 } else { 1 };
     // SAFETY: the channel is stopped: it was never started, or the last case ended with it done or halted.
     unsafe {
-        pages.contents(CONTROL_PAGE)[..DESCRIPTOR].copy_from_slice(&ioat::copy(
-            SIZE,
-            case.source,
-            case.destination,
-            case.descriptor,
-        ));
+        pages.contents(CONTROL_PAGE)[..DESCRIPTOR].copy_from_slice(&first);
         pattern::fill(pages.contents(SOURCE_PAGE), SOURCE, 1);
         pattern::poison(pages.contents(DESTINATION_PAGE));
     }
-    let outcome =
-        ioat::run_chain(bar, case.descriptor, if case.next == case.descriptor { 1 } else { 2 }, case.completion)?;
+    let outcome = ioat::run_chain(bar, case.descriptor, count, case.completion)?;
     // SAFETY: the channel is done or halted, as `run_chain` waited for.
     let (source_intact, copied) = unsafe {
         let source_intact = pattern::check(pages.contents(SOURCE_PAGE), SOURCE, 1).is_ok();
