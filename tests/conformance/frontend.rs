@@ -89,6 +89,11 @@ impl Device {
 
     /// A device whose settings `change` changes.
     pub fn with(change: impl FnOnce(&mut Settings)) -> Device {
+        Device::traced(change, Tracer::default())
+    }
+
+    /// A device whose settings `change` changes, and whose steps `tracer` takes.
+    pub fn traced(change: impl FnOnce(&mut Settings), tracer: Tracer) -> Device {
         let reserved = |id| match id {
             BARE => vec![],
             HOLED => vec![MSI, HOLE],
@@ -99,8 +104,8 @@ impl Device {
         change(&mut settings);
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("viommu.sock");
-        let iommu = Iommu::new(settings, Tracer::default());
-        let mut server = Server::bind(&path, iommu.clone(), Tracer::default()).unwrap();
+        let iommu = Iommu::new(settings, tracer.clone());
+        let mut server = Server::bind(&path, iommu.clone(), tracer).unwrap();
         let (control, shutdown) = (server.control(), server.shutdown());
         let thread = thread::spawn(move || server.run().unwrap());
         Device { iommu, control, path, shutdown, thread: Some(thread), _dir: dir }

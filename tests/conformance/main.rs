@@ -14,3 +14,4 @@ mod rows_access;
 mod rows_attach;
 mod rows_device;
 mod rows_map;
+mod traced;
