@@ -140,7 +140,7 @@ fn print(
 
 fn begin(header: &Header, format: Format, out: &mut impl Write) -> io::Result<()> {
     match format {
-        Format::Json => out.write_all(trace::hello(header, trace::Format::Json).as_bytes()),
+        Format::Json => out.write_all(trace::hello(header).as_bytes()),
         Format::Binary => out.write_all(header.as_bytes()),
         Format::Text => {
             writeln!(out, "# viommu, process {}; lost before: {}", header.pid, header.lost)?;

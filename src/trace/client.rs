@@ -71,6 +71,8 @@ pub struct Client {
     state: State,
     /// Where in the backlog it is.
     position: u64,
+    /// The number of the first event after it connected.
+    seq: u64,
     missed: Option<Missed>,
     out: Vec<u8>,
     /// Bytes of `out` that the socket took.
@@ -79,11 +81,11 @@ pub struct Client {
 }
 
 impl Client {
-    /// A client that connected when the backlog ended at `position`.
-    pub fn new(stream: UnixStream, position: u64) -> io::Result<Self> {
+    /// A client that connected when the backlog ended at `position` and the next event was to have the number `seq`.
+    pub fn new(stream: UnixStream, position: u64, seq: u64) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
         let state = State::Greeting { line: Vec::new(), deadline: Instant::now() + GRACE };
-        Ok(Client { stream, state, position, missed: None, out: Vec::new(), sent: 0, blocked: false })
+        Ok(Client { stream, state, position, seq, missed: None, out: Vec::new(), sent: 0, blocked: false })
     }
 
     /// Turns the client away.
@@ -122,6 +124,11 @@ impl Client {
     /// Whether its socket was full.
     pub fn is_blocked(&self) -> bool {
         self.blocked
+    }
+
+    /// The number of the first event after it connected.
+    pub fn seq(&self) -> u64 {
+        self.seq
     }
 
     /// Where in the backlog it is.
@@ -185,7 +192,7 @@ impl Client {
     pub fn begin(&mut self, choice: &Choice, header: &Header, backlog: &Backlog) {
         let filter = choice.filter();
         match choice.format {
-            Format::Json => self.out.extend(hello(header, choice.format).as_bytes()),
+            Format::Json => self.out.extend(hello(header).as_bytes()),
             Format::Binary => self.out.extend(header.as_bytes()),
         }
         let wanted = match choice.backlog {

@@ -67,13 +67,13 @@ fn describe(event: &Event, to: &mut impl Fields) {
             to.flag("writable", writable);
         }
         Event::Queue { queue, started, index, size } => {
-            to.name("queue", &names::queue(queue));
+            to.name("virtqueue", &names::queue(queue));
             to.flag("started", started);
             to.number("index", index.into());
             to.number("size", size.into());
         }
         Event::Kick { queue, requests } => {
-            to.name("queue", &names::queue(queue));
+            to.name("virtqueue", &names::queue(queue));
             to.number("requests", requests.into());
         }
         Event::Request { .. } => describe_request(event, to),
@@ -100,7 +100,7 @@ fn describe(event: &Event, to: &mut impl Fields) {
         Event::Command { .. } => describe_command(event, to),
         Event::Bypass { value } => to.number("value", value.into()),
         Event::Malformed { queue, head, readable, writable, used } => {
-            to.name("queue", &names::queue(queue));
+            to.name("virtqueue", &names::queue(queue));
             to.number("head", head.into());
             to.number("readable", readable.into());
             to.number("writable", writable.into());
@@ -113,7 +113,10 @@ fn describe(event: &Event, to: &mut impl Fields) {
                     to.hex("cc", state & 0xffff_ffff);
                     to.hex("csts", state >> 32);
                 }
-                Model::Ioat => to.hex("state", state),
+                Model::Ioat => {
+                    to.hex("chansts", state & 0xffff_ffff);
+                    to.hex("chanerr", state >> 32);
+                }
             }
         }
         Event::Lost { place, count, since } => {

@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::wire::trace::{Header, Kind, NO_ENDPOINT, Record, VERSION};
@@ -178,32 +179,54 @@ fn parse_backlog(value: &Value) -> Result<Last, String> {
     }
 }
 
+#[derive(Serialize)]
+struct Hello<'a> {
+    kind: &'a str,
+    version: u32,
+    pid: u32,
+    clock: &'a str,
+    start: u64,
+    realtime_offset_us: u64,
+    format: &'a str,
+    record_size: u32,
+    kinds: Vec<&'a str>,
+    lost: u64,
+    seq: u64,
+}
+
 /// The header as the first line of a JSON stream.
-pub fn hello(header: &Header, format: Format) -> String {
-    let kinds: Vec<_> =
-        Kind::ALL.iter().filter(|kind| header.kinds & kind.bit() != 0).map(|kind| kind.name()).collect();
-    let mut line = json!({
-        "kind": "hello",
-        "version": header.version.get(),
-        "pid": header.pid.get(),
-        "clock": "CLOCK_MONOTONIC",
-        "start": header.start_ns.get(),
+pub fn hello(header: &Header) -> String {
+    line(&Hello {
+        kind: "hello",
+        version: header.version.get(),
+        pid: header.pid.get(),
+        clock: "CLOCK_MONOTONIC",
+        start: header.start_ns.get(),
         // In microseconds it is exact in a double.
-        "realtime_offset_us": header.realtime_offset_ns.get() / 1000,
-        "format": match format { Format::Json => "json", Format::Binary => "binary" },
-        "record_size": header.record_size.get(),
-        "kinds": kinds,
-        "lost": header.lost.get(),
-        "seq": header.seq.get(),
+        realtime_offset_us: header.realtime_offset_ns.get() / 1000,
+        format: "json",
+        record_size: header.record_size.get(),
+        kinds: Kind::ALL.iter().filter(|kind| header.kinds & kind.bit() != 0).map(|kind| kind.name()).collect(),
+        lost: header.lost.get(),
+        seq: header.seq.get(),
     })
-    .to_string();
-    line.push('\n');
-    line
+}
+
+#[derive(Serialize)]
+struct Refusal<'a> {
+    kind: &'a str,
+    version: u32,
+    error: &'a str,
 }
 
 /// A line for a client that cannot be served.
 pub fn refusal(message: &str) -> String {
-    let mut line = json!({"kind": "error", "version": VERSION, "error": message}).to_string();
+    line(&Refusal { kind: "error", version: VERSION, error: message })
+}
+
+fn line(value: &impl Serialize) -> String {
+    // Strings and numbers can always be written.
+    let mut line = serde_json::to_string(value).unwrap_or_default();
     line.push('\n');
     line
 }

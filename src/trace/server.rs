@@ -160,7 +160,7 @@ impl Server {
     }
 
     fn add(&mut self, stream: UnixStream) -> io::Result<()> {
-        let mut client = Client::new(stream, self.backlog.end())?;
+        let mut client = Client::new(stream, self.backlog.end(), self.collector.next())?;
         if self.clients.len() >= self.clients_max {
             client.refuse(&format!("{} clients are served already, which is the limit", self.clients_max));
             // What the socket does not take at once is lost with the connection.
@@ -175,26 +175,9 @@ impl Server {
 
     /// Begins a client's stream if it has made its choice.
     fn begin(&mut self, id: u64, choice: Option<Choice>) {
-        let Some(choice) = choice else { return };
-        let header = self.header(&choice.filter());
-        if let Some(client) = self.clients.get_mut(&id) {
-            client.begin(&choice, &header, &self.backlog);
-        }
-    }
-
-    fn header(&self, filter: &Filter) -> Header {
-        Header {
-            magic: MAGIC,
-            version: VERSION.into(),
-            record_size: (size_of::<Record>() as u32).into(),
-            clock: (libc::CLOCK_MONOTONIC as u32).into(),
-            pid: std::process::id().into(),
-            start_ns: self.shared.start_ns.into(),
-            realtime_offset_ns: realtime_ns().saturating_sub(now_ns()).into(),
-            kinds: filter.kinds.into(),
-            lost: self.shared.counters().lost.into(),
-            seq: self.collector.next().into(),
-        }
+        let (Some(choice), Some(client)) = (choice, self.clients.get_mut(&id)) else { return };
+        let header = header(&self.shared, &choice.filter(), client.seq());
+        client.begin(&choice, &header, &self.backlog);
     }
 
     /// Does what is due.
@@ -278,6 +261,22 @@ impl Server {
                 }
             }
         }
+    }
+}
+
+/// What a client is told first.
+fn header(shared: &Shared, filter: &Filter, seq: u64) -> Header {
+    Header {
+        magic: MAGIC,
+        version: VERSION.into(),
+        record_size: (size_of::<Record>() as u32).into(),
+        clock: (libc::CLOCK_MONOTONIC as u32).into(),
+        pid: std::process::id().into(),
+        start_ns: shared.start_ns.into(),
+        realtime_offset_ns: realtime_ns().saturating_sub(now_ns()).into(),
+        kinds: filter.kinds.into(),
+        lost: shared.counters().lost.into(),
+        seq: seq.into(),
     }
 }
 
