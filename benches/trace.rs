@@ -1,0 +1,90 @@
+//! What tracing one event costs the thread that does it.
+//!
+//! Events come in bursts, as they do from a device; between bursts the collector catches up, outside the measured time,
+//! so that no event is lost: a lost one would cost less and spoil the number.
+
+#![allow(clippy::expect_used, reason = "a benchmark that cannot start has nothing to measure")]
+
+use std::hint::black_box;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main, measurement::WallTime};
+use viommu::trace::event::{Access, Route};
+use viommu::trace::{self, Choice, Event, Options, Reader, Tracer};
+
+/// Events of a burst: an eighth of a ring.
+const BURST: u64 = 2048;
+
+fn dma(n: u64) -> Event {
+    Event::Dma {
+        endpoint: 32,
+        access: Access::Write,
+        route: Route::Mapped,
+        failed: false,
+        iova: n << 12,
+        gpa: n << 13,
+        len: 4096,
+        domain: 1,
+        tag: 0,
+    }
+}
+
+/// Bursts with a pause in which the collector empties the ring.
+fn bursts(group: &mut BenchmarkGroup<'_, WallTime>, name: &str, tracer: &Tracer, pause: Duration) {
+    group.bench_function(name, |bencher| {
+        bencher.iter_custom(|events| {
+            let mut time = Duration::ZERO;
+            for first in (0..events).step_by(BURST as usize) {
+                let end = events.min(first + BURST);
+                let begin = Instant::now();
+                for n in first..end {
+                    tracer.emit(black_box(dma(n)));
+                }
+                time += begin.elapsed();
+                std::thread::sleep(pause);
+            }
+            time
+        });
+    });
+    let counters = tracer.counters();
+    println!("{name}: {} events emitted, {} lost", counters.emitted(), counters.lost);
+}
+
+fn emit(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("emit");
+    group.throughput(Throughput::Elements(1)).measurement_time(Duration::from_secs(3)).sample_size(30);
+    bursts(&mut group, "disabled", &Tracer::default(), Duration::ZERO);
+
+    let (tracer, handle) = trace::start(Options::default()).expect("a trace without a socket");
+    bursts(&mut group, "no_client", &tracer, Duration::from_micros(500));
+    handle.stop();
+
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let socket = dir.path().join("trace.sock");
+    let (tracer, handle) =
+        trace::start(Options { socket: Some(socket.clone()), ..Options::default() }).expect("a trace with a socket");
+    let client = std::thread::spawn({
+        let reader = connect(&socket);
+        move || read(reader)
+    });
+    bursts(&mut group, "binary_client", &tracer, Duration::from_millis(4));
+    handle.stop();
+    println!("binary_client: {} received", client.join().unwrap_or(0));
+    group.finish();
+}
+
+fn connect(socket: &Path) -> Reader<std::os::unix::net::UnixStream> {
+    Reader::connect(socket, &Choice::default()).expect("the trace's server listens")
+}
+
+fn read(mut reader: Reader<std::os::unix::net::UnixStream>) -> u64 {
+    let mut received = 0;
+    while let Ok(Some(_)) = reader.next_record() {
+        received += 1;
+    }
+    received
+}
+
+criterion_group!(benches, emit);
+criterion_main!(benches);
