@@ -170,8 +170,10 @@ pub enum Event {
     Bypass { value: u8 },
     /// A descriptor chain on this queue was not a request: it was returned with length `used`.
     Malformed { queue: u8, head: u16, readable: u32, writable: u32, used: u32 },
-    /// A device model changed its state: `state` is the model's own (NVMe: CC in the low half, CSTS in the high
-    /// half; I/OAT: CHANSTS and CHANERR).
+    /// A device model changed its state: `state` is the model's own.
+    ///
+    /// NVMe: CC in the low half, CSTS in the high half. I/OAT: in the low half the state of CHANSTS (0 active, 2
+    /// suspended, 3 halted; a channel that is done stays active here), in the high half CHANERR.
     Device { endpoint: u32, model: Model, state: u64 },
     /// `count` events were lost at `place`, the first of them at `since` (`CLOCK_MONOTONIC`, ns). The trace itself makes
     /// this event; nobody else does.
