@@ -22,7 +22,9 @@ use viommu::devices::ioat::Ioat;
 
 use viommu::iommu::{EndpointSettings, Iommu, Request, Settings};
 use viommu::pci::{Bus, Function, Server, Slot};
-use viommu::trace::Tracer;
+use viommu::trace::event::{Access, DataPointer, Model, Route};
+use viommu::trace::{self, Choice, Event, Options, Reader, Tracer};
+use viommu::wire::trace::Kind;
 use viommu::wire::virtio_iommu::*;
 use vmm_sys_util::eventfd::EventFd;
 use zerocopy::{Immutable, IntoBytes};
@@ -47,13 +49,17 @@ struct Setup {
 
 impl Setup {
     fn new() -> Self {
+        Setup::with(Tracer::default())
+    }
+
+    fn with(tracer: Tracer) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let endpoints = vec![EndpointSettings { id: ENDPOINT, reserved: Vec::new() }];
-        let iommu = Iommu::new(Settings { endpoints, ..Settings::default() }, Tracer::default());
+        let iommu = Iommu::new(Settings { endpoints, ..Settings::default() }, tracer.clone());
         iommu.set_features(Iommu::FEATURES);
         let shutdown = EventFd::new(0).unwrap();
         let server = Server::bind(&dir.path().join("ioat.sock")).unwrap();
-        let slot = Slot::new(&iommu, ENDPOINT, Tracer::default());
+        let slot = Slot::new(&iommu, ENDPOINT, tracer);
         let stop = shutdown.try_clone().unwrap();
         let make = |bus: Bus| -> Box<dyn Function> { Box::new(Ioat::new(bus)) };
         let thread = std::thread::spawn(move || server.serve(&slot, &stop, make, || ()));
@@ -623,4 +629,69 @@ fn a_client_that_leaves_takes_its_work_with_it() {
     let mut engine = setup.engine();
     assert!(!is_copying(&setup, A_WHILE));
     assert_eq!(engine.copy(0x100000, 0x200000, 64), Ok(()));
+}
+
+#[test]
+fn descriptors_accesses_and_states_are_traced() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("trace.sock");
+    let (tracer, handle) = trace::start(Options { socket: Some(socket.clone()), ..Options::default() }).unwrap();
+    let setup = Setup::with(tracer);
+    let mut engine = setup.engine();
+    setup.attach_with_low_pages();
+    let kinds = vec![Kind::Command, Kind::Device, Kind::Dma, Kind::Fault];
+    let mut reader = Reader::connect(&socket, &Choice { kinds, ..Choice::default() }).unwrap();
+    assert_eq!(engine.copy(0x8000, 0x9000, 0x1000), Ok(()));
+    assert_eq!(engine.copy(0x8000, 0x8000_0000, 8), Err(chanerr::DESTINATION));
+    handle.stop();
+
+    let access = |access, iova, len| {
+        let route = Route::Mapped;
+        Event::Dma { endpoint: ENDPOINT, access, route, failed: false, iova, gpa: iova, len, domain: 1, tag: 0 }
+    };
+    let command = |status, data, len| Event::Command {
+        endpoint: ENDPOINT,
+        model: Model::Ioat,
+        opcode: 0,
+        queue: 0,
+        id: 0,
+        status,
+        pointer: DataPointer::Address,
+        address: 0x8000,
+        data,
+        len,
+        duration: 0,
+    };
+    let state = |state| Event::Device { endpoint: ENDPOINT, model: Model::Ioat, state };
+    let fault = Event::Fault {
+        endpoint: ENDPOINT,
+        reason: FaultReason::Mapping as u8,
+        access: Access::Write,
+        address: 0x8000_0000,
+        domain: Some(1),
+    };
+    let expected = [
+        state(ACTIVE),
+        access(Access::Read, RING, 64),
+        access(Access::Read, 0x8000, 0x1000),
+        access(Access::Write, 0x9000, 0x1000),
+        command(0, 0x9000, 0x1000),
+        access(Access::Read, RING, 64),
+        access(Access::Read, 0x8000, 8),
+        fault,
+        command(chanerr::DESTINATION as u16, 0x8000_0000, 8),
+        state(u64::from(chanerr::DESTINATION) << 32 | HALTED),
+        state(HALTED),
+    ];
+    let events: Vec<Event> = std::iter::from_fn(|| reader.next_record().unwrap())
+        .map(|record| match Event::decode(&record).unwrap() {
+            // However long it took.
+            Event::Command { endpoint, model, opcode, queue, id, status, pointer, address, data, len, duration } => {
+                assert!(duration > 0);
+                Event::Command { endpoint, model, opcode, queue, id, status, pointer, address, data, len, duration: 0 }
+            }
+            event => event,
+        })
+        .collect();
+    assert_eq!(events, expected);
 }

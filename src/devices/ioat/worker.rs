@@ -169,8 +169,8 @@ impl Shared {
     }
 }
 
-/// What [`Event::Device`] says: in the low half the state as CHANSTS has it, where a channel that is done counts as
-/// active, since it goes from one to the other with each piece of work; in the high half CHANERR.
+/// What [`Event::Device`] says: CHANSTS's state, where a channel that is done counts as active, since it goes from one
+/// to the other with each piece of work, and CHANERR.
 fn traced_state(channel: &Channel) -> u64 {
     let status = match channel.status() {
         Status::Done => Status::Active,
