@@ -186,7 +186,7 @@ fn regions_and_identity_are_what_qemu_wants() {
     let sizes: Vec<u64> = (0..9).map(|index| client.region(index).unwrap().size).collect();
     assert_eq!(sizes, [0x2000, 0, 0x1000, 0, 0, 0, 0, 4096, 0]);
     let counts: Vec<u32> = (0..5).map(|index| client.get_irq_info(index).unwrap().count).collect();
-    assert_eq!(counts, [0, 4, 3, 0, 0]);
+    assert_eq!(counts, [0, 4, 3, 1, 0]);
     assert_eq!(read32(&mut client, CONFIG, 0), 0x1234_1b36);
     assert_eq!(read32(&mut client, CONFIG, 8), 0x0880_0001);
     client.region_write(CONFIG, 0x10, &[0xff; 8]).unwrap();

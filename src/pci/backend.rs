@@ -63,9 +63,15 @@ impl<'a> Backend<'a> {
             let count = match index {
                 VFIO_PCI_MSI_IRQ_INDEX => vectors.min(32).next_power_of_two(),
                 VFIO_PCI_MSIX_IRQ_INDEX => vectors,
+                // QEMU warns without it. It would stop the machine if it were signalled, so it never is.
+                VFIO_PCI_ERR_IRQ_INDEX => 1,
                 _ => 0,
             };
-            let flags = if count == 0 { 0 } else { VFIO_IRQ_INFO_EVENTFD | VFIO_IRQ_INFO_MASKABLE };
+            let flags = match index {
+                VFIO_PCI_MSI_IRQ_INDEX | VFIO_PCI_MSIX_IRQ_INDEX => VFIO_IRQ_INFO_EVENTFD | VFIO_IRQ_INFO_MASKABLE,
+                VFIO_PCI_ERR_IRQ_INDEX => VFIO_IRQ_INFO_EVENTFD,
+                _ => 0,
+            };
             IrqInfo { index, flags, count }
         };
         (VFIO_PCI_INTX_IRQ_INDEX..=VFIO_PCI_REQ_IRQ_INDEX).map(irq).collect()
@@ -217,6 +223,7 @@ impl ServerBackend for Backend<'_> {
         let (kind, vectors) = match index {
             VFIO_PCI_MSI_IRQ_INDEX => (Kind::Msi, 32),
             VFIO_PCI_MSIX_IRQ_INDEX => (Kind::Msix, 2048),
+            VFIO_PCI_ERR_IRQ_INDEX => return Ok(()),
             _ => return Err(refused("no such interrupt index")),
         };
         if start.checked_add(count).is_none_or(|end| end > vectors) {
