@@ -30,7 +30,8 @@ impl Namespace {
     }
 }
 
-/// All namespaces of PCIe controllers, by name.
+/// All namespaces of PCIe controllers, in the order of their functions: names are given as controllers come up, which
+/// is another order each time.
 pub fn namespaces() -> Vec<Namespace> {
     let mut found = Vec::new();
     for controller in sysfs::names("/sys/class/nvme") {
@@ -42,6 +43,7 @@ pub fn namespaces() -> Vec<Namespace> {
         });
         found.extend(own.map(|name| Namespace { name, bdf: bdf.clone() }));
     }
+    found.sort_by(|one, other| (&one.bdf, &one.name).cmp(&(&other.bdf, &other.name)));
     found
 }
 
@@ -86,14 +88,19 @@ pub fn wait_for_namespace(bdf: &str, limit: Duration) -> Result<Namespace> {
     }
 }
 
-/// The device a workload uses: the one named, else the first namespace.
+/// The device a workload uses: the one named, by its node or by its controller's function (`0000:00:04.0`); if none
+/// is named, the first function's.
 ///
 /// # Errors
 /// If there is none.
 pub fn choose(named: Option<&Path>) -> Result<PathBuf> {
+    let mut namespaces = namespaces().into_iter();
     match named {
-        Some(path) => Ok(path.to_owned()),
-        None => Ok(namespaces().first().context("The guest has no NVMe namespace")?.node()),
+        None => Ok(namespaces.next().context("The guest has no NVMe namespace")?.node()),
+        Some(named) => {
+            let of_function = namespaces.find(|namespace| Path::new(&namespace.bdf) == named);
+            Ok(of_function.map_or_else(|| named.to_owned(), |namespace| namespace.node()))
+        }
     }
 }
 

@@ -20,7 +20,7 @@ const DEFAULT_TOTAL: u64 = 64 << 20;
 /// What to do.
 #[derive(clap::Args)]
 pub struct Args {
-    /// The namespace's block device; the first one if not given.
+    /// The namespace: its block device, or its controller's function; the first function's if not given.
     #[arg(long)]
     dev: Option<PathBuf>,
     /// What to do; verify writes the range, reads it back and compares.
