@@ -18,7 +18,8 @@ use vfio_bindings::bindings::vfio::*;
 use vfio_user::Client;
 use viommu::dma::Dma;
 use viommu::iommu::{EndpointSettings, Iommu, Settings};
-use viommu::pci::{Bar, BindError, Bus, Function, Identity, Server, Slot};
+use viommu::pci::{Bar, Bus, Function, Identity, Server, Slot};
+use viommu::socket::SocketError;
 use viommu::trace::Tracer;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -368,14 +369,14 @@ fn a_live_socket_is_refused_and_a_stale_one_replaced() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.sock");
     let first = Server::bind(&path).unwrap();
-    assert!(matches!(Server::bind(&path), Err(BindError::Alive(_))));
+    assert!(matches!(Server::bind(&path), Err(SocketError::InUse(_))));
     drop(first);
     assert!(!path.exists());
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
     assert!(path.exists());
     drop(Server::bind(&path).unwrap());
     std::fs::write(&path, "precious").unwrap();
-    assert!(matches!(Server::bind(&path), Err(BindError::NotASocket(_))));
+    assert!(matches!(Server::bind(&path), Err(SocketError::NotASocket(_))));
     assert_eq!(std::fs::read(&path).unwrap(), b"precious");
 }
 

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tempfile::TempDir;
+use viommu::socket::SocketError;
 use viommu::trace::event::{Access, Channel, DataPointer, LossPlace, Model, ResetKind, Route};
 use viommu::trace::{self, Choice, Counters, Event, Last, Options, ReadError, Reader, StartError, TraceHandle, Tracer};
 use viommu::wire::trace::{Kind, Record};
@@ -406,7 +407,7 @@ fn at_the_end_clients_get_the_rest_and_the_socket_goes() {
 fn a_live_socket_is_an_error_and_a_stale_one_is_replaced() {
     let fixture = Fixture::new();
     let again = |path: &PathBuf| trace::start(Options { socket: Some(path.clone()), ..Options::default() });
-    assert!(matches!(again(&fixture.socket), Err(StartError::Alive(_))));
+    assert!(matches!(again(&fixture.socket), Err(StartError::Socket(SocketError::InUse(_)))));
     // The attempt did no harm.
     drop(fixture.json("\n"));
 
@@ -421,7 +422,7 @@ fn a_live_socket_is_an_error_and_a_stale_one_is_replaced() {
 
     let file = fixture.socket.with_extension("txt");
     std::fs::write(&file, "precious").unwrap();
-    assert!(matches!(again(&file), Err(StartError::NoSocket(_))));
+    assert!(matches!(again(&file), Err(StartError::Socket(SocketError::NotASocket(_)))));
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "precious");
 
     // A socket that somebody else has put in the place of ours stays.

@@ -13,4 +13,4 @@ mod server;
 
 pub use function::{Bar, Bus, Function, Identity};
 pub use interrupts::Interrupts;
-pub use server::{BindError, Server, Slot};
+pub use server::{Server, Slot};

@@ -2,9 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,27 +14,9 @@ use super::interrupts::Interrupts;
 use super::memory::MemoryMap;
 use crate::dma::{Door, Memory};
 use crate::iommu::Iommu;
+use crate::socket::{Socket, SocketError};
 use crate::trace::event::Channel;
 use crate::trace::{Event, Tracer};
-
-/// Why a socket could not be made.
-#[derive(Debug, thiserror::Error)]
-pub enum BindError {
-    /// Somebody listens there.
-    #[error("The socket {0} is in use: another process serves it; stop that one or choose another path")]
-    Alive(PathBuf),
-    /// Something else than a socket is there; it is left alone.
-    #[error("The path {0} exists and is no socket; choose another path")]
-    NotASocket(PathBuf),
-    /// The system refused.
-    #[error("Cannot listen on the socket {path}")]
-    Io {
-        /// The socket.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-}
 
 /// A place for a function: an endpoint's door to memory and its interrupts, which outlive the clients that come and go.
 pub struct Slot {
@@ -61,35 +41,18 @@ impl Slot {
 
 /// A listening socket. Its path is removed when it is dropped.
 pub struct Server {
-    listener: UnixListener,
-    path: PathBuf,
-    inode: u64,
+    socket: Socket,
 }
 
 impl Server {
     /// Listens on `path`. A socket that nobody listens on any more is replaced.
-    pub fn bind(path: &Path) -> Result<Server, BindError> {
-        let failed = |source| BindError::Io { path: path.to_owned(), source };
-        match std::fs::symlink_metadata(path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(failed(error)),
-            Ok(found) if !found.file_type().is_socket() => return Err(BindError::NotASocket(path.to_owned())),
-            Ok(_) => match UnixStream::connect(path) {
-                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                    std::fs::remove_file(path).map_err(failed)?;
-                }
-                Err(error) => return Err(failed(error)),
-                Ok(_) => return Err(BindError::Alive(path.to_owned())),
-            },
-        }
-        let listener = UnixListener::bind(path).map_err(failed)?;
-        let inode = std::fs::symlink_metadata(path).map_err(failed)?.ino();
-        Ok(Server { listener, path: path.to_owned(), inode })
+    pub fn bind(path: &Path) -> Result<Server, SocketError> {
+        Ok(Server { socket: Socket::bind(path)? })
     }
 
     /// The socket's path.
     pub fn path(&self) -> &Path {
-        &self.path
+        self.socket.path()
     }
 
     /// Serves one client after the other until `shutdown` is readable; a client that is connected then is served until
@@ -108,10 +71,10 @@ impl Server {
             let memory = MemoryMap::new(slot.memory.clone());
             let Some(mut backend) = Backend::new(slot.bus.clone(), memory, &make, &on_device_reset) else {
                 // Without a function there is nothing to serve: the client is sent away.
-                self.listener.accept()?;
+                self.socket.listener().accept()?;
                 continue;
             };
-            let listener = OwnedFd::from(self.listener.try_clone()?);
+            let listener = OwnedFd::from(self.socket.listener().try_clone()?);
             let server = vfio_user::Server::from_owned_fd(listener, true, backend.irqs(), backend.regions());
             let session = |connected| {
                 let endpoint = Some(slot.bus.door.endpoint());
@@ -120,7 +83,7 @@ impl Server {
             session(true);
             // The crate panics on some malformed messages, which ends that client's connection.
             if let Some(Err(error)) = contained(&slot.bus, || server.run(&mut backend)) {
-                log::warn!("The connection on {} ended: {error}", self.path.display());
+                log::warn!("The connection on {} ended: {error}", self.path().display());
                 // If it could not even be accepted, for want of descriptors, some may be free soon.
                 std::thread::sleep(Duration::from_millis(10));
             }
@@ -132,7 +95,7 @@ impl Server {
 
     /// Waits for a connection (`true`) or for the end (`false`).
     fn wait(&self, shutdown: &EventFd) -> io::Result<bool> {
-        let mut waits = [shutdown.as_raw_fd(), self.listener.as_raw_fd()].map(|fd| libc::pollfd {
+        let mut waits = [shutdown.as_raw_fd(), self.socket.listener().as_raw_fd()].map(|fd| libc::pollfd {
             fd,
             events: libc::POLLIN,
             revents: 0,
@@ -150,15 +113,6 @@ impl Server {
             } else if waits[1].revents != 0 {
                 return Ok(true);
             }
-        }
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        // Somebody else's socket may be there by now.
-        if std::fs::symlink_metadata(&self.path).is_ok_and(|found| found.ino() == self.inode) {
-            let _ = std::fs::remove_file(&self.path);
         }
     }
 }

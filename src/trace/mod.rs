@@ -16,7 +16,6 @@ mod names;
 mod reader;
 mod ring;
 mod server;
-mod socket;
 mod tracer;
 
 use std::path::PathBuf;
@@ -29,6 +28,8 @@ pub use fields::{json, text};
 pub use filter::{Choice, Format, Last, hello, parse_endpoint};
 pub use reader::{ReadError, Reader};
 pub use tracer::{Counters, Tracer};
+
+use crate::socket::{Socket, SocketError};
 
 /// How to trace.
 #[derive(Clone, Debug)]
@@ -53,20 +54,9 @@ impl Default for Options {
 /// Why tracing could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// Somebody serves on the socket.
-    #[error("Another process serves the trace socket {0}: choose another path or stop that process")]
-    Alive(PathBuf),
-    /// The path is taken by something that is no socket.
-    #[error("Cannot make the trace socket {0}: something that is no socket has this path; choose another or remove it")]
-    NoSocket(PathBuf),
     /// The socket could not be made.
-    #[error("Cannot make the trace socket {path}")]
-    Socket {
-        /// Where.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
+    #[error(transparent)]
+    Socket(#[from] SocketError),
     /// The collector could not start.
     #[error("Cannot start the trace's collector")]
     Collector(#[source] std::io::Error),
@@ -80,7 +70,7 @@ pub struct TraceHandle {
 
 /// Starts tracing.
 pub fn start(options: Options) -> Result<(Tracer, TraceHandle), StartError> {
-    let socket = options.socket.as_deref().map(socket::Socket::bind).transpose()?;
+    let socket = options.socket.as_deref().map(Socket::bind).transpose()?;
     let ring = options.ring.max(2).next_power_of_two();
     let shared = tracer::Shared::new(ring).map_err(StartError::Collector)?;
     let server = server::Server::new(shared.clone(), socket, options.backlog).map_err(StartError::Collector)?;

@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 
 use epoll::{ControlOptions, Events};
 
+use crate::socket::Socket;
 use crate::trace::backlog::Backlog;
 use crate::trace::client::{Client, Progress};
 use crate::trace::collector::{Collector, Drained};
 use crate::trace::filter::{Choice, Filter};
-use crate::trace::socket::Socket;
 use crate::trace::tracer::{Shared, now_ns, realtime_ns};
 use crate::wire::trace::{Header, MAGIC, Record, VERSION};
 
@@ -63,6 +63,7 @@ impl Server {
         let epoll = Epoll::new()?;
         epoll.add(shared.wake.as_raw_fd(), Events::EPOLLIN, WAKE)?;
         if let Some(socket) = &socket {
+            socket.listener().set_nonblocking(true)?;
             epoll.add(socket.listener().as_raw_fd(), Events::EPOLLIN, LISTENER)?;
         }
         Ok(Server {

@@ -2,9 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 
@@ -18,26 +16,16 @@ use super::backend::Backend;
 use super::{Control, Counts, Shared};
 use crate::dma::Memory;
 use crate::iommu::Iommu;
+use crate::socket::{Socket, SocketError};
 use crate::trace::event::Channel;
 use crate::trace::{Event, Tracer};
 
 /// Why the device cannot be served.
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
-    /// Somebody listens already.
-    #[error("Another process listens on {}; end it, or choose another --socket-path", .0.display())]
-    InUse(PathBuf),
-    /// Something else is there, which is not to be replaced.
-    #[error("{} exists and is not a socket; remove it, or choose another --socket-path", .0.display())]
-    NotASocket(PathBuf),
-    /// The operating system refuses the socket.
-    #[error("Cannot listen on {}", .path.display())]
-    Listen {
-        /// The socket's path.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+    /// The socket cannot be made.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
     /// The operating system refuses something else.
     #[error("Cannot {what}")]
     System {
@@ -65,6 +53,7 @@ impl Shutdown {
 /// The device's socket.
 pub struct Server {
     listener: Listener,
+    _socket: Socket,
     shared: Arc<Shared>,
     shutdown: Shutdown,
 }
@@ -73,18 +62,18 @@ impl Server {
     /// Listens on `path`. A stale socket there is replaced, a live one is an error. The socket is removed when the
     /// server is dropped.
     pub fn bind(path: &Path, iommu: Arc<Iommu>, tracer: Tracer) -> Result<Server, ServerError> {
-        remove_stale(path)?;
-        let listener = Listener::new(path, false).map_err(|error| ServerError::Listen {
-            path: path.to_owned(),
-            source: match error {
-                VhostUserError::SocketError(error) => error,
-                other => io::Error::other(other),
-            },
-        })?;
+        let socket = Socket::bind(path)?;
+        let listener = socket.listener().try_clone();
+        let listener = listener.map_err(|source| ServerError::System { what: "copy the listening socket", source })?;
         let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
             .map_err(|source| ServerError::System { what: "create an event", source })?;
         let shared = Arc::new(Shared { iommu, tracer, lifecycle: Default::default(), counts: Counts::default() });
-        Ok(Server { listener, shared, shutdown: Shutdown { event: Arc::new(event) } })
+        Ok(Server {
+            listener: Listener::from(listener),
+            _socket: socket,
+            shared,
+            shutdown: Shutdown { event: Arc::new(event) },
+        })
     }
 
     /// What ends [`Server::run`].
@@ -168,21 +157,5 @@ fn wait_readable(fd: RawFd, shutdown: RawFd) -> io::Result<bool> {
         if error.kind() != io::ErrorKind::Interrupted {
             return Err(error);
         }
-    }
-}
-
-/// Removes a socket that nobody listens on any more.
-fn remove_stale(path: &Path) -> Result<(), ServerError> {
-    let listen = |source| ServerError::Listen { path: path.to_owned(), source };
-    match std::fs::symlink_metadata(path) {
-        Ok(found) if found.file_type().is_socket() => {}
-        Ok(_) => return Err(ServerError::NotASocket(path.to_owned())),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(listen(error)),
-    }
-    match UnixStream::connect(path) {
-        Ok(_) => Err(ServerError::InUse(path.to_owned())),
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path).map_err(listen),
-        Err(error) => Err(listen(error)),
     }
 }

@@ -3,6 +3,7 @@
 use std::os::unix::net::UnixListener;
 
 use viommu::iommu::{Iommu, Settings};
+use viommu::socket::SocketError;
 use viommu::trace::Tracer;
 use viommu::vhost::{Server, ServerError};
 
@@ -179,7 +180,7 @@ fn a_live_socket_is_an_error_and_a_stale_one_is_replaced() {
     let bind = || Server::bind(&path, iommu(), Tracer::default());
     let first = bind().unwrap();
     let error = bind().map(|_| ()).unwrap_err();
-    assert!(matches!(error, ServerError::InUse(_)));
+    assert!(matches!(error, ServerError::Socket(SocketError::InUse(_))));
     assert!(error.to_string().contains("viommu.sock"), "{error}");
     drop(first);
     assert!(!path.exists(), "a server takes its socket away");
@@ -189,7 +190,7 @@ fn a_live_socket_is_an_error_and_a_stale_one_is_replaced() {
     drop(bind().unwrap());
     // Never somebody's file.
     std::fs::write(&path, b"precious").unwrap();
-    assert!(matches!(bind().map(|_| ()).unwrap_err(), ServerError::NotASocket(_)));
+    assert!(matches!(bind().map(|_| ()).unwrap_err(), ServerError::Socket(SocketError::NotASocket(_))));
     assert_eq!(std::fs::read(&path).unwrap(), b"precious");
 }
 

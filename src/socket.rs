@@ -1,0 +1,112 @@
+//! A listening Unix socket: made, replaced when stale, and removed when it is still ours.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+/// Why a socket could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum SocketError {
+    /// Somebody listens there.
+    #[error("Another process listens on {}; end it, or choose another path", .0.display())]
+    InUse(PathBuf),
+    /// Something else than a socket is there; it is left alone.
+    #[error("{} exists and is not a socket; remove it, or choose another path", .0.display())]
+    NotASocket(PathBuf),
+    /// The operating system refuses.
+    #[error("Cannot listen on {}", .path.display())]
+    Listen {
+        /// The socket's path.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// A listening socket; its file goes with it.
+#[derive(Debug)]
+pub struct Socket {
+    listener: UnixListener,
+    path: PathBuf,
+    /// Device and inode: another process may have put a file of its own there since.
+    identity: (u64, u64),
+}
+
+impl Socket {
+    /// Listens on `path`. A socket there on which nobody listens any more is replaced; one that is alive is an error.
+    pub fn bind(path: &Path) -> Result<Socket, SocketError> {
+        let failed = |source| SocketError::Listen { path: path.to_owned(), source };
+        match fs::symlink_metadata(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(failed(error)),
+            Ok(found) if !found.file_type().is_socket() => return Err(SocketError::NotASocket(path.to_owned())),
+            Ok(_) => match UnixStream::connect(path) {
+                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                    fs::remove_file(path).map_err(failed)?
+                }
+                Err(error) => return Err(failed(error)),
+                Ok(_) => return Err(SocketError::InUse(path.to_owned())),
+            },
+        }
+        let listener = UnixListener::bind(path).map_err(failed)?;
+        let identity = identity(path).map_err(failed)?;
+        Ok(Socket { listener, path: path.to_owned(), identity })
+    }
+
+    /// The listening end.
+    pub fn listener(&self) -> &UnixListener {
+        &self.listener
+    }
+
+    /// The socket's path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        if identity(&self.path).is_ok_and(|found| found == self.identity) {
+            // Nothing to do about a failure: the next one to listen there replaces the file.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    let metadata = fs::symlink_metadata(path)?;
+    Ok((metadata.dev(), metadata.ino()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_live_socket_is_an_error_and_a_stale_one_is_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        // As a process leaves it that was killed.
+        drop(UnixListener::bind(&path).unwrap());
+        let socket = Socket::bind(&path).unwrap();
+        assert!(matches!(Socket::bind(&path), Err(SocketError::InUse(_))));
+        drop(socket);
+        assert!(!path.exists());
+        fs::write(&path, "text").unwrap();
+        assert!(matches!(Socket::bind(&path), Err(SocketError::NotASocket(_))));
+        assert_eq!(fs::read(&path).unwrap(), b"text");
+    }
+
+    #[test]
+    fn somebody_elses_file_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let socket = Socket::bind(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        let _other = UnixListener::bind(&path).unwrap();
+        drop(socket);
+        assert!(path.exists());
+    }
+}
