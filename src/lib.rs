@@ -13,6 +13,8 @@
 //! * [`vhost`]: the only place that knows vhost-user and virtqueues.
 //! * [`pci`]: the only place that knows vfio-user: configuration space, BARs, interrupts.
 //! * [`devices`]: the device models; they see a [`pci::Function`] to implement and a [`dma::Dma`] to use.
+//! * [`cli`]: the `viommu` command, one file a subcommand.
+//! * [`socket`]: how all of them make their listening sockets.
 //! * [`topology`]: one TOML file from which endpoints, the VIOT and QEMU's arguments are made.
 //!
 //! Two journeys, both one way:
@@ -26,6 +28,7 @@ pub mod devices;
 pub mod dma;
 pub mod iommu;
 pub mod pci;
+pub mod socket;
 pub mod topology;
 pub mod trace;
 pub mod vhost;

@@ -1,3 +1,85 @@
 //! The command line: one file a subcommand.
 
+mod accel;
+mod args;
+mod check;
+mod daemon;
+mod generate;
+mod qemu;
+mod qmp;
+mod run;
+mod serve;
+mod source;
+mod stop;
+mod summary;
 pub mod trace;
+mod viot;
+
+use std::process::ExitCode;
+
+use clap::{ArgAction, Parser, Subcommand};
+
+/// A virtual IOMMU that people can see into
+///
+/// Serves a virtio-iommu device over vhost-user and device models over vfio-user to a QEMU on the same machine. Every
+/// DMA access of the models goes through the IOMMU, and every step is on the trace socket.
+#[derive(Parser)]
+#[command(name = "viommu", version, max_term_width = 100)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+
+    /// Say more on the standard error output; twice for all
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    verbose: u8,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Serve(serve::Args),
+    Run(run::Args),
+    Args(args::Args),
+    Trace(trace::Args),
+    Viot(viot::Args),
+    Check(check::Args),
+    Completions(generate::Completions),
+    Man(generate::Man),
+}
+
+/// Does what the command line says.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let level = match cli.verbose {
+        0 => log::LevelFilter::Warn,
+        1 => log::LevelFilter::Info,
+        _ => log::LevelFilter::Debug,
+    };
+    env_logger::Builder::new().filter_level(level).parse_default_env().init();
+    let result = match cli.command {
+        Command::Serve(args) => serve::main(&args),
+        Command::Run(args) => run::main(&args),
+        Command::Args(args) => args::main(&args),
+        Command::Trace(args) => trace::main(&args),
+        Command::Viot(args) => viot::main(&args),
+        Command::Check(args) => check::main(&args),
+        Command::Completions(args) => generate::completions(&args),
+        Command::Man(args) => generate::man(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("viommu: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definitions_are_consistent() {
+        super::Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,230 @@
+//! The parts, put together: one IOMMU, a server for each endpoint, the trace.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::qmp::{self, MachineEvent};
+use super::stop::Stop;
+use crate::devices::ioat::Ioat;
+use crate::devices::nvme::{Disk, Nvme, NvmeConfig};
+use crate::dma::DmaCounters;
+use crate::iommu::{Counters, Iommu};
+use crate::pci::{self, Function, Slot};
+use crate::topology::qemu::Paths;
+use crate::topology::{Endpoint, Model, Size, Topology, viot};
+use crate::trace::{self, Tracer};
+use crate::vhost;
+
+/// How long clients that are still connected may take to leave when the daemon ends.
+const SESSION_END: Duration = Duration::from_millis(300);
+
+/// How often that is looked at.
+const TICK: Duration = Duration::from_millis(5);
+
+/// What the command line says of a daemon.
+pub struct Options {
+    /// Where its sockets are.
+    pub paths: Paths,
+    /// The trace socket, if there is to be one.
+    pub trace_socket: Option<PathBuf>,
+    /// QEMU's QMP socket, if it may be used.
+    pub qmp: Option<PathBuf>,
+    /// The size of images that do not exist and are to be made.
+    pub create_images: Option<Size>,
+}
+
+/// What the daemon did so far.
+#[derive(Clone, Debug, Default)]
+pub struct Counts {
+    /// The IOMMU's own counts.
+    pub iommu: Counters,
+    /// Requests of a type that the device does not know.
+    pub unknown_requests: u64,
+    /// Descriptor chains that were no requests.
+    pub malformed_requests: u64,
+    /// Kicks of the request queue.
+    pub kicks: u64,
+    /// Bytes that endpoints read from memory.
+    pub dma_read_bytes: u64,
+    /// Bytes that endpoints wrote to memory.
+    pub dma_write_bytes: u64,
+    /// I/O commands that NVMe controllers completed.
+    pub io_count: u64,
+    /// Bytes that these commands moved.
+    pub io_bytes: u64,
+    /// Events traced.
+    pub events: u64,
+    /// Events lost because a ring was full.
+    pub events_lost: u64,
+}
+
+/// A running daemon.
+pub struct Daemon {
+    iommu: Arc<Iommu>,
+    control: vhost::Control,
+    vhost_end: vhost::Shutdown,
+    vhost_thread: JoinHandle<()>,
+    endpoints: Vec<Served>,
+    trace: Option<trace::TraceHandle>,
+    viot: PathBuf,
+}
+
+/// An endpoint that is served.
+struct Served {
+    socket: PathBuf,
+    end: EventFd,
+    thread: JoinHandle<()>,
+    dma: Arc<DmaCounters>,
+    disk: Option<Arc<Disk>>,
+}
+
+impl Daemon {
+    /// Starts everything; all sockets listen when it returns.
+    pub fn start(topology: &Topology, options: &Options, stop: &Stop) -> Result<Daemon> {
+        let disks = topology.endpoints.iter().map(|endpoint| open_disk(endpoint, options.create_images));
+        let disks: Vec<_> = disks.collect::<Result<_>>()?;
+        let (tracer, trace) = match &options.trace_socket {
+            // Without a way to see them, events are not even made.
+            None => (Tracer::default(), None),
+            Some(socket) => {
+                let options = trace::Options { socket: Some(socket.clone()), ..trace::Options::default() };
+                let (tracer, handle) = trace::start(options).context("Cannot start the trace")?;
+                (tracer, Some(handle))
+            }
+        };
+        let iommu = Iommu::new(topology.settings(), tracer.clone());
+        let server = vhost::Server::bind(&options.paths.iommu, iommu.clone(), tracer.clone());
+        let mut server = server.context("Cannot serve the IOMMU")?;
+        let viot = options.paths.viot();
+        std::fs::write(&viot, viot::table(topology)).with_context(|| format!("Cannot write {}", viot.display()))?;
+        let control = server.control();
+        let vhost_end = server.shutdown();
+        let mut endpoints = Vec::new();
+        for (endpoint, disk) in topology.endpoints.iter().zip(disks) {
+            let socket = options.paths.endpoint(endpoint);
+            let served = serve(endpoint, socket, disk, &iommu, &control, &tracer);
+            endpoints.push(served.with_context(|| format!("Cannot serve the endpoint {}", endpoint.name))?);
+        }
+        let vhost_thread = std::thread::Builder::new()
+            .name("iommu".into())
+            .spawn(move || {
+                if let Err(error) = server.run() {
+                    log::error!("{:#}", anyhow::Error::new(error));
+                }
+            })
+            .context("Cannot start a thread")?;
+        if let Some(path) = &options.qmp {
+            let control = control.clone();
+            let tell = move |event| match event {
+                MachineEvent::Stop => control.machine_paused(),
+                MachineEvent::Resume => control.machine_resumed(),
+                MachineEvent::Reset => control.machine_reset(),
+            };
+            qmp::watch(path.clone(), stop.clone(), tell).context("Cannot start a thread")?;
+        }
+        Ok(Daemon { iommu, control, vhost_end, vhost_thread, endpoints, trace, viot })
+    }
+
+    /// Ends everything and says what was done.
+    pub fn end(self) -> Counts {
+        self.vhost_end.trigger();
+        for endpoint in &self.endpoints {
+            // A counter that is full is triggered.
+            let _ = endpoint.end.write(1);
+        }
+        let deadline = Instant::now() + SESSION_END;
+        if self.vhost_thread.join().is_err() {
+            log::error!("The thread that served the IOMMU panicked");
+        }
+        let mut counts = Counts { iommu: self.iommu.counters(), ..Counts::default() };
+        for endpoint in &self.endpoints {
+            while !endpoint.thread.is_finished() && Instant::now() < deadline {
+                std::thread::sleep(TICK);
+            }
+            if !endpoint.thread.is_finished() {
+                // A client that stays is left to the end of the process; nobody else is to connect.
+                let _ = std::fs::remove_file(&endpoint.socket);
+            }
+            endpoint.add_to(&mut counts);
+        }
+        let queues = self.control.counters();
+        counts.kicks = queues.kicks;
+        counts.unknown_requests = queues.unknown;
+        counts.malformed_requests = queues.malformed - queues.unknown;
+        let _ = std::fs::remove_file(&self.viot);
+        if let Some(trace) = self.trace {
+            let events = trace.stop();
+            counts.events = events.emitted();
+            counts.events_lost = events.lost;
+        }
+        counts
+    }
+}
+
+impl Served {
+    fn add_to(&self, counts: &mut Counts) {
+        counts.dma_read_bytes += self.dma.read.load(Ordering::Relaxed);
+        counts.dma_write_bytes += self.dma.written.load(Ordering::Relaxed);
+        if let Some(disk) = &self.disk {
+            let done = &disk.counters;
+            counts.io_count += done.io_count.load(Ordering::Relaxed);
+            counts.io_bytes += done.bytes_read.load(Ordering::Relaxed) + done.bytes_written.load(Ordering::Relaxed);
+        }
+    }
+}
+
+/// Opens what an endpoint needs; `None` for one that needs nothing.
+fn open_disk(endpoint: &Endpoint, create: Option<Size>) -> Result<Option<Arc<Disk>>> {
+    let Model::Nvme { image, block_size, serial } = &endpoint.model else { return Ok(None) };
+    if let Some(size) = create {
+        create_image(image, size).with_context(|| format!("Cannot make the image {}", image.display()))?;
+    }
+    let config = NvmeConfig { block_size: *block_size, ..NvmeConfig::new(image, serial) };
+    let disk = Disk::open(config).with_context(|| format!("Cannot serve the endpoint {}", endpoint.name))?;
+    Ok(Some(disk))
+}
+
+/// Makes an image of zeroes, unless there is one.
+fn create_image(path: &Path, size: Size) -> std::io::Result<()> {
+    match std::fs::File::create_new(path) {
+        Ok(file) => file.set_len(size.0),
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+fn serve(
+    endpoint: &Endpoint,
+    socket: PathBuf,
+    disk: Option<Arc<Disk>>,
+    iommu: &Arc<Iommu>,
+    control: &vhost::Control,
+    tracer: &Tracer,
+) -> Result<Served> {
+    let server = pci::Server::bind(&socket)?;
+    let slot = Slot::new(iommu, endpoint.bdf.id(), tracer.clone());
+    let end = EventFd::new(EFD_NONBLOCK).context("Cannot make an event")?;
+    let dma = slot.bus().door.counters().clone();
+    let shutdown = end.try_clone().context("Cannot copy an event")?;
+    let control = control.clone();
+    let model = disk.clone();
+    let run = move || {
+        let make = |bus| -> Box<dyn Function> {
+            match &model {
+                Some(disk) => Box::new(Nvme::new(bus, disk.clone())),
+                None => Box::new(Ioat::new(bus)),
+            }
+        };
+        if let Err(error) = server.serve(&slot, &shutdown, make, || control.function_reset()) {
+            log::error!("{} is served no more: {error}", server.path().display());
+        }
+    };
+    let thread = std::thread::Builder::new().name(endpoint.name.clone()).spawn(run).context("Cannot start a thread")?;
+    Ok(Served { socket, end, thread, dma, disk })
+}

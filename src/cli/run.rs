@@ -1,0 +1,273 @@
+//! `viommu run`: the daemon and a QEMU, from one topology.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
+use nix::sys::prctl;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::daemon::{Daemon, Options};
+use super::source::Source;
+use super::stop::Stop;
+use super::summary::{Files, Summary};
+use super::{accel, qemu};
+use crate::topology::qemu::{self as arguments, Paths};
+use crate::topology::{Size, Topology};
+
+/// How long QEMU may take to end once it is asked to.
+const QEMU_END: Duration = Duration::from_secs(5);
+
+/// How often a running QEMU is looked at.
+const TICK: Duration = Duration::from_millis(20);
+
+/// What makes the guest's processors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Accel {
+    /// KVM if a short boot of the kernel under it succeeds, else TCG
+    Auto,
+    /// The host's processors
+    Kvm,
+    /// Emulation
+    Tcg,
+}
+
+/// Run a QEMU with the endpoints of a topology behind the IOMMU
+///
+/// Ends when QEMU ends, and ends QEMU when it is asked to end itself (SIGINT, SIGTERM). Prints a summary of what the
+/// IOMMU and the devices did.
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    source: Source,
+
+    /// The folder for sockets, VIOT, guest console and results [default: a temporary one]
+    #[arg(long, value_name = "DIR")]
+    dir: Option<PathBuf>,
+
+    /// The QEMU to run, 10.2 or later
+    #[arg(long, value_name = "PATH", default_value = "qemu-system-x86_64")]
+    qemu: PathBuf,
+
+    /// What makes the guest's processors
+    #[arg(long, value_enum, default_value_t = Accel::Auto)]
+    accel: Accel,
+
+    /// The guest's kernel (bzImage)
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+
+    /// The guest's initial RAM file system
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    initrd: Option<PathBuf>,
+
+    /// The kernel's command line
+    #[arg(long, value_name = "TEXT", default_value = "console=ttyS0", requires = "kernel")]
+    append: String,
+
+    /// Where the guest's first serial port goes: a file, or - for this terminal [default: DIR/guest.log]
+    #[arg(long, value_name = "FILE")]
+    console: Option<PathBuf>,
+
+    /// Serve the trace on this socket [default: DIR/trace.sock]
+    #[arg(long, value_name = "PATH")]
+    trace_socket: Option<PathBuf>,
+
+    /// Write the whole trace to this file, as JSON lines
+    #[arg(long, value_name = "FILE")]
+    trace_file: Option<PathBuf>,
+
+    /// Write the summary to this file, as JSON
+    #[arg(long, value_name = "FILE")]
+    summary: Option<PathBuf>,
+
+    /// Make images that do not exist, of this size
+    #[arg(long, value_name = "SIZE")]
+    create_images: Option<Size>,
+
+    /// End QEMU after this many seconds, and fail
+    #[arg(long, value_name = "SECONDS")]
+    timeout: Option<u64>,
+
+    /// More arguments for QEMU
+    #[arg(last = true)]
+    extra: Vec<String>,
+}
+
+/// Runs until QEMU or this process is to end.
+pub fn main(args: &Args) -> Result<()> {
+    let topology = args.source.load()?;
+    qemu::version(&args.qemu)?;
+    let folder = Folder::new(args.dir.as_deref())?;
+    let stop = Stop::on_signals().context("Cannot wait for signals")?;
+    let files = Files {
+        console: args.console.clone().unwrap_or_else(|| folder.path.join("guest.log")),
+        results: folder.path.join("results.jsonl"),
+        trace: args.trace_file.clone(),
+    };
+    let options = Options {
+        paths: Paths { iommu: folder.path.join("viommu.sock") },
+        trace_socket: Some(args.trace_socket.clone().unwrap_or_else(|| folder.path.join("trace.sock"))),
+        qmp: Some(folder.path.join("qmp.sock")),
+        create_images: args.create_images,
+    };
+    let accel = accel::choose(args.accel, &args.qemu, args.kernel.as_deref())?;
+    let daemon = Daemon::start(&topology, &options, &stop)?;
+    let recorder = match (&args.trace_file, &options.trace_socket) {
+        (Some(file), Some(socket)) => Some(record(socket, file)?),
+        _ => None,
+    };
+    let started = Instant::now();
+    let ended = start_qemu(args, &topology, &options, &files, accel).and_then(|mut child| {
+        let ended = wait(&mut child, &stop, args.timeout.map(Duration::from_secs));
+        ended.context("Cannot wait for QEMU")
+    });
+    stop.set();
+    let elapsed = started.elapsed();
+    let counts = daemon.end();
+    if let Some(recorder) = recorder {
+        recorder
+            .join()
+            .ok()
+            .context("The thread that writes the trace file panicked")?
+            .context("Cannot write the trace")?;
+    }
+    let summary = Summary::new(&counts, &files, elapsed);
+    if let Some(path) = &args.summary {
+        std::fs::write(path, summary.to_json())
+            .with_context(|| format!("Cannot write the summary to {}", path.display()))?;
+    }
+    print!("{summary}");
+    match ended? {
+        Ended::Itself(status) if status.success() => Ok(()),
+        Ended::Itself(status) => bail!("QEMU failed ({status}); its messages are above"),
+        Ended::Asked => Ok(()),
+        Ended::Timeout(limit) => {
+            bail!("The guest did not end within {} s; its console is in {}", limit.as_secs(), files.console.display())
+        }
+    }
+}
+
+/// Why QEMU is not running any more.
+enum Ended {
+    Itself(ExitStatus),
+    Asked,
+    Timeout(Duration),
+}
+
+fn start_qemu(
+    args: &Args,
+    topology: &Topology,
+    options: &Options,
+    files: &Files,
+    accel: accel::Chosen,
+) -> Result<Child> {
+    let mut command = Command::new(&args.qemu);
+    command.args(arguments::machine(topology)).args(accel.arguments());
+    command.args(["-no-user-config", "-nodefaults", "-display", "none"]);
+    if files.console.as_os_str() == "-" {
+        command.args(["-serial", "mon:stdio"]);
+    } else {
+        command.arg("-serial").arg(format!("file:{}", files.console.display())).stdin(Stdio::null());
+    }
+    command.arg("-serial").arg(format!("file:{}", files.results.display()));
+    if let Some(qmp) = &options.qmp {
+        command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", qmp.display()));
+    }
+    command.args(arguments::devices(topology, &options.paths));
+    if let Some(kernel) = &args.kernel {
+        command.arg("-kernel").arg(kernel).arg("-append").arg(&args.append);
+    }
+    if let Some(initrd) = &args.initrd {
+        command.arg("-initrd").arg(initrd);
+    }
+    command.args(&args.extra);
+    log::info!("Starting {command:?}");
+    // SAFETY: between fork and exec the closure makes one system call and touches no memory that another thread may
+    // hold locked.
+    unsafe {
+        // A guest whose IOMMU is gone polls for ever: it must not outlive this process, however this process ends.
+        command.pre_exec(|| prctl::set_pdeathsig(Signal::SIGTERM).map_err(std::io::Error::from));
+    }
+    command.spawn().with_context(|| format!("Cannot start {}", args.qemu.display()))
+}
+
+fn wait(child: &mut Child, stop: &Stop, limit: Option<Duration>) -> std::io::Result<Ended> {
+    let deadline = limit.map(|limit| (Instant::now() + limit, limit));
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(Ended::Itself(status));
+        }
+        if let Some((deadline, limit)) = deadline
+            && Instant::now() >= deadline
+        {
+            end(child)?;
+            return Ok(Ended::Timeout(limit));
+        }
+        if stop.wait(TICK) {
+            end(child)?;
+            return Ok(Ended::Asked);
+        }
+    }
+}
+
+/// Asks QEMU to end, and makes it end if it does not.
+fn end(child: &mut Child) -> std::io::Result<()> {
+    if let Ok(pid) = i32::try_from(child.id()) {
+        // It may have ended by itself in this moment.
+        let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
+    }
+    let deadline = Instant::now() + QEMU_END;
+    while Instant::now() < deadline {
+        if child.try_wait()?.is_some() {
+            return Ok(());
+        }
+        std::thread::sleep(TICK);
+    }
+    child.kill()?;
+    child.wait().map(drop)
+}
+
+/// Copies the trace from its socket to a file, from now until the socket closes.
+fn record(socket: &Path, file: &Path) -> Result<JoinHandle<std::io::Result<()>>> {
+    let out = File::create(file).with_context(|| format!("Cannot write the trace to {}", file.display()))?;
+    let mut stream = UnixStream::connect(socket).with_context(|| format!("Cannot connect to {}", socket.display()))?;
+    stream.write_all(b"{\"format\":\"json\",\"backlog\":\"all\"}\n").context("Cannot ask for the trace")?;
+    let copy = move || {
+        let mut out = std::io::BufWriter::with_capacity(1 << 20, out);
+        std::io::copy(&mut stream, &mut out)?;
+        out.flush()
+    };
+    std::thread::Builder::new().name("trace-file".into()).spawn(copy).context("Cannot start a thread")
+}
+
+/// The folder of a run; a temporary one is removed at the end, unless there is something in it to look at.
+struct Folder {
+    path: PathBuf,
+    _temporary: Option<tempfile::TempDir>,
+}
+
+impl Folder {
+    fn new(path: Option<&Path>) -> Result<Folder> {
+        match path {
+            Some(path) => {
+                std::fs::create_dir_all(path).with_context(|| format!("Cannot make the folder {}", path.display()))?;
+                let path = path.canonicalize().with_context(|| format!("Cannot resolve {}", path.display()))?;
+                Ok(Folder { path, _temporary: None })
+            }
+            None => {
+                let temporary =
+                    tempfile::Builder::new().prefix("viommu-").tempdir().context("Cannot make a temporary folder")?;
+                Ok(Folder { path: temporary.path().to_path_buf(), _temporary: Some(temporary) })
+            }
+        }
+    }
+}

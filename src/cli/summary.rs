@@ -1,0 +1,185 @@
+//! What a run did, in numbers.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::daemon::Counts;
+
+/// The files of a run.
+pub struct Files {
+    /// The guest's console; `-` is this terminal.
+    pub console: PathBuf,
+    /// The guest's results: JSON lines.
+    pub results: PathBuf,
+    /// The trace: JSON lines.
+    pub trace: Option<PathBuf>,
+}
+
+/// What a run did, in numbers.
+pub struct Summary {
+    counts: Counts,
+    console: PathBuf,
+    results: PathBuf,
+    trace: Option<PathBuf>,
+    workloads: Vec<Workload>,
+    /// Whether the guest found its data as it had written them; `None` if no workload checked that.
+    verified: Option<bool>,
+    elapsed: Duration,
+}
+
+/// What the guest said of one of its workloads.
+struct Workload {
+    text: String,
+    verified: Option<bool>,
+}
+
+impl Summary {
+    /// Puts the daemon's counts and the guest's results together. `elapsed` is the time that QEMU ran.
+    pub fn new(counts: &Counts, files: &Files, elapsed: Duration) -> Summary {
+        let workloads = read_results(&files.results);
+        let checks: Vec<bool> = workloads.iter().filter_map(|workload| workload.verified).collect();
+        Summary {
+            counts: counts.clone(),
+            console: files.console.clone(),
+            results: files.results.clone(),
+            trace: files.trace.clone(),
+            verified: (!checks.is_empty()).then(|| checks.iter().all(|verified| *verified)),
+            workloads,
+            elapsed,
+        }
+    }
+
+    /// The summary under stable names.
+    pub fn to_json(&self) -> String {
+        let counts = &self.counts;
+        let value = json!({
+            "requests": {
+                "attach": counts.iommu.attach.total,
+                "detach": counts.iommu.detach.total,
+                "map": counts.iommu.map.total,
+                "unmap": counts.iommu.unmap.total,
+                "probe": counts.iommu.probe.total,
+                "unknown": counts.unknown_requests,
+                "malformed": counts.malformed_requests,
+            },
+            "requests_failed": self.failed(),
+            "kicks": counts.kicks,
+            "mappings_live": counts.iommu.mappings_live,
+            "mappings_peak": counts.iommu.mappings_peak,
+            "dma_read_bytes": counts.dma_read_bytes,
+            "dma_write_bytes": counts.dma_write_bytes,
+            "faults": counts.iommu.faults,
+            "io_count": counts.io_count,
+            "io_bytes": counts.io_bytes,
+            "verified": self.verified,
+            "events": counts.events,
+            "events_lost": counts.events_lost,
+            "elapsed_s": self.elapsed.as_secs_f64(),
+            "trace": self.trace,
+            "guest_log": self.console,
+            "guest_results": self.results,
+        });
+        format!("{value:#}\n")
+    }
+
+    fn failed(&self) -> u64 {
+        let iommu = &self.counts.iommu;
+        [iommu.attach, iommu.detach, iommu.map, iommu.unmap, iommu.probe].iter().map(|count| count.failed).sum()
+    }
+}
+
+impl fmt::Display for Summary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let counts = &self.counts;
+        let iommu = &counts.iommu;
+        let mut row = |name: &str, value: String| writeln!(f, "  {name:<28} {value}");
+        row("requests: ATTACH", iommu.attach.total.to_string())?;
+        row("          DETACH", iommu.detach.total.to_string())?;
+        row("          MAP", iommu.map.total.to_string())?;
+        row("          UNMAP", iommu.unmap.total.to_string())?;
+        row("          PROBE", iommu.probe.total.to_string())?;
+        row("          unknown, malformed", format!("{}, {}", counts.unknown_requests, counts.malformed_requests))?;
+        row("          failed of these", self.failed().to_string())?;
+        row("kicks", counts.kicks.to_string())?;
+        row("mappings: live now, peak", format!("{}, {}", iommu.mappings_live, iommu.mappings_peak))?;
+        row("DMA: bytes read", bytes(counts.dma_read_bytes))?;
+        row("     bytes written", bytes(counts.dma_write_bytes))?;
+        row("     faults", iommu.faults.to_string())?;
+        row("device I/O: commands, bytes", format!("{}, {}", counts.io_count, bytes(counts.io_bytes)))?;
+        row("trace: events, lost", format!("{}, {}", counts.events, counts.events_lost))?;
+        row("time QEMU ran", format!("{:.1} s", self.elapsed.as_secs_f64()))?;
+        for workload in &self.workloads {
+            row("guest", workload.text.clone())?;
+        }
+        let verified = match self.verified {
+            Some(true) => "the guest read back what it had written",
+            Some(false) => "NO: the guest read back something else",
+            None => "not checked by the guest",
+        };
+        row("data verified", verified.into())?;
+        if let Some(trace) = &self.trace {
+            row("trace file", trace.display().to_string())?;
+        }
+        row("guest's console", self.console.display().to_string())
+    }
+}
+
+/// A number of bytes, exact and in a unit that can be read.
+fn bytes(count: u64) -> String {
+    match count {
+        0..1024 => count.to_string(),
+        1024..1_048_576 => format!("{count} ({:.1} KiB)", count as f64 / 1024.0),
+        _ => format!("{count} ({:.1} MiB)", count as f64 / 1_048_576.0),
+    }
+}
+
+/// The guest's results; lines that are none are the guest's own noise.
+fn read_results(path: &PathBuf) -> Vec<Workload> {
+    let text = std::fs::read(path).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    text.lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+        .filter_map(|value| workload(&value))
+        .collect()
+}
+
+fn workload(value: &Value) -> Option<Workload> {
+    if value["event"] != "result" {
+        return None;
+    }
+    let mut text = value["workload"].as_str().unwrap_or("workload").to_string();
+    if let (Some(op), Some(size)) = (value["op"].as_str(), value["bs"].as_u64()) {
+        text += &format!(" {op}, {size} bytes, depth {}", value["depth"]);
+    }
+    if let (Some(iops), Some(speed)) = (value["iops"].as_f64(), value["mib_per_s"].as_f64()) {
+        text += &format!(": {iops:.0} I/O/s, {speed:.1} MiB/s");
+    }
+    if let Some(error) = value["error"].as_str() {
+        text += &format!(": {error}");
+    }
+    Some(Workload { text, verified: value["verified"].as_bool() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn summary(results: &str) -> Summary {
+        let folder = tempfile::tempdir().unwrap();
+        let files = Files { console: "c".into(), results: folder.path().join("r"), trace: None };
+        std::fs::write(&files.results, results).unwrap();
+        Summary::new(&Counts::default(), &files, Duration::from_secs(1))
+    }
+
+    #[test]
+    fn verified_is_what_every_check_of_the_guest_says() {
+        assert_eq!(summary("").verified, None);
+        let good = "noise\n{\"event\":\"result\",\"workload\":\"nvme-io\",\"verified\":true}\n{\"event\":\"end\"}\n";
+        assert_eq!(summary(good).verified, Some(true));
+        assert_eq!(summary(&format!("{good}{}", good.replace("true", "false"))).verified, Some(false));
+        assert!(summary(good).to_json().contains("\"verified\": true"));
+    }
+}
