@@ -1,0 +1,223 @@
+//! What happens to a guest and to the daemon in the course of their lives.
+
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::json;
+
+use crate::harness::{Guest, Qmp, guest_files};
+use crate::{NVME, nvme_in};
+
+/// I/O that goes on for some seconds.
+const BUSY: &str = "nvme-io --op randwrite --bs 16k --depth 8 --seconds 8 + nvme-io --op verify --bs 64k --total 4M";
+
+#[test]
+fn reboot() {
+    let outcome = Guest::new(NVME, "reboot").run();
+    assert_eq!(outcome.summary["verified"], true);
+    assert_eq!(outcome.count("faults"), 0);
+    let resets: Vec<_> = outcome.events("reset").map(|reset| reset["reset"].clone()).collect();
+    assert!(resets.contains(&json!("system")), "{resets:?}");
+    // Nothing of the first life is in the second: the same domain ids are created anew, and no MAP failed.
+    assert_eq!(outcome.count("requests_failed"), 0);
+}
+
+#[test]
+fn stop_and_cont_under_io() {
+    let guest = Guest::new(NVME, BUSY).start();
+    let mut qmp = guest.qmp();
+    guest.wait_for_result("the boot report", |result| result["event"] == "boot");
+    for _ in 0..3 {
+        std::thread::sleep(Duration::from_millis(800));
+        qmp.execute("stop", json!({}));
+        std::thread::sleep(Duration::from_millis(300));
+        qmp.execute("cont", json!({}));
+    }
+    let outcome = guest.wait();
+    outcome.assert_translated();
+    let resets: Vec<_> = outcome.events("reset").filter_map(|reset| reset["reset"].as_str()).collect();
+    assert!(resets.iter().filter(|reset| **reset == "resume").count() >= 3, "{resets:?}");
+}
+
+#[test]
+fn hot_add() {
+    let topology = "[[root-port]]\nname = \"rp1\"\naddress = \"06.0\"\n\
+                    [[root-port]]\nname = \"rp2\"\naddress = \"07.0\"\n\
+                    [[nvme]]\naddress = \"00.0\"\nbehind = \"rp1\"\nimage = \"nvme0.img\"\n\
+                    [[nvme]]\naddress = \"00.0\"\nbehind = \"rp2\"\nimage = \"nvme1.img\"\nhotplug = true\n";
+    let guest = Guest::new(topology, "hotplug-wait").start();
+    guest.wait_for_result("the marker", |result| result["name"] == "hotplug-ready");
+    let arguments = Command::new(env!("CARGO_BIN_EXE_viommu"))
+        .current_dir(guest.path("."))
+        .args(["args", "--topology", "topology.toml", "--hotplug", "nvme1", "--socket-path"])
+        .arg(guest.path("viommu.sock").canonicalize().unwrap())
+        .output()
+        .unwrap();
+    assert!(arguments.status.success(), "{}", String::from_utf8_lossy(&arguments.stderr));
+    guest.qmp().execute("device_add", serde_json::from_slice(&arguments.stdout).unwrap());
+    let outcome = guest.wait();
+    outcome.assert_translated();
+    assert!(outcome.events("dma").any(|dma| dma["endpoint"] == 0x200 && dma["route"] == "mapped"));
+}
+
+#[test]
+fn unbind_and_rebind_the_driver() {
+    let outcome = Guest::new(NVME, "rebind nvme 0000:00:04.0 --times 5").run();
+    outcome.assert_translated();
+}
+
+#[test]
+fn the_kernels_driver_of_the_dma_engine_passes_its_self_test() {
+    let topology = format!("{NVME}[[dma-engine]]\naddress = \"05.0\"\n");
+    let outcome = Guest::new(&topology, "ioat-selftest").run();
+    assert_eq!(outcome.count("faults"), 0);
+    assert!(outcome.events("dma").any(|dma| dma["endpoint"] == 0x28 && dma["route"] == "mapped"));
+}
+
+#[test]
+fn rogue_dma_faults() {
+    let topology = format!("{NVME}[[dma-engine]]\naddress = \"05.0\"\n");
+    let outcome = Guest::new(&topology, "vfio-dma").run();
+    let faults: Vec<_> = outcome.events("fault").filter(|fault| fault["endpoint"] == 0x28).collect();
+    // Unmapped source, destination, descriptor and completion address; a write without permission; a read without.
+    assert!(faults.len() >= 5, "{faults:?}");
+    assert!(faults.iter().all(|fault| fault["reason"] == "MAPPING"), "{faults:?}");
+    assert!(
+        faults.iter().any(|fault| fault["access"] == "write") && faults.iter().any(|fault| fault["access"] == "read")
+    );
+    // The driver in the guest was told of them.
+    assert!(outcome.console.contains("page fault"), "the guest's virtio-iommu driver reports faults");
+}
+
+/// `serve` for a QEMU that the test starts itself.
+struct Daemon {
+    folder: tempfile::TempDir,
+    child: std::process::Child,
+}
+
+impl Daemon {
+    fn start() -> Daemon {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("topology.toml"), nvme_in("memory = \"512M\"")).unwrap();
+        let child = Command::new(env!("CARGO_BIN_EXE_viommu"))
+            .current_dir(folder.path())
+            .args([
+                "serve",
+                "--topology",
+                "topology.toml",
+                "--socket-path",
+                "viommu.sock",
+                "--trace-socket",
+                "trace.sock",
+            ])
+            .args(["--create-images", "64M"])
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let daemon = Daemon { folder, child };
+        for name in ["viommu.sock", "nvme0.sock", "trace.sock", "viot.bin"] {
+            for _ in 0..200 {
+                if daemon.folder.path().join(name).exists() {
+                    break;
+                }
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            assert!(daemon.folder.path().join(name).exists(), "{name} did not appear");
+        }
+        daemon
+    }
+
+    /// A QEMU by the line that `viommu args` prints, as a user would start it.
+    fn qemu(&self, workload: &str, results: &str) -> std::process::Child {
+        let files = guest_files("stock");
+        let args = Command::new(env!("CARGO_BIN_EXE_viommu"))
+            .current_dir(self.folder.path())
+            .args(["args", "--machine", "--topology", "topology.toml", "--socket-path", "viommu.sock"])
+            .output()
+            .unwrap();
+        let args = String::from_utf8(args.stdout).unwrap();
+        let line = format!(
+            "exec {qemu} -accel tcg,thread=multi -cpu max -nodefaults -display none -no-reboot \
+             -serial file:console.log -serial file:{results} -qmp unix:test-qmp.sock,server=on,wait=off \
+             -kernel {kernel} -initrd {initrd} -append 'console=ttyS0 panic=-1 -- {workload}' {args}",
+            qemu = files.join("qemu").display(),
+            kernel = files.join("vmlinuz").display(),
+            initrd = files.join("initramfs").display(),
+            args = args.trim(),
+        );
+        Command::new("sh").arg("-c").arg(line).current_dir(self.folder.path()).stdin(Stdio::null()).spawn().unwrap()
+    }
+
+    fn wait_for(&self, results: &str, wanted: &str) {
+        for _ in 0..4800 {
+            if std::fs::read_to_string(self.folder.path().join(results)).unwrap_or_default().contains(wanted) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        panic!("{wanted} did not come; the console: {}", self.console());
+    }
+
+    fn console(&self) -> String {
+        std::fs::read_to_string(self.folder.path().join("console.log")).unwrap_or_default()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            println!("==== the guest's console ====\n{}", self.console());
+        }
+    }
+}
+
+#[test]
+fn a_killed_qemu_leaves_a_daemon_that_serves_the_next() {
+    let daemon = Daemon::start();
+    let mut first = daemon.qemu("nvme-io --op randwrite --bs 16k --depth 8 --seconds 60", "first.jsonl");
+    daemon.wait_for("first.jsonl", "\"event\":\"boot\"");
+    std::thread::sleep(Duration::from_secs(2));
+    first.kill().unwrap();
+    first.wait().unwrap();
+    let mut second = daemon.qemu("nvme-io --op verify --bs 64k --depth 4 --total 4M", "second.jsonl");
+    daemon.wait_for("second.jsonl", "\"event\":\"end\"");
+    assert!(second.wait().unwrap().success());
+    daemon.wait_for("second.jsonl", "\"verified\":true");
+}
+
+#[test]
+fn sigterm_ends_the_daemon_and_its_sockets() {
+    let mut daemon = Daemon::start();
+    let mut qemu = daemon.qemu("nvme-io --op randwrite --bs 16k --depth 8 --seconds 60", "results.jsonl");
+    daemon.wait_for("results.jsonl", "\"event\":\"boot\"");
+    kill(Pid::from_raw(daemon.child.id() as i32), Signal::SIGTERM).unwrap();
+    assert!(daemon.child.wait().unwrap().success());
+    for name in ["viommu.sock", "nvme0.sock", "trace.sock"] {
+        assert!(!daemon.folder.path().join(name).exists(), "{name} is left");
+    }
+    qemu.kill().unwrap();
+    qemu.wait().unwrap();
+}
+
+#[test]
+fn sigterm_ends_run_and_its_qemu() {
+    let guest = Guest::new(NVME, BUSY).start();
+    guest.wait_for_result("the boot report", |result| result["event"] == "boot");
+    kill(Pid::from_raw(guest.pid() as i32), Signal::SIGTERM).unwrap();
+    let outcome = guest.end();
+    assert!(outcome.status.success(), "{}", outcome.status);
+    assert!(outcome.count("events") > 0, "a summary is left");
+}
+
+#[test]
+fn quitting_qemu_ends_run() {
+    let guest = Guest::new(NVME, BUSY).start();
+    guest.wait_for_result("the boot report", |result| result["event"] == "boot");
+    Qmp::connect(&guest.path("test-qmp.sock")).execute("quit", json!({}));
+    let outcome = guest.end();
+    assert!(outcome.status.success(), "{}", outcome.status);
+}

@@ -1,0 +1,17 @@
+//! Real guests: Linux on stock QEMU, with our devices behind our IOMMU. `scripts/prepare-guest stock` and `backports`
+//! get what they need; each prints the guest's console when it fails.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
+
+mod boots;
+mod harness;
+mod lifecycles;
+mod observers;
+
+/// One NVMe controller.
+const NVME: &str = "[[nvme]]\naddress = \"04.0\"\nimage = \"nvme0.img\"\n";
+
+/// One NVMe controller in a machine that has these keys.
+fn nvme_in(machine: &str) -> String {
+    format!("[machine]\n{machine}\n{NVME}")
+}
