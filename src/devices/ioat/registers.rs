@@ -39,9 +39,9 @@ pub const END: usize = 0xb0;
 
 /// One channel: what each function of a server processor has. More functions, and not more channels, make more of them.
 pub const CHANNELS: u8 = 1;
-/// 64 KiB a descriptor. Hardware has 1 MiB; but programs that fill the channel with 65,535 descriptors of the largest
-/// size (the kernel's VFIO selftests) expect tens of GB/s then, and a short descriptor is a bound on how long the channel
-/// takes to stop.
+/// 64 KiB a descriptor. Hardware has 1 MiB; but the kernel's VFIO selftests fill the channel with 65,535 descriptors of
+/// the largest size and wait for a minute at most. That is 4 GiB here, which take about a second, and would be 64 GiB.
+/// A short descriptor is also a bound on how long the channel takes to stop.
 pub const TRANSFER_LOG2: u8 = 16;
 /// Version 3.3.
 pub const VERSION: u8 = 0x33;
