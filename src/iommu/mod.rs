@@ -16,7 +16,7 @@ mod sync;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use address_space::{AddressSpace, Budget};
 pub use counters::Counters;
@@ -186,6 +186,10 @@ impl Iommu {
     /// What the device did so far.
     pub fn counters(&self) -> Counters {
         self.counts.read(self.budget.used())
+    }
+
+    fn domains(&self) -> MutexGuard<'_, Domains> {
+        self.domains.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn new_domain(&self, id: u32, bypass: bool) -> Domain {

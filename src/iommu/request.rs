@@ -6,7 +6,6 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::Iommu;
 use super::address_space::MapError;
-use super::domain::Domains;
 use crate::trace::Event;
 use crate::wire::virtio_iommu::{
     ATTACH_F_BYPASS, Attach, Detach, Map, MapFlags, PROBE_T_RESV_MEM, Probe, ProbeResvMem, Status, Tail, Unmap,
@@ -233,12 +232,5 @@ impl Iommu {
 
     fn accepted(&self, feature: u64) -> bool {
         self.features() & feature != 0
-    }
-}
-
-/// Kept out of the methods above so that a poisoned lock, which cannot happen without a bug here, is not an outage.
-impl Iommu {
-    pub(super) fn domains(&self) -> std::sync::MutexGuard<'_, Domains> {
-        self.domains.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 }

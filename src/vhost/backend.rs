@@ -71,6 +71,8 @@ struct Worker {
     reply: Vec<u8>,
     /// A queue that was set up rightly, and in which nothing impossible was found since.
     sound: [bool; QUEUES],
+    /// The index at which the queue was started.
+    base: [u16; QUEUES],
     /// Requests were left for the next turn.
     more: bool,
 }
@@ -123,7 +125,7 @@ impl Backend {
         let mut worker = lock(&self.worker);
         for (index, ring) in rings.iter().enumerate() {
             if ring.take_started() {
-                worker.sound[index] = self.start(index, ring, &memory);
+                (worker.base[index], worker.sound[index]) = self.start(index, ring, &memory);
             }
         }
         if event == WAKE_TOKEN {
@@ -132,7 +134,7 @@ impl Backend {
         }
         for (index, ring) in rings.iter().enumerate() {
             if ring.take_kicked() {
-                self.trace_kick(index, ring, &memory);
+                self.trace_kick(index, worker.base[index], ring, &memory);
             }
         }
         if usize::from(event) == REQUESTS || mem::take(&mut worker.more) {
@@ -141,8 +143,8 @@ impl Backend {
         self.deliver_faults(&mut worker, &rings[EVENTS], &memory);
     }
 
-    /// A queue was started. Returns whether it can be used.
-    fn start(&self, index: usize, ring: &Ring, memory: &GuestMemoryMmap) -> bool {
+    /// A queue was started. Returns where, and whether it can be used.
+    fn start(&self, index: usize, ring: &Ring, memory: &GuestMemoryMmap) -> (u16, bool) {
         let (base, size, valid) = {
             let state = ring.get_ref();
             let queue = state.get_queue();
@@ -153,7 +155,7 @@ impl Backend {
         if !valid {
             self.distrust(index);
         }
-        valid
+        (base, valid)
     }
 
     /// Something impossible was found in a queue: it is left alone until it is set up anew. The specification's way to
@@ -163,8 +165,17 @@ impl Backend {
         self.trace_malformed(index, 0, 0, 0);
     }
 
-    fn trace_kick(&self, index: usize, ring: &Ring, memory: &GuestMemoryMmap) {
-        let requests = queue::available(ring.get_ref().get_queue(), memory).unwrap_or(0);
+    /// Traces a kick of the driver. QEMU kicks each queue itself when it hands it over; that kick is known by the queue,
+    /// in which nothing is and nothing was.
+    fn trace_kick(&self, index: usize, base: u16, ring: &Ring, memory: &GuestMemoryMmap) {
+        let (requests, next) = {
+            let state = ring.get_ref();
+            let queue = state.get_queue();
+            (queue::available(queue, memory).unwrap_or(0), queue.next_avail())
+        };
+        if requests == 0 && next == base {
+            return;
+        }
         self.shared.counts.kicks.fetch_add(1, Ordering::Relaxed);
         self.shared.tracer.emit(Event::Kick { queue: index as u8, requests: u32::from(requests) });
     }
