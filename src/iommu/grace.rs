@@ -80,6 +80,13 @@ impl Grace {
         drop(garbage);
     }
 
+    /// What must not be done: the model checker has to find it.
+    #[cfg(all(loom, test))]
+    pub(super) fn drop_garbage_at_once(&self) {
+        let garbage = std::mem::take(&mut lock(&self.state).garbage);
+        drop(garbage);
+    }
+
     /// Drops `garbage` once every guard that exists now is gone: in the next [`Grace::synchronize`] that somebody
     /// calls, or with the last handle of this `Grace`. New readers must not be able to reach it any more.
     pub fn retire(&self, garbage: Box<dyn Send>) {

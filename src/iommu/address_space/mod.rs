@@ -8,6 +8,8 @@
 //! ([`super::grace`]).
 
 mod budget;
+#[cfg(all(loom, test))]
+mod loom_tests;
 mod node;
 mod writer;
 

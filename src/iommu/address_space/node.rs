@@ -27,7 +27,7 @@ mod shape {
     pub const ROOT_BITS: u32 = 7;
 }
 
-/// A tree small enough for the model checker; it covers 32 KiB.
+/// A tree small enough for the model checker; it covers 16 KiB.
 #[cfg(loom)]
 mod shape {
     pub const BITS: u32 = 1;
@@ -38,6 +38,9 @@ mod shape {
 pub(super) const ROOT_LEVEL: u32 = shape::LEVELS - 1;
 const NODE_LEN: usize = 1 << shape::BITS;
 const ROOT_LEN: usize = 1 << shape::ROOT_BITS;
+
+/// The last address.
+pub(super) const LAST_ADDRESS: u64 = u64::MAX >> (64 - PAGE_SHIFT - shape::BITS * ROOT_LEVEL - shape::ROOT_BITS);
 
 /// The slots of the root.
 pub(super) type Root = [Slot; ROOT_LEN];

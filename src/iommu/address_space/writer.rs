@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::ptr::NonNull;
 
 use super::budget::Budget;
-use super::node::{Entry, Node, ROOT_LEVEL, Root, Slot, pieces, root_slot, span};
+use super::node::{Entry, LAST_ADDRESS, Node, ROOT_LEVEL, Root, Slot, pieces, root_slot, span};
 use super::{MapError, Splits};
 use crate::wire::virtio_iommu::MapFlags;
 
@@ -242,7 +242,7 @@ impl Writer {
 
     /// Removes everything and returns the number of mappings.
     pub(super) fn clear(&mut self, root: &Root, unlinked: &mut Unlinked) -> u64 {
-        let removed = self.remove(root, None, ROOT_LEVEL, 0, u64::MAX, unlinked);
+        let removed = self.remove(root, None, ROOT_LEVEL, 0, LAST_ADDRESS, unlinked);
         self.mappings -= removed;
         self.idle.clear();
         removed
