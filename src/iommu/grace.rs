@@ -159,3 +159,57 @@ impl Drop for Guard<'_> {
         self.0.leave();
     }
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    #[test]
+    fn synchronize_waits_for_those_inside_and_for_nobody_else() {
+        let grace = Grace::new();
+        let _outside = grace.reader();
+        grace.synchronize();
+        let (entered, wait_for_entry) = channel();
+        let leaving = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut reader = grace.reader();
+                let guard = reader.enter();
+                entered.send(()).unwrap();
+                for _ in 0..50 {
+                    std::thread::yield_now();
+                }
+                leaving.store(true, SeqCst);
+                drop(guard);
+            });
+            wait_for_entry.recv().unwrap();
+            grace.synchronize();
+            assert!(leaving.load(SeqCst));
+        });
+    }
+
+    #[test]
+    fn a_forgotten_guard_does_not_stop_the_world_for_ever() {
+        let grace = Grace::new();
+        let mut reader = grace.reader();
+        std::mem::forget(reader.enter());
+        drop(reader.enter());
+        grace.synchronize();
+        std::mem::forget(reader.enter());
+        drop(reader);
+        grace.synchronize();
+    }
+
+    #[test]
+    fn garbage_is_dropped_by_the_next_synchronize() {
+        let grace = Grace::new();
+        let garbage = Arc::new(());
+        grace.retire(Box::new(garbage.clone()));
+        assert_eq!(Arc::strong_count(&garbage), 2);
+        grace.synchronize();
+        assert_eq!(Arc::strong_count(&garbage), 1);
+    }
+}

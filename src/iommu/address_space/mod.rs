@@ -11,6 +11,8 @@ mod budget;
 #[cfg(all(loom, test))]
 mod loom_tests;
 mod node;
+#[cfg(all(test, not(loom)))]
+mod tests;
 mod writer;
 
 pub use budget::Budget;
@@ -126,7 +128,7 @@ impl AddressSpace {
     /// If `guard` is of a reader of another [`Grace`]: it would not keep the tables alive.
     #[inline]
     pub fn lookup(&self, guard: &Guard<'_>, iova: u64) -> Option<Mapping> {
-        assert!(guard.is_of(&self.grace));
+        assert!(guard.is_of(&self.grace), "The guard is of another grace period than the address space");
         let (leaf, level) = find(&self.root, iova)?;
         let offset = iova & span(level);
         Some(Mapping { phys: leaf.phys().wrapping_add(offset), len: span(level) - offset + 1, flags: leaf.flags() })

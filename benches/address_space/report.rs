@@ -1,0 +1,117 @@
+//! The table at the end, and the same as JSON.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::SystemTime;
+
+use serde_json::{Value, json};
+
+use super::concurrent::Beside;
+use super::{COUNTS, LAYOUTS, Set};
+
+/// What criterion does not keep.
+pub struct Report {
+    begin: SystemTime,
+    /// Resident bytes a mapping, by layout, count and subject.
+    memory: BTreeMap<(&'static str, u64, &'static str), f64>,
+    beside: Option<Beside>,
+}
+
+/// What has to be reached: the layout, the operation, the counts, and our time as a part of the `BTreeMap`'s.
+const GOALS: [(&str, &str, f64); 4] =
+    [("dense", "pair", 0.2), ("dense", "translate", 1.0 / 3.0), ("sparse", "pair", 1.0), ("sparse", "translate", 1.0)];
+
+impl Report {
+    /// Of a run that begins now.
+    pub fn new() -> Self {
+        Report { begin: SystemTime::now(), memory: BTreeMap::new(), beside: None }
+    }
+
+    /// A subject took `bytes` for the set.
+    pub fn memory(&mut self, set: Set, subject: &'static str, bytes: u64) {
+        self.memory.insert((set.layout.name, set.count, subject), bytes as f64 / set.count as f64);
+    }
+
+    /// A reader beside a writer.
+    pub fn beside(&mut self, beside: Beside) {
+        self.beside = Some(beside);
+    }
+
+    /// Prints the table of what criterion left in `data`, and writes it below `bench`.
+    pub fn finish(&self, data: &Path, bench: &Path) {
+        let mut rows = Vec::new();
+        println!("\n{:<28} {:>10} {:>10} {:>7}  goal", "", "BTreeMap", "viommu", "ratio");
+        for (layout, what, goal) in GOALS {
+            for count in COUNTS {
+                let time = |subject| self.median_ns(data, layout, &format!("{subject}_{what}"), count);
+                let (Some(btree), Some(ours)) = (time("btree"), time("viommu")) else { continue };
+                // The dense goals are for the larger sets.
+                let goal = (layout == "sparse" || count >= 100_000).then_some(goal);
+                let ratio = ours / btree;
+                let name = format!("{layout} {what} {count}");
+                let verdict = goal.map_or(String::new(), |goal| format!("{goal:.3} {}", verdict(ratio, goal)));
+                println!("{name:<28} {btree:>7.1} ns {ours:>7.1} ns {ratio:>7.3}  {verdict}");
+                rows.push(json!({
+                    "layout": layout, "operation": what, "mappings": count,
+                    "btree_ns": btree, "viommu_ns": ours, "ratio": ratio, "goal": goal,
+                }));
+            }
+        }
+        let memory: Vec<Value> = LAYOUTS.iter().filter_map(|layout| self.memory_row(layout.name)).collect();
+        let mut grace = serde_json::Map::new();
+        for what in ["synchronize", "pair+synchronize"] {
+            for readers in [1, 16] {
+                if let Some(time) = self.median_ns(data, "grace", what, readers) {
+                    println!("{:<28} {:>10} {time:>7.1} ns", format!("{what}, {readers} readers"), "");
+                    grace.insert(format!("{what}_{readers}_readers_ns"), json!(time));
+                }
+            }
+        }
+        let beside = self.beside.as_ref().map(|beside| {
+            println!(
+                "one reader: {:.1} ns alone, {:.1} ns beside a writer of {:.0} pairs/s, ratio {:.3}, goal 1.200 {}",
+                beside.alone,
+                beside.beside,
+                beside.pairs,
+                beside.ratio,
+                verdict(beside.ratio, 1.2),
+            );
+            json!({
+                "alone_ns": beside.alone, "beside_ns": beside.beside, "ratio": beside.ratio,
+                "pairs_per_second": beside.pairs, "goal": 1.2,
+            })
+        });
+        let all = json!({ "times": rows, "memory": memory, "grace": grace, "reader_beside_writer": beside });
+        let file = bench.join("address_space.json");
+        let written = std::fs::create_dir_all(bench).and_then(|()| std::fs::write(&file, format!("{all:#}\n")));
+        match written {
+            Ok(()) => println!("Written to {}", file.display()),
+            Err(error) => println!("Cannot write {}: {error}", file.display()),
+        }
+    }
+
+    /// The median that criterion estimated in this run.
+    fn median_ns(&self, data: &Path, group: &str, function: &str, count: u64) -> Option<f64> {
+        let file = data.join(group).join(function).join(count.to_string()).join("new/estimates.json");
+        if std::fs::metadata(&file).ok()?.modified().ok()? < self.begin {
+            return None;
+        }
+        let estimates: Value = serde_json::from_slice(&std::fs::read(file).ok()?).ok()?;
+        estimates["median"]["point_estimate"].as_f64()
+    }
+
+    /// Of the largest set, where the process's own pages do not matter.
+    fn memory_row(&self, layout: &'static str) -> Option<Value> {
+        let count = *COUNTS.last()?;
+        let of = |subject| self.memory.get(&(layout, count, subject)).copied();
+        let (btree, ours) = (of("btree")?, of("viommu")?);
+        let goal = if layout == "dense" { 16.0 } else { 4.3 * 1024.0 };
+        let name = format!("{layout} bytes a mapping");
+        println!("{name:<28} {btree:>8.1} B {ours:>8.1} B {:>7}  {goal:.0} B {}", "", verdict(ours, goal));
+        Some(json!({ "layout": layout, "mappings": count, "btree_bytes": btree, "viommu_bytes": ours, "goal": goal }))
+    }
+}
+
+fn verdict(value: f64, goal: f64) -> &'static str {
+    if value <= goal { "reached" } else { "MISSED" }
+}

@@ -1,0 +1,159 @@
+//! What can be said in examples; the rest is `tests/address_space.rs`. No system calls, so that Miri can run them.
+
+use std::sync::Arc;
+
+use super::node::NODE_BYTES;
+use super::{AddressSpace, Budget, MapError, Mapping, Removed, Splits};
+use crate::iommu::grace::Grace;
+use crate::wire::virtio_iommu::MapFlags;
+
+const PAGE: u64 = 4096;
+const RW: MapFlags = MapFlags::READ.union(MapFlags::WRITE);
+
+struct Space {
+    grace: Arc<Grace>,
+    budget: Arc<Budget>,
+    space: AddressSpace,
+}
+
+impl Space {
+    fn with_tables(tables: u64) -> Self {
+        let (grace, budget) = (Grace::new(), Budget::new(tables * NODE_BYTES));
+        Space { space: AddressSpace::new(grace.clone(), budget.clone()), grace, budget }
+    }
+
+    fn at(&self, iova: u64) -> Option<Mapping> {
+        let mut reader = self.grace.reader();
+        let guard = reader.enter();
+        self.space.lookup(&guard, iova)
+    }
+
+    fn map(&self, start: u64, end: u64, phys: u64) -> Result<(), MapError> {
+        self.space.map(start, end, phys, RW)
+    }
+
+    fn unmap(&self, start: u64, end: u64) -> Result<u64, Splits> {
+        self.space.unmap(start, end).map(|removed| removed.mappings)
+    }
+}
+
+#[test]
+fn all_addresses_in_one_map_need_no_table() {
+    let space = Space::with_tables(0);
+    assert_eq!(space.map(0, u64::MAX, 0), Ok(()));
+    assert_eq!(space.space.bytes(), 0);
+    for iova in [0, 1, 0x1234_5678_9abc_def0, u64::MAX] {
+        let found = space.at(iova).unwrap();
+        assert_eq!((found.phys, found.flags), (iova, RW));
+        assert!(found.len >= 1 && found.len - 1 <= u64::MAX - iova);
+    }
+    assert_eq!(space.map(0x5000, 0x5fff, 0), Err(MapError::Overlap));
+    assert_eq!(space.unmap(0, u64::MAX - 1), Err(Splits));
+    assert_eq!(space.unmap(1, u64::MAX), Err(Splits));
+    assert_eq!(space.unmap(0, u64::MAX), Ok(1));
+    assert_eq!(space.at(0), None);
+}
+
+#[test]
+fn large_maps_are_few_tables() {
+    let space = Space::with_tables(u64::MAX / NODE_BYTES);
+    // One page less than all: a table on each level at either end.
+    assert_eq!(space.map(PAGE, u64::MAX - PAGE, 0x7000), Ok(()));
+    assert_eq!(space.space.bytes(), 10 * NODE_BYTES);
+    assert_eq!(space.at(PAGE - 1), None);
+    assert_eq!(space.at(PAGE).unwrap().phys, 0x7000);
+    assert_eq!(space.at(1 << 40).unwrap().phys, (1 << 40) + 0x6000);
+    assert_eq!(space.at(u64::MAX - PAGE).unwrap().phys, (u64::MAX - PAGE).wrapping_add(0x6000));
+    assert_eq!(space.at(u64::MAX - PAGE + 1), None);
+    assert_eq!(space.space.mappings(), 1);
+}
+
+#[test]
+fn a_mapping_without_permissions_exists() {
+    let space = Space::with_tables(10);
+    space.space.map(0, PAGE - 1, 0, MapFlags::empty()).unwrap();
+    assert_eq!(space.at(5), Some(Mapping { phys: 5, len: PAGE - 5, flags: MapFlags::empty() }));
+    assert_eq!(space.map(0, PAGE - 1, 0), Err(MapError::Overlap));
+}
+
+#[test]
+fn row_36_to_38_unmap_takes_whole_mappings_only() {
+    let space = Space::with_tables(100);
+    for page in 0..65 {
+        space.map(page * 2 * PAGE, page * 2 * PAGE + 2 * PAGE - 1, page << 20).unwrap();
+    }
+    // 64 of them lie inside, the last sticks out: nothing goes.
+    assert_eq!(space.unmap(0, 129 * PAGE - 1), Err(Splits));
+    assert_eq!(space.unmap(1, 130 * PAGE - 1), Err(Splits));
+    assert_eq!(space.unmap(PAGE, 2 * PAGE - 1), Err(Splits));
+    assert_eq!(space.space.mappings(), 65);
+    // Ends that are no granule's, and holes.
+    assert_eq!(space.unmap(0, 2 * PAGE - 1), Ok(1));
+    assert_eq!(space.unmap(17, 2 * PAGE - 1), Ok(0));
+    assert_eq!(space.unmap(55, 4 * PAGE - 1), Ok(1));
+    assert_eq!(space.unmap(4 * PAGE - 9, 1 << 50), Ok(63));
+    assert_eq!(space.unmap(0, u64::MAX), Ok(0));
+}
+
+#[test]
+fn row_46_the_last_byte_belongs_to_its_own_mapping() {
+    let space = Space::with_tables(10);
+    space.map(PAGE, 2 * PAGE - 1, 0xa000).unwrap();
+    space.map(2 * PAGE, 3 * PAGE - 1, 0xe000).unwrap();
+    assert_eq!(space.at(2 * PAGE - 1), Some(Mapping { phys: 0xafff, len: 1, flags: RW }));
+    assert_eq!(space.at(2 * PAGE), Some(Mapping { phys: 0xe000, len: PAGE, flags: RW }));
+}
+
+#[test]
+fn idle_tables_are_kept_and_given_up_for_others() {
+    let space = Space::with_tables(5);
+    space.map(0, PAGE - 1, 0).unwrap();
+    assert_eq!(space.unmap(0, PAGE - 1), Ok(1));
+    assert_eq!(space.space.bytes(), 5 * NODE_BYTES, "kept");
+    // Five other tables: only if the idle ones go.
+    space.map(1 << 60, (1 << 60) + PAGE - 1, 0).unwrap();
+    assert_eq!(space.budget.used(), 5 * NODE_BYTES);
+    // And now there is nothing to give up.
+    assert_eq!(space.map(0, PAGE - 1, 0), Err(MapError::NoMemory));
+    assert_eq!((space.at(0), space.space.mappings()), (None, 1));
+    assert!(space.at(1 << 60).is_some());
+    // A leaf takes the place of tables without mappings.
+    assert_eq!(space.unmap(1 << 60, u64::MAX), Ok(1));
+    space.map(1 << 60, (1 << 61) - 1, 0).unwrap();
+    assert_eq!(space.space.bytes(), 0);
+}
+
+#[test]
+fn a_guard_keeps_removed_tables_alive() {
+    let space = Space::with_tables(100);
+    let mut reader = space.grace.reader();
+    space.map(0, PAGE - 1, 0x3000).unwrap();
+    let guard = reader.enter();
+    assert!(space.space.lookup(&guard, 0).is_some());
+    assert_eq!(space.space.clear(), Removed { mappings: 1 });
+    assert_eq!(space.space.bytes(), 0);
+    assert_eq!(space.budget.used(), 5 * NODE_BYTES, "not freed yet");
+    assert_eq!(space.space.lookup(&guard, 0), None);
+    drop(guard);
+    space.grace.synchronize();
+    assert_eq!(space.budget.used(), 0);
+}
+
+#[test]
+fn an_address_space_gives_back_all_when_it_goes() {
+    let Space { grace: _grace, budget, space } = Space::with_tables(100);
+    for page in 0..10 {
+        space.map(page << 21, (page << 21) + PAGE - 1, 0, RW).unwrap();
+    }
+    assert!(budget.used() > 0);
+    drop(space);
+    assert_eq!(budget.used(), 0);
+}
+
+#[test]
+#[should_panic(expected = "another grace period")]
+fn a_guard_of_another_grace_period_is_refused() {
+    let space = Space::with_tables(0);
+    let mut reader = Grace::new().reader();
+    space.space.lookup(&reader.enter(), 0);
+}
