@@ -12,8 +12,10 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use driver::{CC_ENABLED, Driver, PAGE, RAM, Setup, Sqe, io, pattern, register};
+use driver::{CC_ENABLED, Driver, ENDPOINT, PAGE, RAM, Setup, Sqe, io, pattern, register};
 use viommu::devices::nvme::{Disk, NvmeConfig, OpenError};
+use viommu::trace::event::{Access, Channel, DataPointer, Model, ResetKind, Route};
+use viommu::trace::{self, Choice, Event, Reader};
 
 const FLUSH: u8 = 0;
 const WRITE: u8 = 1;
@@ -746,4 +748,87 @@ fn registers_take_any_access() {
     driver.client.region_write(0, 0x1000 + 4 * 700, &[1, 0, 0, 0]).unwrap();
     let page = driver.pages(1);
     assert_eq!(driver.command(1, io(READ, 0, 8, [page, 0])).status, 0);
+}
+
+/// Of the events that the trace has of a session, those of a bad read and a good write, and what is around them.
+#[test]
+fn every_step_is_traced() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("trace.sock");
+    let (tracer, handle) = trace::start(trace::Options { socket: Some(socket.clone()), ..Default::default() }).unwrap();
+    let mut reader = Reader::connect(&socket, &Choice::default()).unwrap();
+    let setup = Setup::traced(1 << 20, tracer, |_| {});
+    let mut driver = setup.ready();
+    let buffer = driver.pages(2);
+    let pair = &driver.queues[&1];
+    let (sq, cq) = (pair.sq, pair.cq);
+    assert_eq!(driver.command(1, io(WRITE, 5, 16, [buffer, buffer + PAGE])).status, 0);
+    assert_eq!(driver.command(1, Sqe { flags: 1 << 6, ..io(READ, 7, 1, [RAM, 512]) }).status, 0x04);
+    driver.client.reset().unwrap();
+    drop(driver);
+    drop(setup);
+    handle.stop();
+    let mut events = Vec::new();
+    while let Some(record) = reader.next_record().unwrap() {
+        events.push(Event::decode(&record).unwrap());
+    }
+    let (channel, endpoint) = (Channel::VfioUser, Some(ENDPOINT));
+    assert_eq!(events.first(), Some(&Event::Session { channel, endpoint, connected: true }));
+    assert_eq!(events.last(), Some(&Event::Session { channel, endpoint, connected: false }));
+    for added in [true, false] {
+        let memory = Event::Memory { channel, endpoint, added, gpa: 0, len: RAM, writable: true };
+        assert!(events.contains(&memory), "{memory:?}");
+    }
+    assert!(events.contains(&Event::Reset { reset: ResetKind::Function, endpoint }));
+    let states = events.iter().filter_map(|event| match event {
+        Event::Device { endpoint: ENDPOINT, model: Model::Nvme, state } => Some(*state),
+        _ => None,
+    });
+    assert_eq!(states.collect::<Vec<u64>>(), [1 << 32 | u64::from(CC_ENABLED), 0]);
+    // From the fetch of the write to the interrupt of the read.
+    let dma = |access, iova, len| Event::Dma {
+        endpoint: ENDPOINT,
+        access,
+        route: Route::Bypass,
+        failed: iova == RAM,
+        iova,
+        gpa: iova,
+        len,
+        domain: 0,
+        tag: 0,
+    };
+    let from = events.iter().position(|event| *event == dma(Access::Read, sq, 64)).unwrap();
+    let commands = events[from..].iter().map(|event| match *event {
+        Event::Command { endpoint, model, opcode, queue, id: _, status, pointer, address, data, len, duration } => {
+            assert!(duration > 0);
+            Event::Command { endpoint, model, opcode, queue, id: 0, status, pointer, address, data, len, duration: 0 }
+        }
+        other => other,
+    });
+    let command = |opcode, status, pointer, address, data, len| Event::Command {
+        endpoint: ENDPOINT,
+        model: Model::Nvme,
+        opcode,
+        queue: 1,
+        id: 0,
+        status,
+        pointer,
+        address,
+        data,
+        len,
+        duration: 0,
+    };
+    let expected = [
+        dma(Access::Read, sq, 64),
+        dma(Access::Read, buffer, 8192),
+        command(WRITE, 0, DataPointer::Prp, 5, buffer, 8192),
+        dma(Access::Write, cq, 16),
+        Event::Interrupt { endpoint, vector: 1 },
+        dma(Access::Read, sq + 64, 64),
+        dma(Access::Write, RAM, 512),
+        command(READ, 0x4004, DataPointer::Sgl, 7, RAM, 512),
+        dma(Access::Write, cq + 16, 16),
+        Event::Interrupt { endpoint, vector: 1 },
+    ];
+    assert_eq!(commands.take(expected.len()).collect::<Vec<Event>>(), expected);
 }

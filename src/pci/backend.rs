@@ -91,6 +91,7 @@ impl<'a> Backend<'a> {
         let function = self.function.as_mut()?;
         let result = contained(&self.bus, || call(function.as_mut()));
         if result.is_none() {
+            log::error!("The function of endpoint {:#x} is dead until it is reset", self.bus.door.endpoint());
             self.bus.door.set_bus_master(false);
             let gone = self.function.take();
             contained(&self.bus, || drop(gone));
@@ -267,7 +268,7 @@ pub(super) fn contained<R>(bus: &Bus, call: impl FnOnce() -> R) -> Option<R> {
     let result = catch_unwind(AssertUnwindSafe(call));
     if result.is_err() {
         let endpoint = bus.door.endpoint();
-        log::error!("The device model of endpoint {endpoint:#x} panicked; it is dead until it is reset");
+        log::error!("Contained a panic in what serves endpoint {endpoint:#x}");
         bus.tracer.emit(Event::Panic { endpoint });
     }
     result.ok()

@@ -42,6 +42,11 @@ impl Setup {
 
     /// With an image of `bytes` zeros.
     pub fn with(bytes: u64, change: impl FnOnce(&mut NvmeConfig)) -> Self {
+        Setup::traced(bytes, Tracer::default(), change)
+    }
+
+    /// The same, and what happens is traced.
+    pub fn traced(bytes: u64, tracer: Tracer, change: impl FnOnce(&mut NvmeConfig)) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let image = dir.path().join("disk.img");
         File::create(&image).unwrap().set_len(bytes).unwrap();
@@ -53,8 +58,8 @@ impl Setup {
         let (stop, served) = (shutdown.try_clone().unwrap(), disk.clone());
         let thread = std::thread::spawn(move || {
             let endpoints = vec![EndpointSettings { id: ENDPOINT, reserved: Vec::new() }];
-            let iommu = Iommu::new(Settings { endpoints, ..Settings::default() }, Tracer::default());
-            let slot = Slot::new(&iommu, ENDPOINT, Tracer::default());
+            let iommu = Iommu::new(Settings { endpoints, ..Settings::default() }, tracer.clone());
+            let slot = Slot::new(&iommu, ENDPOINT, tracer);
             server.serve(&slot, &stop, |bus| Box::new(Nvme::new(bus, served.clone())), || {})
         });
         Setup { dir, disk, shutdown, thread: Some(thread) }
