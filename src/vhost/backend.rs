@@ -56,7 +56,7 @@ pub(super) struct Backend {
     worker: Mutex<Worker>,
     /// Wakes the worker: a fault was queued, or requests are left.
     wake: (EventConsumer, EventNotifier),
-    /// Ends the worker. The crate takes the consumer and never closes it: see [`Backend::close_exit_event`].
+    /// Ends the worker. The crate takes the consumer and never closes it: see [`Backend::end`].
     exit: Mutex<Option<RawFd>>,
     /// Guest memory as it was traced last: address and length of each region.
     traced_memory: Mutex<Vec<(u64, u64)>>,
@@ -109,8 +109,10 @@ impl Backend {
         self.wake.1.try_clone()
     }
 
-    /// Closes the descriptor that the crate leaks. To be called once, when the daemon is gone.
-    pub(super) fn close_exit_event(&self) {
+    /// The connection and all the crate's threads are gone. To be called once.
+    pub(super) fn end(&self) {
+        (0..QUEUES).for_each(|index| self.stop(index));
+        self.trace_memory(Vec::new());
         if let Some(fd) = lock(&self.exit).take() {
             // SAFETY: the crate took the consumer apart into this descriptor, registered it with an epoll that is
             // closed by now, and dropped every trace of it.
@@ -156,6 +158,27 @@ impl Backend {
             self.distrust(index);
         }
         (base, valid)
+    }
+
+    /// A queue was stopped, if it was running.
+    fn stop(&self, index: usize) {
+        let Some(ring) = self.rings.get().and_then(|rings| rings.get(index)) else { return };
+        let (base, size) = (ring.queue_next_avail(), ring.get_ref().get_queue().size());
+        if self.shared.queue_stopped(index, base) {
+            self.shared.tracer.emit(Event::Queue { queue: index as u8, started: false, index: base, size });
+        }
+    }
+
+    /// Traces how guest memory, as address and length of each region, differs from what was traced last.
+    fn trace_memory(&self, new: Vec<(u64, u64)>) {
+        let mut old = lock(&self.traced_memory);
+        let trace = |added, &(gpa, len): &(u64, u64)| {
+            let channel = Channel::VhostUser;
+            self.shared.tracer.emit(Event::Memory { channel, endpoint: None, added, gpa, len, writable: true });
+        };
+        old.iter().filter(|region| !new.contains(region)).for_each(|region| trace(false, region));
+        new.iter().filter(|region| !old.contains(region)).for_each(|region| trace(true, region));
+        *old = new;
     }
 
     /// Something impossible was found in a queue: it is left alone until it is set up anew. The specification's way to
@@ -402,15 +425,7 @@ impl VhostUserBackend for Backend {
     }
 
     fn update_memory(&self, memory: Memory) -> io::Result<()> {
-        let new: Vec<_> = memory.memory().iter().map(|region| (region.start_addr().0, region.len())).collect();
-        let mut old = lock(&self.traced_memory);
-        let trace = |added, &(gpa, len): &(u64, u64)| {
-            let channel = Channel::VhostUser;
-            self.shared.tracer.emit(Event::Memory { channel, endpoint: None, added, gpa, len, writable: true });
-        };
-        old.iter().filter(|region| !new.contains(region)).for_each(|region| trace(false, region));
-        new.iter().filter(|region| !old.contains(region)).for_each(|region| trace(true, region));
-        *old = new;
+        self.trace_memory(memory.memory().iter().map(|region| (region.start_addr().0, region.len())).collect());
         Ok(())
     }
 
@@ -423,13 +438,7 @@ impl VhostUserBackend for Backend {
     }
 
     fn stop_vring(&self, index: u32) -> io::Result<()> {
-        let index = index as usize;
-        if let Some(ring) = self.rings.get().and_then(|rings| rings.get(index)) {
-            let (base, size) = (ring.queue_next_avail(), ring.get_ref().get_queue().size());
-            if self.shared.queue_stopped(index, base) {
-                self.shared.tracer.emit(Event::Queue { queue: index as u8, started: false, index: base, size });
-            }
-        }
+        self.stop(index as usize);
         Ok(())
     }
 

@@ -115,7 +115,7 @@ impl Server {
         let served = self.serve_until_shutdown(&mut daemon);
         self.shared.iommu.on_fault(None);
         drop(daemon);
-        backend.close_exit_event();
+        backend.end();
         self.shared.disconnected();
         match served {
             Ok(()) | Err(BackendError::HandleRequest(VhostUserError::Disconnected)) => {}

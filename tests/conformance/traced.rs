@@ -56,16 +56,19 @@ fn a_session_from_its_first_step_to_its_last() {
         driver.attach(1, EP);
         driver.stop_queues();
         device.control.function_reset();
+        // One that ends in the middle; its one request is still there, and is done again.
+        driver.start_queue(REQUESTS, 0);
+        thread::sleep(QUIET);
         device.control.machine_paused();
     });
     let queue = |queue, started, index| Event::Queue { queue, started, index, size: SIZE };
     let reset = |reset| Event::Reset { reset, endpoint: None };
     let session = |connected| Event::Session { channel: Channel::VhostUser, endpoint: None, connected };
     let half = RAM / 2;
-    let memory = |gpa| Event::Memory {
+    let memory = |added, gpa| Event::Memory {
         channel: Channel::VhostUser,
         endpoint: None,
-        added: true,
+        added,
         gpa,
         len: half,
         writable: true,
@@ -77,8 +80,8 @@ fn a_session_from_its_first_step_to_its_last() {
     let found: Vec<Event> = events.iter().filter(shown).copied().collect();
     let expected = [
         session(true),
-        memory(0),
-        memory(half),
+        memory(true, 0),
+        memory(true, half),
         queue(0, true, 0),
         queue(1, true, 0),
         queue(0, false, 1),
@@ -94,7 +97,11 @@ fn a_session_from_its_first_step_to_its_last() {
         queue(0, false, 1),
         queue(1, false, 0),
         reset(ResetKind::System),
+        queue(0, true, 0),
         reset(ResetKind::Pause),
+        queue(0, false, 1),
+        memory(false, 0),
+        memory(false, half),
         session(false),
     ];
     assert_eq!(found, expected);
