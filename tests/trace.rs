@@ -4,7 +4,8 @@ use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -356,26 +357,51 @@ fn a_ring_that_overflows_is_told_to_all() {
     }
 }
 
-#[test]
-fn a_million_events_reach_a_binary_client() {
-    const EVENTS: u32 = 1_000_000;
+/// Emits a million events, with at most `ahead` under way. Returns the final counts and what the client got.
+fn a_million(ahead: u64) -> (Counters, Sum) {
+    const EVENTS: u64 = 1_000_000;
     let fixture = Fixture::new();
-    let client = fixture.binary(&Choice::default());
-    let reader = thread::spawn(move || add_up(&rest(client)));
+    let mut client = fixture.binary(&Choice::default());
+    let arrived = Arc::new(AtomicU64::new(0));
+    let reader = thread::spawn({
+        let arrived = arrived.clone();
+        move || {
+            let mut records = Vec::new();
+            while let Some(record) = client.next_record().unwrap() {
+                records.push(record);
+                arrived.store(records.len() as u64, Ordering::Relaxed);
+            }
+            records
+        }
+    });
     let begin = Instant::now();
     for n in 0..EVENTS {
-        fixture.tracer.emit(Event::Kick { queue: 0, requests: n });
+        fixture.tracer.emit(Event::Kick { queue: 0, requests: n as u32 });
+        while n.saturating_sub(arrived.load(Ordering::Relaxed)) > ahead {
+            thread::sleep(Duration::from_micros(100));
+        }
     }
     let emitted = begin.elapsed();
     let counters = fixture.stop();
-    let sum = reader.join().unwrap();
+    let sum = add_up(&reader.join().unwrap());
     let all = begin.elapsed();
-    println!(
-        "{EVENTS} events: emitted in {emitted:?}, received in {all:?} ({:.1} million a second), {sum:?}",
-        sum.received as f64 / all.as_secs_f64() / 1e6
-    );
-    assert_eq!(counters.emitted(), u64::from(EVENTS));
-    assert_eq!(sum.received + sum.ring + sum.client, u64::from(EVENTS));
+    let rate = sum.received as f64 / all.as_secs_f64() / 1e6;
+    println!("{EVENTS} events, emitted in {emitted:?}, received in {all:?}: {rate:.2} million a second, {sum:?}");
+    assert_eq!(counters.emitted(), EVENTS);
+    (counters, sum)
+}
+
+#[test]
+fn a_million_events_reach_a_binary_client() {
+    let (counters, sum) = a_million(12_000);
+    assert_eq!(counters.lost, 0);
+    assert_eq!(sum, Sum { received: 1_000_000, ring: 0, client: 0 });
+}
+
+#[test]
+fn a_million_events_faster_than_they_can_be_collected_add_up() {
+    let (counters, sum) = a_million(u64::MAX);
+    assert_eq!(sum.received + sum.ring + sum.client, 1_000_000);
     assert_eq!(sum.ring, counters.lost);
 }
 
