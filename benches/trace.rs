@@ -57,7 +57,7 @@ fn emit(criterion: &mut Criterion) {
     bursts(&mut group, "disabled", &Tracer::default(), Duration::ZERO);
 
     let (tracer, handle) = trace::start(Options::default()).expect("a trace without a socket");
-    bursts(&mut group, "no_client", &tracer, Duration::from_micros(500));
+    bursts(&mut group, "no_client", &tracer, Duration::from_millis(4));
     handle.stop();
 
     let dir = tempfile::tempdir().expect("a temporary folder");
