@@ -44,7 +44,7 @@ impl Socket {
             Ok(found) if !found.file_type().is_socket() => return Err(SocketError::NotASocket(path.to_owned())),
             Ok(_) => match UnixStream::connect(path) {
                 Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                    fs::remove_file(path).map_err(failed)?
+                    fs::remove_file(path).map_err(failed)?;
                 }
                 Err(error) => return Err(failed(error)),
                 Ok(_) => return Err(SocketError::InUse(path.to_owned())),
