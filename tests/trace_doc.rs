@@ -1,0 +1,111 @@
+//! `docs/trace.md` shows what the code writes.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use viommu::trace::event::{Access, Channel, DataPointer, LossPlace, Model, ResetKind, Route};
+use viommu::trace::{self, Event};
+use viommu::wire::trace::Kind;
+
+/// One event of each sort that `docs/trace.md` shows, in its order.
+fn documented() -> Vec<Event> {
+    let request = |request, status, endpoint, domain, flags, [virt_start, virt_end, phys_start]: [u64; 3], duration| {
+        Event::Request { request, status, endpoint, domain, flags, virt_start, virt_end, phys_start, duration }
+    };
+    let nvme = |queue, opcode, id, status, pointer, address, data, len, duration| Event::Command {
+        endpoint: 0x20,
+        model: Model::Nvme,
+        opcode,
+        queue,
+        id,
+        status,
+        pointer,
+        address,
+        data,
+        len,
+        duration,
+    };
+    let dma = |access, route, iova, gpa, len| Event::Dma {
+        endpoint: 0x20,
+        access,
+        route,
+        failed: false,
+        iova,
+        gpa,
+        len,
+        domain: 1,
+        tag: 0,
+    };
+    vec![
+        Event::Session { channel: Channel::VhostUser, endpoint: None, connected: true },
+        Event::Session { channel: Channel::VfioUser, endpoint: Some(0x20), connected: true },
+        Event::Features { offered: 0x1_3000_0077, accepted: 0x1_3000_0077 },
+        Event::Memory {
+            channel: Channel::VfioUser,
+            endpoint: Some(0x20),
+            added: true,
+            gpa: 0x10_0000,
+            len: 0x7ff0_0000,
+            writable: true,
+        },
+        Event::Queue { queue: 0, started: true, index: 0, size: 256 },
+        Event::Kick { queue: 0, requests: 33 },
+        request(1, 0, Some(0x20), 1, 0, [0; 3], 1_520),
+        request(5, 0, Some(0x20), 0, 0, [0; 3], 410),
+        request(3, 0, None, 1, 3, [0xffff_e000, 0xffff_efff, 0x104b_2000], 183),
+        request(3, 4, None, 1, 1, [0xffff_e000, 0xffff_efff, 0x104b_2000], 95),
+        request(4, 0, None, 1, 0, [0xffff_e000, 0xffff_efff, 0], 240),
+        request(2, 0, Some(0x20), 1, 0, [0; 3], 2_210),
+        dma(Access::Read, Route::Mapped, 0xffff_e000, 0x104b_2000, 64),
+        dma(Access::Write, Route::Msi, 0xfee0_1004, 0xfee0_1004, 4),
+        Event::Fault { endpoint: 0x20, reason: 2, access: Access::Write, address: 0xdead_b000, domain: Some(1) },
+        nvme(0, 0x06, 3, 0, DataPointer::Prp, 0, 0xffff_c000, 4096, 9_300),
+        nvme(1, 0x02, 17, 0, DataPointer::Prp, 2048, 0xfffd_e000, 131_072, 81_250),
+        nvme(1, 0x01, 18, 0x4004, DataPointer::Prp, 4096, 0xdead_b000, 4096, 7_900),
+        Event::Command {
+            endpoint: 0x28,
+            model: Model::Ioat,
+            opcode: 0,
+            queue: 0,
+            id: 4,
+            status: 0,
+            pointer: DataPointer::Address,
+            address: 0xffff_a000,
+            data: 0xffff_8000,
+            len: 2000,
+            duration: 3_450,
+        },
+        Event::Interrupt { endpoint: Some(0x20), vector: 1 },
+        Event::Device { endpoint: 0x20, model: Model::Nvme, state: 0x1_0046_0001 },
+        Event::Device { endpoint: 0x28, model: Model::Ioat, state: 0x1_0000_0003 },
+        Event::Reset { reset: ResetKind::Function, endpoint: Some(0x20) },
+        Event::Bypass { value: 0 },
+        Event::Malformed { queue: 0, head: 12, readable: 3, writable: 4, used: 0 },
+        Event::Panic { endpoint: 0x20 },
+        Event::Lost { place: LossPlace::Client, count: 1234, since: 5_000_000_100 },
+    ]
+}
+
+#[test]
+fn the_documentation_shows_every_kind_as_it_is() {
+    let doc = include_str!("../docs/trace.md");
+    let (mut json, mut text) = (Vec::new(), Vec::new());
+    let events = documented();
+    for (n, event) in events.iter().enumerate() {
+        let record = event.encode(5_000_001_000 + 1_000 * n as u64, 100 + n as u64);
+        trace::json(&record, &mut json).unwrap();
+        trace::text(&record, &mut text).unwrap();
+    }
+    let lines =
+        |start: &str| doc.lines().filter(|line| line.starts_with(start)).map(|line| format!("{line}\n")).collect();
+    let (shown_json, shown_text): (String, String) = (lines("{\"t\":50000"), lines("    5.0000"));
+    let (json, text) = (String::from_utf8(json).unwrap(), String::from_utf8(text).unwrap());
+    assert!(shown_json == json, "docs/trace.md should show\n{json}");
+    assert!(text.contains(&shown_text) && shown_text.lines().count() >= 5, "docs/trace.md should show of\n{text}");
+    let missing = Kind::ALL.iter().find(|kind| !events.iter().any(|event| event.kind() == **kind));
+    assert_eq!(missing, None);
+    // The tables name every number.
+    for kind in Kind::ALL {
+        let row = format!("| {} | `{}` |", kind as u16, kind.name());
+        assert!(doc.contains(&row), "docs/trace.md has no row {row}");
+    }
+}
