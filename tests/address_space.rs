@@ -70,7 +70,8 @@ fn ragged_range() -> impl Strategy<Value = (u64, u64)> {
 }
 
 fn step() -> impl Strategy<Value = Step> {
-    let map = (range(), any::<u64>(), 0u32..8).prop_map(|((start, end), phys, flags)| Step::Map {
+    let phys = (any::<u64>(), 0u32..=52).prop_map(|(phys, shift)| phys >> shift);
+    let map = (range(), phys, 0u32..8).prop_map(|((start, end), phys, flags)| Step::Map {
         start,
         end,
         phys: phys & !(PAGE - 1),

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::{LAYOUTS, Radix, Set, Subject, below, mix};
 
 /// Pairs a second that the writer does.
-const RATE: u64 = 100_000;
+pub const RATE: u64 = 100_000;
 const ROUNDS: usize = 11;
 const ROUND: Duration = Duration::from_millis(400);
 /// Live mappings: the reader's and the writer's alternate, so that they share cache lines.
@@ -37,7 +37,7 @@ fn read(radix: &Radix, set: Set) -> f64 {
     loop {
         for _ in 0..1000 {
             turn = turn.wrapping_add(0x9e37_79b9_7f4a_7c15);
-            let index = below(turn.wrapping_add(last), set.count) & !1;
+            let index = below(turn.wrapping_add(last << 12), set.count) & !1;
             let guard = reader.enter();
             last = radix.space.lookup(&guard, set.iova(index)).map_or(0, |found| found.phys);
             assert!(last != 0);

@@ -25,11 +25,12 @@ struct Shared {
 }
 
 impl Shared {
-    /// Page 0 leads to 0xa000.
+    /// Page 0 leads to 0xa000; page 1 is mapped too, so that there is a table.
     fn new() -> Arc<Self> {
         let grace = Grace::new();
         let space = AddressSpace::new(grace.clone(), Budget::new(u64::MAX));
         space.map(0, PAGE - 1, 0xa000, MapFlags::READ).unwrap();
+        space.map(PAGE, 2 * PAGE - 1, 0xc000, MapFlags::READ).unwrap();
         Arc::new(Shared { grace, space, gone: AtomicBool::new(false) })
     }
 
@@ -43,9 +44,11 @@ impl Shared {
         found
     }
 
+    /// Removes both pages, each by itself. No table stays idle in the model, so the table is unlinked and retired.
     fn unmap(&self) {
-        // No table stays idle in the model, so the page's table is unlinked and retired.
-        assert_eq!(self.space.unmap(0, PAGE - 1).unwrap().mappings, 1);
+        for start in [0, PAGE] {
+            assert_eq!(self.space.unmap(start, start + PAGE - 1).unwrap().mappings, 1);
+        }
         assert_eq!(self.space.bytes(), 0);
     }
 }
@@ -140,6 +143,32 @@ fn loom_readers_register_and_unregister() {
         shared.unmap();
         shared.grace.synchronize();
         shared.gone.store(true, Relaxed);
+        thread.join().unwrap();
+    });
+}
+
+/// A lone page becomes a table while it is read.
+#[test]
+fn loom_a_second_page_does_not_disturb_the_first() {
+    check(|| {
+        let grace = Grace::new();
+        let space = Arc::new(AddressSpace::new(grace.clone(), Budget::new(u64::MAX)));
+        space.map(0, PAGE - 1, 0xa000, MapFlags::READ).unwrap();
+        assert_eq!(space.bytes(), 0);
+        let mut reader = grace.reader();
+        let thread = thread::spawn({
+            let space = space.clone();
+            move || {
+                for _ in 0..2 {
+                    let guard = reader.enter();
+                    assert_eq!(space.lookup(&guard, 0).unwrap().phys, 0xa000);
+                    let second = space.lookup(&guard, PAGE).map(|found| found.phys);
+                    assert!(matches!(second, None | Some(0xc000)));
+                }
+            }
+        });
+        space.map(PAGE, 2 * PAGE - 1, 0xc000, MapFlags::READ).unwrap();
+        assert_ne!(space.bytes(), 0);
         thread.join().unwrap();
     });
 }

@@ -1,10 +1,14 @@
 //! Tables, their slots, and what a slot's 64 bits mean.
 //!
-//! | | 63..54 | 53..12 | 11..6 | 5 | 4 | 3 | 2 | 1 | 0 |
-//! |---|---|---|---|---|---|---|---|---|---|
-//! | empty | 0 | 0 | 0 | 0 | 0 | 0 | 0 | 0 | 0 |
-//! | leaf | phys | phys | 0 | LAST | FIRST | MMIO | WRITE | READ | 1 |
-//! | table | live slots | address | address | 0 | 0 | 0 | 0 | IDLE | 0 |
+//! | | 63..55 | 54 | 53, 52 | 51..12 | 11..6 | 5 | 4 | 3 | 2 | 1 | 0 |
+//! |---|---|---|---|---|---|---|---|---|---|---|---|
+//! | empty | 0 | 0 | 0 | 0 | 0 | 0 | 0 | 0 | 0 | 0 | 0 |
+//! | leaf | phys | phys | phys | phys | 0 | LAST | FIRST | MMIO | WRITE | READ | 1 |
+//! | lone page | page | 0 | 0 | phys | 0 | MMIO | WRITE | READ | 1 | 0 | 0 |
+//! | table | live slots | live slots | address | address | address | 0 | 0 | 0 | 0 | IDLE | 0 |
+//!
+//! A *lone page* stands in a slot of level 1, which covers 2 MiB, in place of a table of 512 slots of which one is in use: it
+//! names the page and where that leads. The second page in the same 2 MiB makes it a table.
 //!
 //! What only the writer needs of a table (how many of its slots are not empty, and whether it is listed as idle) stands
 //! in the slot that leads to it, which the writer has just read, and not in the table, where it would be one more cache
@@ -116,6 +120,11 @@ impl Node {
     }
 }
 
+/// The number of the page of `iova` in its 2 MiB.
+pub(super) fn page_number(iova: u64) -> u64 {
+    index(0, iova) as u64
+}
+
 /// Where in a table of `level` the slot that covers `iova` is.
 #[inline]
 fn index(level: u32, iova: u64) -> usize {
@@ -182,6 +191,11 @@ impl Entry {
     const LAST: u64 = 1 << 5;
     const PHYS: u64 = !((1 << PAGE_SHIFT) - 1);
 
+    const LONE: u64 = 1 << 2;
+    const LONE_FLAGS_SHIFT: u32 = 3;
+    const LONE_PHYS: u64 = ((1 << 52) - 1) & Self::PHYS;
+    const LONE_PAGE_SHIFT: u32 = 55;
+
     const IDLE: u64 = 1 << 1;
     const ADDRESS: u64 = ((1 << Self::LIVE_SHIFT) - 1) & !0x3f;
     const LIVE_SHIFT: u32 = 54;
@@ -199,6 +213,14 @@ impl Entry {
         Entry(self.0 | if first { Self::FIRST } else { 0 } | if last { Self::LAST } else { 0 })
     }
 
+    /// The only page in its 2 MiB; `None` if `phys` has more bits than there is room for.
+    #[inline]
+    pub(super) fn lone(iova: u64, phys: u64, flags: MapFlags) -> Option<Self> {
+        let flags = (u64::from(flags.bits()) & 0b111) << Self::LONE_FLAGS_SHIFT;
+        let page = page_number(iova) << Self::LONE_PAGE_SHIFT;
+        (phys & !Self::LONE_PHYS == 0).then_some(Entry(page | phys | flags | Self::LONE))
+    }
+
     /// An idle table without live slots.
     pub(super) fn table(node: NonNull<Node>) -> Self {
         Entry(node.as_ptr().expose_provenance() as u64 | Self::IDLE)
@@ -214,8 +236,33 @@ impl Entry {
         self.0 & Self::LEAF != 0
     }
 
+    #[inline]
+    pub(super) fn is_lone(self) -> bool {
+        self.0 & (Self::LEAF | Self::LONE) == Self::LONE
+    }
+
+    #[inline]
     pub(super) fn is_table(self) -> bool {
-        !self.is_empty() && !self.is_leaf()
+        !self.is_empty() && self.0 & (Self::LEAF | Self::LONE) == 0
+    }
+
+    /// Of a lone page: its number in the 2 MiB.
+    #[inline]
+    pub(super) fn lone_number(self) -> u64 {
+        self.0 >> Self::LONE_PAGE_SHIFT
+    }
+
+    /// Of a lone page: the leaf that stands for it in a table.
+    #[inline]
+    pub(super) fn lone_leaf(self) -> Self {
+        let flags = MapFlags::from_bits_truncate((self.0 >> Self::LONE_FLAGS_SHIFT) as u32 & 0b111);
+        Self::leaf(self.0 & Self::LONE_PHYS, flags).marked(true, true)
+    }
+
+    /// Of a lone page: its leaf, if it is the page of `iova`.
+    #[inline]
+    pub(super) fn lone_leaf_at(self, iova: u64) -> Option<Self> {
+        (self.lone_number() == page_number(iova)).then(|| self.lone_leaf())
     }
 
     /// Of a leaf.

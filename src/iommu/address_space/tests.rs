@@ -32,6 +32,11 @@ impl Space {
         self.space.map(start, end, phys, RW)
     }
 
+    /// Two mappings of a page, one behind the other: that takes five tables where there are none.
+    fn map_two(&self, start: u64) -> Result<(), MapError> {
+        self.map(start, start + PAGE - 1, 0x3000).and_then(|()| self.map(start + PAGE, start + 2 * PAGE - 1, 0))
+    }
+
     fn unmap(&self, start: u64, end: u64) -> Result<u64, Splits> {
         self.space.unmap(start, end).map(|removed| removed.mappings)
     }
@@ -107,30 +112,59 @@ fn row_46_the_last_byte_belongs_to_its_own_mapping() {
 #[test]
 fn idle_tables_are_kept_and_given_up_for_others() {
     let space = Space::with_tables(5);
-    space.map(0, PAGE - 1, 0).unwrap();
+    space.map_two(0).unwrap();
     assert_eq!(space.unmap(0, PAGE - 1), Ok(1));
+    assert_eq!(space.unmap(PAGE, 2 * PAGE - 1), Ok(1));
     assert_eq!(space.space.bytes(), 5 * NODE_BYTES, "kept");
     // Five other tables: only if the idle ones go.
-    space.map(1 << 60, (1 << 60) + PAGE - 1, 0).unwrap();
+    space.map_two(1 << 60).unwrap();
     assert_eq!(space.budget.used(), 5 * NODE_BYTES);
     // And now there is nothing to give up.
     assert_eq!(space.map(0, PAGE - 1, 0), Err(MapError::NoMemory));
-    assert_eq!((space.at(0), space.space.mappings()), (None, 1));
+    assert_eq!((space.at(0), space.space.mappings()), (None, 2));
     assert!(space.at(1 << 60).is_some());
     // A leaf takes the place of tables without mappings.
-    assert_eq!(space.unmap(1 << 60, u64::MAX), Ok(1));
+    assert_eq!(space.unmap(1 << 60, u64::MAX), Ok(2));
     space.map(1 << 60, (1 << 61) - 1, 0).unwrap();
     assert_eq!(space.space.bytes(), 0);
+}
+
+#[test]
+fn a_lone_page_needs_no_table_of_its_own() {
+    let space = Space::with_tables(5);
+    let lone = (7 << 21) + 5 * PAGE;
+    space.map(lone, lone + PAGE - 1, 0x9000).unwrap();
+    assert_eq!(space.space.bytes(), 4 * NODE_BYTES);
+    assert_eq!(space.at(lone + 1), Some(Mapping { phys: 0x9001, len: PAGE - 1, flags: RW }));
+    assert_eq!((space.at(lone - 1), space.at(lone + PAGE)), (None, None));
+    assert_eq!(space.map(lone, lone + PAGE - 1, 0), Err(MapError::Overlap));
+    assert_eq!(space.map(7 << 21, (8 << 21) - 1, 0), Err(MapError::Overlap));
+    assert_eq!(space.unmap(lone + 1, lone + PAGE - 1), Err(Splits));
+    assert_eq!(space.unmap(lone - PAGE, lone + 9), Err(Splits));
+    assert_eq!(space.unmap(lone + PAGE, lone + 3 * PAGE), Ok(0));
+    // A second page makes it a table.
+    space.map(lone + PAGE, lone + 2 * PAGE - 1, 0).unwrap();
+    assert_eq!(space.space.bytes(), 5 * NODE_BYTES);
+    assert_eq!(space.at(lone).unwrap().phys, 0x9000);
+    assert_eq!(space.unmap(0, lone + PAGE), Err(Splits));
+    assert_eq!(space.unmap(0, lone + 2 * PAGE), Ok(2));
+}
+
+#[test]
+fn a_target_beyond_52_bits_is_kept_exactly() {
+    let space = Space::with_tables(5);
+    space.map(0, PAGE - 1, u64::MAX - 0xfff).unwrap();
+    assert_eq!(space.at(9), Some(Mapping { phys: u64::MAX - 0xfff + 9, len: PAGE - 9, flags: RW }));
 }
 
 #[test]
 fn a_guard_keeps_removed_tables_alive() {
     let space = Space::with_tables(100);
     let mut reader = space.grace.reader();
-    space.map(0, PAGE - 1, 0x3000).unwrap();
+    space.map_two(0).unwrap();
     let guard = reader.enter();
     assert!(space.space.lookup(&guard, 0).is_some());
-    assert_eq!(space.space.clear(), Removed { mappings: 1 });
+    assert_eq!(space.space.clear(), Removed { mappings: 2 });
     assert_eq!(space.space.bytes(), 0);
     assert_eq!(space.budget.used(), 5 * NODE_BYTES, "not freed yet");
     assert_eq!(space.space.lookup(&guard, 0), None);

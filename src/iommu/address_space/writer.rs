@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::ptr::NonNull;
 
 use super::budget::Budget;
-use super::node::{Entry, LAST_ADDRESS, Node, ROOT_LEVEL, Root, Slot, pieces, root_slot, span};
+use super::node::{Entry, LAST_ADDRESS, Node, ROOT_LEVEL, Root, Slot, page_number, pieces, root_slot, span};
 use super::{MapError, Splits};
 use crate::wire::virtio_iommu::MapFlags;
 
@@ -77,6 +77,14 @@ impl Writer {
         let mut parent = None;
         let mut slot = root_slot(root, request.start);
         for level in (0..ROOT_LEVEL).rev() {
+            if level == 0
+                && slot.load().is_empty()
+                && let Some(lone) = Entry::lone(request.start, request.phys, request.flags)
+            {
+                slot.store(lone);
+                add_live(parent, 1);
+                return Ok(());
+            }
             let table = self.table_at(slot, parent, level, budget, request.start)?;
             parent = Some(slot);
             slot = table.slot(level, request.start);
@@ -107,11 +115,11 @@ impl Writer {
                 continue;
             }
             let entry = piece.slot.load();
-            if entry.is_leaf() {
-                return Err(Obstacle::Mapping);
+            if entry.is_table() {
+                return Err(Obstacle::Table);
             }
             if !entry.is_empty() {
-                return Err(Obstacle::Table);
+                return Err(Obstacle::Mapping);
             }
         }
         Ok(())
@@ -137,8 +145,16 @@ impl Writer {
             add_live(parent, 1);
             self.nodes += 1;
             self.idle.push_back((level, iova));
+        } else if entry.is_lone() {
+            let node = budget.allocate().ok_or(Obstacle::NoMemory)?;
+            let lone = entry;
+            entry = Entry::table(node).idle(false).plus(1);
+            // SAFETY: The table is new, and no reader knows it before `entry` is stored.
+            unsafe { entry.node() }.slots()[lone.lone_number() as usize].store(lone.lone_leaf());
+            slot.store(entry);
+            self.nodes += 1;
         }
-        // SAFETY: Not empty and not a leaf; we are the writer, and tables are freed only after `&mut self` has ended.
+        // SAFETY: Neither empty, a leaf nor a lone page by now; we are the writer, and tables are freed only after `&mut self` has ended.
         Ok(unsafe { entry.node() })
     }
 
@@ -165,27 +181,31 @@ impl Writer {
 
     /// The same for a range inside a single page: one walk.
     fn unmap_page(&mut self, root: &Root, start: u64, end: u64) -> Result<u64, Splits> {
+        // The slot that leads to the table that `slot` is in.
         let mut parent = None;
         let mut slot = root_slot(root, start);
         let mut entry = slot.load();
-        for level in (0..ROOT_LEVEL).rev() {
-            if !entry.is_table() {
-                break;
-            }
-            parent = Some((slot, level));
+        let mut level = ROOT_LEVEL;
+        while entry.is_table() {
+            level -= 1;
+            parent = Some(slot);
             // SAFETY: A table, and we are the writer.
             slot = unsafe { entry.node() }.slot(level, start);
             entry = slot.load();
         }
-        if entry.is_empty() {
-            return Ok(0);
-        }
-        let Some((parent, 0)) = parent else { return Err(Splits) };
-        if end - start != span(0) || !entry.is_first() || !entry.is_last() {
+        let leaf = match entry {
+            entry if entry.is_lone() => entry.lone_leaf_at(start),
+            entry => Some(entry).filter(|entry| !entry.is_empty()),
+        };
+        let Some(leaf) = leaf else { return Ok(0) };
+        let large = level > 0 && !entry.is_lone();
+        if large || end - start != span(0) || !leaf.is_first() || !leaf.is_last() {
             return Err(Splits);
         }
         slot.store(Entry::EMPTY);
-        self.drop_live(parent, 1, 0, start);
+        if let Some(parent) = parent {
+            self.drop_live(parent, 1, level, start);
+        }
         self.mappings -= 1;
         Ok(1)
     }
@@ -217,6 +237,10 @@ impl Writer {
                 mappings += self.remove(table.slots(), Some(piece.slot), level - 1, piece.start, piece.end, unlinked);
                 continue;
             }
+            let touched = page_number(piece.start)..=page_number(piece.end);
+            if entry.is_lone() && !piece.whole && !touched.contains(&entry.lone_number()) {
+                continue;
+            }
             piece.slot.store(Entry::EMPTY);
             cleared += 1;
             mappings += self.harvest(entry, unlinked);
@@ -231,6 +255,9 @@ impl Writer {
     fn harvest(&mut self, entry: Entry, unlinked: &mut Unlinked) -> u64 {
         if entry.is_leaf() {
             return u64::from(entry.is_first());
+        }
+        if entry.is_lone() {
+            return 1;
         }
         // SAFETY: A table, and we are the writer.
         let slots = unsafe { entry.node() }.slots();
@@ -318,6 +345,9 @@ pub(super) fn find(root: &Root, iova: u64) -> Option<(Entry, u32)> {
         }
         if entry.is_empty() || level == 0 {
             return None;
+        }
+        if level == 1 && entry.is_lone() {
+            return Some((entry.lone_leaf_at(iova)?, 0));
         }
         // SAFETY: A table. Who calls is in a read-side section or is the writer.
         entry = unsafe { entry.node() }.slot(level - 1, iova).load();
