@@ -35,7 +35,7 @@ impl NvmeConfig {
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "the messages say it")]
 pub enum OpenError {
-    #[error("There is no image {0}; create one with `truncate -s 1G {0}`")]
+    #[error("There is no image {0}; create one with `truncate -s 1G {0}`, or have `--create-images 1G` do it")]
     Missing(PathBuf),
     #[error("Cannot open the image {path}")]
     Open { path: PathBuf, source: io::Error },
