@@ -17,16 +17,21 @@ help:
 demo:
 	@scripts/demo $(KERNEL)
 
+# Guests one at a time: each has threads enough for two processors.
 test: setup
 	cargo fmt --check
 	cargo clippy --all-targets -- -D warnings
-	VIOMMU_GUEST=$$(scripts/prepare-guest $(KERNEL)) && export VIOMMU_GUEST && cargo test
+	cargo test
+	scripts/prepare-guest stock
+	scripts/prepare-guest backports
+	cargo test --test guest -- --test-threads=1
 
 bench: setup
-	cargo bench
+	cargo bench --bench address_space --bench trace
 
 bench-guest: setup
-	scripts/bench-guest $(KERNEL)
+	scripts/prepare-guest stock
+	cargo bench --bench guest
 
 setup:
 	@scripts/setup
