@@ -95,9 +95,10 @@ fn boot(variant: Variant, folder: &Path, files: &Path) -> Vec<f64> {
     let results = folder.join("results.jsonl");
     let _ = fs::remove_file(&results);
     let daemon = (variant != Variant::Qemu).then(|| Daemon::start(variant, folder));
+    // Commas: one word for the kernel, which takes 32 at most.
     let workload: Vec<_> = CASES
         .iter()
-        .map(|(_, op, size, depth)| format!("nvme-io --op {op} --bs {size} --depth {depth} --seconds {SECONDS}"))
+        .map(|(_, op, size, depth)| format!("nvme-io,--op,{op},--bs,{size},--depth,{depth},--seconds,{SECONDS}"))
         .collect();
     let devices = match variant {
         Variant::Qemu => {
@@ -115,7 +116,7 @@ fn boot(variant: Variant, folder: &Path, files: &Path) -> Vec<f64> {
         files.display(),
         files.display(),
         files.display(),
-        workload.join(" + ")
+        workload.join(",+,")
     );
     let mut qemu = Command::new("sh").arg("-c").arg(line).current_dir(folder).stdin(Stdio::null()).spawn().unwrap();
     let ended = wait(&mut qemu);

@@ -39,11 +39,12 @@ pub fn mount_file_systems() -> Result<()> {
 }
 
 /// The words after ` -- ` on the kernel's command line. (The kernel also hands them to its init as arguments, but mixed
-/// with those of its own parameters that it does not know, such as `nokaslr`.)
+/// with those of its own parameters that it does not know, such as `nokaslr`.) A comma separates words too, since the
+/// kernel panics on more than 32 of them.
 pub fn arguments() -> Vec<String> {
     let line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
     let words = line.split_whitespace().skip_while(|word| *word != "--").skip(1);
-    words.map(ToOwned::to_owned).collect()
+    words.flat_map(|word| word.split(',')).map(ToOwned::to_owned).collect()
 }
 
 /// Loads modules in this order, each after those it needs. What is not in the initramfs is built into the kernel

@@ -77,7 +77,7 @@ fn four_controllers_have_four_domains() {
     let topology: String =
         (4..8).map(|slot| format!("[[nvme]]\naddress = \"{slot:02x}.0\"\nimage = \"nvme{slot}.img\"\n")).collect();
     let workload: Vec<_> =
-        (0..4).map(|n| format!("nvme-io --dev /dev/nvme{n}n1 --op verify --bs 64k --total 1M")).collect();
+        (4..8).map(|slot| format!("nvme-io --dev 0000:00:{slot:02x}.0 --op verify --bs 64k --total 1M")).collect();
     let outcome = Guest::new(&topology, &workload.join(" + ")).run();
     outcome.assert_translated();
     let domains: std::collections::BTreeSet<_> =

@@ -71,7 +71,8 @@ impl Guest {
         let path = |name: &str| folder.path().join(name);
         fs::write(path("topology.toml"), &self.topology).unwrap();
         let log = fs::File::create(path("viommu.log")).unwrap();
-        let append = format!("console=ttyS0 panic=-1 {} -- {}", self.append, self.workload);
+        // One word for the kernel, which takes 32 at most.
+        let append = format!("console=ttyS0 panic=-1 {} -- {}", self.append, self.workload.replace(' ', ","));
         let mut command = Command::new(env!("CARGO_BIN_EXE_viommu"));
         command
             .current_dir(folder.path())
