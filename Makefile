@@ -1,18 +1,21 @@
 # make help says what there is. KERNEL=stock (Debian's 6.12) or KERNEL=backports
-# (the newest in trixie-backports) chooses the guest's kernel.
+# (the newest in trixie-backports) or KERNEL=patched (6.12 with the project's
+# series) chooses the guest's kernel.
 KERNEL ?= stock
 
-.PHONY: help demo test bench bench-guest setup update clean
+.PHONY: help demo test bench bench-guest guest-kernel check-patches setup update clean
 
 help:
 	@echo 'make demo         the NVMe flow from end to end, and its summary'
 	@echo 'make test         format, lints, unit and integration tests, guest boots'
 	@echo 'make bench        the address space beside a BTreeMap'
 	@echo 'make bench-guest  guest I/O here and on the devices inside QEMU'
+	@echo 'make guest-kernel build the guest kernel with the series in guest-kernel-patches/'
+	@echo 'make check-patches apply, build and check that series, patch by patch'
 	@echo 'make setup        install what this machine lacks'
 	@echo 'make update       look for a newer QEMU, kernels and guest tools'
 	@echo 'make clean        remove target/; what was fetched stays in the cache'
-	@echo 'KERNEL=stock or KERNEL=backports chooses the guest kernel.'
+	@echo 'KERNEL=stock, backports or patched chooses the guest kernel.'
 
 demo:
 	@scripts/demo $(KERNEL)
@@ -32,6 +35,12 @@ bench: setup
 bench-guest: setup
 	scripts/prepare-guest stock
 	cargo bench --bench guest
+
+guest-kernel:
+	@scripts/build-guest-kernel
+
+check-patches:
+	@scripts/check-patches
 
 setup:
 	@scripts/setup

@@ -1,0 +1,226 @@
+# shellcheck shell=bash
+# shellcheck disable=SC2034 # some variables are for the scripts that read this
+# Shared by the scripts that build the guest's kernel. Needs lib.sh, and runs in
+# the project's folder.
+#
+# The work folder .kernel/ holds
+#   tree/     the source with the series applied
+#   origin/   the files of it that the series touches, as they were
+#   source    what tree/ was unpacked from
+#   objects*/ what was compiled
+
+readonly PATCHES=guest-kernel-patches/linux-6.12
+# Of a full build; grows and shrinks a little with the configuration.
+readonly ABOUT_OBJECTS=2500
+
+# use_work_folder [SUFFIX]: takes .kernel/ for this run alone. Objects of other
+# configurations are kept apart.
+use_work_folder() {
+	work=$PWD/.kernel
+	mkdir -p "$work"
+	exec {WORK_LOCK}>"$work/lock"
+	flock -n "$WORK_LOCK" || {
+		say "waiting for another build in $work"
+		flock "$WORK_LOCK"
+	}
+	tree=$work/tree
+	objects=$work/objects${1:-}
+	log=$work/build.log
+	mkdir -p "$objects"
+}
+
+need_build_tools() {
+	local missing=() pair
+	for pair in flex:flex bison:bison bc:bc cpio:cpio perl:perl patch:patch xz:xz-utils gcc:gcc make:make; do
+		command -v "${pair%%:*}" >/dev/null || missing+=("${pair#*:}")
+	done
+	[[ -e /usr/include/gelf.h ]] || missing+=(libelf-dev)
+	((${#missing[@]} == 0)) || die "Packages that building a kernel needs are missing: ${missing[*]}" \
+		"To do:  sudo apt-get install ${missing[*]} ccache"
+}
+
+# The series in its order: all but the cover letter.
+series_files() {
+	find "$PATCHES" -name '[0-9]*.patch' ! -name '0000-*' | LC_ALL=C sort
+}
+
+# patch_content PATCH: what it changes, not who sent it when.
+patch_content() {
+	sed -n '/^---$/,$p' "$1"
+}
+
+# debian_source [--update]: prints the newest linux-source-6.12 that was
+# fetched, an archive; fetches one if there is none.
+debian_source() {
+	local folder
+	folder=$(cached linux-source-6.12 "${1:-}" fetch_source)
+	printf '%s\n' "$folder"/*.tar.xz
+}
+
+fetch_source() {
+	local version folder
+	use_private_apt
+	version=$(candidate linux-source-6.12 "$GUEST_SUITE" "$GUEST_SUITE-updates" "$GUEST_SUITE-security")
+	[[ -n $version ]] || die "Debian has no linux-source-6.12." "Looked in: $GUEST_SUITE"
+	folder=$VIOMMU_CACHE/linux-source-6.12-$(file_version "$version")
+	[[ ! -e $folder/.complete ]] || return 0
+	say "fetching Debian's source of Linux $version (150 MB)"
+	unfinished_folder
+	fetch_debs "$TEMP/debs" download "linux-source-6.12=$version"
+	manifest "$TEMP"/debs/*.deb >"$TEMP/manifest.sha256"
+	unpack_debs "$TEMP/root" "$TEMP"/debs/*.deb
+	mv "$TEMP"/root/usr/src/*.tar.xz "$TEMP/linux-$(file_version "$version").tar.xz"
+	rm -rf "$TEMP/root" "$TEMP/debs"
+	publish "$folder"
+}
+
+# source_id SOURCE: its name; for a folder a hash that changes with any file.
+source_id() {
+	if [[ -d $1 ]]; then
+		(cd "$1" && find . -path ./.git -prune -o -type f -printf '%P %s %T@\n') |
+			sort | sha256sum
+	else
+		printf '%s\n' "${1##*/}"
+	fi
+}
+
+unpack_source() {
+	local source=$1 id
+	id=$(source_id "$source")
+	[[ -e $work/source && $(<"$work/source") == "$id" && -d $tree ]] && return
+	rm -rf "$tree" "$work/origin" "$work/source"
+	mkdir -p "$tree"
+	say "unpacking $source"
+	if [[ -d $source ]]; then
+		(cd "$source" && tar -c --exclude=./.git .) | tar -x -C "$tree"
+		# What was configured or built there would disturb.
+		[[ ! -e $tree/.config ]] || make -s -C "$tree" mrproper
+	else
+		tar -xf "$source" -C "$tree" --strip-components=1
+	fi
+	printf '%s\n' "$id" >"$work/source"
+}
+
+tree_version() {
+	sed -n 's/^\(VERSION\|PATCHLEVEL\|SUBLEVEL\) = //p' "$1/Makefile" 2>/dev/null | paste -sd .
+}
+
+# original FILE: copies FILE as it was before any series to $scratch.
+original() {
+	local from=$tree
+	[[ ! -e $work/origin/$1 && ! -e $work/origin/$1.absent ]] || from=$work/origin
+	[[ -e $from/$1 ]] || return 0
+	mkdir -p "$scratch/$(dirname "$1")"
+	cp -p "$from/$1" "$scratch/$1"
+}
+
+# apply_one PATCH: to $scratch, without fuzz.
+apply_one() {
+	local output
+	if ! output=$(patch -d "$scratch" -p1 -F0 -N --no-backup-if-mismatch -r - <"$1"); then
+		die "The series does not apply to this source." \
+			"Patch:  ${1##*/}" \
+			"File:   $(awk '/^patching file/ { file = $3 } /FAILED|ignored|No file|previously applied/ && !seen[file]++ { printf "%s%s", sep, file; sep = ", " }
+				/can.t find file to patch/ { printf "%sone that is not there", sep; sep = ", " }' <<<"$output")" \
+			"Source: Linux $(tree_version "$tree"), from $source" \
+			"Wanted: Linux 6.12, for example Debian's linux-source-6.12"
+	fi
+}
+
+# prepare_tree SOURCE PATCH...: makes tree/ the source with these patches. Files
+# that do not change keep their time, so that make leaves their objects alone.
+prepare_tree() {
+	local source=$1 patch file scratch
+	shift
+	unpack_source "$source"
+	scratch=$(mktemp -d "$work/scratch.XXXXXX")
+	while read -r file; do original "$file"; done < <(sed -n 's|^+++ b/||p' "$@" | sort -u)
+	for patch in "$@"; do apply_one "$patch"; done
+	# What an earlier series touched and this one does not goes back.
+	if [[ -d $work/origin ]]; then
+		while read -r file; do
+			[[ -e $scratch/$file ]] || put_back "$file"
+		done < <(cd "$work/origin" && find . -type f -printf '%P\n')
+	fi
+	while read -r file; do put_file "$file"; done < <(cd "$scratch" && find . -type f -printf '%P\n')
+	rm -rf "$scratch"
+}
+
+put_back() {
+	local file=${1%.absent}
+	[[ ! -e $scratch/$file ]] || return 0
+	if [[ $1 == *.absent ]]; then
+		rm -f "$tree/$file"
+	else
+		cmp -s "$work/origin/$file" "$tree/$file" || cp "$work/origin/$file" "$tree/$file"
+	fi
+}
+
+put_file() {
+	mkdir -p "$work/origin/$(dirname "$1")" "$tree/$(dirname "$1")"
+	if [[ ! -e $work/origin/$1 && ! -e $work/origin/$1.absent ]]; then
+		if [[ -e $tree/$1 ]]; then
+			cp -p "$tree/$1" "$work/origin/$1"
+		else
+			: >"$work/origin/$1.absent"
+		fi
+	fi
+	cmp -s "$scratch/$1" "$tree/$1" || cp "$scratch/$1" "$tree/$1"
+}
+
+# The same input gives the same objects, wherever the checkout is.
+kernel_make() {
+	local compiler=${CC:-gcc}
+	command -v ccache >/dev/null && compiler="ccache $compiler"
+	KBUILD_BUILD_TIMESTAMP=2025-01-01 KBUILD_BUILD_USER=viommu KBUILD_BUILD_HOST=viommu \
+		CCACHE_BASEDIR=$work CCACHE_NOHASHDIR=1 \
+		make -C "$tree" O="$objects" CC="$compiler" -j"$(nproc)" "$@"
+}
+
+# configure FRAGMENT...: tinyconfig with the fragments, each line checked.
+configure() {
+	local line option wrong='' fragments
+	fragments=$(realpath "$@")
+	kernel_make -s tinyconfig >"$log" 2>&1 || die "The kernel could not be configured." "Log: $log"
+	# shellcheck disable=SC2086
+	(cd "$objects" && KCONFIG_CONFIG=.config "$tree/scripts/kconfig/merge_config.sh" -m -O . .config $fragments) \
+		>"$log" 2>&1 || die "The configuration could not be merged." "Log: $log"
+	kernel_make -s olddefconfig >"$log" 2>&1 || die "The kernel could not be configured." "Log: $log"
+	while read -r line; do
+		case $line in
+		CONFIG_*) option=${line%%=*} ;;
+		'# CONFIG_'*' is not set')
+			option=${line#\# }
+			option=${option%% *}
+			;;
+		*) continue ;;
+		esac
+		# A later fragment may overrule an earlier one.
+		[[ $(cat "$@" | grep -E "^(# )?$option[= ]" | tail -n 1) == "$line" ]] || continue
+		case $line in
+		CONFIG_*) grep -qxF -- "$line" "$objects/.config" || wrong+=" $option" ;;
+		*) ! grep -q "^$option=" "$objects/.config" || wrong+=" $option" ;;
+		esac
+	done < <(cat "$@")
+	[[ -z $wrong ]] || die "The kernel cannot be configured as wanted." "Options:$wrong" \
+		"Wanted: what $* say" "Found:  $objects/.config"
+}
+
+# compile TARGET...: with a line of progress now and then.
+compile() {
+	local pid start=$SECONDS done
+	say "building Linux $(tree_version "$tree") in .kernel/: about 8 minutes on 2 cores the first time, little later"
+	kernel_make "$@" >"$log" 2>&1 &
+	pid=$!
+	# shellcheck disable=SC2064
+	trap "kill $pid 2>/dev/null || true; $(trap -p EXIT | sed "s/^trap -- '\(.*\)' EXIT\$/\1/")" EXIT
+	while kill -0 "$pid" 2>/dev/null; do
+		sleep 1
+		(((SECONDS - start) % 15)) || {
+			done=$(grep -cE '^  (CC|AS|LD) ' "$log" || true)
+			say "  $done files of at most about $ABOUT_OBJECTS, $((SECONDS - start)) s"
+		}
+	done
+	wait "$pid" || die "The kernel does not build." \
+		"First error: $(grep -m 1 -E 'error:|Error [0-9]' "$log")" "Log: $log"
+}
