@@ -1,0 +1,117 @@
+//! The wire format of the split alloc/map protocol, an extension of virtio-iommu: `docs/split-protocol.md`.
+//!
+//! Everything is little endian and without implicit padding. Ranges are inclusive. The tail is the standard's.
+
+use zerocopy::little_endian::{U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use super::virtio_iommu::Head;
+
+/// `VIRTIO_IOMMU_F_SPLIT_MAP`: RESERVE, LINK, UNLINK and RELEASE are available. Needs `VIRTIO_IOMMU_F_MAP_UNMAP`.
+pub const F_SPLIT_MAP: u64 = 1 << 23;
+
+/// Request types, beside those of [`super::virtio_iommu::request_type`].
+pub mod request_type {
+    /// `VIRTIO_IOMMU_T_RESERVE`: reserve a range of I/O virtual addresses.
+    pub const RESERVE: u8 = 0x80;
+    /// `VIRTIO_IOMMU_T_LINK`: lead granules of a reservation to memory.
+    pub const LINK: u8 = 0x81;
+    /// `VIRTIO_IOMMU_T_UNLINK`: undo that, for any granules of a reservation.
+    pub const UNLINK: u8 = 0x82;
+    /// `VIRTIO_IOMMU_T_RELEASE`: end a reservation.
+    pub const RELEASE: u8 = 0x83;
+
+    /// Whether a type is one of these.
+    pub const fn is_split(kind: u8) -> bool {
+        matches!(kind, RESERVE | LINK | UNLINK | RELEASE)
+    }
+}
+
+/// The most extents of a LINK.
+pub const EXTENTS_MAX: usize = 512;
+
+/// RESERVE, UNLINK and RELEASE without their tail: 36 bytes.
+#[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct Range {
+    /// Type RESERVE, UNLINK or RELEASE.
+    pub head: Head,
+    /// The domain.
+    pub domain: U32,
+    /// First I/O virtual address.
+    pub virt_start: U64,
+    /// Last I/O virtual address.
+    pub virt_end: U64,
+    /// What the trace calls it.
+    pub tag: U64,
+    /// Zero.
+    pub flags: U32,
+}
+
+/// LINK without its extents and its tail: 32 bytes. `count` extents follow.
+#[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct Link {
+    /// Type LINK.
+    pub head: Head,
+    /// The domain.
+    pub domain: U32,
+    /// The I/O virtual address of the first granule of the first extent.
+    pub virt_start: U64,
+    /// What the trace calls accesses to what is linked.
+    pub tag: U64,
+    /// [`super::virtio_iommu::MapFlags`].
+    pub flags: U32,
+    /// How many extents follow: 1 to [`EXTENTS_MAX`].
+    pub count: U32,
+}
+
+/// A run of granules in guest-physical memory: bits 63 to 12 are the address of the first, with zeros for its low 12
+/// bits; bits 11 to 0 are how many granules there are, less one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(transparent)]
+pub struct Extent(U64);
+
+impl Extent {
+    /// The most granules of an extent.
+    pub const GRANULES_MAX: u64 = 1 << 12;
+
+    /// The run of `granules`, 1 to [`Extent::GRANULES_MAX`], from `phys` on, whose low 12 bits are zero; `None` if it
+    /// is not that.
+    pub fn new(phys: u64, granules: u64) -> Option<Extent> {
+        let fits = phys.is_multiple_of(Self::GRANULES_MAX) && (1..=Self::GRANULES_MAX).contains(&granules);
+        fits.then(|| Extent((phys | (granules - 1)).into()))
+    }
+
+    /// The guest-physical address of the first granule.
+    pub fn phys(self) -> u64 {
+        self.0.get() & !(Self::GRANULES_MAX - 1)
+    }
+
+    /// How many granules there are: 1 to [`Extent::GRANULES_MAX`].
+    pub fn granules(self) -> u64 {
+        (self.0.get() & (Self::GRANULES_MAX - 1)) + 1
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_the_protocols() {
+        assert_eq!((size_of::<Range>(), size_of::<Link>(), size_of::<Extent>()), (36, 32, 8));
+    }
+
+    #[test]
+    fn an_extent_is_an_address_and_a_length() {
+        let extent = Extent::new(0x1234_5000, 0x1000).unwrap();
+        assert_eq!((extent.phys(), extent.granules()), (0x1234_5000, 0x1000));
+        assert_eq!(extent.as_bytes(), [0xff, 0x5f, 0x34, 0x12, 0, 0, 0, 0]);
+        let last = Extent::new(u64::MAX - 0xfff, 1).unwrap();
+        assert_eq!((last.phys(), last.granules()), (u64::MAX - 0xfff, 1));
+        for (phys, granules) in [(0x1234_5001, 1), (0x1000, 0), (0x1000, 0x1001)] {
+            assert_eq!(Extent::new(phys, granules), None);
+        }
+    }
+}
