@@ -11,6 +11,17 @@ fn documented() -> Vec<Event> {
     let request = |request, status, endpoint, domain, flags, [virt_start, virt_end, phys_start]: [u64; 3], duration| {
         Event::Request { request, status, endpoint, domain, flags, virt_start, virt_end, phys_start, duration }
     };
+    let split = |request, flags, [virt_start, virt_end]: [u64; 2], tag, count, duration| Event::Split {
+        request,
+        status: 0,
+        domain: 1,
+        flags,
+        virt_start,
+        virt_end,
+        tag,
+        count,
+        duration,
+    };
     let nvme = |queue, opcode, id, status, pointer, address, data, len, duration| Event::Command {
         endpoint: 0x20,
         model: Model::Nvme,
@@ -82,6 +93,10 @@ fn documented() -> Vec<Event> {
         Event::Malformed { queue: 0, head: 12, readable: 3, writable: 4, used: 0 },
         Event::Panic { endpoint: 0x20 },
         Event::Lost { place: LossPlace::Client, count: 1234, since: 5_000_000_100 },
+        split(0x80, 0, [0xfffd_0000, 0xfffe_ffff], 0x0100_0000_0000_0007, 0, 160),
+        split(0x81, 2, [0xfffd_0000, 0xfffd_ffff], 0x0100_0000_0000_0008, 5, 420),
+        split(0x82, 0, [0xfffd_4000, 0xfffd_4fff], 0x0100_0000_0000_0008, 1, 230),
+        split(0x83, 0, [0xfffd_0000, 0xfffe_ffff], 0x0100_0000_0000_0007, 15, 610),
     ]
 }
 

@@ -1,6 +1,7 @@
 //! Events to records and back. `docs/trace.md` describes the same layout for readers.
 
 use crate::trace::event::{Access, Channel, DataPointer, Event, LossPlace, Model, ResetKind, Route};
+use crate::wire::split::request_type::is_split;
 use crate::wire::trace::{Kind, NO_ENDPOINT, Record};
 use crate::wire::virtio_iommu::request_type;
 
@@ -8,6 +9,12 @@ use crate::wire::virtio_iommu::request_type;
 const FLAG_FAILED: u8 = 1 << 7;
 const FLAG_DOMAIN: u8 = 1 << 7;
 const FLAG_WRITABLE: u8 = 1 << 7;
+
+/// In the split protocol's requests a duration and a count share a word: 40 and 24 bits. Larger ones are cut to the
+/// largest.
+const SPLIT_DURATION_BITS: u32 = 40;
+const SPLIT_DURATION_MAX: u64 = (1 << SPLIT_DURATION_BITS) - 1;
+const SPLIT_COUNT_MAX: u32 = (1 << (64 - SPLIT_DURATION_BITS)) - 1;
 
 /// A record that this version cannot read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -46,7 +53,7 @@ impl Event {
             Event::Memory { .. } => Kind::Memory,
             Event::Queue { .. } => Kind::Queue,
             Event::Kick { .. } => Kind::Kick,
-            Event::Request { .. } => Kind::Request,
+            Event::Request { .. } | Event::Split { .. } => Kind::Request,
             Event::Reset { .. } => Kind::Reset,
             Event::Fault { .. } => Kind::Fault,
             Event::Dma { .. } => Kind::Dma,
@@ -99,6 +106,11 @@ impl Event {
                 small = [request, status];
                 endpoint = id;
                 args = [virt_start, virt_end, phys_start, pair(domain, flags), duration];
+            }
+            Event::Split { request, status, domain, flags, virt_start, virt_end, tag, count, duration } => {
+                small = [request, status];
+                let count = u64::from(count.min(SPLIT_COUNT_MAX)) << SPLIT_DURATION_BITS;
+                args = [virt_start, virt_end, tag, pair(domain, flags), duration.min(SPLIT_DURATION_MAX) | count];
             }
             Event::Reset { reset, endpoint: id } => {
                 small = [reset as u8, 0];
@@ -189,6 +201,17 @@ impl Event {
                 Event::Queue { queue: first, started: second != 0, index: args[0] as u16, size: args[1] as u16 }
             }
             Kind::Kick => Event::Kick { queue: first, requests: low(args[0]) },
+            Kind::Request if is_split(first) => Event::Split {
+                request: first,
+                status: second,
+                domain: low(args[3]),
+                flags: high(args[3]),
+                virt_start: args[0],
+                virt_end: args[1],
+                tag: args[2],
+                count: (args[4] >> SPLIT_DURATION_BITS) as u32,
+                duration: args[4] & SPLIT_DURATION_MAX,
+            },
             Kind::Request => Event::Request {
                 request: first,
                 status: second,
@@ -353,7 +376,29 @@ pub(super) mod tests {
     }
 
     fn any_request() -> impl Strategy<Value = Event> {
-        (any::<[u8; 2]>(), any::<[u32; 3]>(), any::<[u64; 4]>()).prop_map(
+        prop_oneof![any_base_request(), any_split_request()]
+    }
+
+    fn any_split_request() -> impl Strategy<Value = Event> {
+        let numbers = (0..=SPLIT_COUNT_MAX, 0..=SPLIT_DURATION_MAX);
+        ((0x80u8..0x84, any::<u8>()), any::<[u32; 2]>(), any::<[u64; 3]>(), numbers).prop_map(
+            |((request, status), [domain, flags], [virt_start, virt_end, tag], (count, duration))| Event::Split {
+                request,
+                status,
+                domain,
+                flags,
+                virt_start,
+                virt_end,
+                tag,
+                count,
+                duration,
+            },
+        )
+    }
+
+    fn any_base_request() -> impl Strategy<Value = Event> {
+        let words = (any::<[u8; 2]>(), any::<[u32; 3]>(), any::<[u64; 4]>());
+        words.prop_filter("a type of the split protocol", |words| !is_split(words.0[0])).prop_map(
             |([request, status], [id, domain, flags], [virt_start, virt_end, phys_start, duration])| Event::Request {
                 request,
                 status,
@@ -386,6 +431,23 @@ pub(super) mod tests {
                 prop_assert_eq!(event.kind() as u16, kind);
             }
         }
+    }
+
+    #[test]
+    fn a_count_and_a_duration_that_do_not_fit_are_cut() {
+        let event = Event::Split {
+            request: 0x83,
+            status: 0,
+            domain: 1,
+            flags: 0,
+            virt_start: 0,
+            virt_end: 0,
+            tag: 0,
+            count: u32::MAX,
+            duration: u64::MAX,
+        };
+        let Ok(Event::Split { count, duration, .. }) = Event::decode(&event.encode(0, 0)) else { panic!("{event:?}") };
+        assert_eq!((count, duration), ((1 << 24) - 1, (1 << 40) - 1));
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! What can happen, typed. Each variant packs into one [`crate::wire::trace::Record`]; `codec` says how.
 
+use std::time::Duration;
+
 /// Enumerations whose numbers and names are part of the trace's format: neither is ever used again for something else.
 macro_rules! named {
     ($($(#[$meta:meta])* pub enum $type:ident { $($(#[$doc:meta])* $variant:ident = $number:literal $name:literal,)* })*) => { $(
@@ -127,6 +129,20 @@ pub enum Event {
         phys_start: u64,
         duration: u64,
     },
+    /// A request of the split protocol was answered. `flags` and `tag` are the request's, and so is the range; a LINK's
+    /// is that of its extents. `count`: LINK: its extents; UNLINK, RELEASE: the granules that it unlinked. `duration` is
+    /// the time in the device.
+    Split {
+        request: u8,
+        status: u8,
+        domain: u32,
+        flags: u32,
+        virt_start: u64,
+        virt_end: u64,
+        tag: u64,
+        count: u32,
+        duration: u64,
+    },
     /// A reset, of the endpoint's function or of the IOMMU.
     Reset { reset: ResetKind, endpoint: Option<u32> },
     /// An access faulted; `reason` is the specification's `VIRTIO_IOMMU_FAULT_R_*`.
@@ -180,4 +196,14 @@ pub enum Event {
     Lost { place: LossPlace, count: u64, since: u64 },
     /// A device model panicked and was contained.
     Panic { endpoint: u32 },
+}
+
+impl Event {
+    /// A request's event, answered after `time`; another one as it is.
+    pub fn after(mut self, time: Duration) -> Event {
+        if let Event::Request { duration, .. } | Event::Split { duration, .. } = &mut self {
+            *duration = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        }
+        self
+    }
 }

@@ -4,6 +4,7 @@ use std::io::Write;
 
 use crate::trace::event::{DataPointer, Event, Model};
 use crate::trace::{CodecError, names};
+use crate::wire::split::request_type as split_type;
 use crate::wire::trace::Record;
 use crate::wire::virtio_iommu::request_type;
 
@@ -39,6 +40,7 @@ fn endpoint(event: &Event) -> Option<u32> {
         | Event::Device { endpoint, .. }
         | Event::Panic { endpoint } => Some(endpoint),
         Event::Features { .. }
+        | Event::Split { .. }
         | Event::Queue { .. }
         | Event::Kick { .. }
         | Event::Bypass { .. }
@@ -77,6 +79,7 @@ fn describe(event: &Event, to: &mut impl Fields) {
             to.number("requests", requests.into());
         }
         Event::Request { .. } => describe_request(event, to),
+        Event::Split { .. } => describe_split(event, to),
         Event::Reset { reset, .. } => to.name("reset", reset.name()),
         Event::Fault { reason, access, address, domain, .. } => {
             to.name("reason", &names::fault_reason(reason));
@@ -155,6 +158,31 @@ fn describe_request(event: &Event, to: &mut impl Fields) {
             to.hex("phys_start", phys_start);
             to.hex("flags", flags.into());
         }
+    }
+    to.duration("duration_ns", duration);
+}
+
+/// The fields of a request of the split protocol.
+fn describe_split(event: &Event, to: &mut impl Fields) {
+    let Event::Split { request, status, domain, flags, virt_start, virt_end, tag, count, duration } = *event else {
+        return;
+    };
+    to.name("type", &names::request(request));
+    to.name("status", &names::status(status));
+    to.number("domain", domain.into());
+    to.hex("virt_start", virt_start);
+    to.hex("virt_end", virt_end);
+    to.size(virt_start, virt_end);
+    to.hex("tag", tag);
+    match request {
+        split_type::RESERVE => {}
+        split_type::LINK => to.number("extents", count.into()),
+        _ => to.number("granules", count.into()),
+    }
+    if request == split_type::LINK {
+        to.name("flags", &names::map_flags(flags));
+    } else if flags != 0 {
+        to.hex("flags", flags.into());
     }
     to.duration("duration_ns", duration);
 }

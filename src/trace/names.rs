@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 
 use crate::trace::event::Model;
+use crate::wire::split::{F_SPLIT_MAP, request_type as split_type};
 use crate::wire::virtio_iommu::{ATTACH_F_BYPASS, FaultReason, MapFlags, Status, feature, request_type};
 
 /// A spelled number, or the number in hexadecimal where the specification has no name for it.
@@ -12,7 +13,7 @@ fn or_number(name: Option<&'static str>, number: impl std::fmt::LowerHex) -> Nam
     name.map_or_else(|| format!("{number:#x}").into(), Cow::Borrowed)
 }
 
-/// `VIRTIO_IOMMU_T_*` without the prefix.
+/// `VIRTIO_IOMMU_T_*` without the prefix, those of the split protocol too.
 pub fn request(kind: u8) -> Name {
     let name = match kind {
         request_type::ATTACH => "ATTACH",
@@ -20,6 +21,10 @@ pub fn request(kind: u8) -> Name {
         request_type::MAP => "MAP",
         request_type::UNMAP => "UNMAP",
         request_type::PROBE => "PROBE",
+        split_type::RESERVE => "RESERVE",
+        split_type::LINK => "LINK",
+        split_type::UNLINK => "UNLINK",
+        split_type::RELEASE => "RELEASE",
         _ => return or_number(None, kind),
     };
     name.into()
@@ -91,6 +96,7 @@ pub fn features(bits: u64) -> impl Iterator<Item = Name> {
             feature::PROBE => "PROBE",
             feature::MMIO => "MMIO",
             feature::BYPASS_CONFIG => "BYPASS_CONFIG",
+            F_SPLIT_MAP => "SPLIT_MAP",
             _ => match bit {
                 24 => "NOTIFY_ON_EMPTY",
                 27 => "ANY_LAYOUT",
@@ -207,7 +213,8 @@ mod tests {
 
     #[test]
     fn an_unknown_number_stays_a_number() {
-        assert_eq!(request(0x80), "0x80");
+        assert_eq!(request(0x83), "RELEASE");
+        assert_eq!(request(0x84), "0x84");
         assert_eq!(status(99), "0x63");
         assert_eq!(fault_reason(7), "0x7");
         assert_eq!(opcode(Model::Nvme, 0, 0x02), "get_log_page");
