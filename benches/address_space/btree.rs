@@ -55,6 +55,7 @@ impl BTree {
             phys: phys.wrapping_add(iova - start),
             len: (end - iova).saturating_add(1),
             flags,
+            tag: 0,
         })
     }
 

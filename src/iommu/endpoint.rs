@@ -130,7 +130,7 @@ impl Endpoint {
                 len: found.len.min(limit),
                 route: Route::Mapped,
                 domain: domain.id,
-                tag: 0,
+                tag: found.tag,
             }),
             _ => refused(FaultReason::Mapping),
         }

@@ -1,10 +1,9 @@
 //! The byte budget that the address spaces of a device share.
 
-use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use super::node::{NODE_BYTES, Node};
+use super::node::{Entry, node_bytes};
 
 /// Bytes that all address spaces of a device may take together.
 #[derive(Debug)]
@@ -30,36 +29,34 @@ impl Budget {
     }
 
     /// Takes `bytes`, or nothing if that were too many.
-    fn take(&self, bytes: u64) -> bool {
+    pub(in crate::iommu) fn take(&self, bytes: u64) -> bool {
         let sum = |used: u64| used.checked_add(bytes).filter(|sum| *sum <= self.limit);
         self.used.fetch_update(Relaxed, Relaxed, sum).is_ok()
     }
 
-    fn give_back(&self, bytes: u64) {
+    /// Gives back what was taken.
+    pub(in crate::iommu) fn give_back(&self, bytes: u64) {
         self.used.fetch_sub(bytes, Relaxed);
     }
 
     /// A table, charged; `None` if the budget or the memory is used up.
-    pub(super) fn allocate(&self) -> Option<NonNull<Node>> {
-        if !self.take(NODE_BYTES) {
+    pub(super) fn allocate(&self, tagged: bool) -> Option<Entry> {
+        if !self.take(node_bytes(tagged)) {
             return None;
         }
-        let node = Node::allocate();
-        if node.is_none() {
-            self.give_back(NODE_BYTES);
+        let table = Entry::new_table(tagged);
+        if table.is_none() {
+            self.give_back(node_bytes(tagged));
         }
-        node
+        table
     }
 }
 
 /// Tables that are in the tree no more; freed, and given back to the budget, when it is dropped.
 pub(super) struct Retired {
     budget: Arc<Budget>,
-    nodes: Vec<NonNull<Node>>,
+    tables: Vec<Entry>,
 }
-
-// SAFETY: Whoever drops it frees tables that nobody else uses (see `Retired::new`); which thread does, does not matter.
-unsafe impl Send for Retired {}
 
 impl Retired {
     /// Takes over tables.
@@ -67,17 +64,17 @@ impl Retired {
     /// # Safety
     /// They come from [`Budget::allocate`] of this budget, nobody else frees them, they cannot be reached from the tree any
     /// more, and the result is not dropped before every reader that may have reached them has left its section.
-    pub(super) unsafe fn new(budget: Arc<Budget>, nodes: Vec<NonNull<Node>>) -> Self {
-        Retired { budget, nodes }
+    pub(super) unsafe fn new(budget: Arc<Budget>, tables: Vec<Entry>) -> Self {
+        Retired { budget, tables }
     }
 }
 
 impl Drop for Retired {
     fn drop(&mut self) {
-        for node in &self.nodes {
+        for table in &self.tables {
+            self.budget.give_back(table.bytes());
             // SAFETY: As `new` demands.
-            unsafe { Node::free(*node) };
+            unsafe { table.free() };
         }
-        self.budget.give_back(NODE_BYTES * self.nodes.len() as u64);
     }
 }

@@ -8,6 +8,7 @@
 //! ([`super::grace`]).
 
 mod budget;
+mod link;
 #[cfg(all(loom, test))]
 mod loom_tests;
 mod node;
@@ -16,15 +17,19 @@ mod tests;
 mod writer;
 
 pub use budget::Budget;
+pub use link::Run;
 
 use std::sync::Arc;
 
 use self::budget::Retired;
-use self::node::{NODE_BYTES, Root, Slot, span};
+use self::node::{Root, Slot, span};
 use self::writer::{Obstacle, Request, Unlinked, Writer, find};
 use super::grace::{Grace, Guard};
 use super::sync::{Mutex, Padded, lock};
 use crate::wire::virtio_iommu::MapFlags;
+
+/// Bytes of a page: the smallest thing that is mapped.
+pub const PAGE: u64 = 1 << node::PAGE_SHIFT;
 
 /// What [`AddressSpace::lookup`] finds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +40,8 @@ pub struct Mapping {
     pub len: u64,
     /// What is allowed.
     pub flags: MapFlags,
+    /// The tag of the LINK that made it, or 0.
+    pub tag: u64,
 }
 
 /// Why a MAP was refused.
@@ -53,7 +60,7 @@ pub struct Splits;
 /// What an UNMAP removed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Removed {
-    /// Whole mappings, as MAP made them.
+    /// Whole mappings, as MAP made them; each page of a LINK is one.
     pub mappings: u64,
 }
 
@@ -79,9 +86,27 @@ impl AddressSpace {
         debug_assert!(start <= end && start & span(0) == 0 && !end & span(0) == 0 && phys & span(0) == 0);
         // A caller who gets it wrong gets whole pages.
         let request = Request { start: start & !span(0), end: end | span(0), phys, flags };
+        self.add(|writer, _| writer.map(&self.root, &self.budget, &request))
+    }
+
+    /// Maps the pages of `runs` one after the other from `start` on, each as a mapping of its own that carries `tag`, or
+    /// none of them. `start` must be aligned to 4 KiB, and neither the range nor a run may go beyond the last address.
+    /// Otherwise as [`AddressSpace::map`].
+    pub fn link(
+        &self,
+        start: u64,
+        runs: impl Iterator<Item = Run> + Clone,
+        flags: MapFlags,
+        tag: u64,
+    ) -> Result<(), MapError> {
+        self.add(|writer, unlinked| writer.link(&self.root, &self.budget, unlinked, start, runs.clone(), flags, tag))
+    }
+
+    /// Does what adds mappings: `attempt` adds them all, or changes nothing that a reader could see.
+    fn add(&self, attempt: impl Fn(&mut Writer, &mut Unlinked) -> Result<(), Obstacle>) -> Result<(), MapError> {
         let mut unlinked = Unlinked::new();
         let mut writer = lock(&self.writer.0);
-        let mut result = writer.map(&self.root, &self.budget, &request);
+        let mut result = attempt(&mut writer, &mut unlinked);
         if let Err(Obstacle::Table | Obstacle::NoMemory) = result {
             // What is in the way may be tables that are kept for later, or that wait for their end.
             writer.unlink_idle(&self.root, &mut unlinked);
@@ -89,7 +114,7 @@ impl AddressSpace {
             if let Err(Obstacle::NoMemory) = result {
                 self.grace.synchronize();
             }
-            result = writer.map(&self.root, &self.budget, &request);
+            result = attempt(&mut writer, &mut unlinked);
         }
         if result.is_ok() {
             writer.trim(&self.root, &mut unlinked);
@@ -122,6 +147,13 @@ impl AddressSpace {
         Removed { mappings }
     }
 
+    /// Whether nothing is mapped in the inclusive range.
+    pub fn is_empty(&self, start: u64, end: u64) -> bool {
+        // No table goes while the writer's lock is held.
+        let _writer = lock(&self.writer.0);
+        link::is_empty(&self.root, node::ROOT_LEVEL, start, end)
+    }
+
     /// Looks an address up.
     ///
     /// # Panics
@@ -129,19 +161,24 @@ impl AddressSpace {
     #[inline]
     pub fn lookup(&self, guard: &Guard<'_>, iova: u64) -> Option<Mapping> {
         assert!(guard.is_of(&self.grace), "The guard is of another grace period than the address space");
-        let (leaf, level) = find(&self.root, iova)?;
+        let (leaf, level, tag) = find(&self.root, iova)?;
         let offset = iova & span(level);
-        Some(Mapping { phys: leaf.phys().wrapping_add(offset), len: span(level) - offset + 1, flags: leaf.flags() })
+        Some(Mapping {
+            phys: leaf.phys().wrapping_add(offset),
+            len: span(level) - offset + 1,
+            flags: leaf.flags(),
+            tag,
+        })
     }
 
-    /// Mappings that exist now.
+    /// Mappings that exist now, each page of a LINK among them.
     pub fn mappings(&self) -> u64 {
         lock(&self.writer.0).mappings
     }
 
     /// Bytes that the tables take now, idle ones included.
     pub fn bytes(&self) -> u64 {
-        lock(&self.writer.0).nodes * NODE_BYTES
+        lock(&self.writer.0).bytes
     }
 
     /// Frees tables after a grace period.

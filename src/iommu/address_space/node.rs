@@ -3,12 +3,14 @@
 //! | | 63..55 | 54 | 53, 52 | 51..12 | 11..6 | 5 | 4 | 3 | 2 | 1 | 0 |
 //! |---|---|---|---|---|---|---|---|---|---|---|---|
 //! | empty | 0 | 0 | 0 | 0 | 0 | 0 | 0 | 0 | 0 | 0 | 0 |
-//! | leaf | phys | phys | phys | phys | 0 | LAST | FIRST | MMIO | WRITE | READ | 1 |
+//! | leaf | phys | phys | phys | phys | LINKED at 6, else 0 | LAST | FIRST | MMIO | WRITE | READ | 1 |
 //! | lone page | page | 0 | 0 | phys | 0 | MMIO | WRITE | READ | 1 | 0 | 0 |
-//! | table | live slots | live slots | address | address | address | 0 | 0 | 0 | 0 | IDLE | 0 |
+//! | table | live slots | live slots | address | address | address | 0 | 0 | TAGGED | 0 | IDLE | 0 |
 //!
 //! A *lone page* stands in a slot of level 1, which covers 2 MiB, in place of a table of 512 slots of which one is in use: it
 //! names the page and where that leads. The second page in the same 2 MiB makes it a table.
+//!
+//! A leaf that a LINK made is a page, and is LINKED: its table is a *tagged* one, behind whose slots stands a tag for each.
 //!
 //! What only the writer needs of a table (how many of its slots are not empty, and whether it is listed as idle) stands
 //! in the slot that leads to it, which the writer has just read, and not in the table, where it would be one more cache
@@ -50,7 +52,9 @@ pub(super) const LAST_ADDRESS: u64 = u64::MAX >> (64 - PAGE_SHIFT - shape::BITS 
 pub(super) type Root = [Slot; ROOT_LEN];
 
 /// What a table is charged: itself, and what the allocator needs to align it and to know its size.
-pub(super) const NODE_BYTES: u64 = (size_of::<Node>() + 64) as u64;
+pub(super) const fn node_bytes(tagged: bool) -> u64 {
+    (if tagged { size_of::<Tagged>() } else { size_of::<Node>() } + 64) as u64
+}
 
 /// log2 of the bytes that a slot of `level` covers.
 #[inline]
@@ -73,39 +77,48 @@ pub(super) struct Node {
     alive: loom::cell::UnsafeCell<()>,
 }
 
+/// A table of pages that has a tag for each.
+#[repr(C)]
+pub(super) struct Tagged {
+    node: Node,
+    /// Counts for slots that are LINKED, and is stored before them.
+    tags: [AtomicU64; NODE_LEN],
+}
+
+#[cfg(not(loom))]
 impl Node {
-    /// A table of empty slots; `None` if there is no memory.
-    #[cfg(not(loom))]
-    pub(super) fn allocate() -> Option<NonNull<Node>> {
-        // SAFETY: A node is not of size 0.
-        let node = NonNull::new(unsafe { std::alloc::alloc_zeroed(std::alloc::Layout::new::<Node>()) }.cast::<Node>())?;
+    /// A table of empty slots, tagged or not; `None` if there is no memory.
+    fn allocate(tagged: bool) -> Option<NonNull<Node>> {
+        use std::alloc::{Layout, alloc_zeroed, dealloc};
+        let layout = if tagged { Layout::new::<Tagged>() } else { Layout::new::<Node>() };
+        // SAFETY: Neither is of size 0.
+        let node = NonNull::new(unsafe { alloc_zeroed(layout) }.cast::<Node>())?;
         if node.addr().get() as u64 & !Entry::ADDRESS != 0 {
             // An address that no Linux gives unless asked to.
-            // SAFETY: Allocated above, and nobody else knows it.
-            unsafe { Self::free(node) };
+            // SAFETY: Allocated above with this layout, and nobody else knows it.
+            unsafe { dealloc(node.as_ptr().cast(), layout) };
             return None;
         }
         Some(node)
     }
+}
 
-    #[cfg(loom)]
-    pub(super) fn allocate() -> Option<NonNull<Node>> {
-        let slots = std::array::from_fn(|_| Slot::default());
-        Some(NonNull::from(Box::leak(Box::new(Node { slots, alive: loom::cell::UnsafeCell::new(()) }))))
+#[cfg(loom)]
+impl Node {
+    fn new() -> Node {
+        Node { slots: std::array::from_fn(|_| Slot::default()), alive: loom::cell::UnsafeCell::new(()) }
     }
 
-    /// Gives the memory of a table back.
-    ///
-    /// # Safety
-    /// `node` comes from [`Node::allocate`], and nobody else uses it or can reach it.
-    pub(super) unsafe fn free(node: NonNull<Node>) {
-        // SAFETY: Allocated with the layout of a `Node`, as a box is; zeroes are valid slots; ours alone.
-        let node = unsafe { Box::from_raw(node.as_ptr()) };
-        #[cfg(loom)]
-        node.alive.with_mut(|_| ());
-        drop(node);
+    fn allocate(tagged: bool) -> Option<NonNull<Node>> {
+        if !tagged {
+            return Some(NonNull::from(Box::leak(Box::new(Node::new()))));
+        }
+        let tags = std::array::from_fn(|_| AtomicU64::default());
+        Some(NonNull::from(Box::leak(Box::new(Tagged { node: Node::new(), tags }))).cast())
     }
+}
 
+impl Node {
     #[inline]
     pub(super) fn slots(&self) -> &[Slot; NODE_LEN] {
         #[cfg(loom)]
@@ -135,6 +148,45 @@ fn index(level: u32, iova: u64) -> usize {
 #[inline]
 pub(super) fn root_slot(root: &Root, iova: u64) -> &Slot {
     &root[(iova >> shift(ROOT_LEVEL)) as usize & (ROOT_LEN - 1)]
+}
+
+impl Tagged {
+    /// The slots, as those of any table.
+    #[inline]
+    pub(super) fn node(&self) -> &Node {
+        &self.node
+    }
+
+    /// Links the page of `iova`, whose slot is empty, to where `leaf` leads.
+    pub(super) fn link(&self, iova: u64, leaf: Entry, tag: u64) {
+        // Release: a reader that sees this tag beside the old leaf sees, when it looks again, that the leaf has gone.
+        self.tags[index(0, iova)].store(tag, Release);
+        self.node.slot(0, iova).store(leaf.linked());
+    }
+
+    /// The leaf of the page of `iova`, and the tag of the LINK that made it, or 0. The page may be linked anew at any
+    /// time: a tag counts if the leaf was the same before and after it was read.
+    #[inline]
+    pub(super) fn find(&self, iova: u64) -> (Entry, u64) {
+        let slot = self.node.slot(0, iova);
+        let mut leaf = slot.load();
+        while leaf.is_linked() {
+            let tag = self.tags[index(0, iova)].load(Acquire);
+            let again = slot.load();
+            if again == leaf {
+                return (leaf, tag);
+            }
+            leaf = again;
+        }
+        (leaf, 0)
+    }
+
+    /// Takes over what stands in the slots of a table without tags. No reader may know this table yet.
+    pub(super) fn copy(&self, from: &Node) {
+        for (slot, old) in self.node.slots().iter().zip(from.slots()) {
+            slot.store(old.load());
+        }
+    }
 }
 
 /// One of the slots of a table that a range touches, with the part of the range that it covers.
@@ -178,7 +230,7 @@ impl Slot {
 }
 
 /// What a slot holds.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) struct Entry(u64);
 
 impl Entry {
@@ -189,6 +241,7 @@ impl Entry {
     const FLAGS: u64 = 0b111 << Self::FLAGS_SHIFT;
     const FIRST: u64 = 1 << 4;
     const LAST: u64 = 1 << 5;
+    const LINKED: u64 = 1 << 6;
     const PHYS: u64 = !((1 << PAGE_SHIFT) - 1);
 
     const LONE: u64 = 1 << 2;
@@ -197,6 +250,7 @@ impl Entry {
     const LONE_PAGE_SHIFT: u32 = 55;
 
     const IDLE: u64 = 1 << 1;
+    const TAGGED: u64 = 1 << 3;
     const ADDRESS: u64 = ((1 << Self::LIVE_SHIFT) - 1) & !0x3f;
     const LIVE_SHIFT: u32 = 54;
 
@@ -221,9 +275,32 @@ impl Entry {
         (phys & !Self::LONE_PHYS == 0).then_some(Entry(page | phys | flags | Self::LONE))
     }
 
-    /// An idle table without live slots.
-    pub(super) fn table(node: NonNull<Node>) -> Self {
-        Entry(node.as_ptr().expose_provenance() as u64 | Self::IDLE)
+    /// Of a leaf that is a page: the same, made by a LINK.
+    fn linked(self) -> Self {
+        Entry(self.0 | Self::LINKED | Self::FIRST | Self::LAST)
+    }
+
+    /// A new table, idle and without live slots; `None` if there is no memory.
+    pub(super) fn new_table(tagged: bool) -> Option<Self> {
+        let address = Node::allocate(tagged)?.as_ptr().expose_provenance() as u64;
+        Some(Entry(address | Self::IDLE | if tagged { Self::TAGGED } else { 0 }))
+    }
+
+    /// Of a table: gives its memory back.
+    ///
+    /// # Safety
+    /// Nobody else uses the table, can reach it, or frees it.
+    pub(super) unsafe fn free(self) {
+        #[cfg(loom)]
+        // SAFETY: A table, and ours alone.
+        unsafe { self.node() }.alive.with_mut(|_| ());
+        if self.is_tagged() {
+            // SAFETY: Allocated as a `Tagged`, with the layout of one, as a box is; zeroes are valid; ours alone.
+            drop(unsafe { Box::from_raw(self.address().cast::<Tagged>()) });
+        } else {
+            // SAFETY: As above, of a `Node`.
+            drop(unsafe { Box::from_raw(self.address()) });
+        }
     }
 
     #[inline]
@@ -289,9 +366,26 @@ impl Entry {
         self.0 & Self::LAST != 0
     }
 
+    /// Of a leaf: a LINK made it.
+    #[inline]
+    fn is_linked(self) -> bool {
+        self.0 & (Self::LEAF | Self::LINKED) == Self::LEAF | Self::LINKED
+    }
+
+    /// Of a table: it has tags.
+    #[inline]
+    pub(super) fn is_tagged(self) -> bool {
+        self.0 & Self::TAGGED != 0
+    }
+
+    /// Of a table: what it is charged.
+    pub(super) fn bytes(self) -> u64 {
+        node_bytes(self.is_tagged())
+    }
+
     /// Of a table: where it is.
     #[inline]
-    pub(super) fn address(self) -> *mut Node {
+    fn address(self) -> *mut Node {
         std::ptr::with_exposed_provenance_mut((self.0 & Self::ADDRESS) as usize)
     }
 
@@ -305,6 +399,16 @@ impl Entry {
         // SAFETY: A table's entry holds the address of a table that was allocated and is freed only when no such
         // caller is left.
         unsafe { &*self.address() }
+    }
+
+    /// Of a table: the same with its tags, if it has any.
+    ///
+    /// # Safety
+    /// As for [`Entry::node`].
+    #[inline]
+    pub(super) unsafe fn tagged<'a>(self) -> Option<&'a Tagged> {
+        // SAFETY: As above; a table that is TAGGED was allocated as one.
+        self.is_tagged().then(|| unsafe { &*self.address().cast::<Tagged>() })
     }
 
     /// Of a table: how many of its slots are not empty.

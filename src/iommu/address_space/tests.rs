@@ -2,12 +2,14 @@
 
 use std::sync::Arc;
 
-use super::node::NODE_BYTES;
+use super::node::node_bytes;
 use super::{AddressSpace, Budget, MapError, Mapping, Removed, Splits};
 use crate::iommu::grace::Grace;
 use crate::wire::virtio_iommu::MapFlags;
 
 const PAGE: u64 = 4096;
+/// What a table without tags is charged.
+const NODE: u64 = node_bytes(false);
 const RW: MapFlags = MapFlags::READ.union(MapFlags::WRITE);
 
 struct Space {
@@ -18,7 +20,7 @@ struct Space {
 
 impl Space {
     fn with_tables(tables: u64) -> Self {
-        let (grace, budget) = (Grace::new(), Budget::new(tables * NODE_BYTES));
+        let (grace, budget) = (Grace::new(), Budget::new(tables * NODE));
         Space { space: AddressSpace::new(grace.clone(), budget.clone()), grace, budget }
     }
 
@@ -61,10 +63,10 @@ fn all_addresses_in_one_map_need_no_table() {
 
 #[test]
 fn large_maps_are_few_tables() {
-    let space = Space::with_tables(u64::MAX / NODE_BYTES);
+    let space = Space::with_tables(u64::MAX / NODE);
     // One page less than all: a table on each level at either end.
     assert_eq!(space.map(PAGE, u64::MAX - PAGE, 0x7000), Ok(()));
-    assert_eq!(space.space.bytes(), 10 * NODE_BYTES);
+    assert_eq!(space.space.bytes(), 10 * NODE);
     assert_eq!(space.at(PAGE - 1), None);
     assert_eq!(space.at(PAGE).unwrap().phys, 0x7000);
     assert_eq!(space.at(1 << 40).unwrap().phys, (1 << 40) + 0x6000);
@@ -77,7 +79,7 @@ fn large_maps_are_few_tables() {
 fn a_mapping_without_permissions_exists() {
     let space = Space::with_tables(10);
     space.space.map(0, PAGE - 1, 0, MapFlags::empty()).unwrap();
-    assert_eq!(space.at(5), Some(Mapping { phys: 5, len: PAGE - 5, flags: MapFlags::empty() }));
+    assert_eq!(space.at(5), Some(Mapping { phys: 5, len: PAGE - 5, flags: MapFlags::empty(), tag: 0 }));
     assert_eq!(space.map(0, PAGE - 1, 0), Err(MapError::Overlap));
 }
 
@@ -105,8 +107,8 @@ fn row_46_the_last_byte_belongs_to_its_own_mapping() {
     let space = Space::with_tables(10);
     space.map(PAGE, 2 * PAGE - 1, 0xa000).unwrap();
     space.map(2 * PAGE, 3 * PAGE - 1, 0xe000).unwrap();
-    assert_eq!(space.at(2 * PAGE - 1), Some(Mapping { phys: 0xafff, len: 1, flags: RW }));
-    assert_eq!(space.at(2 * PAGE), Some(Mapping { phys: 0xe000, len: PAGE, flags: RW }));
+    assert_eq!(space.at(2 * PAGE - 1), Some(Mapping { phys: 0xafff, len: 1, flags: RW, tag: 0 }));
+    assert_eq!(space.at(2 * PAGE), Some(Mapping { phys: 0xe000, len: PAGE, flags: RW, tag: 0 }));
 }
 
 #[test]
@@ -115,10 +117,10 @@ fn idle_tables_are_kept_and_given_up_for_others() {
     space.map_two(0).unwrap();
     assert_eq!(space.unmap(0, PAGE - 1), Ok(1));
     assert_eq!(space.unmap(PAGE, 2 * PAGE - 1), Ok(1));
-    assert_eq!(space.space.bytes(), 5 * NODE_BYTES, "kept");
+    assert_eq!(space.space.bytes(), 5 * NODE, "kept");
     // Five other tables: only if the idle ones go.
     space.map_two(1 << 60).unwrap();
-    assert_eq!(space.budget.used(), 5 * NODE_BYTES);
+    assert_eq!(space.budget.used(), 5 * NODE);
     // And now there is nothing to give up.
     assert_eq!(space.map(0, PAGE - 1, 0), Err(MapError::NoMemory));
     assert_eq!((space.at(0), space.space.mappings()), (None, 2));
@@ -134,8 +136,8 @@ fn a_lone_page_needs_no_table_of_its_own() {
     let space = Space::with_tables(5);
     let lone = (7 << 21) + 5 * PAGE;
     space.map(lone, lone + PAGE - 1, 0x9000).unwrap();
-    assert_eq!(space.space.bytes(), 4 * NODE_BYTES);
-    assert_eq!(space.at(lone + 1), Some(Mapping { phys: 0x9001, len: PAGE - 1, flags: RW }));
+    assert_eq!(space.space.bytes(), 4 * NODE);
+    assert_eq!(space.at(lone + 1), Some(Mapping { phys: 0x9001, len: PAGE - 1, flags: RW, tag: 0 }));
     assert_eq!((space.at(lone - 1), space.at(lone + PAGE)), (None, None));
     assert_eq!(space.map(lone, lone + PAGE - 1, 0), Err(MapError::Overlap));
     assert_eq!(space.map(7 << 21, (8 << 21) - 1, 0), Err(MapError::Overlap));
@@ -144,7 +146,7 @@ fn a_lone_page_needs_no_table_of_its_own() {
     assert_eq!(space.unmap(lone + PAGE, lone + 3 * PAGE), Ok(0));
     // A second page makes it a table.
     space.map(lone + PAGE, lone + 2 * PAGE - 1, 0).unwrap();
-    assert_eq!(space.space.bytes(), 5 * NODE_BYTES);
+    assert_eq!(space.space.bytes(), 5 * NODE);
     assert_eq!(space.at(lone).unwrap().phys, 0x9000);
     assert_eq!(space.unmap(0, lone + PAGE), Err(Splits));
     assert_eq!(space.unmap(0, lone + 2 * PAGE), Ok(2));
@@ -154,7 +156,7 @@ fn a_lone_page_needs_no_table_of_its_own() {
 fn a_target_beyond_52_bits_is_kept_exactly() {
     let space = Space::with_tables(5);
     space.map(0, PAGE - 1, u64::MAX - 0xfff).unwrap();
-    assert_eq!(space.at(9), Some(Mapping { phys: u64::MAX - 0xfff + 9, len: PAGE - 9, flags: RW }));
+    assert_eq!(space.at(9), Some(Mapping { phys: u64::MAX - 0xfff + 9, len: PAGE - 9, flags: RW, tag: 0 }));
 }
 
 #[test]
@@ -166,7 +168,7 @@ fn a_guard_keeps_removed_tables_alive() {
     assert!(space.space.lookup(&guard, 0).is_some());
     assert_eq!(space.space.clear(), Removed { mappings: 2 });
     assert_eq!(space.space.bytes(), 0);
-    assert_eq!(space.budget.used(), 5 * NODE_BYTES, "not freed yet");
+    assert_eq!(space.budget.used(), 5 * NODE, "not freed yet");
     assert_eq!(space.space.lookup(&guard, 0), None);
     drop(guard);
     space.grace.synchronize();

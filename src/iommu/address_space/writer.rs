@@ -5,7 +5,6 @@
 //! Every table without live slots is listed. A listed table may have come to life again; that is seen when it is its turn.
 
 use std::collections::VecDeque;
-use std::ptr::NonNull;
 
 use super::budget::Budget;
 use super::node::{Entry, LAST_ADDRESS, Node, ROOT_LEVEL, Root, Slot, page_number, pieces, root_slot, span};
@@ -16,13 +15,13 @@ use crate::wire::virtio_iommu::MapFlags;
 const IDLE_MAX: usize = if cfg!(loom) { 0 } else { 32 };
 
 /// Tables that are out of the tree. Readers may still be in them: they must be freed, but after a grace period.
-pub(super) type Unlinked = Vec<NonNull<Node>>;
+pub(super) type Unlinked = Vec<Entry>;
 
 /// The writer's side of an address space.
 pub(super) struct Writer {
     pub(super) mappings: u64,
-    /// Tables that are in the tree.
-    pub(super) nodes: u64,
+    /// Bytes of the tables that are in the tree.
+    pub(super) bytes: u64,
     /// The idle tables, oldest first: their level and an address that they cover.
     idle: VecDeque<(u32, u64)>,
 }
@@ -57,7 +56,7 @@ impl From<Obstacle> for MapError {
 
 impl Writer {
     pub(super) fn new() -> Self {
-        Writer { mappings: 0, nodes: 0, idle: VecDeque::new() }
+        Writer { mappings: 0, bytes: 0, idle: VecDeque::new() }
     }
 
     /// Maps, or changes nothing that a reader could see.
@@ -126,7 +125,7 @@ impl Writer {
     }
 
     /// The table of `level` to which `slot` leads, made if there is none. `parent` leads to the table that `slot` is in.
-    fn table_at<'a>(
+    pub(super) fn table_at<'a>(
         &mut self,
         slot: &'a Slot,
         parent: Option<&Slot>,
@@ -134,28 +133,40 @@ impl Writer {
         budget: &Budget,
         iova: u64,
     ) -> Result<&'a Node, Obstacle> {
+        let entry = self.entry_at(slot, parent, level, budget, iova, false)?;
+        // SAFETY: A table; we are the writer, and tables are freed only after `&mut self` has ended.
+        Ok(unsafe { entry.node() })
+    }
+
+    /// The same as the slot's entry. Only a table that is made is `tagged`.
+    pub(super) fn entry_at(
+        &mut self,
+        slot: &Slot,
+        parent: Option<&Slot>,
+        level: u32,
+        budget: &Budget,
+        iova: u64,
+        tagged: bool,
+    ) -> Result<Entry, Obstacle> {
         let mut entry = slot.load();
         if entry.is_leaf() {
             return Err(Obstacle::Mapping);
         }
         if entry.is_empty() {
-            let node = budget.allocate().ok_or(Obstacle::NoMemory)?;
-            entry = Entry::table(node);
+            entry = budget.allocate(tagged).ok_or(Obstacle::NoMemory)?;
             slot.store(entry);
             add_live(parent, 1);
-            self.nodes += 1;
+            self.bytes += entry.bytes();
             self.idle.push_back((level, iova));
         } else if entry.is_lone() {
-            let node = budget.allocate().ok_or(Obstacle::NoMemory)?;
             let lone = entry;
-            entry = Entry::table(node).idle(false).plus(1);
+            entry = budget.allocate(tagged).ok_or(Obstacle::NoMemory)?.idle(false).plus(1);
             // SAFETY: The table is new, and no reader knows it before `entry` is stored.
             unsafe { entry.node() }.slots()[lone.lone_number() as usize].store(lone.lone_leaf());
             slot.store(entry);
-            self.nodes += 1;
+            self.bytes += entry.bytes();
         }
-        // SAFETY: Neither empty, a leaf nor a lone page by now; we are the writer, and tables are freed only after `&mut self` has ended.
-        Ok(unsafe { entry.node() })
+        Ok(entry)
     }
 
     /// Removes every mapping inside the inclusive range, and says how many, or finds that one of them sticks out of it.
@@ -165,7 +176,7 @@ impl Writer {
         }
         // A mapping that sticks out covers the first or the last byte of the range.
         for byte in [start, end] {
-            if let Some((entry, level)) = find(root, byte) {
+            if let Some((entry, level, _)) = find(root, byte) {
                 let (first, last) = (byte & !span(level), byte | span(level));
                 let begins = first > start || first == start && entry.is_first();
                 let ends = last < end || last == end && entry.is_last();
@@ -329,34 +340,39 @@ impl Writer {
     }
 
     /// Hands on a table, which the tree does not lead to any more.
-    fn retire(&mut self, entry: Entry, unlinked: &mut Unlinked) {
-        self.nodes -= 1;
-        unlinked.extend(NonNull::new(entry.address()));
+    pub(super) fn retire(&mut self, entry: Entry, unlinked: &mut Unlinked) {
+        self.bytes -= entry.bytes();
+        unlinked.push(entry);
     }
 }
 
-/// The leaf that covers `iova`, and its level.
+/// The leaf that covers `iova`, its level, and the tag of the LINK that made it, or 0.
 #[inline]
-pub(super) fn find(root: &Root, iova: u64) -> Option<(Entry, u32)> {
+pub(super) fn find(root: &Root, iova: u64) -> Option<(Entry, u32, u64)> {
     let mut entry = root_slot(root, iova).load();
     for level in (0..=ROOT_LEVEL).rev() {
         if entry.is_leaf() {
-            return Some((entry, level));
+            return Some((entry, level, 0));
         }
         if entry.is_empty() || level == 0 {
             return None;
         }
         if level == 1 && entry.is_lone() {
-            return Some((entry.lone_leaf_at(iova)?, 0));
+            return Some((entry.lone_leaf_at(iova)?, 0, 0));
         }
         // SAFETY: A table. Who calls is in a read-side section or is the writer.
+        if let Some(table) = unsafe { entry.tagged() } {
+            let (leaf, tag) = table.find(iova);
+            return leaf.is_leaf().then_some((leaf, 0, tag));
+        }
+        // SAFETY: As above.
         entry = unsafe { entry.node() }.slot(level - 1, iova).load();
     }
     None
 }
 
 /// Adds live slots to the table to which `slot` leads; the root does not count its own.
-fn add_live(slot: Option<&Slot>, more: u64) {
+pub(super) fn add_live(slot: Option<&Slot>, more: u64) {
     if let Some(slot) = slot {
         slot.store(slot.load().plus(more));
     }
