@@ -56,7 +56,7 @@ impl Setup {
         let dir = tempfile::tempdir().unwrap();
         let endpoints = vec![EndpointSettings { id: ENDPOINT, reserved: Vec::new() }];
         let iommu = Iommu::new(Settings { endpoints, ..Settings::default() }, tracer.clone());
-        iommu.set_features(Iommu::FEATURES);
+        iommu.set_features(u64::MAX);
         let shutdown = EventFd::new(0).unwrap();
         let server = Server::bind(&dir.path().join("ioat.sock")).unwrap();
         let slot = Slot::new(&iommu, ENDPOINT, tracer);
@@ -73,8 +73,9 @@ impl Setup {
 
     /// Does a request of the guest's IOMMU driver.
     fn request(&self, request: &(impl IntoBytes + Immutable)) {
-        let request = Request::parse(&[request.as_bytes(), &[0; 4]].concat()).unwrap();
-        assert_eq!(self.iommu.execute(&request, &mut []), Status::Ok);
+        let bytes = [request.as_bytes(), &[0; 4]].concat();
+        let request = Request::parse(&bytes, self.iommu.features()).unwrap();
+        assert_eq!(self.iommu.execute(&request, &mut []).status, Status::Ok);
         self.iommu.settle();
     }
 

@@ -62,6 +62,10 @@ impl Summary {
                 "map": counts.iommu.map.total,
                 "unmap": counts.iommu.unmap.total,
                 "probe": counts.iommu.probe.total,
+                "reserve": counts.iommu.reserve.total,
+                "link": counts.iommu.link.total,
+                "unlink": counts.iommu.unlink.total,
+                "release": counts.iommu.release.total,
                 "unknown": counts.unknown_requests,
                 "malformed": counts.malformed_requests,
             },
@@ -69,6 +73,8 @@ impl Summary {
             "kicks": counts.kicks,
             "mappings_live": counts.iommu.mappings_live,
             "mappings_peak": counts.iommu.mappings_peak,
+            "reservations_live": counts.iommu.reservations_live,
+            "linked_bytes": counts.iommu.linked_bytes,
             "dma_read_bytes": counts.dma_read_bytes,
             "dma_write_bytes": counts.dma_write_bytes,
             "faults": counts.iommu.faults,
@@ -87,7 +93,9 @@ impl Summary {
 
     fn failed(&self) -> u64 {
         let iommu = &self.counts.iommu;
-        [iommu.attach, iommu.detach, iommu.map, iommu.unmap, iommu.probe].iter().map(|count| count.failed).sum()
+        let base = [iommu.attach, iommu.detach, iommu.map, iommu.unmap, iommu.probe];
+        let split = [iommu.reserve, iommu.link, iommu.unlink, iommu.release];
+        base.iter().chain(&split).map(|count| count.failed).sum()
     }
 }
 
@@ -101,10 +109,14 @@ impl fmt::Display for Summary {
         row("          MAP", iommu.map.total.to_string())?;
         row("          UNMAP", iommu.unmap.total.to_string())?;
         row("          PROBE", iommu.probe.total.to_string())?;
+        row("          RESERVE, LINK", format!("{}, {}", iommu.reserve.total, iommu.link.total))?;
+        row("          UNLINK, RELEASE", format!("{}, {}", iommu.unlink.total, iommu.release.total))?;
         row("          unknown, malformed", format!("{}, {}", counts.unknown_requests, counts.malformed_requests))?;
         row("          failed of these", self.failed().to_string())?;
         row("kicks", counts.kicks.to_string())?;
         row("mappings: live now, peak", format!("{}, {}", iommu.mappings_live, iommu.mappings_peak))?;
+        row("reservations: live now", iommu.reservations_live.to_string())?;
+        row("linked now: bytes", bytes(iommu.linked_bytes))?;
         row("DMA: bytes read", bytes(counts.dma_read_bytes))?;
         row("     bytes written", bytes(counts.dma_write_bytes))?;
         row("     faults", iommu.faults.to_string())?;

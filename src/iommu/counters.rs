@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Serialize;
 
+use super::domain::Ended;
 use super::request::Request;
 use crate::wire::virtio_iommu::Status;
 
@@ -29,11 +30,23 @@ pub struct Counters {
     pub unmap: RequestCount,
     /// PROBE requests.
     pub probe: RequestCount,
-    /// Mappings that exist.
+    /// RESERVE requests.
+    pub reserve: RequestCount,
+    /// LINK requests.
+    pub link: RequestCount,
+    /// UNLINK requests.
+    pub unlink: RequestCount,
+    /// RELEASE requests.
+    pub release: RequestCount,
+    /// Reservations that exist.
+    pub reservations_live: u64,
+    /// Bytes of I/O virtual addresses that are linked.
+    pub linked_bytes: u64,
+    /// Mappings that exist; what is linked does not count.
     pub mappings_live: u64,
     /// The most mappings that existed at once.
     pub mappings_peak: u64,
-    /// Bytes that all page tables take.
+    /// Bytes that all page tables and reservations take.
     pub table_bytes: u64,
     /// Accesses that were refused.
     pub faults: u64,
@@ -69,6 +82,12 @@ pub(super) struct Counts {
     map: Count,
     unmap: Count,
     probe: Count,
+    reserve: Count,
+    link: Count,
+    unlink: Count,
+    release: Count,
+    reservations_live: AtomicU64,
+    linked_bytes: AtomicU64,
     mappings_live: AtomicU64,
     mappings_peak: AtomicU64,
     faults: AtomicU64,
@@ -76,13 +95,17 @@ pub(super) struct Counts {
 }
 
 impl Counts {
-    pub(super) fn request(&self, request: &Request, status: Status) {
+    pub(super) fn request(&self, request: &Request<'_>, status: Status) {
         let count = match request {
             Request::Attach(_) => &self.attach,
             Request::Detach(_) => &self.detach,
             Request::Map(_) => &self.map,
             Request::Unmap(_) => &self.unmap,
             Request::Probe(_) => &self.probe,
+            Request::Reserve(_) => &self.reserve,
+            Request::Link(..) => &self.link,
+            Request::Unlink(_) => &self.unlink,
+            Request::Release(_) => &self.release,
         };
         count.add(status);
     }
@@ -96,8 +119,32 @@ impl Counts {
         self.mappings_live.fetch_sub(mappings, Ordering::Relaxed);
     }
 
-    pub(super) fn all_unmapped(&self) {
-        self.mappings_live.store(0, Ordering::Relaxed);
+    pub(super) fn reserved(&self) {
+        self.reservations_live.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn released(&self) {
+        self.reservations_live.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn linked(&self, bytes: u64) {
+        self.linked_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn unlinked(&self, bytes: u64) {
+        self.linked_bytes.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn ended(&self, domain: Ended) {
+        self.unmapped(domain.mappings);
+        self.unlinked(domain.linked_bytes);
+        self.reservations_live.fetch_sub(domain.reservations, Ordering::Relaxed);
+    }
+
+    pub(super) fn all_ended(&self) {
+        for live in [&self.mappings_live, &self.linked_bytes, &self.reservations_live] {
+            live.store(0, Ordering::Relaxed);
+        }
     }
 
     pub(super) fn fault(&self, delivered: bool) {
@@ -114,6 +161,12 @@ impl Counts {
             map: self.map.read(),
             unmap: self.unmap.read(),
             probe: self.probe.read(),
+            reserve: self.reserve.read(),
+            link: self.link.read(),
+            unlink: self.unlink.read(),
+            release: self.release.read(),
+            reservations_live: self.reservations_live.load(Ordering::Relaxed),
+            linked_bytes: self.linked_bytes.load(Ordering::Relaxed),
             mappings_live: self.mappings_live.load(Ordering::Relaxed),
             mappings_peak: self.mappings_peak.load(Ordering::Relaxed),
             table_bytes,

@@ -3,8 +3,9 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::address_space::AddressSpace;
+use super::address_space::{AddressSpace, PAGE};
 use super::endpoint::Endpoint;
+use super::reservation::Reservations;
 use crate::wire::virtio_iommu::Status;
 
 /// What a reader needs of a domain.
@@ -18,6 +19,25 @@ pub(super) struct Domain {
 pub(super) struct Entry {
     pub(super) domain: Arc<Domain>,
     pub(super) members: Vec<Arc<Endpoint>>,
+    pub(super) reservations: Reservations,
+}
+
+impl Entry {
+    /// Whether the inclusive range touches a reserved region of an endpoint in the domain.
+    pub(super) fn is_reserved(&self, start: u64, end: u64) -> bool {
+        let mut regions = self.members.iter().flat_map(|member| member.reserved());
+        regions.any(|region| region.start <= end && start <= region.end)
+    }
+}
+
+/// What died with a domain.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Ended {
+    /// Mappings that MAP made.
+    pub(super) mappings: u64,
+    pub(super) reservations: u64,
+    /// Bytes that were linked.
+    pub(super) linked_bytes: u64,
 }
 
 /// All domains and who is attached to which: the writer's side, under one lock.
@@ -49,21 +69,21 @@ impl Domains {
     }
 
     /// Attaches `endpoint` to the domain `id`, which `make` creates if it does not exist, in the place of the domain
-    /// it was attached to. A reader sees the old domain or the new one, never none. Returns how many mappings died
-    /// with the old domain.
-    pub(super) fn attach(&mut self, endpoint: &Arc<Endpoint>, id: u32, make: impl FnOnce() -> Domain) -> u64 {
-        let entry = self.by_id.entry(id).or_insert_with(|| Entry { domain: Arc::new(make()), members: Vec::new() });
+    /// it was attached to. A reader sees the old domain or the new one, never none. Returns what died with the old
+    /// domain.
+    pub(super) fn attach(&mut self, endpoint: &Arc<Endpoint>, id: u32, make: impl FnOnce() -> Entry) -> Ended {
+        let entry = self.by_id.entry(id).or_insert_with(make);
         entry.members.push(endpoint.clone());
         let old = endpoint.domain.replace(Some(entry.domain.clone()));
         self.retire(old);
         match self.attached.insert(endpoint.id(), id) {
             Some(left) => self.leave(endpoint.id(), left),
-            None => 0,
+            None => Ended::default(),
         }
     }
 
-    /// Detaches `endpoint` from the domain `id`. Returns how many mappings died with the domain.
-    pub(super) fn detach(&mut self, endpoint: &Endpoint, id: u32) -> Result<u64, Status> {
+    /// Detaches `endpoint` from the domain `id`. Returns what died with the domain.
+    pub(super) fn detach(&mut self, endpoint: &Endpoint, id: u32) -> Result<Ended, Status> {
         if self.of(endpoint.id()) != Some(id) {
             return Err(Status::Inval);
         }
@@ -95,17 +115,18 @@ impl Domains {
         std::mem::take(&mut self.removed).then(|| std::mem::take(&mut self.retired))
     }
 
-    /// Takes a member off a domain, and the domain away if it was the last. Returns how many mappings died.
-    fn leave(&mut self, endpoint: u32, id: u32) -> u64 {
-        let Some(entry) = self.by_id.get_mut(&id) else { return 0 };
+    /// Takes a member off a domain, and the domain away if it was the last. Returns what died.
+    fn leave(&mut self, endpoint: u32, id: u32) -> Ended {
+        let Some(entry) = self.by_id.get_mut(&id) else { return Ended::default() };
         entry.members.retain(|member| member.id() != endpoint);
         if !entry.members.is_empty() {
-            return 0;
+            return Ended::default();
         }
-        let Some(entry) = self.by_id.remove(&id) else { return 0 };
-        let died = entry.domain.space.as_ref().map_or(0, AddressSpace::mappings);
+        let Some(entry) = self.by_id.remove(&id) else { return Ended::default() };
+        // Each linked page is a mapping of the address space.
+        let (all, pages) = (entry.domain.space.as_ref().map_or(0, AddressSpace::mappings), entry.reservations.linked);
         self.retired.push(entry.domain);
-        died
+        Ended { mappings: all - pages, reservations: entry.reservations.count(), linked_bytes: pages * PAGE }
     }
 
     fn retire(&mut self, domain: Option<Arc<Domain>>) {

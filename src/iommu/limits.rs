@@ -28,7 +28,7 @@ pub struct EndpointSettings {
 /// What the resources of the device are.
 #[derive(Clone, Debug)]
 pub struct Limits {
-    /// Bytes that all page tables together may take; a MAP beyond it gets `NOMEM`.
+    /// Bytes that all page tables and reservations together may take; a MAP, RESERVE or LINK beyond it gets `NOMEM`.
     pub table_bytes: u64,
     /// Domains that may exist at once; an ATTACH beyond it gets `NOMEM`.
     pub domains: u32,
@@ -51,6 +51,8 @@ pub struct Settings {
     pub input_range: (u64, u64),
     /// First and last domain id.
     pub domain_range: (u32, u32),
+    /// Whether the split alloc/map protocol is offered.
+    pub split: bool,
     /// What `bypass` in the configuration is at power-on and after a system reset.
     pub boot_bypass: bool,
     /// The endpoints.
@@ -60,13 +62,14 @@ pub struct Settings {
 }
 
 impl Default for Settings {
-    /// Pages of 4 KiB, 2 MiB and 1 GiB; all 2^64 addresses; all domain ids; bypass at boot, since firmware
-    /// drives devices before any IOMMU driver runs.
+    /// Pages of 4 KiB, 2 MiB and 1 GiB; all 2^64 addresses; all domain ids; the split protocol; bypass at boot, since
+    /// firmware drives devices before any IOMMU driver runs.
     fn default() -> Self {
         Settings {
             page_size_mask: (1 << 12) | (1 << 21) | (1 << 30),
             input_range: (0, u64::MAX),
             domain_range: (0, u32::MAX),
+            split: true,
             boot_bypass: true,
             endpoints: Vec::new(),
             limits: Limits::default(),

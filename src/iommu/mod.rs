@@ -12,6 +12,8 @@ pub mod fault;
 pub mod grace;
 mod limits;
 mod request;
+mod reservation;
+mod split;
 mod sync;
 
 use std::collections::HashMap;
@@ -21,14 +23,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use address_space::{AddressSpace, Budget};
 pub use counters::Counters;
 use counters::Counts;
-use domain::{Domain, Domains};
+use domain::{Domain, Domains, Entry};
 pub use endpoint::{Endpoint, Translation};
 pub use fault::Fault;
 use fault::{FaultListener, FaultQueue};
 pub use limits::{EndpointSettings, Limits, Reserved, Settings};
-pub use request::{NotARequest, Request};
+pub use request::{NotARequest, Outcome, Request};
+use reservation::Reservations;
 
 use crate::trace::{Event, Tracer};
+use crate::wire::split::F_SPLIT_MAP;
 use crate::wire::virtio_iommu::{Config, FaultRecord, feature};
 
 /// The device, without its transport.
@@ -49,8 +53,8 @@ pub struct Iommu {
 }
 
 impl Iommu {
-    /// The device type's features that are offered (section 5.13.3).
-    pub const FEATURES: u64 = feature::INPUT_RANGE
+    /// The device type's features that are always offered (section 5.13.3).
+    const FEATURES: u64 = feature::INPUT_RANGE
         | feature::DOMAIN_RANGE
         | feature::MAP_UNMAP
         | feature::PROBE
@@ -132,17 +136,30 @@ impl Iommu {
         }
     }
 
+    /// Bytes of the smallest mapping: a power of two.
+    pub fn granule(&self) -> u64 {
+        self.settings.granule()
+    }
+
     /// Bytes of properties in a PROBE request, without the tail.
     pub fn probe_size(&self) -> usize {
         self.settings.probe_size()
     }
 
-    /// The driver accepted these of [`Iommu::FEATURES`].
-    pub fn set_features(&self, accepted: u64) {
-        self.features.store(accepted & Self::FEATURES, Ordering::Release);
+    /// The device type's features that are offered.
+    pub fn offered(&self) -> u64 {
+        Self::FEATURES | if self.settings.split { F_SPLIT_MAP } else { 0 }
     }
 
-    fn features(&self) -> u64 {
+    /// The driver accepted these of [`Iommu::offered`]. The split protocol without MAP_UNMAP, which it needs, is not
+    /// accepted.
+    pub fn set_features(&self, accepted: u64) {
+        let useless = if accepted & feature::MAP_UNMAP == 0 { F_SPLIT_MAP } else { 0 };
+        self.features.store(accepted & self.offered() & !useless, Ordering::Release);
+    }
+
+    /// The device type's features that the driver accepted.
+    pub fn features(&self) -> u64 {
         self.features.load(Ordering::Acquire)
     }
 
@@ -172,7 +189,7 @@ impl Iommu {
     /// before the reset is.
     pub fn device_reset(&self) {
         self.domains().clear();
-        self.counts.all_unmapped();
+        self.counts.all_ended();
         self.faults.clear();
         self.settle();
     }
@@ -192,8 +209,13 @@ impl Iommu {
         self.domains.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn new_domain(&self, id: u32, bypass: bool) -> Domain {
-        Domain { id, space: (!bypass).then(|| AddressSpace::new(self.grace.clone(), self.budget.clone())) }
+    fn new_domain(&self, id: u32, bypass: bool) -> Entry {
+        let space = (!bypass).then(|| AddressSpace::new(self.grace.clone(), self.budget.clone()));
+        Entry {
+            domain: Arc::new(Domain { id, space }),
+            members: Vec::new(),
+            reservations: Reservations::new(self.budget.clone()),
+        }
     }
 }
 

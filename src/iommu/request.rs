@@ -1,12 +1,11 @@
-//! The five requests: what each means and what status it gets (section 5.13.6).
+//! The five requests of the specification: what each means and what status it gets (section 5.13.6).
 
-use std::time::Duration;
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use zerocopy::{FromBytes, IntoBytes};
-
-use super::Iommu;
 use super::address_space::MapError;
+use super::{Iommu, split};
 use crate::trace::Event;
+use crate::wire::split::{EXTENTS_MAX, Extent, F_SPLIT_MAP, Link, Range, request_type as split_type};
 use crate::wire::virtio_iommu::{
     ATTACH_F_BYPASS, Attach, Detach, Map, MapFlags, PROBE_T_RESV_MEM, Probe, ProbeResvMem, Status, Tail, Unmap,
     feature, request_type,
@@ -14,17 +13,34 @@ use crate::wire::virtio_iommu::{
 
 /// The device-readable part of a request.
 #[derive(Clone, Copy, Debug)]
-pub enum Request {
+pub enum Request<'a> {
     /// Attach an endpoint to a domain.
-    Attach(Attach),
+    Attach(&'a Attach),
     /// Detach an endpoint from its domain.
-    Detach(Detach),
+    Detach(&'a Detach),
     /// Map a range of a domain.
-    Map(Map),
+    Map(&'a Map),
     /// Remove the mappings in a range of a domain.
-    Unmap(Unmap),
+    Unmap(&'a Unmap),
     /// Ask for an endpoint's properties.
-    Probe(Probe),
+    Probe(&'a Probe),
+    /// Reserve a range of a domain.
+    Reserve(&'a Range),
+    /// Link granules of a reservation; with the extents that are there, up to as many as it says.
+    Link(&'a Link, &'a [Extent]),
+    /// Unlink what is linked in a range.
+    Unlink(&'a Range),
+    /// End a reservation.
+    Release(&'a Range),
+}
+
+/// What became of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    /// What the driver is told.
+    pub status: Status,
+    /// Granules that LINK linked, or that UNLINK and RELEASE unlinked.
+    pub granules: u64,
 }
 
 /// Bytes are not a request.
@@ -32,18 +48,18 @@ pub enum Request {
 pub enum NotARequest {
     /// There are fewer than the type needs, or than a type needs.
     TooShort,
-    /// The type is not one of [`request_type`].
+    /// The type is not one of those that were negotiated.
     UnknownType(u8),
 }
 
-impl Request {
+impl<'a> Request<'a> {
     /// The most bytes that [`Request::parse`] looks at.
-    pub const MAX_LEN: usize = size_of::<Probe>();
+    pub const MAX_LEN: usize = size_of::<Link>() + EXTENTS_MAX * size_of::<Extent>();
 
-    /// Reads a request; what lies behind it is ignored.
-    pub fn parse(bytes: &[u8]) -> Result<Request, NotARequest> {
-        fn read<T: FromBytes>(bytes: &[u8]) -> Result<T, NotARequest> {
-            T::read_from_prefix(bytes).map(|(request, _)| request).map_err(|_| NotARequest::TooShort)
+    /// Reads a request of a type that is there with the negotiated `features`; what lies behind it is ignored.
+    pub fn parse(bytes: &'a [u8], features: u64) -> Result<Request<'a>, NotARequest> {
+        fn read<T: FromBytes + KnownLayout + Immutable + zerocopy::Unaligned>(bytes: &[u8]) -> Result<&T, NotARequest> {
+            T::ref_from_prefix(bytes).map(|(request, _)| request).map_err(|_| NotARequest::TooShort)
         }
         if bytes.len() < size_of::<Tail>() {
             return Err(NotARequest::TooShort);
@@ -54,12 +70,25 @@ impl Request {
             request_type::MAP => read(bytes).map(Request::Map),
             request_type::UNMAP => read(bytes).map(Request::Unmap),
             request_type::PROBE => read(bytes).map(Request::Probe),
+            split if split_type::is_split(split) && features & F_SPLIT_MAP != 0 => match split {
+                split_type::RESERVE => read(bytes).map(Request::Reserve),
+                split_type::UNLINK => read(bytes).map(Request::Unlink),
+                split_type::RELEASE => read(bytes).map(Request::Release),
+                _ => Self::parse_link(bytes),
+            },
             unknown => Err(NotARequest::UnknownType(unknown)),
         }
     }
 
-    /// The trace's event of this request, answered with `status` after `duration`.
-    pub fn event(&self, status: Status, duration: Duration) -> Event {
+    fn parse_link(bytes: &'a [u8]) -> Result<Request<'a>, NotARequest> {
+        let (link, rest) = Link::ref_from_prefix(bytes).map_err(|_| NotARequest::TooShort)?;
+        let count = (rest.len() / size_of::<Extent>()).min(link.count.get() as usize);
+        let extents = <[Extent]>::ref_from_prefix_with_elems(rest, count);
+        extents.map(|(extents, _)| Request::Link(link, extents)).map_err(|_| NotARequest::TooShort)
+    }
+
+    /// The trace's event of this request with its outcome; its duration is not known yet. `granule` is the device's.
+    pub fn event(&self, outcome: Outcome, granule: u64) -> Event {
         let (mut endpoint, mut domain, mut flags) = (None, 0, 0);
         let (mut virt_start, mut virt_end, mut phys_start) = (0, 0, 0);
         let request = match self {
@@ -84,17 +113,21 @@ impl Request {
                 endpoint = Some(probe.endpoint.get());
                 request_type::PROBE
             }
+            Request::Reserve(range) => return split::range_event(split_type::RESERVE, range, outcome),
+            Request::Link(link, extents) => return split::link_event(link, extents, outcome, granule),
+            Request::Unlink(range) => return split::range_event(split_type::UNLINK, range, outcome),
+            Request::Release(range) => return split::range_event(split_type::RELEASE, range, outcome),
         };
         Event::Request {
             request,
-            status: status as u8,
+            status: outcome.status as u8,
             endpoint,
             domain,
             flags,
             virt_start,
             virt_end,
             phys_start,
-            duration: u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX),
+            duration: 0,
         }
     }
 }
@@ -102,7 +135,7 @@ impl Request {
 /// A request that is done is `Ok`; else the status says why it is not.
 type Done = Result<(), Status>;
 
-fn require(condition: bool, status: Status) -> Done {
+pub(super) fn require(condition: bool, status: Status) -> Done {
     condition.then_some(()).ok_or(status)
 }
 
@@ -110,17 +143,21 @@ impl Iommu {
     /// Does a request. `properties` is the device-writable part before the tail; it is all written by PROBE, and
     /// otherwise left alone. After a request that removes something, [`Iommu::settle`] must be called before the
     /// driver is told.
-    pub fn execute(&self, request: &Request, properties: &mut [u8]) -> Status {
+    pub fn execute(&self, request: &Request<'_>, properties: &mut [u8]) -> Outcome {
         let done = match request {
-            Request::Attach(attach) => self.attach(attach),
-            Request::Detach(detach) => self.detach(detach),
-            Request::Map(map) => self.map(map),
-            Request::Unmap(unmap) => self.unmap(unmap),
-            Request::Probe(probe) => self.probe(probe, properties),
+            Request::Attach(attach) => self.attach(attach).map(|()| 0),
+            Request::Detach(detach) => self.detach(detach).map(|()| 0),
+            Request::Map(map) => self.map(map).map(|()| 0),
+            Request::Unmap(unmap) => self.unmap(unmap).map(|()| 0),
+            Request::Probe(probe) => self.probe(probe, properties).map(|()| 0),
+            Request::Reserve(range) => self.reserve(range),
+            Request::Link(link, extents) => self.link(link, extents),
+            Request::Unlink(range) => self.unlink(range),
+            Request::Release(range) => self.release(range),
         };
         let status = done.err().unwrap_or(Status::Ok);
         self.counts.request(request, status);
-        status
+        Outcome { status, granules: done.unwrap_or(0) }
     }
 
     /// Section 5.13.6.3.2. Everything is checked before anything changes.
@@ -143,7 +180,7 @@ impl Iommu {
         // Attaching again to the same domain changes nothing; above all it does not end the domain.
         if domains.of(endpoint.id()) != Some(id) {
             let died = domains.attach(endpoint, id, || self.new_domain(id, bypass));
-            self.counts.unmapped(died);
+            self.counts.ended(died);
         }
         Ok(())
     }
@@ -152,11 +189,11 @@ impl Iommu {
     fn detach(&self, request: &Detach) -> Done {
         let endpoint = self.endpoints.get(&request.endpoint.get()).ok_or(Status::NoEnt)?;
         let died = self.domains().detach(endpoint, request.domain.get())?;
-        self.counts.unmapped(died);
+        self.counts.ended(died);
         Ok(())
     }
 
-    /// Section 5.13.6.5.2.
+    /// Section 5.13.6.5.2, and rule S10 of the split protocol.
     fn map(&self, request: &Map) -> Done {
         let flags = MapFlags::from_bits(request.flags.get()).ok_or(Status::Inval)?;
         require(!flags.contains(MapFlags::MMIO) || self.accepted(feature::MMIO), Status::Inval)?;
@@ -167,8 +204,7 @@ impl Iommu {
         let entry = domains.get(request.domain.get()).ok_or(Status::NoEnt)?;
         let space = entry.domain.space.as_ref().ok_or(Status::Inval)?;
         self.check_map_range(start, end, phys)?;
-        let mut reserved = entry.members.iter().flat_map(|member| member.reserved());
-        require(!reserved.any(|region| region.start <= end && start <= region.end), Status::Inval)?;
+        require(!entry.is_reserved(start, end) && !entry.reservations.touch(start, end), Status::Inval)?;
         space.map(start, end, phys, flags).map_err(|error| match error {
             MapError::Overlap => Status::Inval,
             MapError::NoMemory => Status::NoMem,
@@ -178,7 +214,7 @@ impl Iommu {
     }
 
     /// Section 5.13.6.6.2. Of what the specification leaves open: `reserved` that is not zero is refused, and nothing
-    /// is removed then.
+    /// is removed then. Rule S10 of the split protocol: the same holds for a range that touches a reservation.
     fn unmap(&self, request: &Unmap) -> Done {
         require(request.reserved == [0; 4], Status::Inval)?;
         self.check_domain_range(request.domain.get())?;
@@ -188,6 +224,7 @@ impl Iommu {
         let entry = domains.get(request.domain.get()).ok_or(Status::NoEnt)?;
         let space = entry.domain.space.as_ref().ok_or(Status::Inval)?;
         require(start <= end, Status::Range)?;
+        require(!entry.reservations.touch(start, end), Status::Inval)?;
         let removed = space.unmap(start, end).map_err(|_| Status::Range)?;
         self.counts.unmapped(removed.mappings);
         if removed.mappings > 0 {
@@ -216,12 +253,12 @@ impl Iommu {
         Ok(())
     }
 
-    fn check_domain_range(&self, id: u32) -> Done {
+    pub(super) fn check_domain_range(&self, id: u32) -> Done {
         let (first, last) = self.settings.domain_range;
         require((first..=last).contains(&id), Status::Range)
     }
 
-    fn check_map_range(&self, start: u64, end: u64, phys: u64) -> Done {
+    pub(super) fn check_map_range(&self, start: u64, end: u64, phys: u64) -> Done {
         let offset = self.settings.granule() - 1;
         require(start <= end, Status::Range)?;
         require((start | phys | end.wrapping_add(1)) & offset == 0, Status::Range)?;

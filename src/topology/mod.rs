@@ -72,6 +72,8 @@ pub struct IommuDevice {
     pub bypass: bool,
     /// Bytes that the page tables may take.
     pub table_memory: Size,
+    /// Whether the split alloc/map protocol is offered.
+    pub split: bool,
 }
 
 impl Default for IommuDevice {
@@ -80,6 +82,7 @@ impl Default for IommuDevice {
             address: Spanned::new(0..0, Address { device: 3, function: 0 }),
             bypass: true,
             table_memory: Size(Limits::default().table_bytes),
+            split: true,
         }
     }
 }
@@ -200,6 +203,7 @@ impl Topology {
     pub fn settings(&self) -> Settings {
         Settings {
             boot_bypass: self.iommu.bypass,
+            split: self.iommu.split,
             endpoints: self
                 .endpoints
                 .iter()

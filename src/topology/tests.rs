@@ -46,6 +46,14 @@ fn endpoints_get_the_ids_that_firmware_will_give() {
 }
 
 #[test]
+fn the_split_protocol_can_be_switched_off() {
+    let endpoint = "[[dma-engine]]\naddress = \"05.0\"";
+    assert!(parse(endpoint).unwrap().settings().split);
+    assert!(!parse(&format!("[iommu]\nsplit = false\n{endpoint}")).unwrap().settings().split);
+    refused("[iommu]\nsplit = 0\n", &["line 2", "boolean"]);
+}
+
+#[test]
 fn the_viot_names_the_iommu_and_each_endpoint() {
     let topology = parse("[[nvme]]\naddress = \"04.0\"\nimage = \"a\"\n[[dma-engine]]\naddress = \"05.0\"").unwrap();
     let table = viot::table(&topology);

@@ -21,10 +21,10 @@ use super::queue::{self, BadChain, Buffers, Popped};
 use super::ring::Ring;
 use super::{EVENTS, QUEUES, REQUESTS, Shared, config};
 use crate::dma::Memory;
-use crate::iommu::{Iommu, NotARequest, Request};
+use crate::iommu::{NotARequest, Request};
 use crate::trace::Event;
 use crate::trace::event::Channel;
-use crate::wire::virtio_iommu::{FaultRecord, Status, Tail};
+use crate::wire::virtio_iommu::{FaultRecord, Tail};
 
 /// The largest virtqueue that the device takes, for a QEMU that is told another size than [`super::QUEUE_SIZE`].
 const QUEUE_SIZE_MAX: usize = 1024;
@@ -38,9 +38,8 @@ const ROUNDS_MAX: usize = 8;
 /// What epoll says for [`Backend::wake`]: the numbers up to the count of queues are the crate's.
 const WAKE_TOKEN: u16 = QUEUES as u16 + 1;
 
-/// What the device offers.
-const FEATURES: u64 = Iommu::FEATURES
-    | 1 << VIRTIO_F_VERSION_1
+/// What the device offers beside the features of its type.
+const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
     | 1 << VIRTIO_F_IN_ORDER
     | 1 << VIRTIO_RING_F_EVENT_IDX
     | 1 << VIRTIO_RING_F_INDIRECT_DESC
@@ -67,6 +66,8 @@ pub(super) struct Backend {
 struct Worker {
     buffers: Buffers,
     answers: Vec<Answer>,
+    /// The device-readable part of a chain, as far as it is read.
+    request: Vec<u8>,
     /// Bytes that are written into a chain.
     reply: Vec<u8>,
     /// A queue that was set up rightly, and in which nothing impossible was found since.
@@ -82,7 +83,8 @@ struct Answer {
     head: u16,
     used: u32,
     start: Instant,
-    request: Option<(Request, Status)>,
+    /// What is traced of the request, but for its duration.
+    event: Option<Event>,
 }
 
 impl Backend {
@@ -251,15 +253,15 @@ impl Backend {
                 Popped::Chain(chain) => {
                     let (start, head) = (Instant::now(), chain.head_index());
                     let filled = worker.buffers.fill(chain, queue.size());
-                    let (used, request) = match filled.and_then(|()| self.answer(worker, memory)) {
-                        Ok((used, request, status)) => (used, Some((request, status))),
+                    let (used, event) = match filled.and_then(|()| self.answer(worker, memory)) {
+                        Ok((used, event)) => (used, Some(event)),
                         Err(BadChain) => {
                             let (readable, writable) = (worker.buffers.readable(), worker.buffers.writable());
                             self.trace_malformed(REQUESTS, head, readable, writable);
                             (0, None)
                         }
                     };
-                    worker.answers.push(Answer { head, used, start, request });
+                    worker.answers.push(Answer { head, used, start, event });
                 }
                 Popped::Empty => break,
                 Popped::Broken => sound = false,
@@ -272,8 +274,8 @@ impl Backend {
         // removed.
         self.shared.iommu.settle();
         for answer in worker.answers.drain(..) {
-            if let Some((request, status)) = answer.request {
-                self.shared.tracer.emit(request.event(status, answer.start.elapsed()));
+            if let Some(event) = answer.event {
+                self.shared.tracer.emit(event.after(answer.start.elapsed()));
             }
             // A head outside of the queue cannot be given back.
             if answer.head < queue.size() {
@@ -284,12 +286,13 @@ impl Backend {
         sound
     }
 
-    /// Does the request in the buffers and writes its answer. Returns the bytes written.
-    fn answer(&self, worker: &mut Worker, memory: &GuestMemoryMmap) -> Result<(u32, Request, Status), BadChain> {
-        let Worker { buffers, reply, .. } = worker;
-        let mut bytes = [0; Request::MAX_LEN];
-        let len = buffers.read(memory, &mut bytes)?;
-        let request = Request::parse(&bytes[..len]).map_err(|error| {
+    /// Does the request in the buffers and writes its answer. Returns the bytes written, and what to trace.
+    fn answer(&self, worker: &mut Worker, memory: &GuestMemoryMmap) -> Result<(u32, Event), BadChain> {
+        let Worker { buffers, request, reply, .. } = worker;
+        request.resize(Request::MAX_LEN, 0);
+        let len = buffers.read(memory, request)?;
+        let iommu = &self.shared.iommu;
+        let request = Request::parse(&request[..len], iommu.features()).map_err(|error| {
             if let NotARequest::UnknownType(_) = error {
                 self.shared.counts.unknown.fetch_add(1, Ordering::Relaxed);
             }
@@ -302,10 +305,10 @@ impl Backend {
         reply.clear();
         reply.resize(writable, 0);
         let (properties, tail) = reply.split_at_mut(properties);
-        let status = self.shared.iommu.execute(&request, properties);
-        tail[0] = status as u8;
+        let outcome = iommu.execute(&request, properties);
+        tail[0] = outcome.status as u8;
         buffers.write(memory, reply)?;
-        Ok((writable as u32, request, status))
+        Ok((writable as u32, request.event(outcome, iommu.granule())))
     }
 
     /// Moves faults into the event queue's buffers, as far as there are any. What is left waits for the next wake.
@@ -398,12 +401,12 @@ impl VhostUserBackend for Backend {
     }
 
     fn features(&self) -> u64 {
-        FEATURES
+        FEATURES | self.shared.iommu.offered()
     }
 
     fn acked_features(&self, features: u64) {
         self.shared.iommu.set_features(features);
-        self.shared.tracer.emit(Event::Features { offered: FEATURES, accepted: features });
+        self.shared.tracer.emit(Event::Features { offered: self.features(), accepted: features });
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {

@@ -19,6 +19,7 @@ fn row_01_features() {
         | feature::PROBE
         | feature::MMIO
         | feature::BYPASS_CONFIG
+        | viommu::wire::split::F_SPLIT_MAP
         | VERSION_1
         | EVENT_IDX
         | INDIRECT

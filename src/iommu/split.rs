@@ -1,0 +1,154 @@
+//! The four requests of the split alloc/map protocol: what each means and what status it gets. `docs/split-protocol.md`
+//! has the rules S1 to S14 that the comments name; they are checked in their order, and the first that does not hold
+//! gives the status.
+
+use super::Iommu;
+use super::address_space::{AddressSpace, MapError, PAGE, Run};
+use super::domain::{Domains, Entry};
+use super::request::{Outcome, require};
+use super::reservation::{NoMemory, Reservations};
+use crate::trace::Event;
+use crate::wire::split::{EXTENTS_MAX, Extent, Link, Range, request_type};
+use crate::wire::virtio_iommu::{MapFlags, Status, feature};
+
+/// Granules that the request linked or unlinked; or the status that says why it did not.
+type Granules = Result<u64, Status>;
+
+impl Iommu {
+    pub(super) fn reserve(&self, request: &Range) -> Granules {
+        let mut domains = self.domains();
+        let entry = self.entry(&mut domains, request.domain.get())?;
+        let (start, end) = self.check_range_request(entry, request)?;
+        let (space, reservations) = parts(entry)?;
+        require(!reservations.touch(start, end) && space.is_empty(start, end), Status::Inval)?;
+        require(!entry.is_reserved(start, end), Status::Inval)?;
+        entry.reservations.add(start, end).map_err(|NoMemory| Status::NoMem)?;
+        self.counts.reserved();
+        Ok(0)
+    }
+
+    pub(super) fn link(&self, request: &Link, extents: &[Extent]) -> Granules {
+        let mut domains = self.domains();
+        let entry = self.entry(&mut domains, request.domain.get())?;
+        let flags = MapFlags::from_bits(request.flags.get()).ok_or(Status::Inval)?;
+        require(!flags.contains(MapFlags::MMIO) || self.features() & feature::MMIO != 0, Status::Inval)?;
+        let (space, reservations) = parts(entry)?;
+        // A part of S6 that comes first, since without it there is no range.
+        let complete = request.count.get() as usize == extents.len() && (1..=EXTENTS_MAX).contains(&extents.len());
+        require(complete, Status::Inval)?;
+        let granule = self.settings.granule();
+        let granules: u64 = extents.iter().map(|extent| extent.granules()).sum();
+        let start = request.virt_start.get();
+        let last = granules.checked_mul(granule).map(|bytes| bytes - 1).ok_or(Status::Range)?;
+        let end = start.checked_add(last).ok_or(Status::Range)?;
+        self.check_range(start, end)?;
+        require(extents.iter().all(|&extent| fits(extent, granule)), Status::Range)?;
+        require(reservations.contain(start, end), Status::Range)?;
+        let runs =
+            extents.iter().map(|extent| Run { phys: extent.phys(), pages: extent.granules() * (granule / PAGE) });
+        space.link(start, runs, flags, request.tag.get()).map_err(|error| match error {
+            MapError::Overlap => Status::Inval,
+            MapError::NoMemory => Status::NoMem,
+        })?;
+        entry.reservations.linked += granules * (granule / PAGE);
+        self.counts.linked(granules * granule);
+        Ok(granules)
+    }
+
+    pub(super) fn unlink(&self, request: &Range) -> Granules {
+        let mut domains = self.domains();
+        let entry = self.entry(&mut domains, request.domain.get())?;
+        let (start, end) = self.check_range_request(entry, request)?;
+        require(entry.reservations.contain(start, end), Status::Inval)?;
+        self.remove_links(&mut domains, request)
+    }
+
+    pub(super) fn release(&self, request: &Range) -> Granules {
+        let mut domains = self.domains();
+        let entry = self.entry(&mut domains, request.domain.get())?;
+        let (start, end) = self.check_range_request(entry, request)?;
+        require(entry.reservations.remove(start, end), Status::NoEnt)?;
+        self.counts.released();
+        self.remove_links(&mut domains, request)
+    }
+
+    /// Unlinks what is linked in a range that lies inside of a reservation. It takes no memory and does not fail: each
+    /// linked page is a mapping of its own.
+    fn remove_links(&self, domains: &mut Domains, request: &Range) -> Granules {
+        let entry = self.entry(domains, request.domain.get())?;
+        let (space, _) = parts(entry)?;
+        let removed = space.unmap(request.virt_start.get(), request.virt_end.get()).map_err(|_| Status::DevErr)?;
+        let pages = removed.mappings;
+        entry.reservations.linked -= pages;
+        self.counts.unlinked(pages * PAGE);
+        if pages > 0 {
+            // S14
+            domains.note_removal();
+        }
+        Ok(pages / (self.settings.granule() / PAGE))
+    }
+
+    /// S1.
+    fn entry<'d>(&self, domains: &'d mut Domains, id: u32) -> Result<&'d mut Entry, Status> {
+        self.check_domain_range(id)?;
+        domains.get(id).ok_or(Status::NoEnt)
+    }
+
+    /// S2 and S3 of a request for a range.
+    fn check_range_request(&self, entry: &Entry, request: &Range) -> Result<(u64, u64), Status> {
+        parts(entry)?;
+        require(request.flags.get() == 0, Status::Inval)?;
+        let (start, end) = (request.virt_start.get(), request.virt_end.get());
+        self.check_range(start, end)?;
+        Ok((start, end))
+    }
+
+    /// S3.
+    fn check_range(&self, start: u64, end: u64) -> Result<(), Status> {
+        self.check_map_range(start, end, 0)
+    }
+}
+
+/// What a domain has that is no bypass domain (S2).
+fn parts(entry: &Entry) -> Result<(&AddressSpace, &Reservations), Status> {
+    let space = entry.domain.space.as_ref().ok_or(Status::Inval)?;
+    Ok((space, &entry.reservations))
+}
+
+/// Whether an extent lies at a granule and inside of the 2^64 addresses.
+fn fits(extent: Extent, granule: u64) -> bool {
+    let last = (extent.granules() * granule).checked_sub(1).and_then(|last| extent.phys().checked_add(last));
+    extent.phys().is_multiple_of(granule) && last.is_some()
+}
+
+/// The trace's event of a RESERVE, UNLINK or RELEASE.
+pub(super) fn range_event(request: u8, range: &Range, outcome: Outcome) -> Event {
+    Event::Split {
+        request,
+        status: outcome.status as u8,
+        domain: range.domain.get(),
+        flags: range.flags.get(),
+        virt_start: range.virt_start.get(),
+        virt_end: range.virt_end.get(),
+        tag: range.tag.get(),
+        count: u32::try_from(outcome.granules).unwrap_or(u32::MAX),
+        duration: 0,
+    }
+}
+
+/// The trace's event of a LINK. Its range is that of the extents that were there.
+pub(super) fn link_event(link: &Link, extents: &[Extent], outcome: Outcome, granule: u64) -> Event {
+    let granules: u64 = extents.iter().map(|extent| extent.granules()).sum();
+    let start = link.virt_start.get();
+    Event::Split {
+        request: request_type::LINK,
+        status: outcome.status as u8,
+        domain: link.domain.get(),
+        flags: link.flags.get(),
+        virt_start: start,
+        virt_end: start.saturating_add(granules.saturating_mul(granule)).saturating_sub(1),
+        tag: link.tag.get(),
+        count: link.count.get(),
+        duration: 0,
+    }
+}
