@@ -23,7 +23,7 @@ const POST_BYTES: u64 = 64 << 10;
 const POST_COUNT: usize = 8;
 
 /// How long to look for new entries before sleeping.
-const SPIN: Duration = Duration::from_micros(20);
+const SPIN: Duration = Duration::from_micros(200);
 /// The most spins in vain before the next ones are left out.
 const PATIENCE_MAX: u32 = 32;
 
@@ -162,7 +162,7 @@ impl Work {
                     self.patience.wasted();
                     return Ok(false);
                 }
-                Some(_) => std::hint::spin_loop(),
+                Some(_) => std::thread::yield_now(),
             }
         }
     }
