@@ -111,7 +111,12 @@ pub fn main(args: &Args) -> Result<()> {
     let files = Files {
         console: args.console.clone().unwrap_or_else(|| folder.path.join("guest.log")),
         results: folder.path.join("results.jsonl"),
-        trace: args.trace_file.clone(),
+        trace: args
+            .trace_file
+            .as_deref()
+            .map(std::path::absolute)
+            .transpose()
+            .context("Cannot resolve the trace file")?,
     };
     let options = Options {
         paths: Paths { iommu: folder.path.join("viommu.sock") },
