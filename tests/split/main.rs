@@ -1,0 +1,16 @@
+//! The split alloc/map protocol, rule by rule of `docs/split-protocol.md`, over a real vhost-user socket.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
+#[path = "../common/mod.rs"]
+mod common;
+#[allow(dead_code, reason = "it is the conformance tests' frontend too")]
+#[path = "../conformance/frontend.rs"]
+mod frontend;
+
+mod coverage;
+mod hostile;
+mod model;
+mod requests;
+mod rules;
+mod traced;
