@@ -11,7 +11,7 @@
 
 readonly PATCHES=guest-kernel-patches/linux-6.12
 # Of a full build; grows and shrinks a little with the configuration.
-readonly ABOUT_OBJECTS=2500
+readonly ABOUT_OBJECTS=2200
 
 # use_work_folder [SUFFIX]: takes .kernel/ for this run alone. Objects of other
 # configurations are kept apart.
@@ -114,14 +114,20 @@ original() {
 	cp -p "$from/$1" "$scratch/$1"
 }
 
+# failed_files: from what patch says, those that it could not change.
+failed_files() {
+	awk '/^patching file/ { file = $3 }
+		/FAILED|ignored|previously applied/ && file && !seen[file]++ { print file }
+		/^\|\+\+\+ / { sub("b/", "", $2); print $2 " (not there)" }' | paste -sd ' '
+}
+
 # apply_one PATCH: to $scratch, without fuzz.
 apply_one() {
 	local output
 	if ! output=$(patch -d "$scratch" -p1 -F0 -N --no-backup-if-mismatch -r - <"$1"); then
 		die "The series does not apply to this source." \
 			"Patch:  ${1##*/}" \
-			"File:   $(awk '/^patching file/ { file = $3 } /FAILED|ignored|No file|previously applied/ && !seen[file]++ { printf "%s%s", sep, file; sep = ", " }
-				/can.t find file to patch/ { printf "%sone that is not there", sep; sep = ", " }' <<<"$output")" \
+			"File:   $(failed_files <<<"$output")" \
 			"Source: Linux $(tree_version "$tree"), from $source" \
 			"Wanted: Linux 6.12, for example Debian's linux-source-6.12"
 	fi
@@ -133,6 +139,7 @@ prepare_tree() {
 	local source=$1 patch file scratch
 	shift
 	unpack_source "$source"
+	rm -rf "$work"/scratch.*
 	scratch=$(mktemp -d "$work/scratch.XXXXXX")
 	while read -r file; do original "$file"; done < <(sed -n 's|^+++ b/||p' "$@" | sort -u)
 	for patch in "$@"; do apply_one "$patch"; done
@@ -208,7 +215,7 @@ configure() {
 
 # compile TARGET...: with a line of progress now and then.
 compile() {
-	local pid start=$SECONDS done
+	local pid start=$SECONDS next=15 done
 	say "building Linux $(tree_version "$tree") in .kernel/: about 8 minutes on 2 cores the first time, little later"
 	kernel_make "$@" >"$log" 2>&1 &
 	pid=$!
@@ -216,10 +223,10 @@ compile() {
 	trap "kill $pid 2>/dev/null || true; $(trap -p EXIT | sed "s/^trap -- '\(.*\)' EXIT\$/\1/")" EXIT
 	while kill -0 "$pid" 2>/dev/null; do
 		sleep 1
-		(((SECONDS - start) % 15)) || {
-			done=$(grep -cE '^  (CC|AS|LD) ' "$log" || true)
-			say "  $done files of at most about $ABOUT_OBJECTS, $((SECONDS - start)) s"
-		}
+		((SECONDS - start >= next)) || continue
+		next=$((next + 15))
+		done=$(grep -cE '^  (CC|AS|LD) ' "$log" || true)
+		say "  $done files of about $ABOUT_OBJECTS, less if only some changed, $((SECONDS - start)) s"
 	done
 	wait "$pid" || die "The kernel does not build." \
 		"First error: $(grep -m 1 -E 'error:|Error [0-9]' "$log")" "Log: $log"
