@@ -25,6 +25,7 @@ test: setup
 	cargo fmt --check
 	cargo clippy --all-targets -- -D warnings
 	cargo test
+	RUSTFLAGS='--cfg loom' cargo test --release --target-dir target/loom --lib loom_
 	scripts/prepare-guest stock
 	scripts/prepare-guest backports
 	cargo test --test guest -- --test-threads=1
