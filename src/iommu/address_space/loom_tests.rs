@@ -11,7 +11,7 @@ use std::sync::Arc;
 use loom::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use loom::thread;
 
-use super::{AddressSpace, Budget, Mapping};
+use super::{AddressSpace, Budget, Mapping, Run};
 use crate::iommu::grace::{Grace, Reader};
 use crate::wire::virtio_iommu::MapFlags;
 
@@ -208,6 +208,38 @@ fn loom_finds_a_table_that_is_freed_early() {
         });
         shared.unmap();
         shared.grace.drop_garbage_at_once();
+        thread.join().unwrap();
+    });
+}
+
+/// A page is linked, unlinked and linked anew while it is read, and its table becomes a tagged one meanwhile: target and
+/// tag belong together, and the page beside it stays.
+#[test]
+fn loom_a_tag_is_that_of_its_link() {
+    check(|| {
+        let grace = Grace::new();
+        let space = Arc::new(AddressSpace::new(grace.clone(), Budget::new(u64::MAX)));
+        space.map(0, PAGE - 1, 0xa000, MapFlags::READ).unwrap();
+        space.map(PAGE, 2 * PAGE - 1, 0xc000, MapFlags::READ).unwrap();
+        space.unmap(0, PAGE - 1).unwrap();
+        let mut reader = grace.reader();
+        let thread = thread::spawn({
+            let space = space.clone();
+            move || {
+                let guard = reader.enter();
+                let found = space.lookup(&guard, 0).map(|found| (found.phys, found.tag));
+                assert!(matches!(found, None | Some((0xd000, 1) | (0xe000, 2))), "{found:x?}");
+                let second = space.lookup(&guard, PAGE).map(|found| (found.phys, found.tag));
+                assert_eq!(second, Some((0xc000, 0)));
+            }
+        });
+        for (phys, tag) in [(0xd000, 1), (0xe000, 2)] {
+            space.link(0, std::iter::once(Run { phys, pages: 1 }), MapFlags::READ, tag).unwrap();
+            if tag == 1 {
+                space.unmap(0, PAGE - 1).unwrap();
+            }
+        }
+        grace.synchronize();
         thread.join().unwrap();
     });
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::node::node_bytes;
-use super::{AddressSpace, Budget, MapError, Mapping, Removed, Splits};
+use super::{AddressSpace, Budget, MapError, Mapping, Removed, Run, Splits};
 use crate::iommu::grace::Grace;
 use crate::wire::virtio_iommu::MapFlags;
 
@@ -192,4 +192,62 @@ fn a_guard_of_another_grace_period_is_refused() {
     let space = Space::with_tables(0);
     let mut reader = Grace::new().reader();
     space.space.lookup(&reader.enter(), 0);
+}
+
+#[test]
+fn linked_pages_are_mappings_of_their_own_with_a_tag() {
+    let space = Space::with_tables(100);
+    // Over the border of two tables, from two runs.
+    let start = (1 << 21) - 2 * PAGE;
+    let runs = [Run { phys: 0x7000, pages: 3 }, Run { phys: 0x1_0000, pages: 1 }];
+    assert!(space.space.is_empty(0, u64::MAX));
+    space.space.link(start, runs.into_iter(), RW, 7).unwrap();
+    assert_eq!(space.space.mappings(), 4);
+    for (page, phys) in [0x7000, 0x8000, 0x9000, 0x1_0000].into_iter().enumerate() {
+        let found = space.at(start + page as u64 * PAGE + 5).unwrap();
+        assert_eq!(found, Mapping { phys: phys + 5, len: PAGE - 5, flags: RW, tag: 7 });
+    }
+    assert!(!space.space.is_empty(start + 3 * PAGE, u64::MAX) && space.space.is_empty(start + 4 * PAGE, u64::MAX));
+    // All or nothing.
+    let again = std::iter::once(Run { phys: 0, pages: 9 });
+    assert_eq!(space.space.link(start - 8 * PAGE, again, RW, 8), Err(MapError::Overlap));
+    assert_eq!((space.at(start - PAGE), space.space.mappings()), (None, 4));
+    // Any of them goes alone.
+    let bytes = space.space.bytes();
+    assert_eq!(space.unmap(start + PAGE, start + 2 * PAGE - 1), Ok(1));
+    assert_eq!((space.at(start + PAGE), space.space.bytes()), (None, bytes));
+    assert_eq!(space.unmap(0, u64::MAX), Ok(3));
+}
+
+#[test]
+fn a_table_gets_tags_when_a_page_in_it_is_linked() {
+    let space = Space::with_tables(100);
+    space.map_two(0).unwrap();
+    let before = space.space.bytes();
+    let run = || std::iter::once(Run { phys: 0xa000, pages: 1 });
+    space.space.link(4 * PAGE, run(), RW, 9).unwrap();
+    assert_eq!(space.space.bytes(), before - NODE + node_bytes(true));
+    assert_eq!(space.at(0).map(|found| (found.phys, found.tag)), Some((0x3000, 0)));
+    assert_eq!(space.at(4 * PAGE).map(|found| (found.phys, found.tag)), Some((0xa000, 9)));
+    // A MAP in the place of what was linked has no tag, and a lone page keeps what it is.
+    assert_eq!(space.unmap(4 * PAGE, 5 * PAGE - 1), Ok(1));
+    space.map(4 * PAGE, 5 * PAGE - 1, 0xb000).unwrap();
+    assert_eq!(space.at(4 * PAGE).map(|found| (found.phys, found.tag)), Some((0xb000, 0)));
+    space.map(1 << 30, (1 << 30) + PAGE - 1, 0xc000).unwrap();
+    space.space.link((1 << 30) + PAGE, run(), RW, 9).unwrap();
+    assert_eq!(space.at(1 << 30).map(|found| (found.phys, found.tag)), Some((0xc000, 0)));
+    space.grace.synchronize();
+    assert_eq!(space.budget.used(), space.space.bytes());
+}
+
+#[test]
+fn a_link_without_memory_changes_nothing() {
+    let space = Space::with_tables(6);
+    // Four tables above, one with tags: two slots' worth. A second with tags does not fit.
+    let start = (1 << 21) - PAGE;
+    let two = std::iter::once(Run { phys: 0, pages: 2 });
+    assert_eq!(space.space.link(start, two, RW, 1), Err(MapError::NoMemory));
+    assert_eq!((space.at(start), space.space.mappings(), space.space.bytes()), (None, 0, 0));
+    let one = std::iter::once(Run { phys: 0, pages: 1 });
+    assert_eq!(space.space.link(start, one, RW, 1), Ok(()));
 }
