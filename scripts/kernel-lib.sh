@@ -11,7 +11,7 @@
 
 readonly PATCHES=guest-kernel-patches/linux-6.12
 # Of a full build; grows and shrinks a little with the configuration.
-readonly ABOUT_OBJECTS=2200
+readonly ABOUT_OBJECTS=1600
 
 # use_work_folder [SUFFIX]: takes .kernel/ for this run alone. Objects of other
 # configurations are kept apart.
