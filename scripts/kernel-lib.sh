@@ -13,10 +13,10 @@ readonly PATCHES=guest-kernel-patches/linux-6.12
 # Of a full build; grows and shrinks a little with the configuration.
 readonly ABOUT_OBJECTS=1600
 
-# use_work_folder [SUFFIX]: takes .kernel/ for this run alone. Objects of other
-# configurations are kept apart.
+# use_work_folder SUFFIX [FOLDER]: takes .kernel/, or a folder in it, for this run
+# alone. Objects of other configurations are kept apart.
 use_work_folder() {
-	work=$PWD/.kernel
+	work=$PWD/.kernel${2:+/$2}
 	mkdir -p "$work"
 	exec {WORK_LOCK}>"$work/lock"
 	flock -n "$WORK_LOCK" || {
@@ -24,7 +24,7 @@ use_work_folder() {
 		flock "$WORK_LOCK"
 	}
 	tree=$work/tree
-	objects=$work/objects${1:-}
+	objects=$work/objects$1
 	log=$work/build.log
 	mkdir -p "$objects"
 }
@@ -216,7 +216,7 @@ configure() {
 # compile TARGET...: with a line of progress now and then.
 compile() {
 	local pid start=$SECONDS next=15 done
-	say "building Linux $(tree_version "$tree") in .kernel/: about 8 minutes on 2 cores the first time, little later"
+	say "building Linux $(tree_version "$tree") in ${work#"$PWD/"}/: about 8 minutes on 2 cores the first time, little later"
 	kernel_make "$@" >"$log" 2>&1 &
 	pid=$!
 	# shellcheck disable=SC2064
