@@ -47,10 +47,12 @@ pub enum DmaError {
 /// Bytes that an endpoint moved through its [`Door`], all handles together.
 #[derive(Debug, Default)]
 pub struct DmaCounters {
-    /// Bytes read from guest memory.
+    /// Bytes read from guest memory through mappings.
     pub read: AtomicU64,
-    /// Bytes written to guest memory.
+    /// Bytes written to guest memory through mappings.
     pub written: AtomicU64,
+    /// Bytes read and written in bypass, untranslated: firmware's, for one.
+    pub bypassed: AtomicU64,
     /// Accesses that the IOMMU refused.
     pub faults: AtomicU64,
 }
@@ -230,9 +232,10 @@ impl Dma {
         if result.is_err() {
             return Err(DmaError::NoMemory { iova, gpa: found.gpa });
         }
-        let moved = match access {
-            Access::Read => &door.counters.read,
-            Access::Write => &door.counters.written,
+        let moved = match (found.route, access) {
+            (Route::Mapped, Access::Read) => &door.counters.read,
+            (Route::Mapped, Access::Write) => &door.counters.written,
+            (Route::Bypass | Route::Msi, _) => &door.counters.bypassed,
         };
         moved.fetch_add(len, Ordering::Relaxed);
         Ok(len as usize)

@@ -1,12 +1,16 @@
 //! KVM or TCG.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 
 use super::qemu;
 use super::run::Accel;
+
+/// What is remembered of a KVM that runs the kernel.
+const WORKS: &str = "ok\n";
 
 /// What a run uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,7 +43,7 @@ pub fn choose(wish: Accel, qemu: &Path, kernel: Option<&Path>) -> Result<Chosen>
         (Accel::Auto, Some(kernel)) => match probe(qemu, kernel) {
             Ok(()) => Ok(Chosen::Kvm),
             Err(why) => {
-                log::info!("Using TCG: {why}");
+                eprintln!("viommu: using TCG: {why}");
                 Ok(Chosen::Tcg)
             }
         },
@@ -49,15 +53,27 @@ pub fn choose(wish: Accel, qemu: &Path, kernel: Option<&Path>) -> Result<Chosen>
 fn probe(qemu: &Path, kernel: &Path) -> Result<(), String> {
     let memory = memory(qemu, kernel);
     if let Some(Ok(text)) = memory.as_ref().map(std::fs::read_to_string) {
-        return if text.is_empty() { Ok(()) } else { Err(text) };
+        return if text == WORKS { Ok(()) } else { Err(text) };
     }
+    // Who may open it can change at any time, so that is not remembered.
+    let open = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");
+    open.map_err(|error| format!("/dev/kvm does not open: {error}"))?;
     let found = qemu::probe_kvm(qemu, kernel);
     if let Some(path) = memory {
         // Only a memory of what can be found again.
-        let _ = path.parent().map_or(Ok(()), std::fs::create_dir_all);
-        let _ = std::fs::write(path, found.as_ref().err().map_or("", String::as_str));
+        let _ = remember(&path, found.as_ref().err().map_or(WORKS, String::as_str));
     }
     found
+}
+
+/// Writes all of the file or nothing, since another run may read it at any moment.
+fn remember(path: &Path, text: &str) -> std::io::Result<()> {
+    let Some(folder) = path.parent() else { return Ok(()) };
+    std::fs::create_dir_all(folder)?;
+    let mut file = tempfile::NamedTempFile::new_in(folder)?;
+    file.write_all(text.as_bytes())?;
+    file.persist(path)?;
+    Ok(())
 }
 
 /// The file that keeps what was found; `None` where there is no place for one.

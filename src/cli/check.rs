@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use anyhow::{Result, bail};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
+use super::daemon::open_disk;
 use super::qemu;
 use super::source::Source;
-use crate::topology::{Model, Topology};
+use crate::topology::Topology;
 
 /// Check a topology, QEMU, KVM and shared memory, and say what is wrong
 #[derive(clap::Args)]
@@ -57,18 +58,15 @@ pub fn main(args: &Args) -> Result<()> {
     Ok(())
 }
 
+/// Opens each image as a run would.
 fn images(topology: &Topology) -> usize {
     let mut wrong = 0;
     for endpoint in &topology.endpoints {
-        let Model::Nvme { image, .. } = &endpoint.model else { continue };
-        match std::fs::metadata(image) {
-            Ok(meta) => println!("{}: ok: {} has {} bytes", endpoint.name, image.display(), meta.len()),
+        match open_disk(endpoint, None) {
+            Ok(None) => {}
+            Ok(Some(disk)) => println!("{}: ok: {}", endpoint.name, disk.config().image.display()),
             Err(error) => {
-                let image = image.display();
-                println!(
-                    "{}: Cannot find the image {image}: {error}; --create-images SIZE of run and serve makes it",
-                    endpoint.name
-                );
+                println!("{}: {error:#}", endpoint.name);
                 wrong += 1;
             }
         }

@@ -48,12 +48,14 @@ pub struct Counts {
     pub unknown_requests: u64,
     /// Descriptor chains that were no requests.
     pub malformed_requests: u64,
-    /// Kicks of the request queue.
+    /// Kicks of the driver, on both queues.
     pub kicks: u64,
-    /// Bytes that endpoints read from memory.
+    /// Bytes that endpoints read from memory through mappings.
     pub dma_read_bytes: u64,
-    /// Bytes that endpoints wrote to memory.
+    /// Bytes that endpoints wrote to memory through mappings.
     pub dma_write_bytes: u64,
+    /// Bytes that endpoints read and wrote untranslated.
+    pub dma_bypass_bytes: u64,
     /// I/O commands that NVMe controllers completed.
     pub io_count: u64,
     /// Bytes that these commands moved.
@@ -171,6 +173,7 @@ impl Served {
     fn add_to(&self, counts: &mut Counts) {
         counts.dma_read_bytes += self.dma.read.load(Ordering::Relaxed);
         counts.dma_write_bytes += self.dma.written.load(Ordering::Relaxed);
+        counts.dma_bypass_bytes += self.dma.bypassed.load(Ordering::Relaxed);
         if let Some(disk) = &self.disk {
             let done = &disk.counters;
             counts.io_count += done.io_count.load(Ordering::Relaxed);
@@ -180,7 +183,7 @@ impl Served {
 }
 
 /// Opens what an endpoint needs; `None` for one that needs nothing.
-fn open_disk(endpoint: &Endpoint, create: Option<Size>) -> Result<Option<Arc<Disk>>> {
+pub fn open_disk(endpoint: &Endpoint, create: Option<Size>) -> Result<Option<Arc<Disk>>> {
     let Model::Nvme { image, block_size, serial } = &endpoint.model else { return Ok(None) };
     if let Some(size) = create {
         create_image(image, size).with_context(|| format!("Cannot make the image {}", image.display()))?;

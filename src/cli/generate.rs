@@ -1,5 +1,6 @@
 //! Shell completions and manual pages, from the same definitions as the help texts.
 
+use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
@@ -15,8 +16,13 @@ pub struct Completions {
 
 /// Print a shell's completion script.
 pub fn completions(args: &Completions) -> Result<()> {
-    clap_complete::generate(args.shell, &mut super::Cli::command(), "viommu", &mut std::io::stdout());
-    Ok(())
+    let mut script = Vec::new();
+    clap_complete::generate(args.shell, &mut super::Cli::command(), "viommu", &mut script);
+    match std::io::stdout().write_all(&script) {
+        // Whoever reads has read enough.
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        written => written.context("Cannot write to the standard output"),
+    }
 }
 
 /// Write the manual pages into a folder

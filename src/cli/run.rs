@@ -1,7 +1,7 @@
 //! `viommu run`: the daemon and a QEMU, from one topology.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{BufRead, BufReader, BufWriter, Write};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -106,11 +106,11 @@ pub struct Args {
 pub fn main(args: &Args) -> Result<()> {
     let topology = args.source.load()?;
     qemu::version(&args.qemu)?;
-    let folder = Folder::new(args.dir.as_deref())?;
+    let folder = folder(args.dir.as_deref())?;
     let stop = Stop::on_signals().context("Cannot wait for signals")?;
     let files = Files {
-        console: args.console.clone().unwrap_or_else(|| folder.path.join("guest.log")),
-        results: folder.path.join("results.jsonl"),
+        console: args.console.clone().unwrap_or_else(|| folder.join("guest.log")),
+        results: folder.join("results.jsonl"),
         trace: args
             .trace_file
             .as_deref()
@@ -119,9 +119,9 @@ pub fn main(args: &Args) -> Result<()> {
             .context("Cannot resolve the trace file")?,
     };
     let options = Options {
-        paths: Paths { iommu: folder.path.join("viommu.sock") },
-        trace_socket: Some(args.trace_socket.clone().unwrap_or_else(|| folder.path.join("trace.sock"))),
-        qmp: Some(folder.path.join("qmp.sock")),
+        paths: Paths { iommu: folder.join("viommu.sock") },
+        trace_socket: Some(args.trace_socket.clone().unwrap_or_else(|| folder.join("trace.sock"))),
+        qmp: Some(folder.join("qmp.sock")),
         create_images: args.create_images,
     };
     let accel = accel::choose(args.accel, &args.qemu, args.kernel.as_deref())?;
@@ -137,13 +137,10 @@ pub fn main(args: &Args) -> Result<()> {
     });
     stop.set();
     let elapsed = started.elapsed();
-    let counts = daemon.end();
+    let mut counts = daemon.end();
     if let Some(recorder) = recorder {
-        recorder
-            .join()
-            .ok()
-            .context("The thread that writes the trace file panicked")?
-            .context("Cannot write the trace")?;
+        let lost = recorder.join().ok().context("The thread that writes the trace file panicked")?;
+        counts.events_lost += lost.context("Cannot write the trace")?;
     }
     let summary = Summary::new(&counts, &files, elapsed);
     if let Some(path) = &args.summary {
@@ -152,7 +149,10 @@ pub fn main(args: &Args) -> Result<()> {
     }
     print!("{summary}");
     match ended? {
-        Ended::Itself(status) if status.success() => Ok(()),
+        Ended::Itself(status) if status.success() => match summary.failure() {
+            None => Ok(()),
+            Some(failure) => bail!("The guest failed: {failure}; its console is in {}", files.console.display()),
+        },
         Ended::Itself(status) => bail!("QEMU failed ({status}); its messages are above"),
         Ended::Asked => Ok(()),
         Ended::Timeout(limit) => {
@@ -185,7 +185,7 @@ fn start_qemu(
     }
     command.arg("-serial").arg(format!("file:{}", files.results.display()));
     if let Some(qmp) = &options.qmp {
-        command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", qmp.display()));
+        command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", arguments::comma_safe(qmp)));
     }
     command.args(arguments::devices(topology, &options.paths));
     if let Some(kernel) = &args.kernel {
@@ -241,38 +241,45 @@ fn end(child: &mut Child) -> std::io::Result<()> {
     child.wait().map(drop)
 }
 
-/// Copies the trace from its socket to a file, from now until the socket closes.
-fn record(socket: &Path, file: &Path) -> Result<JoinHandle<std::io::Result<()>>> {
+/// Copies the trace from its socket to a file, from now until the socket closes; returns how many events the file lacks
+/// because writing it was too slow.
+fn record(socket: &Path, file: &Path) -> Result<JoinHandle<std::io::Result<u64>>> {
     let out = File::create(file).with_context(|| format!("Cannot write the trace to {}", file.display()))?;
     let mut stream = UnixStream::connect(socket).with_context(|| format!("Cannot connect to {}", socket.display()))?;
     stream.write_all(b"{\"format\":\"json\",\"backlog\":\"all\"}\n").context("Cannot ask for the trace")?;
     let copy = move || {
-        let mut out = std::io::BufWriter::with_capacity(1 << 20, out);
-        std::io::copy(&mut stream, &mut out)?;
-        out.flush()
+        let mut out = BufWriter::with_capacity(1 << 20, out);
+        let mut lost = 0;
+        let mut reader = BufReader::with_capacity(1 << 16, stream);
+        let mut line = String::new();
+        while reader.read_line(&mut line)? > 0 {
+            out.write_all(line.as_bytes())?;
+            lost += lost_here(&line);
+            line.clear();
+        }
+        out.flush()?;
+        Ok(lost)
     };
     std::thread::Builder::new().name("trace-file".into()).spawn(copy).context("Cannot start a thread")
 }
 
-/// The folder of a run; a temporary one is removed at the end, unless there is something in it to look at.
-struct Folder {
-    path: PathBuf,
-    _temporary: Option<tempfile::TempDir>,
+/// The events that a line of the trace says this client lost.
+fn lost_here(line: &str) -> u64 {
+    // Only a line in thousands is worth parsing.
+    if !line.contains("\"lost\"") {
+        return 0;
+    }
+    let event: serde_json::Value = serde_json::from_str(line).unwrap_or_default();
+    if event["kind"] == "lost" && event["place"] == "client" { event["count"].as_u64().unwrap_or(0) } else { 0 }
 }
 
-impl Folder {
-    fn new(path: Option<&Path>) -> Result<Folder> {
-        match path {
-            Some(path) => {
-                std::fs::create_dir_all(path).with_context(|| format!("Cannot make the folder {}", path.display()))?;
-                let path = path.canonicalize().with_context(|| format!("Cannot resolve {}", path.display()))?;
-                Ok(Folder { path, _temporary: None })
-            }
-            None => {
-                let temporary =
-                    tempfile::Builder::new().prefix("viommu-").tempdir().context("Cannot make a temporary folder")?;
-                Ok(Folder { path: temporary.path().to_path_buf(), _temporary: Some(temporary) })
-            }
-        }
-    }
+/// The folder of a run. A temporary one stays, with what the guest said in it.
+fn folder(path: Option<&Path>) -> Result<PathBuf> {
+    let Some(path) = path else {
+        let temporary =
+            tempfile::Builder::new().prefix("viommu-").tempdir().context("Cannot make a temporary folder")?;
+        return Ok(temporary.keep());
+    };
+    std::fs::create_dir_all(path).with_context(|| format!("Cannot make the folder {}", path.display()))?;
+    path.canonicalize().with_context(|| format!("Cannot resolve {}", path.display()))
 }

@@ -39,7 +39,8 @@ fn from_option(text: &str) -> Result<Topology, TopologyError> {
             return Err(TopologyError::Invalid { name: "--endpoint".into(), what });
         };
         let value = toml::Value::from(value);
-        let value = if key == "block-size" { value.as_str().unwrap_or_default().into() } else { value.to_string() };
+        let bare = matches!(key, "block-size" | "hotplug");
+        let value = if bare { value.as_str().unwrap_or_default().into() } else { value.to_string() };
         let _ = writeln!(table, "{key} = {value}");
     }
     Topology::parse(&table, "--endpoint")

@@ -27,6 +27,8 @@ pub struct Summary {
     workloads: Vec<Workload>,
     /// Whether the guest found its data as it had written them; `None` if no workload checked that.
     verified: Option<bool>,
+    /// What the guest said went wrong.
+    failure: Option<String>,
     elapsed: Duration,
 }
 
@@ -39,7 +41,8 @@ struct Workload {
 impl Summary {
     /// Puts the daemon's counts and the guest's results together. `elapsed` is the time that QEMU ran.
     pub fn new(counts: &Counts, files: &Files, elapsed: Duration) -> Summary {
-        let workloads = read_results(&files.results);
+        let results = read_results(&files.results);
+        let workloads: Vec<_> = results.iter().filter_map(workload).collect();
         let checks: Vec<bool> = workloads.iter().filter_map(|workload| workload.verified).collect();
         Summary {
             counts: counts.clone(),
@@ -47,8 +50,18 @@ impl Summary {
             results: files.results.clone(),
             trace: files.trace.clone(),
             verified: (!checks.is_empty()).then(|| checks.iter().all(|verified| *verified)),
+            failure: failure(&results),
             workloads,
             elapsed,
+        }
+    }
+
+    /// What went wrong in the guest, if it said so.
+    pub fn failure(&self) -> Option<&str> {
+        match (&self.failure, self.verified) {
+            (Some(message), _) => Some(message),
+            (None, Some(false)) => Some("it read back something else than it had written"),
+            (None, _) => None,
         }
     }
 
@@ -77,6 +90,7 @@ impl Summary {
             "linked_bytes": counts.iommu.linked_bytes,
             "dma_read_bytes": counts.dma_read_bytes,
             "dma_write_bytes": counts.dma_write_bytes,
+            "dma_bypass_bytes": counts.dma_bypass_bytes,
             "faults": counts.iommu.faults,
             "io_count": counts.io_count,
             "io_bytes": counts.io_bytes,
@@ -117,8 +131,9 @@ impl fmt::Display for Summary {
         row("mappings: live now, peak", format!("{}, {}", iommu.mappings_live, iommu.mappings_peak))?;
         row("reservations: live now", iommu.reservations_live.to_string())?;
         row("linked now: bytes", bytes(iommu.linked_bytes))?;
-        row("DMA: bytes read", bytes(counts.dma_read_bytes))?;
-        row("     bytes written", bytes(counts.dma_write_bytes))?;
+        row("DMA: translated bytes read", bytes(counts.dma_read_bytes))?;
+        row("     translated bytes written", bytes(counts.dma_write_bytes))?;
+        row("     bypass, both", bytes(counts.dma_bypass_bytes))?;
         row("     faults", iommu.faults.to_string())?;
         row("device I/O: commands, bytes", format!("{}, {}", counts.io_count, bytes(counts.io_bytes)))?;
         row("trace: events, lost", format!("{}, {}", counts.events, counts.events_lost))?;
@@ -149,13 +164,17 @@ fn bytes(count: u64) -> String {
 }
 
 /// The guest's results; lines that are none are the guest's own noise.
-fn read_results(path: &PathBuf) -> Vec<Workload> {
+fn read_results(path: &PathBuf) -> Vec<Value> {
     let text = std::fs::read(path).unwrap_or_default();
     let text = String::from_utf8_lossy(&text);
-    text.lines()
-        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-        .filter_map(|value| workload(&value))
-        .collect()
+    text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+}
+
+fn failure(results: &[Value]) -> Option<String> {
+    let error = results.iter().find(|value| value["event"] == "error");
+    let failed = results.iter().any(|value| value["event"] == "end" && value["ok"] == false);
+    let message = error.and_then(|value| value["message"].as_str());
+    message.map(String::from).or_else(|| failed.then(|| "a workload failed".to_string()))
 }
 
 fn workload(value: &Value) -> Option<Workload> {
@@ -193,5 +212,13 @@ mod tests {
         assert_eq!(summary(good).verified, Some(true));
         assert_eq!(summary(&format!("{good}{}", good.replace("true", "false"))).verified, Some(false));
         assert!(summary(good).to_json().contains("\"verified\": true"));
+        assert_eq!(summary(good).failure(), None);
+        assert!(summary(&good.replace("true", "false")).failure().is_some());
+    }
+
+    #[test]
+    fn what_the_guest_says_went_wrong_is_kept() {
+        let text = "{\"event\":\"error\",\"message\":\"no disk\"}\n{\"event\":\"end\",\"ok\":false}\n";
+        assert_eq!(summary(text).failure(), Some("no disk"));
     }
 }

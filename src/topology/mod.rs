@@ -106,10 +106,10 @@ struct NvmeEntry {
     behind: Option<Spanned<String>>,
     #[serde(default)]
     hotplug: bool,
-    image: PathBuf,
+    image: Spanned<PathBuf>,
     #[serde(default = "default_block_size", rename = "block-size")]
     block_size: Spanned<u32>,
-    serial: Option<String>,
+    serial: Option<Spanned<String>>,
 }
 
 fn default_block_size() -> Spanned<u32> {
@@ -224,8 +224,10 @@ impl Checker<'_> {
     fn check(&self, file: File) -> Result<Topology, String> {
         let mut root_bus = BTreeMap::new();
         self.take(&mut root_bus, &file.iommu.address, "iommu")?;
-        for port in &file.root_port {
+        for (index, port) in file.root_port.iter().enumerate() {
             self.take(&mut root_bus, &port.address, port.name.get_ref())?;
+            let before = file.root_port.iter().take(index);
+            self.check_name(port.name.get_ref(), port.name.span(), before.map(|port| port.name.get_ref().as_str()))?;
         }
         let mut topology =
             Topology { machine: file.machine, iommu: file.iommu, root_ports: file.root_port, endpoints: Vec::new() };
@@ -250,11 +252,12 @@ impl Checker<'_> {
                     "the root bus takes no hot-added device; put the endpoint behind a root port with `behind`",
                 ));
             }
-            let model = Model::Nvme {
-                image: entry.image,
-                block_size,
-                serial: entry.serial.unwrap_or_else(|| format!("viommu-{name}")),
+            let serial = match entry.serial {
+                Some(serial) => self.serial(serial)?,
+                None => format!("viommu-{name}"),
             };
+            let image = self.image(&topology, entry.image)?;
+            let model = Model::Nvme { image, block_size, serial };
             self.add(
                 &mut topology,
                 &mut root_bus,
@@ -291,16 +294,9 @@ impl Checker<'_> {
         address: &Spanned<Address>,
     ) -> Result<(), String> {
         let Found { name, name_span, behind, hotplug, model } = found;
-        let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
-        let starts_well = name.starts_with(|c: char| c.is_ascii_alphabetic());
-        if !starts_well || !name.chars().all(plain) {
-            let what =
-                format!("{name:?} cannot name an endpoint; a letter and then letters, digits, - and _ were expected");
-            return Err(self.at(name_span.unwrap_or(0..0), "name", &what));
-        }
-        if topology.endpoints.iter().any(|other| other.name == name) || name == "viommu" {
-            return Err(self.at(name_span.unwrap_or(0..0), "name", &format!("the name {name:?} is taken")));
-        }
+        let endpoints = topology.endpoints.iter().map(|other| other.name.as_str());
+        let ports = topology.root_ports.iter().map(|port| port.name.get_ref().as_str());
+        self.check_name(&name, name_span.unwrap_or(0..0), endpoints.chain(ports))?;
         match behind {
             None => self.take(root_bus, address, &name)?,
             Some(_) if address.get_ref().device != 0 => {
@@ -320,6 +316,53 @@ impl Checker<'_> {
         let bdf = Bdf { bus, address: *address.get_ref() };
         topology.endpoints.push(Endpoint { name, address: *address.get_ref(), behind, hotplug, model, bdf });
         Ok(())
+    }
+
+    /// A name is an id in QEMU, part of a socket's path and of a serial number.
+    fn check_name<'n>(
+        &self,
+        name: &str,
+        span: Range<usize>,
+        mut taken: impl Iterator<Item = &'n str>,
+    ) -> Result<(), String> {
+        let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+        let starts_well = name.starts_with(|c: char| c.is_ascii_alphabetic());
+        if !starts_well || !name.chars().all(plain) || name.len() > 13 {
+            let wanted = "a letter and then letters, digits, - and _, 13 characters at most, were expected";
+            return Err(self.at(span, "name", &format!("{name:?} cannot be a name; {wanted}")));
+        }
+        if name == "viommu" || taken.any(|other| other == name) {
+            return Err(self.at(span, "name", &format!("the name {name:?} is taken")));
+        }
+        Ok(())
+    }
+
+    /// The Identify Controller data structure has 20 bytes of ASCII for it (NVMe base specification).
+    fn serial(&self, serial: Spanned<String>) -> Result<String, String> {
+        let printable = |c: u8| c.is_ascii_graphic() || c == b' ';
+        if (1..=20).contains(&serial.get_ref().len()) && serial.get_ref().bytes().all(printable) {
+            return Ok(serial.into_inner());
+        }
+        let what = format!(
+            "{:?} cannot be a serial number; 1 to 20 printable ASCII characters were expected",
+            serial.get_ref()
+        );
+        Err(self.at(serial.span(), "serial", &what))
+    }
+
+    fn image(&self, topology: &Topology, image: Spanned<PathBuf>) -> Result<PathBuf, String> {
+        let uses = |model: &Model| matches!(model, Model::Nvme { image: other, .. } if other == image.get_ref());
+        match topology.endpoints.iter().find(|endpoint| uses(&endpoint.model)) {
+            None => Ok(image.into_inner()),
+            Some(other) => {
+                let what = format!(
+                    "{:?} is the image of {:?} already; each endpoint needs its own",
+                    image.get_ref(),
+                    other.name
+                );
+                Err(self.at(image.span(), "image", &what))
+            }
+        }
     }
 
     /// Notes that `owner` sits at `address` of the root bus.

@@ -90,6 +90,6 @@ pub fn device(topology: &Topology, endpoint: &Endpoint, paths: &Paths) -> serde_
 }
 
 /// QEMU's option parser takes a doubled comma for a comma.
-fn comma_safe(path: &Path) -> String {
+pub fn comma_safe(path: &Path) -> String {
     path.display().to_string().replace(',', ",,")
 }

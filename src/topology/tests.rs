@@ -80,6 +80,13 @@ fn errors_name_line_key_and_expectation() {
         &["line 3", "`block-size`", "512 or 4096"],
     );
     refused("[[nvme]]\naddress = \"04.0\"\nname = \"a/b\"\nimage = \"a\"", &["line 3", "`name`"]);
+    let twice = "[[nvme]]\naddress = \"04.0\"\nimage = \"a\"\n[[nvme]]\naddress = \"05.0\"\nimage = \"a\"";
+    refused(twice, &["line 6", "`image`", "\"nvme0\"", "its own"]);
+    let serial = "[[nvme]]\naddress = \"04.0\"\nimage = \"a\"\nserial = \"abcdefghijklmnopqrstuvwxyz\"";
+    refused(serial, &["line 4", "`serial`", "1 to 20"]);
+    refused("[[root-port]]\nname = \"a,b\"\naddress = \"06.0\"", &["line 2", "`name`", "a letter and then"]);
+    let ports = "[[root-port]]\nname = \"a\"\naddress = \"06.0\"\n";
+    refused(&format!("{ports}{}", ports.replace("06", "07")), &["line 5", "`name`", "taken"]);
     refused("[[nvme]]\naddress = \"04.0\"\nhotplug = true\nimage = \"a\"", &["`hotplug`", "`behind`"]);
     refused("[machine]\nmemory = 5\n", &["line 2", "string"]);
     refused("[machine]\nmemory = \"5X\"\n", &["line 2", "\"512M\""]);
