@@ -43,8 +43,8 @@ struct Case {
     error: u32,
     /// Whether the destination holds the data afterwards.
     copied: bool,
-    /// The first IOVA that the IOMMU must refuse.
-    fault: Option<u64>,
+    /// The access that the IOMMU must refuse: its kind, and the first IOVA that cannot be accessed.
+    fault: Option<(&'static str, u64)>,
 }
 
 const GOOD: Case = Case {
@@ -65,12 +65,18 @@ const REFUSED: Case = Case { copied: false, ..GOOD };
 /// Rogue ones between good ones: a refused access must not harm what comes after it.
 const CASES: [Case; 10] = [
     GOOD,
-    Case { name: "unmapped source", source: NOWHERE, error: ioat::ERROR_SOURCE, fault: Some(NOWHERE), ..REFUSED },
+    Case {
+        name: "unmapped source",
+        source: NOWHERE,
+        error: ioat::ERROR_SOURCE,
+        fault: Some(("read", NOWHERE)),
+        ..REFUSED
+    },
     Case {
         name: "unmapped destination",
         destination: NOWHERE,
         error: ioat::ERROR_DESTINATION,
-        fault: Some(NOWHERE),
+        fault: Some(("write", NOWHERE)),
         ..REFUSED
     },
     Case {
@@ -78,7 +84,7 @@ const CASES: [Case; 10] = [
         source: CONTROL,
         destination: SOURCE,
         error: ioat::ERROR_DESTINATION,
-        fault: Some(SOURCE),
+        fault: Some(("write", SOURCE)),
         ..REFUSED
     },
     Case {
@@ -86,35 +92,35 @@ const CASES: [Case; 10] = [
         source: DESTINATION,
         destination: DESTINATION + SIZE as u64,
         error: ioat::ERROR_SOURCE,
-        fault: Some(DESTINATION),
+        fault: Some(("read", DESTINATION)),
         ..REFUSED
     },
     Case {
         name: "source past its mapping's end",
         source: SOURCE + PAGE as u64 - 1024,
         error: ioat::ERROR_SOURCE,
-        fault: Some(SOURCE + PAGE as u64),
+        fault: Some(("read", SOURCE + PAGE as u64)),
         ..REFUSED
     },
     Case {
         name: "unmapped first descriptor",
         descriptor: NOWHERE,
         error: ioat::ERROR_CHAIN,
-        fault: Some(NOWHERE),
+        fault: Some(("read", NOWHERE)),
         ..REFUSED
     },
     Case {
         name: "unmapped next descriptor",
         next: Some(NOWHERE),
         error: ioat::ERROR_NEXT,
-        fault: Some(NOWHERE),
+        fault: Some(("read", NOWHERE)),
         ..GOOD
     },
     Case {
         name: "unmapped completion",
         completion: NOWHERE,
         error: ioat::ERROR_COMPLETION,
-        fault: Some(NOWHERE),
+        fault: Some(("write", NOWHERE)),
         ..GOOD
     },
     Case { name: "copy after all these", ..GOOD },
@@ -171,7 +177,8 @@ fn run_case(case: &Case, bar: &Bar, pages: &mut Buffers) -> Result<(Value, bool)
     let good = source_intact && as_expected(case, outcome, copied);
     let report = json!({
         "case": case.name, "good": good, "state": outcome.status & 7, "chansts": outcome.status,
-        "chanerr": outcome.error, "expected_chanerr": case.error, "fault_iova": case.fault,
+        "chanerr": outcome.error, "expected_chanerr": case.error, "fault_access": case.fault.map(|(access, _)| access),
+        "fault_iova": case.fault.map(|(_, iova)| iova),
         "copied": copied, "expected_copied": case.copied, "source_intact": source_intact,
     });
     Ok((report, good))

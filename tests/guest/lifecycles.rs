@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use serde_json::json;
+use serde_json::{Value, json};
 
-use crate::harness::{Guest, Qmp, guest_files};
+use crate::harness::{Guest, Outcome, Qmp, guest_files};
 use crate::{NVME, nvme_in};
 
 /// I/O that goes on for some seconds.
@@ -76,17 +76,30 @@ fn the_kernels_driver_of_the_dma_engine_passes_its_self_test() {
     assert!(outcome.events("dma").any(|dma| dma["endpoint"] == 0x28 && dma["route"] == "mapped"));
 }
 
+/// The faults of an endpoint in their order, each as its reason, access and address.
+fn faults_of(outcome: &Outcome, endpoint: u32) -> Vec<Value> {
+    let faults = outcome.events("fault").filter(|fault| fault["endpoint"] == endpoint);
+    let told =
+        |fault: &Value| json!({ "reason": fault["reason"], "access": fault["access"], "address": fault["address"] });
+    faults.map(told).collect()
+}
+
 #[test]
 fn rogue_dma_faults() {
     let topology = format!("{NVME}[[dma-engine]]\naddress = \"05.0\"\n");
     let outcome = Guest::new(&topology, "vfio-dma").run();
-    let faults: Vec<_> = outcome.events("fault").filter(|fault| fault["endpoint"] == 0x28).collect();
-    // Unmapped source, destination, descriptor and completion address; a write without permission; a read without.
-    assert!(faults.len() >= 5, "{faults:?}");
-    assert!(faults.iter().all(|fault| fault["reason"] == "MAPPING"), "{faults:?}");
-    assert!(
-        faults.iter().any(|fault| fault["access"] == "write") && faults.iter().any(|fault| fault["access"] == "read")
-    );
+    let result = outcome.results_of("vfio-dma").next().expect("a result");
+    // What each case must be refused: an access to an unmapped source, destination, descriptor or completion, past a
+    // mapping's end, a write without permission, a read without.
+    let cases = result["cases"].as_array().unwrap().iter().filter(|case| !case["fault_iova"].is_null());
+    let expected: Vec<_> = cases
+        .map(|case| {
+            let address = format!("{:#x}", case["fault_iova"].as_u64().unwrap());
+            json!({ "reason": "MAPPING", "access": case["fault_access"], "address": address })
+        })
+        .collect();
+    assert_eq!(expected.len(), 8);
+    assert_eq!(faults_of(&outcome, 0x28), expected);
     // The driver in the guest was told of them.
     assert!(outcome.console.contains("page fault"), "the guest's virtio-iommu driver reports faults");
 }
