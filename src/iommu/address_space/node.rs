@@ -368,7 +368,7 @@ impl Entry {
 
     /// Of a leaf: a LINK made it.
     #[inline]
-    fn is_linked(self) -> bool {
+    pub(super) fn is_linked(self) -> bool {
         self.0 & (Self::LEAF | Self::LINKED) == Self::LEAF | Self::LINKED
     }
 

@@ -349,10 +349,11 @@ impl Writer {
 /// The leaf that covers `iova`, its level, and the tag of the LINK that made it, or 0.
 #[inline]
 pub(super) fn find(root: &Root, iova: u64) -> Option<(Entry, u32, u64)> {
+    let mut table = Entry::EMPTY;
     let mut entry = root_slot(root, iova).load();
     for level in (0..=ROOT_LEVEL).rev() {
         if entry.is_leaf() {
-            return Some((entry, level, 0));
+            return if entry.is_linked() { find_linked(table, iova) } else { Some((entry, level, 0)) };
         }
         if entry.is_empty() || level == 0 {
             return None;
@@ -360,15 +361,19 @@ pub(super) fn find(root: &Root, iova: u64) -> Option<(Entry, u32, u64)> {
         if level == 1 && entry.is_lone() {
             return Some((entry.lone_leaf_at(iova)?, 0, 0));
         }
+        table = entry;
         // SAFETY: A table. Who calls is in a read-side section or is the writer.
-        if let Some(table) = unsafe { entry.tagged() } {
-            let (leaf, tag) = table.find(iova);
-            return leaf.is_leaf().then_some((leaf, 0, tag));
-        }
-        // SAFETY: As above.
-        entry = unsafe { entry.node() }.slot(level - 1, iova).load();
+        entry = unsafe { table.node() }.slot(level - 1, iova).load();
     }
     None
+}
+
+/// The same, where a leaf that a LINK made was just seen in `table`. Apart, so that the way through MAP stays short.
+#[inline(never)]
+fn find_linked(table: Entry, iova: u64) -> Option<(Entry, u32, u64)> {
+    // SAFETY: As in `find`: only tables have leaves that are LINKED, and those tables are tagged.
+    let (leaf, tag) = unsafe { table.tagged() }?.find(iova);
+    leaf.is_leaf().then_some((leaf, 0, tag))
 }
 
 /// Adds live slots to the table to which `slot` leads; the root does not count its own.
