@@ -5,6 +5,11 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// How long a server waits after a connection that failed, before the next. What failed may be the acceptance, for want
+/// of descriptors; then the connection still waits, and would be tried again without end.
+pub const RETRY: Duration = Duration::from_millis(50);
 
 /// Why a socket could not be made.
 #[derive(Debug, thiserror::Error)]

@@ -4,17 +4,16 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::backend::{Backend, contained};
+use super::backend::{Backend, Make, contained};
 use super::function::{Bus, Function};
 use super::interrupts::Interrupts;
 use super::memory::MemoryMap;
 use crate::dma::{Door, Memory};
 use crate::iommu::Iommu;
-use crate::socket::{Socket, SocketError};
+use crate::socket::{RETRY, Socket, SocketError};
 use crate::trace::event::Channel;
 use crate::trace::{Event, Tracer};
 
@@ -68,29 +67,35 @@ impl Server {
         on_device_reset: impl Fn(),
     ) -> io::Result<()> {
         while self.wait(shutdown)? {
-            let memory = MemoryMap::new(slot.memory.clone());
-            let Some(mut backend) = Backend::new(slot.bus.clone(), memory, &make, &on_device_reset) else {
-                // Without a function there is nothing to serve: the client is sent away.
-                self.socket.listener().accept()?;
-                continue;
-            };
-            let listener = OwnedFd::from(self.socket.listener().try_clone()?);
-            let server = vfio_user::Server::from_owned_fd(listener, true, backend.irqs(), backend.regions());
-            let session = |connected| {
-                let endpoint = Some(slot.bus.door.endpoint());
-                slot.bus.tracer.emit(Event::Session { channel: Channel::VfioUser, endpoint, connected });
-            };
-            session(true);
-            // The crate panics on some malformed messages, which ends that client's connection.
-            if let Some(Err(error)) = contained(&slot.bus, || server.run(&mut backend)) {
+            if let Err(error) = self.serve_one(slot, &make, &on_device_reset) {
                 log::warn!("The connection on {} ended: {error}", self.path().display());
-                // If it could not even be accepted, for want of descriptors, some may be free soon.
-                std::thread::sleep(Duration::from_millis(10));
+                // It may not even have been accepted, for want of descriptors: some may be free soon.
+                std::thread::sleep(RETRY);
             }
-            drop(backend);
-            session(false);
         }
         Ok(())
+    }
+
+    /// Serves the client that waits to be accepted.
+    fn serve_one(&self, slot: &Slot, make: Make<'_>, on_device_reset: &dyn Fn()) -> Result<(), vfio_user::Error> {
+        let accept = vfio_user::Error::SocketAccept;
+        let memory = MemoryMap::new(slot.memory.clone());
+        let Some(mut backend) = Backend::new(slot.bus.clone(), memory, make, on_device_reset) else {
+            // Without a function there is nothing to serve: the client is sent away.
+            return self.socket.listener().accept().map(drop).map_err(accept);
+        };
+        let listener = OwnedFd::from(self.socket.listener().try_clone().map_err(accept)?);
+        let server = vfio_user::Server::from_owned_fd(listener, true, backend.irqs(), backend.regions());
+        let session = |connected| {
+            let endpoint = Some(slot.bus.door.endpoint());
+            slot.bus.tracer.emit(Event::Session { channel: Channel::VfioUser, endpoint, connected });
+        };
+        session(true);
+        // The crate panics on some malformed messages, which ends that client's connection.
+        let served = contained(&slot.bus, || server.run(&mut backend));
+        drop(backend);
+        session(false);
+        served.unwrap_or(Ok(()))
     }
 
     /// Waits for a connection (`true`) or for the end (`false`).

@@ -16,7 +16,7 @@ use super::backend::Backend;
 use super::{Control, Counts, Shared};
 use crate::dma::Memory;
 use crate::iommu::Iommu;
-use crate::socket::{Socket, SocketError};
+use crate::socket::{RETRY, Socket, SocketError};
 use crate::trace::event::Channel;
 use crate::trace::{Event, Tracer};
 
@@ -91,45 +91,53 @@ impl Server {
         while wait_readable(self.listener.as_raw_fd(), self.shutdown.event.as_raw_fd())
             .map_err(|source| ServerError::System { what: "wait for a frontend", source })?
         {
-            self.serve_one().map_err(|source| ServerError::System { what: "serve a frontend", source })?;
+            // Not ours to end for: the next frontend may do better, and descriptors that are missing may be free soon.
+            if let Err(error) = self.serve_one() {
+                log::warn!("The vhost-user connection ended: {error}");
+                thread::sleep(RETRY);
+            }
         }
         Ok(())
     }
 
-    /// Serves the frontend that waits to be accepted. A daemon of the crate serves one connection.
-    fn serve_one(&mut self) -> io::Result<()> {
+    /// Serves the frontend that waits to be accepted.
+    fn serve_one(&mut self) -> Result<(), BackendError> {
         let memory = Memory::new(GuestMemoryMmap::new());
-        let backend = Backend::new(self.shared.clone(), memory.clone())?;
-        let mut daemon = VhostUserDaemon::new("vhost-user".into(), backend.clone(), memory)
-            .map_err(|error| io::Error::other(error.to_string()))?;
+        let backend = Backend::new(self.shared.clone(), memory.clone()).map_err(BackendError::StartDaemon)?;
+        self.shared.tracer.emit(Event::Session { channel: Channel::VhostUser, endpoint: None, connected: true });
+        let served = self.serve_backend(&backend, memory);
+        // Also after a failure, or each would leave a descriptor behind.
+        backend.end();
+        self.shared.disconnected();
+        match served {
+            Err(BackendError::HandleRequest(VhostUserError::Disconnected)) => Ok(()),
+            served => served,
+        }
+    }
+
+    /// Has a daemon of the crate serve one connection. All of its threads are gone afterwards.
+    fn serve_backend(&mut self, backend: &Arc<Backend>, memory: Memory) -> Result<(), BackendError> {
+        let mut daemon = VhostUserDaemon::new("vhost-user".into(), backend.clone(), memory)?;
         let (wake, token) = backend.wake_source();
         for handler in daemon.get_epoll_handlers() {
-            handler.register_listener(wake, EventSet::IN, token)?;
+            handler.register_listener(wake, EventSet::IN, token).map_err(BackendError::StartDaemon)?;
         }
-        let waker = backend.waker()?;
+        let waker = backend.waker().map_err(BackendError::StartDaemon)?;
         self.shared.iommu.on_fault(Some(Box::new(move || {
             // A full counter wakes as well.
             let _ = waker.notify();
         })));
-        self.shared.tracer.emit(Event::Session { channel: Channel::VhostUser, endpoint: None, connected: true });
         let served = self.serve_until_shutdown(&mut daemon);
         self.shared.iommu.on_fault(None);
-        drop(daemon);
-        backend.end();
-        self.shared.disconnected();
-        match served {
-            Ok(()) | Err(BackendError::HandleRequest(VhostUserError::Disconnected)) => {}
-            // Not ours to fail for: the next frontend may do better.
-            Err(error) => log::warn!("The vhost-user connection ended: {error}"),
-        }
-        Ok(())
+        served
     }
 
     /// Serves until the frontend leaves or the process is to end.
     fn serve_until_shutdown(&mut self, daemon: &mut VhostUserDaemon<Arc<Backend>>) -> Result<(), BackendError> {
+        // First what may fail: once started, only waiting ends the daemon's threads.
+        let left = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(BackendError::StartDaemon)?;
         daemon.start(&mut self.listener)?;
         let Some(connection) = daemon.shutdown_handle() else { return daemon.wait() };
-        let left = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(BackendError::StartDaemon)?;
         thread::scope(|scope| {
             scope.spawn(|| {
                 // Without a way to wait, the frontend is served until it leaves.
