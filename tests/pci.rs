@@ -348,6 +348,8 @@ fn garbage_ends_at_most_its_own_connection() {
         message(9, 32, &region_access(0, u64::MAX, 8)),
         message(9, 32, &region_access(0, 0, 1 << 30)),
         message(9, 32, &region_access(CONFIG, u64::MAX, 8)),
+        // As long as a reply can say; that much memory must not become resident, see below.
+        message(9, 32, &region_access(CONFIG, 0, 0xffff_ffb0)),
         message(9, 32, &region_access(77, 0, 8)),
         message(10, 40, &[region_access(0, u64::MAX - 3, 8), vec![0; 8]].concat()),
         message(10, 40, &[region_access(CONFIG, u64::MAX - 3, 8), vec![0; 8]].concat()),
@@ -362,6 +364,10 @@ fn garbage_ends_at_most_its_own_connection() {
         let mut client = setup.client();
         assert_eq!(read32(&mut client, CONFIG, 0), 0x1234_1b36, "after {bytes:x?}");
     }
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.parse().ok());
+    let peak: u64 = peak.unwrap();
+    assert!(peak < 1 << 20, "{peak} KiB were resident");
 }
 
 #[test]

@@ -44,10 +44,7 @@ impl<'a> Backend<'a> {
     /// The regions, as DEVICE_GET_REGION_INFO gives them.
     pub fn regions(&self) -> Vec<ServerRegion> {
         let region = |index| {
-            let size = match index {
-                VFIO_PCI_CONFIG_REGION_INDEX => config::SIZE as u64,
-                _ => self.bar_size(index).unwrap_or(0),
-            };
+            let size = self.region_size(index).unwrap_or(0);
             let flags = if size == 0 { 0 } else { VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE };
             let argsz = size_of::<vfio_region_info>() as u32;
             let region_info = vfio_region_info { argsz, flags, index, cap_offset: 0, size, offset: 0 };
@@ -77,7 +74,11 @@ impl<'a> Backend<'a> {
         (VFIO_PCI_INTX_IRQ_INDEX..=VFIO_PCI_REQ_IRQ_INDEX).map(irq).collect()
     }
 
-    fn bar_size(&self, index: u32) -> Option<u64> {
+    /// Bytes of the configuration space or of a BAR that there is.
+    fn region_size(&self, index: u32) -> Option<u64> {
+        if index == VFIO_PCI_CONFIG_REGION_INDEX {
+            return Some(config::SIZE as u64);
+        }
         let msix = self.config.msix_bar();
         if index == u32::from(msix.index) {
             return Some(msix.size);
@@ -117,17 +118,18 @@ impl<'a> Backend<'a> {
         self.bus.tracer.emit(Event::Memory { channel: Channel::VfioUser, endpoint, added, gpa, len, writable });
     }
 
-    /// Whether `len` bytes at `offset` are inside a BAR of the model's, or else where in the MSI-X BAR.
+    /// Where `len` bytes at `offset` of a region are; an error if they are not all inside of it. Until this is known the
+    /// bytes are not to be touched: they are as many as the client says, and take memory only once written.
     fn target(&self, region: u32, offset: u64, len: usize) -> io::Result<Target> {
+        let size = self.region_size(region).ok_or_else(|| refused("no such region"))?;
+        if offset.checked_add(len as u64).is_none_or(|end| end > size) {
+            return Err(refused("access past the end of a region"));
+        }
         if region == VFIO_PCI_CONFIG_REGION_INDEX {
             return Ok(Target::Config);
         }
         if self.function.is_none() {
             return Ok(Target::Gone);
-        }
-        let size = self.bar_size(region).ok_or_else(|| refused("no such region"))?;
-        if offset.checked_add(len as u64).is_none_or(|end| end > size) {
-            return Err(refused("access past the end of a region"));
         }
         let msix = self.config.msix_bar();
         Ok(if region == u32::from(msix.index) { Target::Msix(offset as usize) } else { Target::Bar(region as u8) })
