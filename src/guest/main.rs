@@ -30,6 +30,7 @@ mod results;
 mod shell;
 mod size;
 mod sysfs;
+mod unattached_dma;
 mod vfio;
 mod vfio_dma;
 
@@ -66,6 +67,8 @@ enum Workload {
     IoatSelftest,
     /// Drive the DMA engine from a program, through VFIO: good copies, and DMA that must be refused.
     VfioDma,
+    /// Start the DMA engine without a driver, attached to no domain; with `bypass` off its DMA must be refused.
+    UnattachedDma,
 }
 
 impl Workload {
@@ -89,6 +92,7 @@ impl Workload {
             Self::HotplugWait => hotplug::run(results),
             Self::IoatSelftest => ioat_selftest::run(results),
             Self::VfioDma => vfio_dma::run(results),
+            Self::UnattachedDma => unattached_dma::run(results),
         }
     }
 }

@@ -18,8 +18,9 @@ use vfio_bindings::bindings::vfio::{
 use crate::{pci, sysfs};
 
 /// Command register in configuration space (PCI 3.0, 6.2.2), and its bits.
-const PCI_COMMAND: u64 = 0x04;
-const MEMORY_AND_BUS_MASTER: u16 = 0x6;
+pub const PCI_COMMAND: u64 = 0x04;
+/// See [`PCI_COMMAND`].
+pub const MEMORY_AND_BUS_MASTER: u16 = 0x6;
 
 // VFIO_TYPE is ';' and numbers start at VFIO_BASE, 100; none of them encodes a size.
 nix::ioctl_write_int_bad!(vfio_set_iommu, request_code_none!(b';', 102));
@@ -105,12 +106,7 @@ impl Function {
     /// If it has none, or it cannot be mapped.
     pub fn bar0(&self) -> Result<Bar> {
         let region = self.region(VFIO_PCI_BAR0_REGION_INDEX)?;
-        let size = NonZeroUsize::new(region.size as usize).context("The function has no BAR 0")?;
-        let both = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        // SAFETY: a fresh mapping at an address that the kernel chooses; device memory holds no Rust values.
-        let start = unsafe { mmap(None, size, both, MapFlags::MAP_SHARED, &self.device, region.offset as i64) }
-            .with_context(|| format!("Cannot map the {size} bytes of BAR 0"))?;
-        Ok(Bar { start: start.cast(), size })
+        Bar::map(&self.device, region.offset as i64, region.size as usize)
     }
 
     fn region(&self, index: u32) -> Result<vfio_region_info> {
@@ -151,6 +147,19 @@ impl Register for u32 {}
 impl Register for u64 {}
 
 impl Bar {
+    /// Maps `size` bytes of a BAR from `offset` of a file that stands for it.
+    ///
+    /// # Errors
+    /// If the size is 0, or the kernel refuses.
+    pub fn map(file: &File, offset: i64, size: usize) -> Result<Self> {
+        let size = NonZeroUsize::new(size).context("The BAR has no bytes")?;
+        let both = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a fresh mapping at an address that the kernel chooses; device memory holds no Rust values.
+        let start = unsafe { mmap(None, size, both, MapFlags::MAP_SHARED, file, offset) }
+            .with_context(|| format!("Cannot map the {size} bytes of a BAR"))?;
+        Ok(Self { start: start.cast(), size })
+    }
+
     /// Reads the register at `offset`.
     ///
     /// # Errors
@@ -182,7 +191,7 @@ impl Bar {
 
 impl Drop for Bar {
     fn drop(&mut self) {
-        // SAFETY: the mapping made in `bar0`; registers are reached through `self` only.
+        // SAFETY: the mapping made in `map`; registers are reached through `self` only.
         let _ = unsafe { munmap(self.start.cast(), self.size.get()) };
     }
 }

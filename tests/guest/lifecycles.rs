@@ -104,6 +104,25 @@ fn rogue_dma_faults() {
     assert!(outcome.console.contains("page fault"), "the guest's virtio-iommu driver reports faults");
 }
 
+/// A function without a driver is attached to nothing, so with `bypass` off all its DMA is refused.
+///
+/// The third reason, UNKNOWN, no guest can bring about: it is that of an endpoint which the device does not manage, and
+/// every function that is served is in the topology. `row_44_why_an_access_faults` has it, over the socket.
+#[test]
+fn rogue_dma_without_a_domain_faults() {
+    let topology = "[iommu]\nbypass = false\n[[dma-engine]]\naddress = \"05.0\"\n";
+    let outcome = Guest::new(topology, "unattached-dma").run();
+    let result = outcome.results_of("unattached-dma").next().expect("a result");
+    assert_eq!(result["chanerr"], result["expected_chanerr"]);
+    let address = format!("{:#x}", result["fault_iova"].as_u64().unwrap());
+    assert_eq!(
+        faults_of(&outcome, 0x28),
+        [json!({ "reason": "DOMAIN", "access": result["fault_access"], "address": address })]
+    );
+    assert_eq!(outcome.requests("attach"), 0, "the engine was attached");
+    assert_eq!(outcome.events("dma").count(), 0, "an access went through");
+}
+
 /// `serve` for a QEMU that the test starts itself.
 struct Daemon {
     folder: tempfile::TempDir,
