@@ -78,6 +78,24 @@ fn what_cannot_be_enabled_is_fatal_until_it_is_reset() {
 }
 
 #[test]
+fn the_page_size_is_that_of_the_enabling() {
+    let setup = Setup::new();
+    let mut driver = setup.ready();
+    driver.write32(register::CC, CC_ENABLED | 2 << 7 | 1 << 4 | 1 << 11);
+    assert_eq!(driver.read32(register::CC), CC_ENABLED);
+    assert_eq!(driver.csts(), 1);
+    // Two entries for two pages of 4 KiB; with larger pages the second one would not be looked at.
+    let (first, second) = (driver.pages(2), driver.pages(2));
+    let data = pattern(2 * PAGE as usize, 3);
+    std::fs::OpenOptions::new().write(true).open(setup.image()).unwrap().write_all_at(&data, 0).unwrap();
+    assert_eq!(driver.command(1, io(READ, 0, 16, [first, second])).status, 0);
+    assert_eq!(driver.read_ram(second, PAGE as usize), data[PAGE as usize..]);
+    driver.disable();
+    driver.write32(register::CC, 2 << 7);
+    assert_eq!(driver.read32(register::CC), 2 << 7, "a disabled controller takes it");
+}
+
+#[test]
 fn features_are_kept_until_a_reset() {
     let setup = Setup::new();
     let mut driver = setup.driver();

@@ -27,8 +27,8 @@ use crate::pci::{Bar, Bus, Function, Identity};
 use admin::{Admin, Orders};
 use shared::{Shared, lock};
 use spec::{
-    CC_ENABLE, CSTS_FATAL, CSTS_READY, CSTS_SHUTDOWN, CSTS_SHUTDOWN_COMPLETE, CSTS_SHUTDOWN_OCCURRING, MPS_MAX,
-    QUEUE_ENTRIES_MAX, VERSION, register,
+    CC_ENABLE, CC_FIXED, CSTS_FATAL, CSTS_READY, CSTS_SHUTDOWN, CSTS_SHUTDOWN_COMPLETE, CSTS_SHUTDOWN_OCCURRING,
+    MPS_MAX, QUEUE_ENTRIES_MAX, VERSION, register,
 };
 
 /// The numbers of SPDK's NVMe controller over vfio-user. QEMU's own would bring drivers' workarounds for older versions
@@ -120,13 +120,18 @@ impl Nvme {
         }
     }
 
-    fn set_cc(&mut self, cc: u32) {
-        let before = self.shared.cc.swap(cc, Ordering::SeqCst);
+    /// The threads read CC for the page size, so it changes only while there are none; while the controller is enabled,
+    /// the fields that the host must not change then (section 3.1.5) stay as they are.
+    fn set_cc(&mut self, mut cc: u32) {
+        let before = self.shared.cc.load(Ordering::SeqCst);
         let (was, is) = (before & CC_ENABLE != 0, cc & CC_ENABLE != 0);
-        if was && !is {
+        if was && is {
+            cc = cc & !CC_FIXED | before & CC_FIXED;
+        } else if was {
             self.disable();
-            self.shared.cc.store(cc, Ordering::SeqCst);
-        } else if is && !was {
+        }
+        self.shared.cc.store(cc, Ordering::SeqCst);
+        if is && !was {
             self.enable(cc);
         }
         if shutdown_notification(cc) != 0 && shutdown_notification(before) == 0 {

@@ -166,6 +166,8 @@ pub const VERSION: u32 = 0x0001_0400;
 
 /// CC: enable.
 pub const CC_ENABLE: u32 = 1;
+/// CC: what the host may set only while the controller is disabled: command set, page size and arbitration.
+pub const CC_FIXED: u32 = 0x3ff0;
 /// CSTS: ready.
 pub const CSTS_READY: u32 = 1;
 /// CSTS: fatal.
