@@ -3,6 +3,7 @@
 use std::io;
 use std::mem;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
@@ -37,6 +38,9 @@ const ROUNDS_MAX: usize = 8;
 
 /// What epoll says for [`Backend::wake`]: the numbers up to the count of queues are the crate's.
 const WAKE_TOKEN: u16 = QUEUES as u16 + 1;
+
+/// The endpoint of a panic that is the device's own: no PCI function has this id.
+const NO_ENDPOINT: u32 = u32::MAX;
 
 /// What the device offers beside the features of its type.
 const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
@@ -190,6 +194,18 @@ impl Backend {
         self.trace_malformed(index, 0, 0, 0);
     }
 
+    /// Runs what serves a queue; false, that is, not to be trusted any more, if it panics. A queue's lock is to be taken
+    /// outside of it: a panic that came past the lock would poison it, and the crate would panic in its turn.
+    fn contained(&self, serve: impl FnOnce() -> bool) -> bool {
+        // What the call may have left half done is the queue, which is left alone, and the worker's buffers, which are
+        // filled anew for each request.
+        catch_unwind(AssertUnwindSafe(serve)).unwrap_or_else(|_| {
+            log::error!("Contained a panic in what serves the virtqueues");
+            self.shared.tracer.emit(Event::Panic { endpoint: NO_ENDPOINT });
+            false
+        })
+    }
+
     /// Traces a kick of the driver. QEMU kicks each queue itself when it hands it over; that kick is known by the queue,
     /// in which nothing is and nothing was.
     fn trace_kick(&self, index: usize, base: u16, ring: &Ring, memory: &GuestMemoryMmap) {
@@ -224,7 +240,7 @@ impl Backend {
             if !is_served(&state) || !worker.sound[REQUESTS] {
                 return;
             }
-            worker.sound[REQUESTS] = self.serve_batch(worker, &mut state, memory);
+            worker.sound[REQUESTS] = self.contained(|| self.serve_batch(worker, &mut state, memory));
             if !worker.sound[REQUESTS] {
                 return self.distrust(REQUESTS);
             }
@@ -317,6 +333,14 @@ impl Backend {
         if !is_served(&state) || !worker.sound[EVENTS] {
             return;
         }
+        worker.sound[EVENTS] = self.contained(|| self.serve_faults(worker, &mut state, memory));
+        if !worker.sound[EVENTS] {
+            self.distrust(EVENTS);
+        }
+    }
+
+    /// Delivers what can be. Returns false if the queue is not one.
+    fn serve_faults(&self, worker: &mut Worker, state: &mut VringState, memory: &GuestMemoryMmap) -> bool {
         let queue = state.get_queue_mut();
         let (mut sound, mut used_any) = (true, false);
         // No more than the ring holds, so that a driver that keeps adding useless buffers does not keep the worker.
@@ -353,12 +377,9 @@ impl Backend {
             }
         }
         if used_any {
-            self.notify(EVENTS, &mut state, memory);
+            self.notify(EVENTS, state, memory);
         }
-        if !sound {
-            worker.sound[EVENTS] = false;
-            self.distrust(EVENTS);
-        }
+        sound
     }
 
     /// Writes the oldest fault into the buffers. Returns the bytes written.
@@ -446,8 +467,15 @@ impl VhostUserBackend for Backend {
     }
 
     fn handle_event(&self, event: u16, _events: EventSet, rings: &[Ring], _thread: usize) -> io::Result<()> {
-        // Never an error: it would end the worker for good.
-        self.serve(event, rings);
+        // Never an error, and never a panic: either would end the worker for good.
+        let whole = self.contained(|| {
+            self.serve(event, rings);
+            true
+        });
+        if !whole {
+            lock(&self.worker).sound = [false; QUEUES];
+            (0..QUEUES).for_each(|index| self.distrust(index));
+        }
         Ok(())
     }
 }
@@ -459,4 +487,30 @@ fn is_served(state: &VringState) -> bool {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::iommu::{Iommu, Settings};
+    use crate::trace::Tracer;
+
+    #[test]
+    fn a_panic_ends_neither_the_worker_nor_the_queue_s_lock() {
+        let tracer = Tracer::default();
+        let iommu = Iommu::new(Settings::default(), tracer.clone());
+        let shared = Shared { iommu, tracer, lifecycle: Mutex::default(), counts: Default::default() };
+        let memory = Memory::new(GuestMemoryMmap::new());
+        let backend = Backend::new(Arc::new(shared), memory.clone()).unwrap();
+        let ring = Ring::new(memory, 256).unwrap();
+        let mut state = ring.get_mut();
+        let sound = backend.contained(|| {
+            state.get_queue_mut().set_size(128);
+            panic!("a bug of the device's");
+        });
+        assert!(!sound);
+        drop(state);
+        assert_eq!(ring.get_ref().get_queue().size(), 128);
+        assert!(backend.contained(|| true));
+    }
 }
