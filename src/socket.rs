@@ -1,7 +1,9 @@
-//! A listening Unix socket: made, replaced when stale, and removed when it is still ours.
+//! A listening Unix socket: made, replaced when stale, and removed when it is still ours; and what its users do to
+//! descriptors.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -9,7 +11,7 @@ use std::time::Duration;
 
 /// How long a server waits after a connection that failed, before the next. What failed may be the acceptance, for want
 /// of descriptors; then the connection still waits, and would be tried again without end.
-pub const RETRY: Duration = Duration::from_millis(50);
+pub(crate) const RETRY: Duration = Duration::from_millis(50);
 
 /// Why a socket could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -85,6 +87,35 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
     Ok((metadata.dev(), metadata.ino()))
 }
 
+/// Waits until `fd` is readable (true), or `shutdown` is (false).
+pub(crate) fn wait_readable(fd: RawFd, shutdown: RawFd) -> io::Result<bool> {
+    let mut fds = [fd, shutdown].map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 });
+    loop {
+        // SAFETY: the pointer and the count are those of an array that lives through the call.
+        let ready = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, -1) };
+        if ready >= 0 {
+            return Ok(fds[1].revents == 0);
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}
+
+/// Makes reads and writes of `file` fail with [`io::ErrorKind::WouldBlock`] rather than wait. For a descriptor that
+/// somebody else gave: who uses it must not wait for them.
+pub(crate) fn set_nonblocking(file: &File) -> io::Result<()> {
+    // SAFETY: both calls take a descriptor that `file` keeps open, and no pointer.
+    let result = unsafe {
+        match libc::fcntl(file.as_raw_fd(), libc::F_GETFL) {
+            -1 => -1,
+            flags => libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK),
+        }
+    };
+    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -113,5 +144,17 @@ mod tests {
         let _other = UnixListener::bind(&path).unwrap();
         drop(socket);
         assert!(path.exists());
+    }
+
+    #[test]
+    fn the_end_goes_before_a_connection() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = Socket::bind(&folder.path().join("socket")).unwrap();
+        let (end, shutdown) = UnixStream::pair().unwrap();
+        let _connection = UnixStream::connect(socket.path()).unwrap();
+        let wait = || wait_readable(socket.listener().as_raw_fd(), shutdown.as_raw_fd()).unwrap();
+        assert!(wait());
+        drop(end);
+        assert!(!wait());
     }
 }

@@ -2,9 +2,9 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
+use crate::socket::set_nonblocking;
 use crate::trace::{Event, Tracer};
 
 /// Which kind of interrupt a vector is of.
@@ -145,17 +145,6 @@ impl Lines {
 
 fn lock(line: &Mutex<Line>) -> std::sync::MutexGuard<'_, Line> {
     line.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn set_nonblocking(file: &File) -> io::Result<()> {
-    // SAFETY: both calls take a descriptor that `file` keeps open, and no pointer.
-    let result = unsafe {
-        match libc::fcntl(file.as_raw_fd(), libc::F_GETFL) {
-            -1 => -1,
-            flags => libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK),
-        }
-    };
-    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use super::interrupts::Interrupts;
 use super::memory::MemoryMap;
 use crate::dma::{Door, Memory};
 use crate::iommu::Iommu;
-use crate::socket::{RETRY, Socket, SocketError};
+use crate::socket::{self, RETRY, Socket, SocketError};
 use crate::trace::event::Channel;
 use crate::trace::{Event, Tracer};
 
@@ -66,7 +66,7 @@ impl Server {
         make: impl Fn(Bus) -> Box<dyn Function>,
         on_device_reset: impl Fn(),
     ) -> io::Result<()> {
-        while self.wait(shutdown)? {
+        while socket::wait_readable(self.socket.listener().as_raw_fd(), shutdown.as_raw_fd())? {
             if let Err(error) = self.serve_one(slot, &make, &on_device_reset) {
                 log::warn!("The connection on {} ended: {error}", self.path().display());
                 // It may not even have been accepted, for want of descriptors: some may be free soon.
@@ -96,28 +96,5 @@ impl Server {
         drop(backend);
         session(false);
         served.unwrap_or(Ok(()))
-    }
-
-    /// Waits for a connection (`true`) or for the end (`false`).
-    fn wait(&self, shutdown: &EventFd) -> io::Result<bool> {
-        let mut waits = [shutdown.as_raw_fd(), self.socket.listener().as_raw_fd()].map(|fd| libc::pollfd {
-            fd,
-            events: libc::POLLIN,
-            revents: 0,
-        });
-        loop {
-            // SAFETY: the pointer and the count describe `waits`, which outlives the call.
-            let result = unsafe { libc::poll(waits.as_mut_ptr(), waits.len() as libc::nfds_t, -1) };
-            if result == -1 {
-                let error = io::Error::last_os_error();
-                if error.kind() != io::ErrorKind::Interrupted {
-                    return Err(error);
-                }
-            } else if waits[0].revents != 0 {
-                return Ok(false);
-            } else if waits[1].revents != 0 {
-                return Ok(true);
-            }
-        }
     }
 }

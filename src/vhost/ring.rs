@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -10,6 +9,7 @@ use vhost_user_backend::{VringMutex, VringStateGuard, VringStateMutGuard, VringT
 use virtio_queue::{Error, QueueT};
 
 use crate::dma::Memory;
+use crate::socket::set_nonblocking;
 
 /// A virtqueue that knows whether it was just started, whether it was kicked, and that never ends a connection for
 /// what a guest wrote into its registers.
@@ -129,7 +129,7 @@ impl VringT<Memory> for Ring {
     }
 
     fn set_kick(&self, file: Option<File>) {
-        self.inner.set_kick(file.filter(set_nonblocking));
+        self.inner.set_kick(file.filter(never_waits));
     }
 
     /// Reads the kick, and returns whether the queue is to be served. The worker must not end, and must not wait: the
@@ -150,7 +150,7 @@ impl VringT<Memory> for Ring {
     }
 
     fn set_call(&self, file: Option<File>) {
-        self.inner.set_call(file.filter(set_nonblocking));
+        self.inner.set_call(file.filter(never_waits));
     }
 
     fn set_err(&self, file: Option<File>) {
@@ -159,15 +159,8 @@ impl VringT<Memory> for Ring {
 }
 
 /// Makes sure that the worker never waits for the frontend. Returns false if that is not possible.
-fn set_nonblocking(file: &File) -> bool {
-    let fd = file.as_raw_fd();
-    // SAFETY: both calls only read and set flags of a descriptor that `file` keeps open.
-    let set = unsafe {
-        let flags = libc::fcntl(fd, libc::F_GETFL);
-        flags >= 0 && libc::fcntl(fd, libc::F_SETFL, flags | libc::O_NONBLOCK) >= 0
-    };
-    if !set {
-        log::warn!("A virtqueue's descriptor cannot be made non-blocking and is not used");
-    }
-    set
+fn never_waits(file: &File) -> bool {
+    set_nonblocking(file)
+        .inspect_err(|error| log::warn!("A virtqueue's descriptor cannot be used without waiting: {error}"))
+        .is_ok()
 }

@@ -1,7 +1,7 @@
 //! The socket: one frontend after the other, until the process is to end.
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
@@ -16,7 +16,7 @@ use super::backend::Backend;
 use super::{Control, Counts, Shared};
 use crate::dma::Memory;
 use crate::iommu::Iommu;
-use crate::socket::{RETRY, Socket, SocketError};
+use crate::socket::{self, RETRY, Socket, SocketError};
 use crate::trace::event::Channel;
 use crate::trace::{Event, Tracer};
 
@@ -88,7 +88,7 @@ impl Server {
 
     /// Serves one frontend after the other until [`Shutdown::trigger`].
     pub fn run(&mut self) -> Result<(), ServerError> {
-        while wait_readable(self.listener.as_raw_fd(), self.shutdown.event.as_raw_fd())
+        while socket::wait_readable(self.listener.as_raw_fd(), self.shutdown.event.as_raw_fd())
             .map_err(|source| ServerError::System { what: "wait for a frontend", source })?
         {
             // Not ours to end for: the next frontend may do better, and descriptors that are missing may be free soon.
@@ -141,7 +141,7 @@ impl Server {
         thread::scope(|scope| {
             scope.spawn(|| {
                 // Without a way to wait, the frontend is served until it leaves.
-                if let Ok(false) = wait_readable(left.as_raw_fd(), self.shutdown.event.as_raw_fd()) {
+                if let Ok(false) = socket::wait_readable(left.as_raw_fd(), self.shutdown.event.as_raw_fd()) {
                     connection.shutdown();
                 }
             });
@@ -149,21 +149,5 @@ impl Server {
             let _ = left.write(1);
             served
         })
-    }
-}
-
-/// Waits until `fd` is readable (true), or `shutdown` is (false).
-fn wait_readable(fd: RawFd, shutdown: RawFd) -> io::Result<bool> {
-    let mut fds = [fd, shutdown].map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 });
-    loop {
-        // SAFETY: the pointer and the count are those of an array that lives through the call.
-        let ready = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, -1) };
-        if ready >= 0 {
-            return Ok(fds[1].revents == 0);
-        }
-        let error = io::Error::last_os_error();
-        if error.kind() != io::ErrorKind::Interrupted {
-            return Err(error);
-        }
     }
 }
