@@ -24,6 +24,7 @@ demo:
 test: setup
 	cargo fmt --check
 	cargo clippy --all-targets -- -D warnings
+	cargo clippy --test guest -- -D warnings
 	VIOMMU_STRESS_SECONDS=60 cargo test
 	RUSTFLAGS='--cfg loom' cargo test --release --target-dir target/loom --lib loom_
 	scripts/prepare-guest stock

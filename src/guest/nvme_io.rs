@@ -3,8 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use clap::ValueEnum;
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use crate::blockdev::{self, Device};
@@ -41,6 +43,9 @@ pub struct Args {
     /// Use buffers whose pages are scattered in physical memory.
     #[arg(long)]
     scatter: bool,
+    /// The processor to submit from, and so the queue that is used; any if not given.
+    #[arg(long)]
+    cpu: Option<usize>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -57,6 +62,12 @@ enum Op {
 /// # Errors
 /// An I/O that failed, or data that is wrong; a result says `"verified":false` then.
 pub fn run(args: &Args, results: &mut Results) -> Result<()> {
+    if let Some(cpu) = args.cpu {
+        let mut set = CpuSet::new();
+        set.set(cpu)
+            .and_then(|()| sched_setaffinity(Pid::from_raw(0), &set))
+            .with_context(|| format!("--cpu {cpu}"))?;
+    }
     let path = blockdev::choose(args.dev.as_deref())?;
     let device = Device::open(&path)?;
     ensure!(args.bs > 0 && args.bs.is_multiple_of(512), "--bs: wanted a multiple of 512, found {}", args.bs);

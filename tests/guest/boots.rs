@@ -57,7 +57,8 @@ fn passthrough() {
 
 #[test]
 fn two_processors() {
-    let workload = format!("{IO} + nvme-io --op randwrite --bs 4k --depth 32 --total 8M");
+    let io = "nvme-io --op verify --bs 4k --depth 32 --total 4M --cpu";
+    let workload = format!("{io} 0 + {io} 1");
     let outcome = Guest::new(&nvme_in("vcpus = 2"), &workload).run();
     outcome.assert_translated();
     let queues: std::collections::BTreeSet<_> =

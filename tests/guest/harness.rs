@@ -18,7 +18,6 @@ pub struct Guest {
     kernel: &'static str,
     append: String,
     workload: String,
-    extra: Vec<String>,
     boot_sector: Option<Vec<u8>>,
 }
 
@@ -30,7 +29,6 @@ impl Guest {
             kernel: "stock",
             append: String::new(),
             workload: workload.into(),
-            extra: Vec::new(),
             boot_sector: None,
         }
     }
@@ -50,12 +48,6 @@ impl Guest {
     /// More words for the kernel's command line.
     pub fn append(mut self, words: &str) -> Guest {
         self.append = words.into();
-        self
-    }
-
-    /// More arguments for QEMU.
-    pub fn qemu(mut self, args: &[&str]) -> Guest {
-        self.extra.extend(args.iter().map(ToString::to_string));
         self
     }
 
@@ -94,7 +86,6 @@ impl Guest {
         }
         command
             .args(["--", "-qmp", "unix:test-qmp.sock,server=on,wait=off"])
-            .args(&self.extra)
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log);

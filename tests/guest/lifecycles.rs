@@ -123,10 +123,39 @@ fn rogue_dma_without_a_domain_faults() {
     assert_eq!(outcome.events("dma").count(), 0, "an access went through");
 }
 
+/// A process that does not outlive its test, and that the test does not wait for for ever.
+struct Process(std::process::Child);
+
+impl Process {
+    fn kill(&mut self) {
+        // It may have ended.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+
+    /// Waits for its end, which must be a good one.
+    fn end(&mut self) {
+        for _ in 0..1200 {
+            if let Some(status) = self.0.try_wait().unwrap() {
+                assert!(status.success(), "{status}");
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        panic!("the process did not end within a minute");
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
 /// `serve` for a QEMU that the test starts itself.
 struct Daemon {
     folder: tempfile::TempDir,
-    child: std::process::Child,
+    child: Process,
 }
 
 impl Daemon {
@@ -148,7 +177,7 @@ impl Daemon {
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
-        let daemon = Daemon { folder, child };
+        let daemon = Daemon { folder, child: Process(child) };
         for name in ["viommu.sock", "nvme0.sock", "trace.sock", "viot.bin"] {
             for _ in 0..200 {
                 if daemon.folder.path().join(name).exists() {
@@ -162,7 +191,7 @@ impl Daemon {
     }
 
     /// A QEMU by the line that `viommu args` prints, as a user would start it.
-    fn qemu(&self, workload: &str, results: &str) -> std::process::Child {
+    fn qemu(&self, workload: &str, results: &str) -> Process {
         let files = guest_files("stock");
         let args = Command::new(env!("CARGO_BIN_EXE_viommu"))
             .current_dir(self.folder.path())
@@ -179,7 +208,9 @@ impl Daemon {
             initrd = files.join("initramfs").display(),
             args = args.trim(),
         );
-        Command::new("sh").arg("-c").arg(line).current_dir(self.folder.path()).stdin(Stdio::null()).spawn().unwrap()
+        let mut command = Command::new("sh");
+        command.arg("-c").arg(line).current_dir(self.folder.path()).stdin(Stdio::null());
+        Process(command.spawn().unwrap())
     }
 
     fn wait_for(&self, results: &str, wanted: &str) {
@@ -199,8 +230,6 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
         if std::thread::panicking() {
             println!("==== the guest's console ====\n{}", self.console());
         }
@@ -213,26 +242,24 @@ fn a_killed_qemu_leaves_a_daemon_that_serves_the_next() {
     let mut first = daemon.qemu("nvme-io --op randwrite --bs 16k --depth 8 --seconds 60", "first.jsonl");
     daemon.wait_for("first.jsonl", "\"event\":\"boot\"");
     std::thread::sleep(Duration::from_secs(2));
-    first.kill().unwrap();
-    first.wait().unwrap();
+    first.kill();
     let mut second = daemon.qemu("nvme-io --op verify --bs 64k --depth 4 --total 4M", "second.jsonl");
     daemon.wait_for("second.jsonl", "\"event\":\"end\"");
-    assert!(second.wait().unwrap().success());
+    second.end();
     daemon.wait_for("second.jsonl", "\"verified\":true");
 }
 
 #[test]
 fn sigterm_ends_the_daemon_and_its_sockets() {
     let mut daemon = Daemon::start();
-    let mut qemu = daemon.qemu("nvme-io --op randwrite --bs 16k --depth 8 --seconds 60", "results.jsonl");
+    let qemu = daemon.qemu("nvme-io --op randwrite --bs 16k --depth 8 --seconds 60", "results.jsonl");
     daemon.wait_for("results.jsonl", "\"event\":\"boot\"");
-    kill(Pid::from_raw(daemon.child.id() as i32), Signal::SIGTERM).unwrap();
-    assert!(daemon.child.wait().unwrap().success());
+    kill(Pid::from_raw(daemon.child.0.id() as i32), Signal::SIGTERM).unwrap();
+    daemon.child.end();
     for name in ["viommu.sock", "nvme0.sock", "trace.sock"] {
         assert!(!daemon.folder.path().join(name).exists(), "{name} is left");
     }
-    qemu.kill().unwrap();
-    qemu.wait().unwrap();
+    drop(qemu);
 }
 
 #[test]
