@@ -404,7 +404,8 @@ fn a_million_events_reach_a_binary_client() {
 fn a_million_events_faster_than_they_can_be_collected_add_up() {
     let (counters, sum) = a_million(u64::MAX);
     assert_eq!(sum.received + sum.ring + sum.client, 1_000_000);
-    assert_eq!(sum.ring, counters.lost);
+    // News of a ring's loss that the client missed is in the client's count, with the loss's own.
+    assert!(sum.ring <= counters.lost && counters.lost <= sum.ring + sum.client, "{sum:?}, {}", counters.lost);
 }
 
 #[test]
