@@ -562,6 +562,13 @@ pub fn descriptor_bytes(descriptor: Descriptor) -> Vec<u8> {
     bytes
 }
 
+/// Waits until the device has seen `kicks` kicks and has had time to look into the queue once more. A request may be
+/// answered before its kick is seen: that the queue was enabled, or the look after the last batch, found it first.
+pub fn settle(device: &Device, kicks: u64) {
+    eventually("the kick", || device.control.counters().kicks == kicks);
+    thread::sleep(QUIET);
+}
+
 /// Waits until `condition` holds.
 pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     let begin = Instant::now();

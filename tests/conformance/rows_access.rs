@@ -383,6 +383,7 @@ fn row_49_a_batch_has_one_notification() {
     let device = Device::new();
     let mut driver = Driver::new(&device);
     driver.attach(1, EP);
+    settle(&device, 1);
     let _ = driver.queues[REQUESTS].call.read();
     ask_for_notification(&driver, true, 30);
     let chains: Vec<_> = (0..60)
