@@ -29,14 +29,24 @@ use_work_folder() {
 	mkdir -p "$objects"
 }
 
-need_build_tools() {
+# The Debian packages that building a kernel needs and this machine lacks, one a
+# line. With them ccache, which it can do without.
+missing_build_packages() {
 	local missing=() pair
 	for pair in flex:flex bison:bison bc:bc cpio:cpio perl:perl patch:patch xz:xz-utils gcc:gcc make:make; do
 		command -v "${pair%%:*}" >/dev/null || missing+=("${pair#*:}")
 	done
 	[[ -e /usr/include/gelf.h ]] || missing+=(libelf-dev)
+	((${#missing[@]})) || return 0
+	command -v ccache >/dev/null || missing+=(ccache)
+	printf '%s\n' "${missing[@]}"
+}
+
+need_build_tools() {
+	local missing
+	mapfile -t missing < <(missing_build_packages)
 	((${#missing[@]} == 0)) || die "Packages that building a kernel needs are missing: ${missing[*]}" \
-		"To do:  sudo apt-get install ${missing[*]} ccache"
+		"To do:  sudo apt-get install ${missing[*]}"
 }
 
 # The series in its order: all but the cover letter.

@@ -123,8 +123,10 @@ impl fmt::Display for Summary {
         row("          MAP", iommu.map.total.to_string())?;
         row("          UNMAP", iommu.unmap.total.to_string())?;
         row("          PROBE", iommu.probe.total.to_string())?;
-        row("          RESERVE, LINK", format!("{}, {}", iommu.reserve.total, iommu.link.total))?;
-        row("          UNLINK, RELEASE", format!("{}, {}", iommu.unlink.total, iommu.release.total))?;
+        row("          RESERVE", iommu.reserve.total.to_string())?;
+        row("          LINK", iommu.link.total.to_string())?;
+        row("          UNLINK", iommu.unlink.total.to_string())?;
+        row("          RELEASE", iommu.release.total.to_string())?;
         row("          unknown, malformed", format!("{}, {}", counts.unknown_requests, counts.malformed_requests))?;
         row("          failed of these", self.failed().to_string())?;
         row("kicks", counts.kicks.to_string())?;
