@@ -11,11 +11,14 @@ use std::fmt::Write as _;
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::path::Path;
+use std::thread::JoinHandle;
 
-use serde_json::{Value, json};
+use serde_json::json;
+
+mod common;
+
+use common::{Daemon, Guest, median};
 
 /// Name, operation, bytes, depth.
 const CASES: [(&str, &str, &str, u32); 6] = [
@@ -32,9 +35,6 @@ const SECONDS: f64 = 3.0;
 
 /// Boots of each variant.
 const ROUNDS: usize = 5;
-
-/// How long one guest may take.
-const LIMIT: Duration = Duration::from_secs(180);
 
 const TOPOLOGY: &str = "[machine]\nmemory = \"512M\"\nvcpus = 1\n[[nvme]]\naddress = \"04.0\"\nimage = \"disk.img\"\n";
 
@@ -69,8 +69,7 @@ fn main() {
         return;
     }
     let rounds = std::env::var("VIOMMU_BENCH_ROUNDS").map_or(ROUNDS, |text| text.parse().expect("a number of rounds"));
-    let files = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/guest/stock");
-    assert!(files.join("initramfs").exists(), "no guest in {files:?}; run scripts/prepare-guest stock");
+    let files = common::guest_files("stock");
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("topology.toml"), TOPOLOGY).unwrap();
     // Not sparse: a hole reads faster than data.
@@ -92,13 +91,13 @@ fn main() {
 
 /// Boots one guest and returns the I/Os per second of each case.
 fn boot(variant: Variant, folder: &Path, files: &Path) -> Vec<f64> {
-    let results = folder.join("results.jsonl");
-    let _ = fs::remove_file(&results);
-    let daemon = (variant != Variant::Qemu).then(|| Daemon::start(variant, folder));
-    // Commas: one word for the kernel, which takes 32 at most.
+    let socket = folder.join("trace.sock");
+    let daemon = (variant != Variant::Qemu)
+        .then(|| Daemon::start(folder, (variant != Variant::Untraced).then_some(socket.as_path())));
+    let client = (variant == Variant::Watched).then(|| watch(&socket));
     let workload: Vec<_> = CASES
         .iter()
-        .map(|(_, op, size, depth)| format!("nvme-io,--op,{op},--bs,{size},--depth,{depth},--seconds,{SECONDS}"))
+        .map(|(_, op, size, depth)| format!("nvme-io --op {op} --bs {size} --depth {depth} --seconds {SECONDS}"))
         .collect();
     let devices = match variant {
         Variant::Qemu => {
@@ -107,113 +106,32 @@ fn boot(variant: Variant, folder: &Path, files: &Path) -> Vec<f64> {
              -device nvme,drive=d,serial=bench,addr=04.0"
                 .to_string()
         }
-        _ => args(folder),
+        _ => common::devices(folder),
     };
-    let line = format!(
-        "exec {}/qemu -accel tcg,thread=multi -cpu max -no-user-config -nodefaults -display none -no-reboot {devices} \
-         -serial file:console.log -serial file:results.jsonl -kernel {}/vmlinuz -initrd {}/initramfs \
-         -append 'console=ttyS0 panic=-1 -- {}'",
-        files.display(),
-        files.display(),
-        files.display(),
-        workload.join(",+,")
-    );
-    let mut qemu = Command::new("sh").arg("-c").arg(line).current_dir(folder).stdin(Stdio::null()).spawn().unwrap();
-    let ended = wait(&mut qemu);
+    let accel = "tcg,thread=multi";
+    let guest = Guest { folder, files, accel, devices: &devices, append: "", workload: &workload.join(" + ") };
+    let results = guest.run();
     drop(daemon);
-    let console = fs::read(folder.join("console.log")).unwrap_or_default();
-    let console = String::from_utf8_lossy(&console);
-    assert!(ended, "{}: the guest did not end; its console:\n{console}", variant.name());
-    let text = fs::read_to_string(&results).unwrap();
-    let values = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    let iops: Vec<f64> = values.filter_map(|value| value["iops"].as_f64()).collect();
-    assert_eq!(iops.len(), CASES.len(), "{}: not every case has a result; the console:\n{console}", variant.name());
+    if let Some(client) = client {
+        assert!(client.join().unwrap() > 1 << 20, "the client of the trace got next to nothing");
+    }
+    let iops: Vec<f64> = results.iter().filter_map(|value| value["iops"].as_f64()).collect();
+    assert_eq!(iops.len(), CASES.len(), "{}: not every case has a result", variant.name());
     iops
 }
 
-fn wait(child: &mut Child) -> bool {
-    let deadline = Instant::now() + LIMIT;
-    while Instant::now() < deadline {
-        if child.try_wait().unwrap().is_some() {
-            return true;
+/// Reads the trace to its end, and returns its length.
+fn watch(socket: &Path) -> JoinHandle<u64> {
+    common::wait_for(socket);
+    let mut stream = UnixStream::connect(socket).unwrap();
+    stream.write_all(b"{\"format\":\"binary\"}\n").unwrap();
+    std::thread::spawn(move || {
+        let (mut bytes, mut buffer) = (0, vec![0; 1 << 16]);
+        while let Ok(count @ 1..) = stream.read(&mut buffer) {
+            bytes += count as u64;
         }
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    child.kill().unwrap();
-    child.wait().unwrap();
-    false
-}
-
-fn args(folder: &Path) -> String {
-    let output = viommu(folder, &["args", "--machine"]).output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap().trim().to_string()
-}
-
-fn viommu(folder: &Path, args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_viommu"));
-    command.current_dir(folder).args(args).args(["--topology", "topology.toml", "--socket-path", "viommu.sock"]);
-    command
-}
-
-/// `viommu serve`, and perhaps a client of its trace.
-struct Daemon {
-    child: Child,
-    client: Option<std::thread::JoinHandle<u64>>,
-}
-
-impl Daemon {
-    fn start(variant: Variant, folder: &Path) -> Daemon {
-        let mut command = viommu(folder, &["serve"]);
-        let socket = folder.join("trace.sock");
-        if variant != Variant::Untraced {
-            command.arg("--trace-socket").arg(&socket);
-        }
-        let child = command.stdout(Stdio::null()).spawn().unwrap();
-        wait_for(&folder.join("nvme0.sock"));
-        let client = (variant == Variant::Watched).then(|| {
-            wait_for(&socket);
-            let mut stream = UnixStream::connect(&socket).unwrap();
-            stream.write_all(b"{\"format\":\"binary\"}\n").unwrap();
-            std::thread::spawn(move || {
-                let (mut bytes, mut buffer) = (0, vec![0; 1 << 16]);
-                while let Ok(count @ 1..) = stream.read(&mut buffer) {
-                    bytes += count as u64;
-                }
-                bytes
-            })
-        });
-        Daemon { child, client }
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        // SIGTERM, so that the sockets are removed.
-        let pid = nix::unistd::Pid::from_raw(self.child.id() as i32);
-        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
-        let _ = self.child.wait();
-        if let Some(client) = self.client.take() {
-            assert!(client.join().unwrap() > 1 << 20, "the client of the trace got next to nothing");
-        }
-    }
-}
-
-fn wait_for(path: &PathBuf) {
-    for _ in 0..500 {
-        if path.exists() {
-            return;
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    panic!("{path:?} did not appear");
-}
-
-fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let middle = sorted.len() / 2;
-    if sorted.len() % 2 == 1 { sorted[middle] } else { (sorted[middle - 1] + sorted[middle]) / 2.0 }
+        bytes
+    })
 }
 
 fn report(measured: &BTreeMap<(Variant, usize), Vec<f64>>, rounds: usize) {

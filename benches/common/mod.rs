@@ -1,0 +1,133 @@
+//! Guests for the benchmarks: the daemon that serves their devices, a QEMU, and the results of their workloads.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+/// How long one guest may take.
+const LIMIT: Duration = Duration::from_secs(180);
+
+/// The folder with QEMU, kernel and initial RAM file system that `scripts/prepare-guest FLAVOUR` made.
+pub fn guest_files(flavour: &str) -> PathBuf {
+    let files = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/guest").join(flavour);
+    assert!(files.join("initramfs").exists(), "no guest in {files:?}; run scripts/prepare-guest {flavour}");
+    files
+}
+
+/// A guest that runs workloads of `viommu-guest` and powers off.
+pub struct Guest<'a> {
+    /// Where sockets, images and results are.
+    pub folder: &'a Path,
+    /// As [`guest_files`] gives it.
+    pub files: &'a Path,
+    /// QEMU's accelerator, and what goes with it.
+    pub accel: &'a str,
+    /// QEMU's arguments for machine and devices.
+    pub devices: &'a str,
+    /// More words for the kernel's command line.
+    pub append: &'a str,
+    /// Workloads, separated by `+`.
+    pub workload: &'a str,
+}
+
+impl Guest<'_> {
+    /// Boots it, waits for its end and returns what it said.
+    pub fn run(&self) -> Vec<Value> {
+        let results = self.folder.join("results.jsonl");
+        let _ = fs::remove_file(&results);
+        let Guest { files, accel, devices, append, .. } = self;
+        let files = files.display();
+        // Commas: one word for the kernel, which takes 32 at most.
+        let workload = self.workload.replace(' ', ",");
+        let line = format!(
+            "exec {files}/qemu -accel {accel} -cpu max -no-user-config -nodefaults -display none -no-reboot {devices} \
+             -serial file:console.log -serial file:results.jsonl -kernel {files}/vmlinuz -initrd {files}/initramfs \
+             -append 'console=ttyS0 panic=-1 {append} -- {workload}'"
+        );
+        let mut command = Command::new("sh");
+        command.arg("-c").arg(line).current_dir(self.folder).stdin(Stdio::null());
+        let ended = wait(&mut command.spawn().unwrap());
+        let text = fs::read_to_string(&results).unwrap_or_default();
+        let values: Vec<Value> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+        let good = values.iter().any(|value| value["event"] == "end" && value["ok"] == true);
+        if !ended || !good {
+            let console = fs::read(self.folder.join("console.log")).unwrap_or_default();
+            let console = String::from_utf8_lossy(&console);
+            panic!("{workload}: the guest failed or did not end; its results:\n{text}\nits console:\n{console}");
+        }
+        values
+    }
+}
+
+fn wait(child: &mut Child) -> bool {
+    let deadline = Instant::now() + LIMIT;
+    while Instant::now() < deadline {
+        if child.try_wait().unwrap().is_some() {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    false
+}
+
+/// QEMU's arguments for the machine and the devices of `topology.toml` in this folder.
+pub fn devices(folder: &Path) -> String {
+    let output = viommu(folder, &["args", "--machine"]).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap().trim().to_string()
+}
+
+fn viommu(folder: &Path, args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_viommu"));
+    command.current_dir(folder).args(args).args(["--topology", "topology.toml", "--socket-path", "viommu.sock"]);
+    command
+}
+
+/// `viommu serve` with `topology.toml` in a folder; ends when dropped.
+pub struct Daemon(Child);
+
+impl Daemon {
+    /// Starts it, with a trace socket or without.
+    pub fn start(folder: &Path, trace_socket: Option<&Path>) -> Daemon {
+        let mut command = viommu(folder, &["serve"]);
+        if let Some(socket) = trace_socket {
+            command.arg("--trace-socket").arg(socket);
+        }
+        let daemon = Daemon(command.stdout(Stdio::null()).spawn().unwrap());
+        wait_for(&folder.join("nvme0.sock"));
+        daemon
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // SIGTERM, so that the sockets are removed.
+        let pid = nix::unistd::Pid::from_raw(self.0.id() as i32);
+        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
+        let _ = self.0.wait();
+    }
+}
+
+/// Waits until there is a file.
+pub fn wait_for(path: &Path) {
+    for _ in 0..500 {
+        if path.exists() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    panic!("{path:?} did not appear");
+}
+
+/// The median of values, of which there is at least one.
+pub fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    if sorted.len() % 2 == 1 { sorted[middle] } else { (sorted[middle - 1] + sorted[middle]) / 2.0 }
+}
