@@ -36,7 +36,7 @@ fn stock_kernel() {
 
 #[test]
 fn backports_kernel() {
-    Guest::new(NVME, IO).backports().run().assert_translated();
+    Guest::new(NVME, IO).kernel("backports").run().assert_translated();
 }
 
 #[test]

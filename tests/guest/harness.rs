@@ -39,9 +39,9 @@ impl Guest {
         self
     }
 
-    /// Debian's newest kernel in place of its stable one.
-    pub fn backports(mut self) -> Guest {
-        self.kernel = "backports";
+    /// This kernel of those that `scripts/prepare-guest` knows, in place of `stock`.
+    pub fn kernel(mut self, name: &'static str) -> Guest {
+        self.kernel = name;
         self
     }
 
