@@ -54,8 +54,8 @@ pub(super) struct Admin {
     cq: CompletionQueue,
     cqs: BTreeMap<u16, Arc<CompletionQueue>>,
     workers: BTreeMap<u16, Worker>,
-    /// Asynchronous Event Requests that wait.
-    waiting: Vec<u16>,
+    /// Asynchronous Event Requests that wait, and since when.
+    waiting: Vec<(Sqe, Instant)>,
     runs: Runs,
     /// I/O queues that the host may create, as Set Features granted them: submission and completion queues.
     granted: (u16, u16),
@@ -151,22 +151,35 @@ impl Admin {
     fn send_events(&mut self) -> Result<(), Ended> {
         while !self.waiting.is_empty() {
             let Some(result) = lock(&self.shared.events).take() else { break };
-            let cid = self.waiting.remove(0);
-            self.post(cid, Status::SUCCESS, result)?;
+            let (request, fetched) = self.waiting.remove(0);
+            self.complete(&request, fetched, 0, Status::SUCCESS, result)?;
         }
         Ok(())
     }
 
     fn command(&mut self, sqe: &Sqe) -> Result<(), Ended> {
-        let begun = Instant::now();
+        let fetched = Instant::now();
         self.moved = 0;
-        let outcome = self.dispatch(sqe);
-        let (status, result) = match outcome {
-            // It completes when there is an event.
-            Ok(None) => return Ok(()),
+        let (status, result) = match self.dispatch(sqe) {
             Ok(Some(result)) => (Status::SUCCESS, result),
             Err(status) => (status, 0),
+            Ok(None) => {
+                self.waiting.push((*sqe, fetched));
+                return Ok(());
+            }
         };
+        self.complete(sqe, fetched, self.moved, status, result)
+    }
+
+    /// Counts, traces and posts the completion of a command that was fetched at `fetched` and moved `moved` bytes.
+    fn complete(
+        &mut self,
+        sqe: &Sqe,
+        fetched: Instant,
+        moved: u32,
+        status: Status,
+        result: u32,
+    ) -> Result<(), Ended> {
         self.shared.disk.count(|c| &c.admin_count, 1);
         if status != Status::SUCCESS {
             self.shared.log_error(0, sqe.cid.get(), status, sqe.nsid.get(), 0);
@@ -178,17 +191,13 @@ impl Admin {
             queue: 0,
             id: sqe.cid.get(),
             status: status.0,
-            pointer: if self.moved == 0 { DataPointer::None } else { DataPointer::Prp },
+            pointer: if moved == 0 { DataPointer::None } else { DataPointer::Prp },
             address: 0,
             data: sqe.data[0].get(),
-            len: self.moved,
-            duration: begun.elapsed().as_nanos() as u64,
+            len: moved,
+            duration: fetched.elapsed().as_nanos() as u64,
         });
-        self.post(sqe.cid.get(), status, result)
-    }
-
-    fn post(&mut self, cid: u16, status: Status, result: u32) -> Result<(), Ended> {
-        let done = [Completion { cid, status, result }];
+        let done = [Completion { cid: sqe.cid.get(), status, result }];
         self.cq.post(&mut self.dma, &self.shared, (0, self.sq.head()), &done, &self.orders.stop)
     }
 
@@ -208,7 +217,9 @@ impl Admin {
             admin::ABORT => return self.abort(sqe).map(Some),
             admin::SET_FEATURES => return self.set_features(sqe).map(Some),
             admin::GET_FEATURES => return self.get_features(sqe).map(Some),
-            admin::ASYNC_EVENT_REQUEST => return self.async_event_request(sqe).map(|()| None),
+            // It completes when there is an event.
+            admin::ASYNC_EVENT_REQUEST if self.waiting.len() < AER_LIMIT => return Ok(None),
+            admin::ASYNC_EVENT_REQUEST => Err(Status::AER_LIMIT_EXCEEDED),
             admin::DOORBELL_BUFFER_CONFIG => self.doorbell_buffer_config(sqe),
             _ => Err(Status::INVALID_OPCODE),
         };
@@ -351,19 +362,13 @@ impl Admin {
         if queue != 0 {
             return Ok(NOT_ABORTED);
         }
-        let Some(at) = self.waiting.iter().position(|waiting| *waiting == cid) else { return Ok(NOT_ABORTED) };
-        self.waiting.remove(at);
+        let Some(at) = self.waiting.iter().position(|(waiting, _)| waiting.cid.get() == cid) else {
+            return Ok(NOT_ABORTED);
+        };
+        let (request, fetched) = self.waiting.remove(at);
         // If it cannot be posted, the controller is fatal and the thread ends at once.
-        let _ = self.post(cid, Status::ABORT_REQUESTED, 0);
+        let _ = self.complete(&request, fetched, 0, Status::ABORT_REQUESTED, 0);
         Ok(0)
-    }
-
-    fn async_event_request(&mut self, sqe: &Sqe) -> Result<(), Status> {
-        if self.waiting.len() >= AER_LIMIT {
-            return Err(Status::AER_LIMIT_EXCEEDED);
-        }
-        self.waiting.push(sqe.cid.get());
-        Ok(())
     }
 
     fn set_features(&mut self, sqe: &Sqe) -> Result<u32, Status> {
