@@ -670,6 +670,7 @@ fn descriptors_accesses_and_states_are_traced() {
         access: Access::Write,
         address: 0x8000_0000,
         domain: Some(1),
+        dropped: false,
     };
     let expected = [
         state(ACTIVE),

@@ -566,7 +566,14 @@ fn viommu_trace(socket: &std::path::Path, arguments: &[&str]) -> std::process::O
 fn the_command_prints_what_it_is_asked_for() {
     let fixture = Fixture::new();
     fixture.interrupts(32, 0..3);
-    fixture.tracer.emit(Event::Fault { endpoint: 40, reason: 2, access: Access::Read, address: 0x1000, domain: None });
+    fixture.tracer.emit(Event::Fault {
+        endpoint: 40,
+        reason: 2,
+        access: Access::Read,
+        address: 0x1000,
+        domain: None,
+        dropped: false,
+    });
     let print = |arguments: &[&str]| {
         let output = viommu_trace(&fixture.socket, arguments);
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -574,7 +581,7 @@ fn the_command_prints_what_it_is_asked_for() {
     };
     let text = String::from_utf8(print(&["--backlog", "all", "--count", "4"])).unwrap();
     assert_eq!(text.lines().filter(|line| !line.starts_with('#')).count(), 4);
-    assert!(text.ends_with("fault     00:05.0  reason=MAPPING access=read address=0x1000\n"), "{text}");
+    assert!(text.ends_with("fault     00:05.0  reason=MAPPING access=read address=0x1000 dropped=0\n"), "{text}");
     let json = print(&["--backlog", "2", "--count", "2", "--format", "json", "--endpoint", "00:04.0"]);
     let json: Vec<Value> = json.split_inclusive(|b| *b == b'\n').map(|l| serde_json::from_slice(l).unwrap()).collect();
     assert_eq!(json[0]["kind"], "hello");

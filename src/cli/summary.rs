@@ -92,6 +92,7 @@ impl Summary {
             "dma_write_bytes": counts.dma_write_bytes,
             "dma_bypass_bytes": counts.dma_bypass_bytes,
             "faults": counts.iommu.faults,
+            "faults_dropped": counts.iommu.faults_dropped,
             "io_count": counts.io_count,
             "io_bytes": counts.io_bytes,
             "verified": self.verified,
@@ -136,7 +137,7 @@ impl fmt::Display for Summary {
         row("DMA: translated bytes read", bytes(counts.dma_read_bytes))?;
         row("     translated bytes written", bytes(counts.dma_write_bytes))?;
         row("     bypass, both", bytes(counts.dma_bypass_bytes))?;
-        row("     faults", iommu.faults.to_string())?;
+        row("     faults, dropped", format!("{}, {}", iommu.faults, iommu.faults_dropped))?;
         row("device I/O: commands, bytes", format!("{}, {}", counts.io_count, bytes(counts.io_bytes)))?;
         row("trace: events, lost", format!("{}, {}", counts.events, counts.events_lost))?;
         row("time QEMU ran", format!("{:.1} s", self.elapsed.as_secs_f64()))?;

@@ -147,9 +147,9 @@ impl Counts {
         }
     }
 
-    pub(super) fn fault(&self, delivered: bool) {
+    pub(super) fn fault(&self, queued: bool) {
         self.faults.fetch_add(1, Ordering::Relaxed);
-        if !delivered {
+        if !queued {
             self.faults_dropped.fetch_add(1, Ordering::Relaxed);
         }
     }

@@ -53,20 +53,21 @@ impl FaultQueue {
         FaultQueue { limit, pending: Mutex::default(), listener: Mutex::default() }
     }
 
-    /// Queues a fault. Returns false if the queue is full: the fault is dropped, the older ones are kept, as they are
-    /// nearer to the cause.
-    pub(super) fn push(&self, fault: &Fault) -> bool {
+    /// Queues a fault. If the queue is full the fault is dropped: the older ones are kept, as they are nearer to the
+    /// cause. `tell` learns whether it was queued, and before anybody can take it.
+    pub(super) fn push(&self, fault: &Fault, tell: impl FnOnce(bool)) {
         {
             let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
-            if pending.len() >= self.limit {
-                return false;
+            let queued = pending.len() < self.limit;
+            tell(queued);
+            if !queued {
+                return;
             }
             pending.push_back(fault.record());
         }
         if let Some(listener) = &*self.listener.lock().unwrap_or_else(PoisonError::into_inner) {
             listener();
         }
-        true
     }
 
     pub(super) fn pop(&self) -> Option<FaultRecord> {
@@ -103,9 +104,9 @@ mod tests {
         queue.listen(Some(Box::new(move || {
             counter.fetch_add(1, Ordering::Relaxed);
         })));
-        assert!(queue.push(&FAULT));
-        assert!(queue.push(&FAULT));
-        assert!(!queue.push(&Fault { address: 0, ..FAULT }));
+        for (address, queued) in [(0x1234, true), (0x1234, true), (0, false)] {
+            queue.push(&Fault { address, ..FAULT }, |told| assert_eq!(told, queued));
+        }
         assert_eq!(woken.load(Ordering::Relaxed), 2);
         let record = queue.pop().unwrap();
         assert_eq!(record.address.get(), 0x1234);

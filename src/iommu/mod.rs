@@ -97,15 +97,17 @@ impl Iommu {
     /// Traces a fault and queues it for the driver's event queue. Never waits for the driver: a fault that finds the
     /// queue full is dropped and counted.
     pub fn report(&self, fault: Fault) {
-        self.tracer.emit(Event::Fault {
-            endpoint: fault.endpoint,
-            reason: fault.reason as u8,
-            access: fault.access,
-            address: fault.address,
-            domain: fault.domain,
+        self.faults.push(&fault, |queued| {
+            self.counts.fault(queued);
+            self.tracer.emit(Event::Fault {
+                endpoint: fault.endpoint,
+                reason: fault.reason as u8,
+                access: fault.access,
+                address: fault.address,
+                domain: fault.domain,
+                dropped: !queued,
+            });
         });
-        let queued = self.faults.push(&fault);
-        self.counts.fault(queued);
     }
 
     /// Sets who is called when a fault was queued, or nobody.

@@ -116,10 +116,10 @@ impl Event {
                 small = [reset as u8, 0];
                 endpoint = id;
             }
-            Event::Fault { endpoint: id, reason, access, address, domain } => {
+            Event::Fault { endpoint: id, reason, access, address, domain, dropped } => {
                 small = [reason, access as u8 | if domain.is_some() { FLAG_DOMAIN } else { 0 }];
                 endpoint = Some(id);
-                args = [address, domain.unwrap_or(0).into(), 0, 0, 0];
+                args = [address, domain.unwrap_or(0).into(), dropped.into(), 0, 0];
             }
             Event::Dma { endpoint: id, access, route, failed, iova, gpa, len, domain, tag } => {
                 small = [access as u8, route as u8 | if failed { FLAG_FAILED } else { 0 }];
@@ -230,6 +230,7 @@ impl Event {
                 access: access(second & !FLAG_DOMAIN)?,
                 address: args[0],
                 domain: (second & FLAG_DOMAIN != 0).then_some(low(args[1])),
+                dropped: args[2] & 1 != 0,
             },
             Kind::Dma => Event::Dma {
                 endpoint: id,
@@ -317,13 +318,14 @@ pub(super) mod tests {
             (any::<u8>(), any::<u32>()).prop_map(|(queue, requests)| Event::Kick { queue, requests }),
             any_request(),
             (select(ResetKind::ALL), maybe.clone()).prop_map(|(reset, endpoint)| Event::Reset { reset, endpoint }),
-            (id.clone(), any::<u8>(), access(), any::<u64>(), any::<Option<u32>>()).prop_map(
-                |(endpoint, reason, access, address, domain)| Event::Fault {
+            (id.clone(), any::<u8>(), access(), any::<u64>(), any::<Option<u32>>(), any::<bool>()).prop_map(
+                |(endpoint, reason, access, address, domain, dropped)| Event::Fault {
                     endpoint,
                     reason,
                     access,
                     address,
-                    domain
+                    domain,
+                    dropped
                 }
             ),
             ((id.clone(), access(), select(Route::ALL), any::<bool>()), words()).prop_map(

@@ -145,8 +145,9 @@ pub enum Event {
     },
     /// A reset, of the endpoint's function or of the IOMMU.
     Reset { reset: ResetKind, endpoint: Option<u32> },
-    /// An access faulted; `reason` is the specification's `VIRTIO_IOMMU_FAULT_R_*`.
-    Fault { endpoint: u32, reason: u8, access: Access, address: u64, domain: Option<u32> },
+    /// An access faulted; `reason` is the specification's `VIRTIO_IOMMU_FAULT_R_*`. `dropped`: the driver is not told,
+    /// since as many faults as the device keeps wait for buffers in its event queue.
+    Fault { endpoint: u32, reason: u8, access: Access, address: u64, domain: Option<u32>, dropped: bool },
     /// An endpoint accessed one contiguous run of guest memory. `tag` is that of the split protocol's LINK, else 0.
     /// `failed`: the address was translated, but no memory of the guest is there.
     Dma {

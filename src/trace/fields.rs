@@ -81,13 +81,14 @@ fn describe(event: &Event, to: &mut impl Fields) {
         Event::Request { .. } => describe_request(event, to),
         Event::Split { .. } => describe_split(event, to),
         Event::Reset { reset, .. } => to.name("reset", reset.name()),
-        Event::Fault { reason, access, address, domain, .. } => {
+        Event::Fault { reason, access, address, domain, dropped, .. } => {
             to.name("reason", &names::fault_reason(reason));
             to.name("access", access.name());
             to.hex("address", address);
             if let Some(domain) = domain {
                 to.number("domain", domain.into());
             }
+            to.flag("dropped", dropped);
         }
         Event::Dma { access, route, failed, iova, gpa, len, domain, tag, .. } => {
             to.name("access", access.name());

@@ -2,14 +2,20 @@
 
 use std::thread;
 
+use viommu::iommu::{Limits, Settings};
 use viommu::trace::event::{Channel, ResetKind};
-use viommu::trace::{self, Choice, Event, Options, Reader};
+use viommu::trace::{self, Choice, Event, Options, Reader, Tracer};
 use viommu::wire::virtio_iommu::{FaultReason, MapFlags, Status, request_type};
 
 use crate::frontend::*;
 
 /// Everything that is traced while `act` uses a device, and when the device ends after it.
 fn record(act: impl FnOnce(&Device)) -> Vec<Event> {
+    record_with(|_| {}, |device, _| act(device))
+}
+
+/// The same of a device whose settings `change` changes; `act` is given the tracer too.
+fn record_with(change: impl FnOnce(&mut Settings), act: impl FnOnce(&Device, Tracer)) -> Vec<Event> {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("trace.sock");
     let (tracer, handle) = trace::start(Options { socket: Some(socket.clone()), ..Options::default() }).unwrap();
@@ -21,8 +27,8 @@ fn record(act: impl FnOnce(&Device)) -> Vec<Event> {
         }
         events
     });
-    let device = Device::traced(|_| {}, tracer);
-    act(&device);
+    let device = Device::traced(change, tracer.clone());
+    act(&device, tracer);
     drop(device);
     let counters = handle.stop();
     let events = client.join().unwrap();
@@ -191,7 +197,34 @@ fn faults_bypass_and_what_is_malformed() {
         access: viommu::trace::event::Access::Write,
         address: 0x1234,
         domain: None,
+        dropped: false,
     });
     has(Event::Malformed { queue: 0, head: 0, readable: 20, writable: 4, used: 0 });
     has(Event::Malformed { queue: 1, head: 0, readable: 0, writable: 8, used: 0 });
+}
+
+#[test]
+fn row_45_a_fault_that_is_dropped_is_traced_as_such() {
+    let events = record_with(
+        |settings| settings.limits = Limits { pending_faults: 2, ..Limits::default() },
+        |device, _| {
+            let mut driver = Driver::new(device);
+            driver.write_bypass(0);
+            let mut dma = driver.dma(device, EP);
+            for address in 0..4 {
+                dma.read(address, &mut [0]).unwrap_err();
+            }
+            let buffers = driver.add_event_buffers(2, 24);
+            driver.kick(EVENTS);
+            for (address, buffer) in buffers.into_iter().enumerate() {
+                assert_eq!(driver.wait_fault(buffer).address.get(), address as u64);
+            }
+            dma.read(4, &mut [0]).unwrap_err();
+        },
+    );
+    let faults = events.iter().filter_map(|event| match *event {
+        Event::Fault { address, dropped, .. } => Some((address, dropped)),
+        _ => None,
+    });
+    assert_eq!(faults.collect::<Vec<_>>(), [(0, false), (1, false), (2, true), (3, true), (4, false)]);
 }
