@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::{VhostUserBackend, VringState, VringT};
@@ -35,6 +35,10 @@ const BATCH_MAX: usize = 256;
 
 /// Batches after which the other queue, and the frontend, get their turn.
 const ROUNDS_MAX: usize = 8;
+
+/// After so long a batch takes no more requests, and there is no further one before the others' turn. A LINK of many
+/// pages alone may take longer; whoever waits, waits for no second one.
+const TURN: Duration = Duration::from_millis(2);
 
 /// What epoll says for [`Backend::wake`]: the numbers up to the count of queues are the crate's.
 const WAKE_TOKEN: u16 = QUEUES as u16 + 1;
@@ -234,7 +238,11 @@ impl Backend {
 
     /// Answers what is in the request queue, batch by batch.
     fn serve_requests(&self, worker: &mut Worker, ring: &Ring, memory: &GuestMemoryMmap) {
-        for _ in 0..ROUNDS_MAX {
+        let begun = Instant::now();
+        for round in 0..ROUNDS_MAX {
+            if round > 0 && begun.elapsed() >= TURN {
+                break;
+            }
             // Held for a batch: who stops the queue waits for the batch, and so reads the right index.
             let mut state = ring.get_mut();
             if !is_served(&state) || !worker.sound[REQUESTS] {
@@ -263,8 +271,9 @@ impl Backend {
     fn serve_batch(&self, worker: &mut Worker, state: &mut VringState, memory: &GuestMemoryMmap) -> bool {
         let queue = state.get_queue_mut();
         let mut sound = queue.disable_notification(memory).is_ok();
+        let begun = Instant::now();
         worker.answers.clear();
-        while sound && worker.answers.len() < BATCH_MAX {
+        while sound && worker.answers.len() < BATCH_MAX && (worker.answers.is_empty() || begun.elapsed() < TURN) {
             match queue::pop(queue, memory) {
                 Popped::Chain(chain) => {
                     let (start, head) = (Instant::now(), chain.head_index());

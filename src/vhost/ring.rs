@@ -2,8 +2,8 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vhost_user_backend::{VringMutex, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::{Error, QueueT};
@@ -16,6 +16,9 @@ use crate::socket::set_nonblocking;
 #[derive(Clone)]
 pub(super) struct Ring {
     inner: VringMutex<Memory>,
+    /// Held by who waits for the lock in `inner`: so the worker, which takes that lock again right after each batch,
+    /// cannot take it before the frontend that waits for it.
+    turn: Arc<Mutex<()>>,
     watch: Arc<Watch>,
 }
 
@@ -40,6 +43,11 @@ impl Ring {
         self.watch.kicked.swap(false, Ordering::AcqRel)
     }
 
+    /// Waits until it is the caller's turn to take the lock in `inner`, and makes others wait until it has it.
+    fn turn(&self) -> MutexGuard<'_, ()> {
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Whether the driver's size can be that of a split virtqueue; if not, the size is not the driver's.
     pub(super) fn has_size(&self) -> bool {
         !self.watch.odd_size.load(Ordering::Acquire)
@@ -56,7 +64,7 @@ impl<'a> VringStateMutGuard<'a, Memory> for Ring {
 
 impl VringT<Memory> for Ring {
     fn new(mem: Memory, max_queue_size: u16) -> Result<Self, Error> {
-        Ok(Ring { inner: VringMutex::new(mem, max_queue_size)?, watch: Arc::default() })
+        Ok(Ring { inner: VringMutex::new(mem, max_queue_size)?, turn: Arc::default(), watch: Arc::default() })
     }
 
     fn get_ref(&self) -> <Self as VringStateGuard<'_, Memory>>::G {
@@ -64,6 +72,7 @@ impl VringT<Memory> for Ring {
     }
 
     fn get_mut(&self) -> <Self as VringStateMutGuard<'_, Memory>>::G {
+        let _turn = self.turn();
         self.inner.get_mut()
     }
 
@@ -88,6 +97,7 @@ impl VringT<Memory> for Ring {
     }
 
     fn set_enabled(&self, enabled: bool) {
+        let _turn = self.turn();
         self.inner.set_enabled(enabled);
     }
 
@@ -124,11 +134,13 @@ impl VringT<Memory> for Ring {
     }
 
     fn set_queue_ready(&self, ready: bool) {
+        let _turn = self.turn();
         self.inner.set_queue_ready(ready);
         self.watch.started.store(ready, Ordering::Release);
     }
 
     fn set_kick(&self, file: Option<File>) {
+        let _turn = self.turn();
         self.inner.set_kick(file.filter(never_waits));
     }
 
@@ -150,6 +162,7 @@ impl VringT<Memory> for Ring {
     }
 
     fn set_call(&self, file: Option<File>) {
+        let _turn = self.turn();
         self.inner.set_call(file.filter(never_waits));
     }
 

@@ -1,5 +1,6 @@
 //! Drivers that do what none should, and drivers without the feature.
 
+use vhost::VhostBackend;
 use viommu::wire::split::*;
 use viommu::wire::virtio_iommu::{Head, feature};
 
@@ -99,6 +100,35 @@ fn the_largest_link() {
     assert_eq!(driver.link(start, &extents, READ), INVAL);
     assert_eq!(driver.release(start, end), OK);
     assert_eq!(device.iommu.counters().linked_bytes, 0);
+}
+
+/// A queue full of the largest LINKs is work for seconds. Who waits for something else waits for one of them or two.
+#[test]
+fn large_links_do_not_hold_up_faults_and_the_end() {
+    const COUNT: u16 = 80;
+    let (device, mut driver) = attached();
+    let (start, end) = (1 << 33, (1 << 34) - 1);
+    assert_eq!(driver.reserve(start, end), OK);
+    let fault = driver.add_event_buffers(1, 24)[0];
+    let link = link_bytes(1, start, &vec![(0x10_0000, 4096); 512], READ, 0);
+    let unlink = range(request_type::UNLINK, 1, start, end, 0).bytes();
+    for request in [link, unlink].iter().cycle().take(COUNT.into()) {
+        driver.add(REQUESTS, &[Part::R(request.clone()), Part::W(4)]);
+    }
+    let first = driver.queues[REQUESTS].next_used;
+    driver.kick(REQUESTS);
+    driver.wait_used(REQUESTS);
+    driver.dma(&device, EP2).read(0x1234, &mut [0]).unwrap_err();
+    assert_eq!(driver.wait_fault(fault).address.get(), 0x1234);
+    let answered = driver.read_u16(driver.queues[REQUESTS].used + 2) - first;
+    assert!(answered < COUNT / 2, "the fault was told after {answered} of {COUNT} requests");
+    let stopped = driver.frontend.get_vring_base(REQUESTS).unwrap() as u16 - first;
+    assert!(stopped < COUNT, "the queue was stopped after all requests");
+    // What was not done is done when the queue goes on.
+    driver.start_queue(REQUESTS, first + stopped);
+    while driver.queues[REQUESTS].next_used != first + COUNT {
+        driver.wait_used(REQUESTS);
+    }
 }
 
 #[test]
