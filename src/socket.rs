@@ -13,6 +13,9 @@ use std::time::Duration;
 /// of descriptors; then the connection still waits, and would be tried again without end.
 pub(crate) const RETRY: Duration = Duration::from_millis(50);
 
+/// Bytes that the path of a Unix socket may have: one more ends it.
+const PATH_MAX: usize = 107;
+
 /// Why a socket could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum SocketError {
@@ -22,6 +25,21 @@ pub enum SocketError {
     /// Something else than a socket is there; it is left alone.
     #[error("{} exists and is not a socket; remove it, or choose another path", .0.display())]
     NotASocket(PathBuf),
+    /// The path does not fit into a socket's address (`sun_path` in unix(7)).
+    #[error(
+        "The socket path {} has {} bytes, but a Unix socket's path has {PATH_MAX} at most; choose a shorter one, for \
+         example relative to the working directory",
+        .0.display(), .0.as_os_str().len()
+    )]
+    TooLong(PathBuf),
+    /// The folder for it is not there.
+    #[error("There is no folder {} for the socket {}; make it, or choose another path", .folder.display(), .path.display())]
+    NoFolder {
+        /// The socket's path.
+        path: PathBuf,
+        /// What is not there.
+        folder: PathBuf,
+    },
     /// The operating system refuses.
     #[error("Cannot listen on {}", .path.display())]
     Listen {
@@ -45,6 +63,10 @@ impl Socket {
     /// Listens on `path`. A socket there on which nobody listens any more is replaced; one that is alive is an error.
     pub fn bind(path: &Path) -> Result<Socket, SocketError> {
         let failed = |source| SocketError::Listen { path: path.to_owned(), source };
+        check_length(path)?;
+        if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty() && !folder.exists()) {
+            return Err(SocketError::NoFolder { path: path.to_owned(), folder: folder.to_owned() });
+        }
         match fs::symlink_metadata(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(failed(error)),
@@ -80,6 +102,11 @@ impl Drop for Socket {
             let _ = fs::remove_file(&self.path);
         }
     }
+}
+
+/// Whether a socket can have this path at all.
+pub(crate) fn check_length(path: &Path) -> Result<(), SocketError> {
+    if path.as_os_str().len() > PATH_MAX { Err(SocketError::TooLong(path.to_owned())) } else { Ok(()) }
 }
 
 fn identity(path: &Path) -> io::Result<(u64, u64)> {
@@ -133,6 +160,19 @@ mod tests {
         fs::write(&path, "text").unwrap();
         assert!(matches!(Socket::bind(&path), Err(SocketError::NotASocket(_))));
         assert_eq!(fs::read(&path).unwrap(), b"text");
+    }
+
+    #[test]
+    fn a_path_that_cannot_be_is_told_apart() {
+        let folder = tempfile::tempdir().unwrap();
+        let longest = folder.path().join("s".repeat(PATH_MAX - folder.path().as_os_str().len() - 1));
+        drop(Socket::bind(&longest).unwrap());
+        let long = folder.path().join("s".repeat(100));
+        let error = Socket::bind(&long).unwrap_err().to_string();
+        let found = format!("has {} bytes", long.as_os_str().len());
+        assert!(error.contains(&found) && error.contains("has 107 at most"), "{error}");
+        let error = Socket::bind(&folder.path().join("sub/s")).unwrap_err().to_string();
+        assert!(error.contains("There is no folder") && error.contains("/sub "), "{error}");
     }
 
     #[test]

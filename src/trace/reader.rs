@@ -6,12 +6,16 @@ use std::path::{Path, PathBuf};
 
 use zerocopy::{FromBytes, IntoBytes};
 
+use crate::socket::{self, SocketError};
 use crate::trace::filter::{Choice, Format};
 use crate::wire::trace::{Header, MAGIC, Record, VERSION};
 
 /// Why a trace cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
+    /// No socket can have this path.
+    #[error(transparent)]
+    Path(#[from] SocketError),
     /// The path does not exist.
     #[error("There is no trace socket {0}: start `viommu serve` or `viommu run` with --trace-socket, or name its path")]
     NoSocket(PathBuf),
@@ -57,6 +61,7 @@ pub struct Reader<R> {
 impl Reader<UnixStream> {
     /// Connects to a trace socket. The choice's format is not asked: it is binary.
     pub fn connect(path: &Path, choice: &Choice) -> Result<Self, ReadError> {
+        socket::check_length(path)?;
         let mut stream = UnixStream::connect(path).map_err(|source| match source.kind() {
             io::ErrorKind::NotFound => ReadError::NoSocket(path.to_path_buf()),
             io::ErrorKind::ConnectionRefused => ReadError::Nobody(path.to_path_buf()),
