@@ -3,12 +3,12 @@
 //! `docs/topology.md` describes the file for its users.
 
 pub mod address;
+mod problem;
 pub mod qemu;
 pub mod size;
 pub mod viot;
 
 use std::collections::BTreeMap;
-use std::fmt::Write;
 use std::num::NonZeroU8;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -17,6 +17,7 @@ use serde::Deserialize;
 use toml::Spanned;
 
 pub use address::{Address, Bdf};
+use problem::Problem;
 pub use size::Size;
 
 use crate::iommu::{EndpointSettings, Limits, Reserved, Settings};
@@ -36,12 +37,20 @@ pub enum TopologyError {
         /// The cause.
         source: std::io::Error,
     },
-    /// It is not what was expected; the text names line, key and expectation.
+    /// A file is not what was expected.
     #[error("Cannot use the topology {name}: {what}")]
     Invalid {
-        /// The file, or the option it came from.
+        /// The file.
         name: String,
-        /// Where, what was found and what was expected.
+        /// Line and key, what was found and what was expected.
+        what: String,
+    },
+    /// An endpoint given as text is not what was expected.
+    #[error("Cannot use --endpoint {text}: {what}")]
+    Endpoint {
+        /// The text.
+        text: String,
+        /// The key, what was found and what was expected.
         what: String,
     },
 }
@@ -194,9 +203,14 @@ impl Topology {
 
     /// Checks the text of a topology; `name` is what errors call it.
     pub fn parse(text: &str, name: &str) -> Result<Topology, TopologyError> {
-        let invalid = |what: String| TopologyError::Invalid { name: name.to_string(), what };
-        let file: File = toml::from_str(text).map_err(|error| invalid(error.to_string().trim_end().to_string()))?;
-        Checker { text }.check(file).map_err(invalid)
+        check(text).map_err(|problem| TopologyError::Invalid { name: name.to_string(), what: problem.in_file(text) })
+    }
+
+    /// The topology of one endpoint, given as `MODEL,KEY=VALUE,...`: the keys are those of a file.
+    pub fn of_endpoint(text: &str) -> Result<Topology, TopologyError> {
+        let invalid = |what| TopologyError::Endpoint { text: text.to_string(), what };
+        let table = endpoint_table(text).map_err(invalid)?;
+        check(&table).map_err(|problem| invalid(problem.in_option(&table)))
     }
 
     /// What the IOMMU must know of the endpoints.
@@ -215,190 +229,179 @@ impl Topology {
     }
 }
 
-/// Checks what the types of [`File`] do not express.
-struct Checker<'a> {
-    text: &'a str,
+/// The file that has the endpoint `text` and nothing else, with a key a line.
+fn endpoint_table(text: &str) -> Result<String, String> {
+    let (model, keys) = text.split_once(',').unwrap_or((text, ""));
+    if !matches!(model, "nvme" | "dma-engine") {
+        return Err(format!("{model:?} is no device model; nvme or dma-engine was expected"));
+    }
+    let mut table = format!("[[{model}]]\n");
+    for part in keys.split(',').filter(|part| !part.is_empty()) {
+        let Some((key, value)) = part.split_once('=') else {
+            return Err(format!("{part:?} was found where KEY=VALUE was expected"));
+        };
+        let value = match key {
+            "behind" | "hotplug" => {
+                return Err(format!("key `{key}`: root ports, and what is behind them, need a topology file"));
+            }
+            "block-size" => value
+                .parse::<u32>()
+                .map(toml::Value::from)
+                .map_err(|_| format!("key `{key}`: {value:?} is no number of bytes; 512 or 4096 was expected"))?,
+            _ => toml::Value::from(value),
+        };
+        table += &format!("{key} = {value}\n");
+    }
+    Ok(table)
 }
 
-impl Checker<'_> {
-    fn check(&self, file: File) -> Result<Topology, String> {
-        let mut root_bus = BTreeMap::new();
-        self.take(&mut root_bus, &file.iommu.address, "iommu")?;
-        for (index, port) in file.root_port.iter().enumerate() {
-            self.take(&mut root_bus, &port.address, port.name.get_ref())?;
-            let before = file.root_port.iter().take(index);
-            self.check_name(port.name.get_ref(), port.name.span(), before.map(|port| port.name.get_ref().as_str()))?;
-        }
-        let mut topology =
-            Topology { machine: file.machine, iommu: file.iommu, root_ports: file.root_port, endpoints: Vec::new() };
-        for (index, entry) in file.nvme.into_iter().enumerate() {
-            let name = entry.name.as_ref().map_or_else(|| format!("nvme{index}"), |name| name.get_ref().clone());
-            let block_size = *entry.block_size.get_ref();
-            if !matches!(block_size, 512 | 4096) {
-                return Err(self.at(
-                    entry.block_size.span(),
-                    "block-size",
-                    &format!("{block_size} is not supported; 512 or 4096 was expected"),
-                ));
-            }
-            let behind = match &entry.behind {
-                None => None,
-                Some(port) => Some(self.root_port(&topology.root_ports, port)?),
-            };
-            if behind.is_none() && entry.hotplug {
-                return Err(self.at(
-                    entry.address.span(),
-                    "hotplug",
-                    "the root bus takes no hot-added device; put the endpoint behind a root port with `behind`",
-                ));
-            }
-            let serial = match entry.serial {
-                Some(serial) => self.serial(serial)?,
-                None => format!("viommu-{name}"),
-            };
-            let image = self.image(&topology, entry.image)?;
-            let model = Model::Nvme { image, block_size, serial };
-            self.add(
-                &mut topology,
-                &mut root_bus,
-                Found { name, name_span: entry.name.map(|name| name.span()), behind, hotplug: entry.hotplug, model },
-                &entry.address,
-            )?;
-        }
-        for (index, entry) in file.dma_engine.into_iter().enumerate() {
-            let name = entry.name.as_ref().map_or_else(|| format!("dma{index}"), |name| name.get_ref().clone());
-            let name_span = entry.name.map(|name| name.span());
-            let found = Found { name, name_span, behind: None, hotplug: false, model: Model::DmaEngine };
-            self.add(&mut topology, &mut root_bus, found, &entry.address)?;
-        }
-        if topology.endpoints.is_empty() {
-            return Err("it has no endpoint; at least one [[nvme]] or [[dma-engine]] table was expected".into());
-        }
-        Ok(topology)
-    }
+/// Checks the text of a topology.
+fn check(text: &str) -> Result<Topology, Problem> {
+    check_file(toml::from_str(text)?)
+}
 
-    fn root_port(&self, ports: &[RootPort], name: &Spanned<String>) -> Result<usize, String> {
-        ports.iter().position(|port| port.name.get_ref() == name.get_ref()).ok_or_else(|| {
-            let known: Vec<_> = ports.iter().map(|port| format!("{:?}", port.name.get_ref())).collect();
-            let known =
-                if known.is_empty() { "there is none".into() } else { format!("there are {}", known.join(", ")) };
-            self.at(name.span(), "behind", &format!("no [[root-port]] is named {:?}; {known}", name.get_ref()))
-        })
+/// Checks what the types of [`File`] do not express.
+fn check_file(file: File) -> Result<Topology, Problem> {
+    let mut root_bus = BTreeMap::new();
+    take(&mut root_bus, &file.iommu.address, "iommu")?;
+    for (index, port) in file.root_port.iter().enumerate() {
+        take(&mut root_bus, &port.address, port.name.get_ref())?;
+        let before = file.root_port.iter().take(index);
+        check_name(port.name.get_ref(), port.name.span(), before.map(|port| port.name.get_ref().as_str()))?;
     }
-
-    fn add(
-        &self,
-        topology: &mut Topology,
-        root_bus: &mut BTreeMap<Address, String>,
-        found: Found,
-        address: &Spanned<Address>,
-    ) -> Result<(), String> {
-        let Found { name, name_span, behind, hotplug, model } = found;
-        let endpoints = topology.endpoints.iter().map(|other| other.name.as_str());
-        let ports = topology.root_ports.iter().map(|port| port.name.get_ref().as_str());
-        self.check_name(&name, name_span.unwrap_or(0..0), endpoints.chain(ports))?;
-        match behind {
-            None => self.take(root_bus, address, &name)?,
-            Some(_) if address.get_ref().device != 0 => {
-                let what = "a root port has one slot only; an address of 00.0 to 00.7 was expected";
-                return Err(self.at(address.span(), "address", what));
-            }
-            Some(port) => {
-                let twin =
-                    topology.endpoints.iter().find(|e| e.behind == Some(port) && e.address == *address.get_ref());
-                if let Some(twin) = twin {
-                    let what = format!("{} is taken by {:?}", address.get_ref(), twin.name);
-                    return Err(self.at(address.span(), "address", &what));
-                }
-            }
+    let mut topology =
+        Topology { machine: file.machine, iommu: file.iommu, root_ports: file.root_port, endpoints: Vec::new() };
+    for (index, entry) in file.nvme.into_iter().enumerate() {
+        let name = entry.name.as_ref().map_or_else(|| format!("nvme{index}"), |name| name.get_ref().clone());
+        let block_size = *entry.block_size.get_ref();
+        if !matches!(block_size, 512 | 4096) {
+            return Err(Problem::of(
+                "block-size",
+                entry.block_size.span(),
+                format!("{block_size} is not supported; 512 or 4096 was expected"),
+            ));
         }
-        let bus = behind.map_or(0, |port| bus_behind(&topology.root_ports, port));
-        let bdf = Bdf { bus, address: *address.get_ref() };
-        topology.endpoints.push(Endpoint { name, address: *address.get_ref(), behind, hotplug, model, bdf });
-        Ok(())
+        let behind = match &entry.behind {
+            None => None,
+            Some(port) => Some(root_port(&topology.root_ports, port)?),
+        };
+        if behind.is_none() && entry.hotplug {
+            return Err(Problem::of(
+                "hotplug",
+                entry.address.span(),
+                "the root bus takes no hot-added device; put the endpoint behind a root port with `behind`",
+            ));
+        }
+        let serial = match entry.serial {
+            Some(serial) => check_serial(serial)?,
+            None => format!("viommu-{name}"),
+        };
+        let image = check_image(&topology, entry.image)?;
+        let model = Model::Nvme { image, block_size, serial };
+        add(
+            &mut topology,
+            &mut root_bus,
+            Found { name, name_span: entry.name.map(|name| name.span()), behind, hotplug: entry.hotplug, model },
+            &entry.address,
+        )?;
     }
-
-    /// A name is an id in QEMU, part of a socket's path and of a serial number.
-    fn check_name<'n>(
-        &self,
-        name: &str,
-        span: Range<usize>,
-        mut taken: impl Iterator<Item = &'n str>,
-    ) -> Result<(), String> {
-        let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
-        let starts_well = name.starts_with(|c: char| c.is_ascii_alphabetic());
-        if !starts_well || !name.chars().all(plain) || name.len() > 13 {
-            let wanted = "a letter and then letters, digits, - and _, 13 characters at most, were expected";
-            return Err(self.at(span, "name", &format!("{name:?} cannot be a name; {wanted}")));
-        }
-        if name == "viommu" || taken.any(|other| other == name) {
-            return Err(self.at(span, "name", &format!("the name {name:?} is taken")));
-        }
-        Ok(())
+    for (index, entry) in file.dma_engine.into_iter().enumerate() {
+        let name = entry.name.as_ref().map_or_else(|| format!("dma{index}"), |name| name.get_ref().clone());
+        let name_span = entry.name.map(|name| name.span());
+        let found = Found { name, name_span, behind: None, hotplug: false, model: Model::DmaEngine };
+        add(&mut topology, &mut root_bus, found, &entry.address)?;
     }
-
-    /// The Identify Controller data structure has 20 bytes of ASCII for it (NVMe base specification).
-    fn serial(&self, serial: Spanned<String>) -> Result<String, String> {
-        let printable = |c: u8| c.is_ascii_graphic() || c == b' ';
-        if (1..=20).contains(&serial.get_ref().len()) && serial.get_ref().bytes().all(printable) {
-            return Ok(serial.into_inner());
-        }
-        let what = format!(
-            "{:?} cannot be a serial number; 1 to 20 printable ASCII characters were expected",
-            serial.get_ref()
-        );
-        Err(self.at(serial.span(), "serial", &what))
+    if topology.endpoints.is_empty() {
+        return Err(Problem::of_all("it has no endpoint; at least one [[nvme]] or [[dma-engine]] table was expected"));
     }
+    Ok(topology)
+}
 
-    fn image(&self, topology: &Topology, image: Spanned<PathBuf>) -> Result<PathBuf, String> {
-        let uses = |model: &Model| matches!(model, Model::Nvme { image: other, .. } if other == image.get_ref());
-        match topology.endpoints.iter().find(|endpoint| uses(&endpoint.model)) {
-            None => Ok(image.into_inner()),
-            Some(other) => {
-                let what = format!(
-                    "{:?} is the image of {:?} already; each endpoint needs its own",
-                    image.get_ref(),
-                    other.name
-                );
-                Err(self.at(image.span(), "image", &what))
+fn root_port(ports: &[RootPort], name: &Spanned<String>) -> Result<usize, Problem> {
+    ports.iter().position(|port| port.name.get_ref() == name.get_ref()).ok_or_else(|| {
+        let known: Vec<_> = ports.iter().map(|port| format!("{:?}", port.name.get_ref())).collect();
+        let known = if known.is_empty() { "there is none".into() } else { format!("there are {}", known.join(", ")) };
+        Problem::of("behind", name.span(), format!("no [[root-port]] is named {:?}; {known}", name.get_ref()))
+    })
+}
+
+fn add(
+    topology: &mut Topology,
+    root_bus: &mut BTreeMap<Address, String>,
+    found: Found,
+    address: &Spanned<Address>,
+) -> Result<(), Problem> {
+    let Found { name, name_span, behind, hotplug, model } = found;
+    let endpoints = topology.endpoints.iter().map(|other| other.name.as_str());
+    let ports = topology.root_ports.iter().map(|port| port.name.get_ref().as_str());
+    check_name(&name, name_span.unwrap_or(0..0), endpoints.chain(ports))?;
+    match behind {
+        None => take(root_bus, address, &name)?,
+        Some(_) if address.get_ref().device != 0 => {
+            let what = "a root port has one slot only; an address of 00.0 to 00.7 was expected";
+            return Err(Problem::of("address", address.span(), what));
+        }
+        Some(port) => {
+            let twin = topology.endpoints.iter().find(|e| e.behind == Some(port) && e.address == *address.get_ref());
+            if let Some(twin) = twin {
+                let what = format!("{} is taken by {:?}", address.get_ref(), twin.name);
+                return Err(Problem::of("address", address.span(), what));
             }
         }
     }
+    let bus = behind.map_or(0, |port| bus_behind(&topology.root_ports, port));
+    let bdf = Bdf { bus, address: *address.get_ref() };
+    topology.endpoints.push(Endpoint { name, address: *address.get_ref(), behind, hotplug, model, bdf });
+    Ok(())
+}
 
-    /// Notes that `owner` sits at `address` of the root bus.
-    fn take(&self, bus: &mut BTreeMap<Address, String>, address: &Spanned<Address>, owner: &str) -> Result<(), String> {
-        let slot = *address.get_ref();
-        if slot.device == 0 || slot.device == 31 {
-            let what = format!("{slot} belongs to the q35 chipset; a device from 01 to 1e was expected");
-            return Err(self.at(address.span(), "address", &what));
-        }
-        match bus.insert(slot, owner.to_string()) {
-            Some(other) => Err(self.at(address.span(), "address", &format!("{slot} is taken by {other:?}"))),
-            None => Ok(()),
+/// A name is an id in QEMU, part of a socket's path and of a serial number.
+fn check_name<'n>(name: &str, span: Range<usize>, mut taken: impl Iterator<Item = &'n str>) -> Result<(), Problem> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    let starts_well = name.starts_with(|c: char| c.is_ascii_alphabetic());
+    if !starts_well || !name.chars().all(plain) || name.len() > 13 {
+        let wanted = "a letter and then letters, digits, - and _, 13 characters at most, were expected";
+        return Err(Problem::of("name", span, format!("{name:?} cannot be a name; {wanted}")));
+    }
+    if name == "viommu" || taken.any(|other| other == name) {
+        return Err(Problem::of("name", span, format!("the name {name:?} is taken")));
+    }
+    Ok(())
+}
+
+/// The Identify Controller data structure has 20 bytes of ASCII for it (NVMe base specification).
+fn check_serial(serial: Spanned<String>) -> Result<String, Problem> {
+    let printable = |c: u8| c.is_ascii_graphic() || c == b' ';
+    if (1..=20).contains(&serial.get_ref().len()) && serial.get_ref().bytes().all(printable) {
+        return Ok(serial.into_inner());
+    }
+    let what =
+        format!("{:?} cannot be a serial number; 1 to 20 printable ASCII characters were expected", serial.get_ref());
+    Err(Problem::of("serial", serial.span(), what))
+}
+
+fn check_image(topology: &Topology, image: Spanned<PathBuf>) -> Result<PathBuf, Problem> {
+    let uses = |model: &Model| matches!(model, Model::Nvme { image: other, .. } if other == image.get_ref());
+    match topology.endpoints.iter().find(|endpoint| uses(&endpoint.model)) {
+        None => Ok(image.into_inner()),
+        Some(other) => {
+            let what =
+                format!("{:?} is the image of {:?} already; each endpoint needs its own", image.get_ref(), other.name);
+            Err(Problem::of("image", image.span(), what))
         }
     }
+}
 
-    /// A message in the manner of the TOML parser's own: line, column, key, what is wrong.
-    fn at(&self, span: Range<usize>, key: &str, what: &str) -> String {
-        let mut message = String::new();
-        if span.is_empty() {
-            let _ = write!(message, "key `{key}`: {what}");
-            return message;
-        }
-        let before = self.text.get(..span.start).unwrap_or_default();
-        let line = before.matches('\n').count();
-        let column = before.len() - before.rfind('\n').map_or(0, |at| at + 1);
-        let source = self.text.lines().nth(line).unwrap_or_default();
-        let number = line + 1;
-        let margin = " ".repeat(number.to_string().len());
-        let _ = write!(
-            message,
-            "TOML error at line {number}, column {}\n{margin} |\n{number} | {source}\n{margin} | {}{}\nkey `{key}`: {what}",
-            column + 1,
-            " ".repeat(column),
-            "^".repeat(span.len().min(source.len().saturating_sub(column)).max(1)),
-        );
-        message
+/// Notes that `owner` sits at `address` of the root bus.
+fn take(bus: &mut BTreeMap<Address, String>, address: &Spanned<Address>, owner: &str) -> Result<(), Problem> {
+    let slot = *address.get_ref();
+    if slot.device == 0 || slot.device == 31 {
+        let what = format!("{slot} belongs to the q35 chipset; a device from 01 to 1e was expected");
+        return Err(Problem::of("address", address.span(), what));
+    }
+    match bus.insert(slot, owner.to_string()) {
+        Some(other) => Err(Problem::of("address", address.span(), format!("{slot} is taken by {other:?}"))),
+        None => Ok(()),
     }
 }
 

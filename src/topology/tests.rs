@@ -94,6 +94,40 @@ fn errors_name_line_key_and_expectation() {
 }
 
 #[test]
+fn an_endpoint_alone_is_a_topology() {
+    let topology = Topology::of_endpoint("nvme,address=04.0,image=a \"b\".img,block-size=4096").unwrap();
+    assert_eq!(topology.endpoints.len(), 1);
+    assert_eq!(topology.endpoints[0].bdf.id(), 0x20);
+    let Model::Nvme { image, block_size, .. } = &topology.endpoints[0].model else { panic!("{topology:?}") };
+    assert_eq!((image.to_str(), *block_size), (Some("a \"b\".img"), 4096));
+    assert!(Topology::of_endpoint("dma-engine,address=05.0").is_ok());
+}
+
+#[test]
+fn errors_of_an_endpoint_alone_name_its_keys_and_no_lines() {
+    for (text, wanted) in [
+        ("nvme,address", "\"address\" was found where KEY=VALUE was expected"),
+        ("floppy,address=04.0", "\"floppy\" is no device model; nvme or dma-engine was expected"),
+        ("", "\"\" is no device model"),
+        ("nvme,address=04.0", "missing field `image`"),
+        ("nvme", "missing field `address`"),
+        ("nvme,adress=04.0,image=a", "key `adress`: unknown field `adress`"),
+        ("nvme,image=a,address=04.9", "key `address`: \"04.9\" is not a PCI address"),
+        ("nvme,image=a,address=03.0", "key `address`: 03.0 is taken by \"iommu\""),
+        ("nvme,image=a,address=04.0,block-size=big", "key `block-size`: \"big\" is no number of bytes"),
+        ("nvme,image=a,address=04.0,block-size=520", "key `block-size`: 520 is not supported; 512 or 4096"),
+        ("nvme,image=a,address=04.0,image=b", "duplicate key"),
+        ("nvme,image=a,address=00.0,behind=rp", "key `behind`: root ports"),
+        ("nvme,image=a,address=04.0,name=a/b", "key `name`: \"a/b\" cannot be a name"),
+    ] {
+        let error = Topology::of_endpoint(text).unwrap_err().to_string();
+        assert!(error.starts_with(&format!("Cannot use --endpoint {text}: ")), "{error}");
+        assert!(error.contains(wanted), "{wanted:?} is not in: {error}");
+        assert!(!error.contains("line") && !error.contains('\n'), "{error}");
+    }
+}
+
+#[test]
 fn the_ready_topologies_are_valid() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("qemu-configs");
     let mut seen = 0;
