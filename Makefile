@@ -38,7 +38,7 @@ test:
 
 bench:
 	@scripts/setup stock
-	cargo bench --bench address_space --bench trace
+	cargo bench --no-fail-fast --bench address_space --bench trace
 
 bench-guest:
 	@scripts/setup stock

@@ -15,6 +15,8 @@ pub struct Report {
     /// Resident bytes a mapping, by layout, count and subject.
     memory: BTreeMap<(&'static str, u64, &'static str), f64>,
     beside: Option<Beside>,
+    /// Goals that were missed, or that nothing can be said of.
+    missed: u32,
 }
 
 /// What is compared: the layout, the operation, and what part of the `BTreeMap`'s time has to be reached.
@@ -30,7 +32,7 @@ const ROWS: [(&str, &str, Option<f64>); 6] = [
 impl Report {
     /// Of a run that begins now.
     pub fn new() -> Self {
-        Report { begin: SystemTime::now(), memory: BTreeMap::new(), beside: None }
+        Report { begin: SystemTime::now(), memory: BTreeMap::new(), beside: None, missed: 0 }
     }
 
     /// A subject took `bytes` for the set.
@@ -43,8 +45,9 @@ impl Report {
         self.beside = Some(beside);
     }
 
-    /// Prints the table of what criterion left in `data`, and writes it below `bench`.
-    pub fn finish(&self, data: &Path, bench: &Path) {
+    /// Prints the table of what criterion left in `data`, and writes it below `bench`. Returns how many goals were
+    /// missed.
+    pub fn finish(mut self, data: &Path, bench: &Path) -> u32 {
         let mut rows = Vec::new();
         println!("\n{:<28} {:>10} {:>10} {:>7}  goal", "", "BTreeMap", "viommu", "ratio");
         for (layout, what, goal) in ROWS {
@@ -55,7 +58,7 @@ impl Report {
                 let goal = goal.filter(|_| layout != "dense" || count >= 100_000);
                 let ratio = ours / btree;
                 let name = format!("{layout} {what} {count}");
-                let verdict = goal.map_or(String::new(), |goal| format!("{goal:.3} {}", verdict(ratio, goal)));
+                let verdict = goal.map_or(String::new(), |goal| format!("{goal:.3} {}", self.verdict(ratio, goal)));
                 println!("{name:<28} {btree:>7.1} ns {ours:>7.1} ns {ratio:>7.3}  {verdict}");
                 rows.push(json!({
                     "layout": layout, "operation": what, "mappings": count,
@@ -63,7 +66,7 @@ impl Report {
                 }));
             }
         }
-        let memory: Vec<Value> = LAYOUTS.iter().filter_map(|layout| self.memory_row(layout.name)).collect();
+        let memory: Vec<Value> = LAYOUTS.map(|layout| self.memory_row(layout.name)).into_iter().flatten().collect();
         let mut grace = serde_json::Map::new();
         for what in ["synchronize", "pair+synchronize"] {
             for readers in [1, 16] {
@@ -73,18 +76,16 @@ impl Report {
                 }
             }
         }
-        let beside = self.beside.as_ref().map(|beside| {
+        let beside = self.beside.take().map(|beside| {
+            let verdict = if beside.pairs < 0.95 * RATE as f64 {
+                self.missed += 1;
+                "VOID: the writer was too slow"
+            } else {
+                self.verdict(beside.ratio, 1.2)
+            };
             println!(
-                "one reader: {:.1} ns alone, {:.1} ns beside a writer of {:.0} pairs/s, ratio {:.3}, goal 1.200 {}",
-                beside.alone,
-                beside.beside,
-                beside.pairs,
-                beside.ratio,
-                if beside.pairs < 0.95 * RATE as f64 {
-                    "VOID: the writer was too slow"
-                } else {
-                    verdict(beside.ratio, 1.2)
-                },
+                "one reader: {:.1} ns alone, {:.1} ns beside a writer of {:.0} pairs/s, ratio {:.3}, goal 1.200 {verdict}",
+                beside.alone, beside.beside, beside.pairs, beside.ratio,
             );
             json!({
                 "alone_ns": beside.alone, "beside_ns": beside.beside, "ratio": beside.ratio,
@@ -98,6 +99,15 @@ impl Report {
             Ok(()) => println!("Written to {}", file.display()),
             Err(error) => println!("Cannot write {}: {error}", file.display()),
         }
+        self.missed
+    }
+
+    fn verdict(&mut self, value: f64, goal: f64) -> &'static str {
+        if value <= goal {
+            return "reached";
+        }
+        self.missed += 1;
+        "MISSED"
     }
 
     /// The median that criterion estimated in this run.
@@ -111,7 +121,7 @@ impl Report {
     }
 
     /// Of the largest set, where the process's own pages do not matter.
-    fn memory_row(&self, layout: &'static str) -> Option<Value> {
+    fn memory_row(&mut self, layout: &'static str) -> Option<Value> {
         let count = *COUNTS.last()?;
         let of = |subject| self.memory.get(&(layout, count, subject)).copied();
         let (btree, ours) = (of("btree")?, of("viommu")?);
@@ -122,11 +132,7 @@ impl Report {
             _ => 4.3 * 512.0,
         };
         let name = format!("{layout} bytes a mapping");
-        println!("{name:<28} {btree:>8.1} B {ours:>8.1} B {:>7}  {goal:.0} B {}", "", verdict(ours, goal));
+        println!("{name:<28} {btree:>8.1} B {ours:>8.1} B {:>7}  {goal:.0} B {}", "", self.verdict(ours, goal));
         Some(json!({ "layout": layout, "mappings": count, "btree_bytes": btree, "viommu_bytes": ours, "goal": goal }))
     }
-}
-
-fn verdict(value: f64, goal: f64) -> &'static str {
-    if value <= goal { "reached" } else { "MISSED" }
 }
