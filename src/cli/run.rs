@@ -118,20 +118,19 @@ pub fn main(args: &Args) -> Result<()> {
             .transpose()
             .context("Cannot resolve the trace file")?,
     };
+    let trace_socket = args.trace_socket.clone().unwrap_or_else(|| folder.join("trace.sock"));
+    let sockets = Sockets { paths: Paths { iommu: folder.join("viommu.sock") }, qmp: folder.join("qmp.sock") };
     let options = Options {
-        paths: Paths { iommu: folder.join("viommu.sock") },
-        trace_socket: Some(args.trace_socket.clone().unwrap_or_else(|| folder.join("trace.sock"))),
-        qmp: Some(folder.join("qmp.sock")),
+        paths: sockets.paths.clone(),
+        trace_socket: Some(trace_socket.clone()),
+        qmp: Some(sockets.qmp.clone()),
         create_images: args.create_images,
     };
     let accel = accel::choose(args.accel, &args.qemu, args.kernel.as_deref())?;
     let daemon = Daemon::start(&topology, &options, &stop)?;
-    let recorder = match (&args.trace_file, &options.trace_socket) {
-        (Some(file), Some(socket)) => Some(record(socket, file)?),
-        _ => None,
-    };
+    let recorder = args.trace_file.as_deref().map(|file| record(&trace_socket, file)).transpose()?;
     let started = Instant::now();
-    let ended = start_qemu(args, &topology, &options, &files, accel).and_then(|mut child| {
+    let ended = start_qemu(args, &topology, &sockets, &files, accel).and_then(|mut child| {
         let ended = wait(&mut child, &stop, args.timeout.map(Duration::from_secs));
         ended.context("Cannot wait for QEMU")
     });
@@ -161,6 +160,12 @@ pub fn main(args: &Args) -> Result<()> {
     }
 }
 
+/// The sockets between the daemon and QEMU.
+struct Sockets {
+    paths: Paths,
+    qmp: PathBuf,
+}
+
 /// Why QEMU is not running any more.
 enum Ended {
     Itself(ExitStatus),
@@ -171,7 +176,7 @@ enum Ended {
 fn start_qemu(
     args: &Args,
     topology: &Topology,
-    options: &Options,
+    sockets: &Sockets,
     files: &Files,
     accel: accel::Chosen,
 ) -> Result<Child> {
@@ -184,10 +189,8 @@ fn start_qemu(
         command.arg("-serial").arg(format!("file:{}", files.console.display())).stdin(Stdio::null());
     }
     command.arg("-serial").arg(format!("file:{}", files.results.display()));
-    if let Some(qmp) = &options.qmp {
-        command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", arguments::comma_safe(qmp)));
-    }
-    command.args(arguments::devices(topology, &options.paths));
+    command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", arguments::comma_safe(&sockets.qmp)));
+    command.args(arguments::devices(topology, &sockets.paths));
     if let Some(kernel) = &args.kernel {
         command.arg("-kernel").arg(kernel).arg("-append").arg(&args.append);
     }
