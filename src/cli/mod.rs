@@ -5,6 +5,7 @@ mod args;
 mod check;
 mod daemon;
 mod generate;
+mod logger;
 mod qemu;
 mod qmp;
 mod run;
@@ -54,7 +55,7 @@ pub fn main() -> ExitCode {
         1 => log::LevelFilter::Info,
         _ => log::LevelFilter::Debug,
     };
-    env_logger::Builder::new().filter_level(level).parse_default_env().init();
+    logger::start(level);
     let result = match cli.command {
         Command::Serve(args) => serve::main(&args),
         Command::Run(args) => run::main(&args),
@@ -65,6 +66,7 @@ pub fn main() -> ExitCode {
         Command::Completions(args) => generate::completions(&args),
         Command::Man(args) => generate::man(&args),
     };
+    log::logger().flush();
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

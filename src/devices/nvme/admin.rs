@@ -172,14 +172,7 @@ impl Admin {
     }
 
     /// Counts, traces and posts the completion of a command that was fetched at `fetched` and moved `moved` bytes.
-    fn complete(
-        &mut self,
-        sqe: &Sqe,
-        fetched: Instant,
-        moved: u32,
-        status: Status,
-        result: u32,
-    ) -> Result<(), Ended> {
+    fn complete(&mut self, sqe: &Sqe, fetched: Instant, moved: u32, status: Status, result: u32) -> Result<(), Ended> {
         self.shared.disk.count(|c| &c.admin_count, 1);
         if status != Status::SUCCESS {
             self.shared.log_error(0, sqe.cid.get(), status, sqe.nsid.get(), 0);

@@ -1,0 +1,206 @@
+//! What is said on the standard error output, and how often.
+//!
+//! Guests and clients can make the same thing go wrong as often as they like. Each place in the code says its first few
+//! warnings and then counts them, and the count is said later; the trace has every one.
+
+use std::backtrace::{Backtrace, BacktraceStatus};
+use std::collections::HashMap;
+use std::fmt::Display;
+use std::panic::PanicHookInfo;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use log::{Level, LevelFilter, Log, Metadata, Record};
+
+/// Warnings and errors that one place in the code may say in a [`WINDOW`].
+const BURST: u32 = 5;
+
+/// How long a place is watched, from the first thing that it says.
+const WINDOW: Duration = Duration::from_secs(10);
+
+/// Bytes of a message by which the ones that were left out are told.
+const EXCERPT: usize = 120;
+
+/// Logs to the standard error output from now on, panics too. RUST_LOG overrides `level`.
+pub fn start(level: LevelFilter) {
+    let inner = env_logger::Builder::new().filter_level(level).parse_default_env().build();
+    let level = inner.filter();
+    // It fails if there is a logger; who made it is content with it.
+    if log::set_boxed_logger(Box::new(Logger { inner, places: Mutex::default() })).is_ok() {
+        log::set_max_level(level);
+        std::panic::set_hook(Box::new(log_panic));
+    }
+}
+
+/// A panic that is contained is one more thing that a peer may be able to repeat.
+fn log_panic(info: &PanicHookInfo<'_>) {
+    let thread = std::thread::current();
+    let name = thread.name().unwrap_or("without a name");
+    let backtrace = Backtrace::capture();
+    let mut text = format!("Thread {name} {info}");
+    if backtrace.status() == BacktraceStatus::Captured {
+        text += &format!("\n{backtrace}");
+    }
+    let (file, line) = info.location().map(|location| (location.file(), location.line())).unzip();
+    log::logger().log(
+        &Record::builder()
+            .level(Level::Error)
+            .target(module_path!())
+            .file(file)
+            .line(line)
+            .args(format_args!("{text}"))
+            .build(),
+    );
+}
+
+/// env_logger's logger behind the limit.
+struct Logger {
+    inner: env_logger::Logger,
+    places: Mutex<Places>,
+}
+
+impl Logger {
+    fn places(&self) -> MutexGuard<'_, Places> {
+        self.places.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn say_left_out(&self, left_out: &[LeftOut]) {
+        for LeftOut { count, like } in left_out {
+            self.inner.log(
+                &Record::builder()
+                    .level(Level::Warn)
+                    .target(module_path!())
+                    .args(format_args!("{count} more messages were left out like: {like}"))
+                    .build(),
+            );
+        }
+    }
+}
+
+impl Log for Logger {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        self.inner.enabled(metadata)
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        if !self.inner.matches(record) {
+            return;
+        }
+        // Who asks for more than warnings wants all of it.
+        if record.level() > Level::Warn {
+            return self.inner.log(record);
+        }
+        let place = (record.file().unwrap_or_default().to_string(), record.line().unwrap_or(0));
+        let now = Instant::now();
+        let (left_out, admitted) = {
+            let mut places = self.places();
+            (places.end_windows(now), places.admit(place, now, record.args()))
+        };
+        self.say_left_out(&left_out);
+        if admitted {
+            self.inner.log(record);
+        }
+    }
+
+    /// Says what was left out and not said yet.
+    fn flush(&self) {
+        let left_out = self.places().end_all();
+        self.say_left_out(&left_out);
+        self.inner.flush();
+    }
+}
+
+/// File and line.
+type Place = (String, u32);
+
+/// The places that said something of late.
+#[derive(Default)]
+struct Places(HashMap<Place, Window>);
+
+struct Window {
+    begun: Instant,
+    said: u32,
+    left_out: u64,
+    /// The beginning of the first message.
+    like: String,
+}
+
+/// Messages of one place that were not said.
+#[derive(Debug, PartialEq, Eq)]
+struct LeftOut {
+    count: u64,
+    /// What they are like.
+    like: String,
+}
+
+impl Places {
+    /// Whether a place may say something now; if not, it is counted.
+    fn admit(&mut self, place: Place, now: Instant, message: &impl Display) -> bool {
+        let begin = || Window { begun: now, said: 0, left_out: 0, like: excerpt(message) };
+        let window = self.0.entry(place).or_insert_with(begin);
+        if window.said >= BURST {
+            window.left_out += 1;
+            return false;
+        }
+        window.said += 1;
+        true
+    }
+
+    /// Forgets the places whose windows are over, and tells what they had to leave out.
+    fn end_windows(&mut self, now: Instant) -> Vec<LeftOut> {
+        let over = self.0.extract_if(|_, window| now.duration_since(window.begun) >= WINDOW);
+        over.filter_map(|(_, window)| window.left_out()).collect()
+    }
+
+    /// The same for all places.
+    fn end_all(&mut self) -> Vec<LeftOut> {
+        self.0.drain().filter_map(|(_, window)| window.left_out()).collect()
+    }
+}
+
+impl Window {
+    fn left_out(self) -> Option<LeftOut> {
+        (self.left_out > 0).then_some(LeftOut { count: self.left_out, like: self.like })
+    }
+}
+
+/// The first line of a message, and no more than a little of it.
+fn excerpt(message: &impl Display) -> String {
+    let text = message.to_string();
+    let line = text.lines().next().unwrap_or_default();
+    line.chars().take(EXCERPT).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn place(line: u32) -> Place {
+        ("file.rs".into(), line)
+    }
+
+    #[test]
+    fn a_flood_of_one_place_is_counted_and_told_when_its_window_is_over() {
+        let mut places = Places::default();
+        let begin = Instant::now();
+        let said = (0..100).filter(|n| places.admit(place(1), begin, &format!("bad thing {n}\nand more"))).count();
+        assert_eq!(said, BURST as usize);
+        assert!(places.admit(place(2), begin, &"another"), "one place does not silence another");
+        assert_eq!(places.end_windows(begin + WINDOW / 2), []);
+        let left_out = LeftOut { count: 95, like: "bad thing 0".into() };
+        assert_eq!(places.end_windows(begin + WINDOW), [left_out]);
+        assert!(places.admit(place(1), begin + WINDOW, &"again"));
+        assert!(places.0.len() == 1, "places that are silent are forgotten");
+    }
+
+    #[test]
+    fn at_the_end_everything_is_told() {
+        let mut places = Places::default();
+        let now = Instant::now();
+        for _ in 0..BURST + 2 {
+            places.admit(place(1), now, &"bad");
+        }
+        assert_eq!(places.end_all(), [LeftOut { count: 2, like: "bad".into() }]);
+        assert_eq!(places.end_all(), []);
+    }
+}

@@ -1,0 +1,147 @@
+//! The `viommu` command as a user starts it: what it says when it cannot, and how much when a peer misbehaves.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+/// Runs the command in `folder` until it fails; what it said.
+fn fails(folder: &Path, arguments: &[&str]) -> String {
+    let output = Command::new(env!("CARGO_BIN_EXE_viommu")).args(arguments).current_dir(folder).output().unwrap();
+    assert!(!output.status.success(), "{arguments:?}");
+    String::from_utf8([output.stdout, output.stderr].concat()).unwrap()
+}
+
+/// The command fails, and says all of this.
+fn says(folder: &Path, arguments: &[&str], wanted: &[&str]) {
+    let said = fails(folder, arguments);
+    for part in wanted {
+        assert!(said.contains(part), "{arguments:?}: {part:?} is not in: {said}");
+    }
+}
+
+const ENGINE: [&str; 2] = ["--endpoint", "dma-engine,address=05.0"];
+
+/// `viommu serve` of a DMA engine in `folder`.
+fn serve(folder: &Path) -> Child {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_viommu"))
+        .args(["serve", "--socket-path", "viommu.sock"])
+        .args(ENGINE)
+        .current_dir(folder)
+        .env_remove("RUST_LOG")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    assert_eq!(line, "viommu: serving on viommu.sock\n");
+    child
+}
+
+/// Asks it to end; what it said on the standard error output.
+fn end(mut child: Child) -> String {
+    kill(Pid::from_raw(child.id() as i32), Signal::SIGTERM).unwrap();
+    let mut said = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    assert!(child.wait().unwrap().success(), "{said}");
+    said
+}
+
+fn folder() -> TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+#[test]
+fn a_socket_that_cannot_be_made() {
+    let folder = folder();
+    let long = "s".repeat(120);
+    let serve = |socket: &str| [&["serve", "--socket-path", socket][..], &ENGINE].concat().join("\n");
+    let wanted = [
+        (long.as_str(), &["has 120 bytes", "has 107 at most", "choose a shorter one"][..]),
+        ("sub/folder/viommu.sock", &["There is no folder sub/folder", "make it, or choose another path"]),
+        ("file", &["file exists and is not a socket", "remove it"]),
+    ];
+    fs::write(folder.path().join("file"), "").unwrap();
+    for (socket, wanted) in wanted {
+        let arguments = serve(socket);
+        says(folder.path(), &arguments.split('\n').collect::<Vec<_>>(), wanted);
+    }
+    let trace = [&["serve", "--socket-path", "viommu.sock", "--trace-socket", "none/trace.sock"][..], &ENGINE].concat();
+    says(folder.path(), &trace, &["Cannot start the trace", "There is no folder none"]);
+    says(folder.path(), &["trace", "--socket", &long], &["has 120 bytes", "has 107 at most"]);
+}
+
+#[test]
+fn a_socket_that_is_alive_and_one_that_is_stale() {
+    let folder = folder();
+    let mut killed = serve(folder.path());
+    let again = [&["serve", "--socket-path", "viommu.sock"][..], &ENGINE].concat();
+    says(folder.path(), &again, &["Another process listens on viommu.sock", "end it, or choose another path"]);
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+    assert!(folder.path().join("viommu.sock").exists());
+    assert_eq!(end(serve(folder.path())), "");
+    assert!(!folder.path().join("viommu.sock").exists());
+}
+
+#[test]
+fn an_image_and_a_topology_that_cannot_be_used() {
+    let folder = folder();
+    let nvme = ["serve", "--socket-path", "viommu.sock", "--endpoint", "nvme,address=04.0,image=none.img"];
+    says(folder.path(), &nvme, &["no image none.img", "--create-images 1G"]);
+    let endpoint = ["serve", "--socket-path", "viommu.sock", "--endpoint", "nvme,address=4,image=none.img"];
+    says(folder.path(), &endpoint, &["--endpoint nvme,address=4,", "key `address`: \"4\"", "was expected"]);
+    fs::write(folder.path().join("t.toml"), "[[nvme]]\naddress = \"04.0\"\nimage = \"a\"\nblock-size = 7\n").unwrap();
+    let topology = ["serve", "--socket-path", "viommu.sock", "--topology", "t.toml"];
+    says(folder.path(), &topology, &["t.toml: line 4, column 14", "key `block-size`", "512 or 4096 was expected"]);
+    let missing = ["serve", "--socket-path", "viommu.sock", "--topology", "none.toml"];
+    says(folder.path(), &missing, &["Cannot read the topology none.toml", "No such file"]);
+}
+
+#[test]
+fn a_qemu_that_is_too_old_or_none() {
+    let folder = folder();
+    let qemu = folder.path().join("qemu");
+    fs::write(&qemu, "#!/bin/sh\necho QEMU emulator version 9.2.4\n").unwrap();
+    fs::set_permissions(&qemu, fs::Permissions::from_mode(0o755)).unwrap();
+    for command in ["run", "check"] {
+        let arguments = [&[command, "--qemu", "./qemu"][..], &ENGINE].concat();
+        says(folder.path(), &arguments, &["./qemu is QEMU 9.2, but 10.2 or later is needed", "--qemu"]);
+        let arguments = [&[command, "--qemu", "./none"][..], &ENGINE].concat();
+        says(folder.path(), &arguments, &["Cannot run ./none", "10.2 or later", "--qemu"]);
+    }
+}
+
+/// REGION_READ past the end of the configuration space, which is refused and logged.
+fn refused_read(client: &mut UnixStream) {
+    let body = [&4096u64.to_le_bytes()[..], &7u32.to_le_bytes(), &4u32.to_le_bytes()].concat();
+    client.write_all(&[&[1, 0, 9, 0, 32, 0, 0, 0][..], &[0; 8], &body].concat()).unwrap();
+    client.read_exact(&mut [0; 16]).unwrap();
+}
+
+#[test]
+fn a_client_that_goes_on_and_on_is_logged_a_few_times_and_counted() {
+    const COUNT: u64 = 1000;
+    let folder = folder();
+    let daemon = serve(folder.path());
+    let mut client = UnixStream::connect(folder.path().join("dma0.sock")).unwrap();
+    (0..COUNT).for_each(|_| refused_read(&mut client));
+    drop(client);
+    let said = end(daemon);
+    let (counts, messages): (Vec<&str>, Vec<&str>) =
+        said.lines().filter(|line| line.contains("Refused a vfio-user message")).partition(|l| l.contains("left out"));
+    let counted = |line: &str| line.split(' ').find_map(|word| word.parse::<u64>().ok()).unwrap();
+    let left_out: u64 = counts.into_iter().map(counted).sum();
+    assert_eq!(messages.len() as u64 + left_out, COUNT, "{said}");
+    // Five in ten seconds, and it takes no minute.
+    assert!(messages.len() <= 30, "{said}");
+}
