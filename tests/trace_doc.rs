@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use viommu::trace::event::{Access, Channel, DataPointer, LossPlace, Model, ResetKind, Route};
+use viommu::trace::event::{Access, Answer, Channel, DataPointer, LossPlace, Model, ResetKind, Route};
 use viommu::trace::{self, Event};
 use viommu::wire::trace::Kind;
 
@@ -104,6 +104,7 @@ fn documented() -> Vec<Event> {
         split(0x81, 2, [0xfffd_0000, 0xfffd_ffff], 0x0100_0000_0000_0008, 5, 420),
         split(0x82, 0, [0xfffd_4000, 0xfffd_4fff], 0x0100_0000_0000_0008, 1, 230),
         split(0x83, 0, [0xfffd_0000, 0xfffe_ffff], 0x0100_0000_0000_0007, 15, 610),
+        Event::Injected { request: 0x81, answer: Answer::Refused, number: 101 },
     ]
 }
 

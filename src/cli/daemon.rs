@@ -19,7 +19,7 @@ use crate::pci::{self, Function, Slot};
 use crate::topology::qemu::Paths;
 use crate::topology::{Endpoint, Model, Size, Topology, viot};
 use crate::trace::{self, Tracer};
-use crate::vhost;
+use crate::vhost::{self, Injection};
 
 /// How long clients that are still connected may take to leave when the daemon ends.
 const SESSION_END: Duration = Duration::from_millis(300);
@@ -37,6 +37,8 @@ pub struct Options {
     pub qmp: Option<PathBuf>,
     /// The size of images that do not exist and are to be made.
     pub create_images: Option<Size>,
+    /// Requests that are to be answered wrongly, for tests of drivers.
+    pub inject: Vec<Injection>,
 }
 
 /// What the daemon did so far.
@@ -106,6 +108,10 @@ impl Daemon {
         let viot = options.paths.viot();
         std::fs::write(&viot, viot::table(topology)).with_context(|| format!("Cannot write {}", viot.display()))?;
         let control = server.control();
+        if !options.inject.is_empty() {
+            log::warn!("Some requests are answered wrongly on purpose (--inject)");
+            control.inject(&options.inject);
+        }
         let vhost_end = server.shutdown();
         let mut endpoints = Vec::new();
         for (endpoint, disk) in topology.endpoints.iter().zip(disks) {

@@ -22,6 +22,7 @@ use super::summary::{Files, Summary};
 use super::{accel, qemu};
 use crate::topology::qemu::{self as arguments, Paths};
 use crate::topology::{Size, Topology};
+use crate::vhost::Injection;
 
 /// How long QEMU may take to end once it is asked to.
 const QEMU_END: Duration = Duration::from_secs(5);
@@ -93,6 +94,10 @@ pub struct Args {
     #[arg(long, value_name = "SIZE")]
     create_images: Option<Size>,
 
+    /// For tests of drivers: answer requests wrongly (see CONTRIBUTING.md)
+    #[arg(long, value_name = "REQUEST=ANSWER[:KEY=NUMBER]...", hide = true)]
+    inject: Vec<Injection>,
+
     /// End QEMU after this many seconds, and fail
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u64>,
@@ -125,6 +130,7 @@ pub fn main(args: &Args) -> Result<()> {
         trace_socket: Some(trace_socket.clone()),
         qmp: Some(sockets.qmp.clone()),
         create_images: args.create_images,
+        inject: args.inject.clone(),
     };
     let accel = accel::choose(args.accel, &args.qemu, args.kernel.as_deref())?;
     let daemon = Daemon::start(&topology, &options, &stop)?;

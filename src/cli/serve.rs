@@ -10,6 +10,7 @@ use super::source::Source;
 use super::stop::Stop;
 use crate::topology::Size;
 use crate::topology::qemu::Paths;
+use crate::vhost::Injection;
 
 /// How long one sleep lasts while there is nothing to do but wait for a signal.
 const LONG: Duration = Duration::from_secs(3600);
@@ -38,6 +39,10 @@ pub struct Args {
     /// Make images that do not exist, of this size
     #[arg(long, value_name = "SIZE")]
     create_images: Option<Size>,
+
+    /// For tests of drivers: answer requests wrongly (see CONTRIBUTING.md)
+    #[arg(long, value_name = "REQUEST=ANSWER[:KEY=NUMBER]...", hide = true)]
+    inject: Vec<Injection>,
 }
 
 /// Serves until a signal.
@@ -49,6 +54,7 @@ pub fn main(args: &Args) -> Result<()> {
         trace_socket: args.trace_socket.clone(),
         qmp: args.qmp.clone(),
         create_images: args.create_images,
+        inject: args.inject.clone(),
     };
     let daemon = Daemon::start(&topology, &options, &stop)?;
     println!("viommu: serving on {}", args.socket_path.display());

@@ -160,6 +160,12 @@ impl Iommu {
         Outcome { status, granules: done.unwrap_or(0) }
     }
 
+    /// Answers a request with a status and does nothing of it.
+    pub fn refuse(&self, request: &Request<'_>, status: Status) -> Outcome {
+        self.counts.request(request, status);
+        Outcome { status, granules: 0 }
+    }
+
     /// Section 5.13.6.3.2. Everything is checked before anything changes.
     fn attach(&self, request: &Attach) -> Done {
         let (id, flags) = (request.domain.get(), request.flags.get());

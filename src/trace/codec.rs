@@ -1,6 +1,6 @@
 //! Events to records and back. `docs/trace.md` describes the same layout for readers.
 
-use crate::trace::event::{Access, Channel, DataPointer, Event, LossPlace, Model, ResetKind, Route};
+use crate::trace::event::{Access, Answer, Channel, DataPointer, Event, LossPlace, Model, ResetKind, Route};
 use crate::wire::split::request_type::is_split;
 use crate::wire::trace::{Kind, NO_ENDPOINT, Record};
 use crate::wire::virtio_iommu::request_type;
@@ -64,6 +64,7 @@ impl Event {
             Event::Device { .. } => Kind::Device,
             Event::Lost { .. } => Kind::Lost,
             Event::Panic { .. } => Kind::Panic,
+            Event::Injected { .. } => Kind::Injected,
         }
     }
 
@@ -164,6 +165,10 @@ impl Event {
                 args = [count, since, 0, 0, 0];
             }
             Event::Panic { endpoint: id } => endpoint = Some(id),
+            Event::Injected { request, answer, number } => {
+                small = [request, answer as u8];
+                args = [number, 0, 0, 0, 0];
+            }
         }
         Record {
             time_ns: time_ns.into(),
@@ -273,6 +278,11 @@ impl Event {
                 Event::Lost { place: LossPlace::from_number(first).ok_or(bad(first))?, count: args[0], since: args[1] }
             }
             Kind::Panic => Event::Panic { endpoint: id },
+            Kind::Injected => Event::Injected {
+                request: first,
+                answer: Answer::from_number(second).ok_or(bad(second))?,
+                number: args[0],
+            },
         })
     }
 }
@@ -374,6 +384,11 @@ pub(super) mod tests {
                 since
             }),
             id.prop_map(|endpoint| Event::Panic { endpoint }),
+            (any::<u8>(), select(Answer::ALL), any::<u64>()).prop_map(|(request, answer, number)| Event::Injected {
+                request,
+                answer,
+                number
+            }),
         ]
     }
 

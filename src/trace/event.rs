@@ -49,6 +49,16 @@ named! {
         Write = 1 "write",
     }
 
+    /// What a test had done to a request.
+    pub enum Answer {
+        /// It got a status without being done.
+        Refused = 0 "refused",
+        /// It was done and answered too late.
+        Late = 1 "late",
+        /// It is never answered, and what is behind it neither.
+        Never = 2 "never",
+    }
+
     /// What was reset.
     pub enum ResetKind {
         /// The driver reset the virtio device: endpoints detached, domains gone, `bypass` kept.
@@ -197,6 +207,8 @@ pub enum Event {
     Lost { place: LossPlace, count: u64, since: u64 },
     /// A device model panicked and was contained.
     Panic { endpoint: u32 },
+    /// A test had the `number`-th request of a type answered wrongly.
+    Injected { request: u8, answer: Answer, number: u64 },
 }
 
 impl Event {

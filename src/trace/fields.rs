@@ -45,7 +45,8 @@ fn endpoint(event: &Event) -> Option<u32> {
         | Event::Kick { .. }
         | Event::Bypass { .. }
         | Event::Malformed { .. }
-        | Event::Lost { .. } => None,
+        | Event::Lost { .. }
+        | Event::Injected { .. } => None,
     }
 }
 
@@ -129,6 +130,11 @@ fn describe(event: &Event, to: &mut impl Fields) {
             to.number("since", since);
         }
         Event::Panic { .. } => {}
+        Event::Injected { request, answer, number } => {
+            to.name("type", &names::request(request));
+            to.name("answer", answer.name());
+            to.number("number", number);
+        }
     }
 }
 

@@ -6,6 +6,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
@@ -18,6 +19,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 use zerocopy::IntoBytes;
 
+use super::inject::Fault;
 use super::queue::{self, BadChain, Buffers, Popped};
 use super::ring::Ring;
 use super::{EVENTS, QUEUES, REQUESTS, Shared, config};
@@ -80,6 +82,8 @@ struct Worker {
     reply: Vec<u8>,
     /// A queue that was set up rightly, and in which nothing impossible was found since.
     sound: [bool; QUEUES],
+    /// The request queue is to be left alone until it is started anew, though nothing is wrong with it.
+    silent: bool,
     /// The index at which the queue was started.
     base: [u16; QUEUES],
     /// Requests were left for the next turn.
@@ -138,6 +142,7 @@ impl Backend {
         for (index, ring) in rings.iter().enumerate() {
             if ring.take_started() {
                 (worker.base[index], worker.sound[index]) = self.start(index, ring, &memory);
+                worker.silent &= index != REQUESTS;
             }
         }
         if event == WAKE_TOKEN {
@@ -245,7 +250,7 @@ impl Backend {
             }
             // Held for a batch: who stops the queue waits for the batch, and so reads the right index.
             let mut state = ring.get_mut();
-            if !is_served(&state) || !worker.sound[REQUESTS] {
+            if !is_served(&state) || !worker.sound[REQUESTS] || worker.silent {
                 return;
             }
             worker.sound[REQUESTS] = self.contained(|| self.serve_batch(worker, &mut state, memory));
@@ -279,7 +284,11 @@ impl Backend {
                     let (start, head) = (Instant::now(), chain.head_index());
                     let filled = worker.buffers.fill(chain, queue.size());
                     let (used, event) = match filled.and_then(|()| self.answer(worker, memory)) {
-                        Ok((used, event)) => (used, Some(event)),
+                        Ok(Some((used, event))) => (used, Some(event)),
+                        Ok(None) => {
+                            worker.silent = true;
+                            break;
+                        }
                         Err(BadChain) => {
                             let (readable, writable) = (worker.buffers.readable(), worker.buffers.writable());
                             self.trace_malformed(REQUESTS, head, readable, writable);
@@ -311,13 +320,15 @@ impl Backend {
         sound
     }
 
-    /// Does the request in the buffers and writes its answer. Returns the bytes written, and what to trace.
-    fn answer(&self, worker: &mut Worker, memory: &GuestMemoryMmap) -> Result<(u32, Event), BadChain> {
+    /// Does the request in the buffers and writes its answer. Returns the bytes written, and what to trace; `None` for
+    /// a request that a test wants never to be answered.
+    fn answer(&self, worker: &mut Worker, memory: &GuestMemoryMmap) -> Result<Option<(u32, Event)>, BadChain> {
         let Worker { buffers, request, reply, .. } = worker;
         request.resize(Request::MAX_LEN, 0);
         let len = buffers.read(memory, request)?;
         let iommu = &self.shared.iommu;
-        let request = Request::parse(&request[..len], iommu.features()).map_err(|error| {
+        let bytes = &request[..len];
+        let request = Request::parse(bytes, iommu.features()).map_err(|error| {
             if let NotARequest::UnknownType(_) = error {
                 self.shared.counts.unknown.fetch_add(1, Ordering::Relaxed);
             }
@@ -330,10 +341,19 @@ impl Backend {
         reply.clear();
         reply.resize(writable, 0);
         let (properties, tail) = reply.split_at_mut(properties);
-        let outcome = iommu.execute(&request, properties);
+        let injected = self.shared.injector.get().and_then(|injector| injector.decide(bytes[0], &self.shared.tracer));
+        let outcome = match injected {
+            None => iommu.execute(&request, properties),
+            Some(Fault::Refused(status)) => iommu.refuse(&request, status),
+            Some(Fault::Late(time)) => {
+                thread::sleep(time);
+                iommu.execute(&request, properties)
+            }
+            Some(Fault::Silent) => return Ok(None),
+        };
         tail[0] = outcome.status as u8;
         buffers.write(memory, reply)?;
-        Ok((writable as u32, request.event(outcome, iommu.granule())))
+        Ok(Some((writable as u32, request.event(outcome, iommu.granule()))))
     }
 
     /// Moves faults into the event queue's buffers, as far as there are any. What is left waits for the next wake.
@@ -508,7 +528,8 @@ mod tests {
     fn a_panic_ends_neither_the_worker_nor_the_queue_s_lock() {
         let tracer = Tracer::default();
         let iommu = Iommu::new(Settings::default(), tracer.clone());
-        let shared = Shared { iommu, tracer, lifecycle: Mutex::default(), counts: Default::default() };
+        let (lifecycle, counts, injector) = Default::default();
+        let shared = Shared { iommu, tracer, lifecycle, counts, injector };
         let memory = Memory::new(GuestMemoryMmap::new());
         let backend = Backend::new(Arc::new(shared), memory.clone()).unwrap();
         let ring = Ring::new(memory, 256).unwrap();

@@ -6,14 +6,17 @@
 
 mod backend;
 mod config;
+mod inject;
 mod queue;
 mod reset;
 mod ring;
 mod server;
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
+pub use inject::Injection;
+use inject::Injector;
 use reset::{Action, Lifecycle};
 use serde::Serialize;
 pub use server::{Server, ServerError, Shutdown};
@@ -59,6 +62,8 @@ struct Shared {
     tracer: Tracer,
     lifecycle: Mutex<Lifecycle>,
     counts: Counts,
+    /// For tests of drivers only.
+    injector: OnceLock<Injector>,
 }
 
 impl Shared {
@@ -137,6 +142,11 @@ impl Control {
     /// QMP's RESUME event: the machine goes on.
     pub fn machine_resumed(&self) {
         self.shared.lifecycle().machine_resumed();
+    }
+
+    /// From now on answers requests wrongly, for tests of drivers. The first call decides.
+    pub fn inject(&self, injections: &[Injection]) {
+        self.shared.injector.get_or_init(|| Injector::new(injections));
     }
 
     /// What the virtqueues did so far.

@@ -67,7 +67,13 @@ impl Server {
         let listener = listener.map_err(|source| ServerError::System { what: "copy the listening socket", source })?;
         let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
             .map_err(|source| ServerError::System { what: "create an event", source })?;
-        let shared = Arc::new(Shared { iommu, tracer, lifecycle: Default::default(), counts: Counts::default() });
+        let shared = Arc::new(Shared {
+            iommu,
+            tracer,
+            lifecycle: Default::default(),
+            counts: Counts::default(),
+            injector: Default::default(),
+        });
         Ok(Server {
             listener: Listener::from(listener),
             _socket: socket,

@@ -96,11 +96,13 @@ pub enum Kind {
     Lost = 15,
     /// A device model panicked; it was contained.
     Panic = 16,
+    /// A test had a request answered wrongly.
+    Injected = 17,
 }
 
 impl Kind {
     /// Every kind, in the order of the numbers.
-    pub const ALL: [Kind; 16] = [
+    pub const ALL: [Kind; 17] = [
         Kind::Session,
         Kind::Features,
         Kind::Memory,
@@ -117,6 +119,7 @@ impl Kind {
         Kind::Device,
         Kind::Lost,
         Kind::Panic,
+        Kind::Injected,
     ];
 
     /// The kind's bit in a set of kinds.
@@ -153,6 +156,7 @@ impl Kind {
             Kind::Device => "device",
             Kind::Lost => "lost",
             Kind::Panic => "panic",
+            Kind::Injected => "injected",
         }
     }
 }

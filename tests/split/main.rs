@@ -10,6 +10,7 @@ mod frontend;
 
 mod coverage;
 mod hostile;
+mod injected;
 mod model;
 mod requests;
 mod rules;

@@ -11,7 +11,7 @@ use crate::frontend::*;
 use crate::requests::*;
 
 /// Everything that is traced while `act` uses a device.
-fn record(act: impl FnOnce(&Device, Tracer)) -> Vec<Event> {
+pub fn record(act: impl FnOnce(&Device, Tracer)) -> Vec<Event> {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("trace.sock");
     let (tracer, handle) = trace::start(Options { socket: Some(socket.clone()), ..Options::default() }).unwrap();

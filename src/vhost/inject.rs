@@ -1,0 +1,163 @@
+//! Answers that are wrong on purpose, for tests of what a driver does then. CONTRIBUTING.md describes the switch.
+
+use std::str::FromStr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use crate::trace::event::Answer;
+use crate::trace::{Event, Tracer};
+use crate::wire::split::request_type as split_type;
+use crate::wire::virtio_iommu::{Status, request_type};
+
+/// Which requests of a type are not answered as they should be, and what happens instead. As text
+/// `REQUEST=ANSWER[:KEY=NUMBER]...`, for example `link=nomem:after=100:every=3`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Injection {
+    /// The type, `VIRTIO_IOMMU_T_*`.
+    request: u8,
+    fault: Fault,
+    /// The first so many of the type are spared,
+    after: u64,
+    /// then each so many-th is met; not 0,
+    every: u64,
+    /// and none after so many of the type.
+    until: u64,
+}
+
+/// What happens to a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fault {
+    /// It gets this status and is not done.
+    Refused(Status),
+    /// It is done, and it and what is behind it in the queue answered, after this time.
+    Late(Duration),
+    /// Neither it nor what is behind it in the queue is answered before the driver resets the device.
+    Silent,
+}
+
+impl Injection {
+    /// Whether the `number`-th request of the type, counted from 1, is met.
+    fn meets(&self, number: u64) -> bool {
+        self.after < number && number <= self.until && (number - self.after).is_multiple_of(self.every)
+    }
+}
+
+impl FromStr for Injection {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut parts = text.split(':');
+        let (request, fault) = parts
+            .next()
+            .and_then(|first| first.split_once('='))
+            .ok_or("Expected REQUEST=ANSWER[:KEY=NUMBER]..., for example link=nomem:every=3")?;
+        let mut injection = Injection {
+            request: parse_request(request).ok_or_else(|| format!("There is no request {request:?}"))?,
+            fault: parse_fault(fault)
+                .ok_or_else(|| format!("Expected a status such as nomem, late or silent, found {fault:?}"))?,
+            after: 0,
+            every: 1,
+            until: u64::MAX,
+        };
+        for part in parts {
+            let number = part.split_once('=').and_then(|(key, number)| Some((key, number.parse::<u64>().ok()?)));
+            match (number, &mut injection.fault) {
+                (Some(("after", number)), _) => injection.after = number,
+                (Some(("every", number)), _) if number > 0 => injection.every = number,
+                (Some(("until", number)), _) => injection.until = number,
+                (Some(("ms", number)), Fault::Late(time)) => *time = Duration::from_millis(number),
+                _ => return Err(format!("Expected after=N, every=N, until=N or, for late, ms=N, found {part:?}")),
+            }
+        }
+        Ok(injection)
+    }
+}
+
+fn parse_request(name: &str) -> Option<u8> {
+    Some(match name {
+        "attach" => request_type::ATTACH,
+        "detach" => request_type::DETACH,
+        "map" => request_type::MAP,
+        "unmap" => request_type::UNMAP,
+        "probe" => request_type::PROBE,
+        "reserve" => split_type::RESERVE,
+        "link" => split_type::LINK,
+        "unlink" => split_type::UNLINK,
+        "release" => split_type::RELEASE,
+        _ => return None,
+    })
+}
+
+fn parse_fault(name: &str) -> Option<Fault> {
+    Some(match name {
+        "silent" => Fault::Silent,
+        "late" => Fault::Late(Duration::from_secs(1)),
+        "ioerr" => Fault::Refused(Status::IoErr),
+        "unsupp" => Fault::Refused(Status::Unsupp),
+        "deverr" => Fault::Refused(Status::DevErr),
+        "inval" => Fault::Refused(Status::Inval),
+        "range" => Fault::Refused(Status::Range),
+        "noent" => Fault::Refused(Status::NoEnt),
+        "fault" => Fault::Refused(Status::Fault),
+        "nomem" => Fault::Refused(Status::NoMem),
+        _ => return None,
+    })
+}
+
+/// Injections, with the requests of their types counted since the process began.
+pub(super) struct Injector {
+    injections: Vec<(Injection, AtomicU64)>,
+}
+
+impl Injector {
+    pub(super) fn new(injections: &[Injection]) -> Injector {
+        Injector { injections: injections.iter().map(|&injection| (injection, AtomicU64::new(0))).collect() }
+    }
+
+    /// Counts a request of this type and decides, and traces, what happens to it. The first injection that meets it
+    /// does; `None`: it is answered as it should be.
+    pub(super) fn decide(&self, request: u8, tracer: &Tracer) -> Option<Fault> {
+        let mut met = None;
+        for (injection, count) in self.injections.iter().filter(|(injection, _)| injection.request == request) {
+            let number = count.fetch_add(1, Ordering::Relaxed) + 1;
+            if met.is_none() && injection.meets(number) {
+                met = Some((injection.fault, number));
+            }
+        }
+        let (fault, number) = met?;
+        let answer = match fault {
+            Fault::Refused(_) => Answer::Refused,
+            Fault::Late(_) => Answer::Late,
+            Fault::Silent => Answer::Never,
+        };
+        tracer.emit(Event::Injected { request, answer, number });
+        Some(fault)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn met(text: &str) -> Vec<u64> {
+        let injection: Injection = text.parse().unwrap();
+        (1..=12).filter(|&number| injection.meets(number)).collect()
+    }
+
+    #[test]
+    fn an_injection_meets_what_it_says() {
+        assert_eq!(met("link=nomem"), (1..=12).collect::<Vec<_>>());
+        assert_eq!(met("link=nomem:every=3"), [3, 6, 9, 12]);
+        assert_eq!(met("link=nomem:after=7"), [8, 9, 10, 11, 12]);
+        assert_eq!(met("link=nomem:after=2:every=4:until=10"), [6, 10]);
+    }
+
+    #[test]
+    fn what_is_no_injection_is_refused() {
+        let late: Injection = "unmap=late:ms=20:after=1".parse().unwrap();
+        assert_eq!(late.fault, Fault::Late(Duration::from_millis(20)));
+        for text in ["", "link", "lnk=nomem", "link=ok", "link=nomem:every=0", "link=nomem:ms=5", "link=nomem:after"] {
+            assert!(text.parse::<Injection>().is_err(), "{text}");
+        }
+    }
+}
