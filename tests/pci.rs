@@ -1,24 +1,23 @@
 //! A PCI function over a real vfio-user socket, with the vfio_user crate's client in QEMU's place.
 
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
 mod common;
 
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
+use common::function::Served;
 use common::memfd;
-use tempfile::TempDir;
 use vfio_bindings::bindings::vfio::*;
 use vfio_user::Client;
 use viommu::dma::Dma;
-use viommu::iommu::{EndpointSettings, Iommu, Settings};
-use viommu::pci::{Bar, Bus, Function, Identity, Server, Slot};
+use viommu::pci::{Bar, Bus, Function, Identity, Server};
 use viommu::socket::SocketError;
 use viommu::trace::Tracer;
 use vmm_sys_util::eventfd::EventFd;
@@ -98,49 +97,30 @@ impl Function for Toy {
     }
 }
 
+/// The device on a socket, and how often its client reset it.
 struct Setup {
-    dir: TempDir,
-    shutdown: EventFd,
+    served: Served,
     resets: Arc<AtomicU32>,
-    thread: Option<JoinHandle<std::io::Result<()>>>,
 }
 
 impl Setup {
     fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let shutdown = EventFd::new(0).unwrap();
         let resets = Arc::new(AtomicU32::new(0));
-        let server = Server::bind(&dir.path().join("toy.sock")).unwrap();
-        let (stop, count) = (shutdown.try_clone().unwrap(), resets.clone());
-        let thread = std::thread::spawn(move || {
-            let endpoints = vec![EndpointSettings { id: ENDPOINT, reserved: Vec::new() }];
-            let iommu = Iommu::new(Settings { endpoints, ..Settings::default() }, Tracer::default());
-            let slot = Slot::new(&iommu, ENDPOINT, Tracer::default());
-            let make =
-                |bus: Bus| -> Box<dyn Function> { Box::new(Toy { dma: bus.door.open(), bus, address: 0, result: 0 }) };
-            server.serve(&slot, &stop, make, || {
-                count.fetch_add(1, Ordering::SeqCst);
-            })
-        });
-        Setup { dir, shutdown, resets, thread: Some(thread) }
+        let count = resets.clone();
+        let make =
+            |bus: Bus| -> Box<dyn Function> { Box::new(Toy { dma: bus.door.open(), bus, address: 0, result: 0 }) };
+        let on_reset = move || {
+            count.fetch_add(1, Ordering::SeqCst);
+        };
+        Setup { served: Served::new(ENDPOINT, Tracer::default(), make, on_reset), resets }
     }
 
-    fn path(&self) -> std::path::PathBuf {
-        self.dir.path().join("toy.sock")
+    fn path(&self) -> PathBuf {
+        self.served.path()
     }
 
     fn client(&self) -> Client {
-        Client::new(&self.path()).unwrap()
-    }
-}
-
-impl Drop for Setup {
-    fn drop(&mut self) {
-        self.shutdown.write(1).unwrap();
-        let result = self.thread.take().unwrap().join();
-        if !std::thread::panicking() {
-            result.unwrap().unwrap();
-        }
+        self.served.client()
     }
 }
 

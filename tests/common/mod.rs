@@ -1,5 +1,14 @@
 //! What several integration tests need.
 
+#![allow(dead_code, reason = "each test uses its part of it")]
+
+pub mod accesses;
+pub mod engine;
+pub mod frontend;
+pub mod function;
+pub mod nvme;
+pub mod trace;
+
 use std::fs::File;
 use std::os::fd::FromRawFd;
 

@@ -2,24 +2,22 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 use vfio_bindings::bindings::vfio::*;
 use vfio_user::Client;
 use viommu::devices::nvme::{Disk, Nvme, NvmeConfig};
-use viommu::iommu::{EndpointSettings, Iommu, Settings};
-use viommu::pci::{Server, Slot};
+use viommu::pci::{Bus, Function};
 use viommu::trace::Tracer;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::common::memfd;
+use super::function::Served;
+use super::memfd;
 
 pub const ENDPOINT: u32 = 0x20;
 pub const RAM: u64 = 64 << 20;
@@ -29,10 +27,9 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A controller behind an IOMMU in bypass, on a socket, with an image in a temporary folder.
 pub struct Setup {
-    pub dir: TempDir,
+    served: Served,
+    dir: TempDir,
     pub disk: Arc<Disk>,
-    shutdown: EventFd,
-    thread: Option<JoinHandle<io::Result<()>>>,
 }
 
 impl Setup {
@@ -53,16 +50,9 @@ impl Setup {
         let mut config = NvmeConfig::new(image, "test 1");
         change(&mut config);
         let disk = Disk::open(config).unwrap();
-        let shutdown = EventFd::new(0).unwrap();
-        let server = Server::bind(&dir.path().join("nvme.sock")).unwrap();
-        let (stop, served) = (shutdown.try_clone().unwrap(), disk.clone());
-        let thread = std::thread::spawn(move || {
-            let endpoints = vec![EndpointSettings { id: ENDPOINT, reserved: Vec::new() }];
-            let iommu = Iommu::new(Settings { endpoints, ..Settings::default() }, tracer.clone());
-            let slot = Slot::new(&iommu, ENDPOINT, tracer);
-            server.serve(&slot, &stop, |bus| Box::new(Nvme::new(bus, served.clone())), || {})
-        });
-        Setup { dir, disk, shutdown, thread: Some(thread) }
+        let of_controller = disk.clone();
+        let make = move |bus: Bus| -> Box<dyn Function> { Box::new(Nvme::new(bus, of_controller.clone())) };
+        Setup { served: Served::new(ENDPOINT, tracer, make, || {}), dir, disk }
     }
 
     pub fn image(&self) -> PathBuf {
@@ -71,7 +61,7 @@ impl Setup {
 
     /// A driver that has not touched the controller yet.
     pub fn driver(&self) -> Driver {
-        let mut client = Client::new(&self.dir.path().join("nvme.sock")).unwrap();
+        let mut client = self.served.client();
         let ram = memfd(RAM);
         client.dma_map(0, 0, RAM, ram.as_raw_fd()).unwrap();
         client.region_write(VFIO_PCI_CONFIG_REGION_INDEX, 4, &[6, 0]).unwrap();
@@ -89,16 +79,6 @@ impl Setup {
         driver.enable();
         driver.create_pair(1, 64, 64);
         driver
-    }
-}
-
-impl Drop for Setup {
-    fn drop(&mut self) {
-        self.shutdown.write(1).unwrap();
-        let result = self.thread.take().unwrap().join();
-        if !std::thread::panicking() {
-            result.unwrap().unwrap();
-        }
     }
 }
 

@@ -8,7 +8,7 @@ use vhost::{VhostBackend, VringConfigData};
 use viommu::iommu::Limits;
 use viommu::wire::virtio_iommu::request_type;
 
-use crate::frontend::*;
+use crate::common::frontend::*;
 
 /// Makes a chain of the given descriptors, numbered from 0, available, and waits until it is given back with nothing
 /// written; then does a request in the usual way.

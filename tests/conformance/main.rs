@@ -5,7 +5,6 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod coverage;
-mod frontend;
 
 mod hostile;
 mod qemu_acceptance;

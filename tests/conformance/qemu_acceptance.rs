@@ -3,7 +3,7 @@
 
 use zerocopy::little_endian::U32;
 
-use crate::frontend::*;
+use crate::common::frontend::*;
 
 const PAGE: u64 = 0x1000;
 

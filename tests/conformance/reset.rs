@@ -7,7 +7,7 @@ use viommu::socket::SocketError;
 use viommu::trace::Tracer;
 use viommu::vhost::{Server, ServerError};
 
-use crate::frontend::*;
+use crate::common::frontend::*;
 
 /// A driver with [`EP`] attached to domain 1, a mapping there, and `bypass` 0.
 fn busy(device: &Device) -> Driver {

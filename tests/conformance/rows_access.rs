@@ -1,7 +1,5 @@
 //! Rows 41 to 51: PROBE, translation, faults and notifications.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use viommu::dma::DmaError;
@@ -10,7 +8,8 @@ use viommu::trace::event::Access;
 use viommu::wire::virtio_iommu::*;
 use zerocopy::FromBytes;
 
-use crate::frontend::*;
+use crate::common::accesses::*;
+use crate::common::frontend::*;
 
 /// The properties of an endpoint, as a driver parses them.
 fn properties(driver: &mut Driver, endpoint: u32) -> Vec<ProbeResvMem> {
@@ -282,20 +281,11 @@ fn row_48_a_removal_waits_for_the_accesses_that_use_it() {
     let mut driver = Driver::new(&device);
     driver.attach(1, EP);
     driver.map(1, 0x1000, 0x1fff, 0x5000, READ);
-    let mut reader = device.iommu.reader();
-    let endpoint = device.iommu.endpoint(EP);
-    let removals = [unmap(1, 0x1000, 0x1fff).bytes(), attach(2, EP, 0).bytes(), detach(2, EP).bytes()];
-    for removal in removals {
-        let guard = reader.enter();
-        let _ = endpoint.translate(&guard, 0x1000, Access::Read);
-        let (_, writable) = driver.add(REQUESTS, &[Part::R(removal), Part::W(4)]);
-        driver.kick(REQUESTS);
-        assert_eq!(driver.try_wait_used(REQUESTS, QUIET), None, "answered while an access is under way");
-        drop(guard);
-        let (_, len) = driver.wait_used(REQUESTS);
-        assert_eq!(driver.collect(len, &writable).status(), OK);
+    for removal in [unmap(1, 0x1000, 0x1fff).bytes(), attach(2, EP, 0).bytes(), detach(2, EP).bytes()] {
+        waits_for_access(&mut driver, &device, 0x1000, removal);
     }
     // What removes nothing does not wait.
+    let mut reader = device.iommu.reader();
     let guard = reader.enter();
     assert_eq!(driver.attach(1, EP), OK);
     assert_eq!(driver.map(1, 0x1000, 0x1fff, 0x5000, READ), OK);
@@ -310,20 +300,7 @@ fn row_48_a_page_is_free_when_its_unmap_is_answered() {
     let mut driver = Driver::new(&device);
     driver.write_bypass(0);
     driver.attach(1, EP);
-    let stop = Arc::new(AtomicBool::new(false));
-    let writers: Vec<_> = (0..2)
-        .map(|_| {
-            let mut dma = driver.dma(&device, EP);
-            let stop = stop.clone();
-            thread::spawn(move || {
-                let mut written = 0;
-                while !stop.load(Ordering::Relaxed) {
-                    written += u32::from(dma.write(0x1000, &[0xff; 512]).is_ok());
-                }
-                written
-            })
-        })
-        .collect();
+    let writers = Writers::start(&driver, &device, 0x1000);
     for round in 0..2000 {
         assert_eq!(driver.map(1, 0x1000, 0x1fff, 0x5000, WRITE), OK);
         match round % 3 {
@@ -331,13 +308,9 @@ fn row_48_a_page_is_free_when_its_unmap_is_answered() {
             1 => assert_eq!((driver.detach(1, EP), driver.attach(1, EP)), (OK, OK)),
             _ => assert_eq!((driver.attach(2, EP), driver.attach(1, EP)), (OK, OK)),
         }
-        driver.write(0x5000, &[0; 512]);
-        thread::yield_now();
-        assert!(driver.read(0x5000, 512).iter().all(|&byte| byte == 0), "written in round {round}");
+        writers.assert_gone(&driver, 0x5000);
     }
-    stop.store(true, Ordering::Relaxed);
-    let written: u32 = writers.into_iter().map(|writer| writer.join().unwrap()).sum();
-    assert!(written > 0, "the writers never had a mapping: the test shows nothing");
+    writers.end();
 }
 
 /// Sets the index up to which the driver does not want to be told (2.7.7), or the flag where it cannot.

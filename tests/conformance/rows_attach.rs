@@ -5,7 +5,7 @@ use viommu::wire::virtio_iommu::*;
 
 use zerocopy::little_endian::U32;
 
-use crate::frontend::*;
+use crate::common::frontend::*;
 
 #[test]
 fn row_13_attach_with_an_unknown_flag() {

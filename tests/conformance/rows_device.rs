@@ -7,7 +7,7 @@ use viommu::wire::virtio_iommu::*;
 
 use zerocopy::little_endian::{U32, U64};
 
-use crate::frontend::*;
+use crate::common::frontend::*;
 
 #[test]
 fn row_01_features() {

@@ -5,7 +5,7 @@ use viommu::wire::virtio_iommu::*;
 
 use zerocopy::little_endian::U64;
 
-use crate::frontend::*;
+use crate::common::frontend::*;
 
 /// A device, and a driver with [`EP`] attached to domain 1.
 fn attached() -> (Device, Driver) {

@@ -3,37 +3,25 @@
 use std::thread;
 
 use viommu::iommu::{Limits, Settings};
+use viommu::trace::Event;
 use viommu::trace::event::{Channel, ResetKind};
-use viommu::trace::{self, Choice, Event, Options, Reader, Tracer};
 use viommu::wire::virtio_iommu::{FaultReason, MapFlags, Status, request_type};
 
-use crate::frontend::*;
+use crate::common::frontend::*;
+use crate::common::trace::Recorder;
 
 /// Everything that is traced while `act` uses a device, and when the device ends after it.
 fn record(act: impl FnOnce(&Device)) -> Vec<Event> {
-    record_with(|_| {}, |device, _| act(device))
+    record_with(|_| {}, act)
 }
 
-/// The same of a device whose settings `change` changes; `act` is given the tracer too.
-fn record_with(change: impl FnOnce(&mut Settings), act: impl FnOnce(&Device, Tracer)) -> Vec<Event> {
-    let dir = tempfile::tempdir().unwrap();
-    let socket = dir.path().join("trace.sock");
-    let (tracer, handle) = trace::start(Options { socket: Some(socket.clone()), ..Options::default() }).unwrap();
-    let mut reader = Reader::connect(&socket, &Choice::default()).unwrap();
-    let client = thread::spawn(move || {
-        let mut events = Vec::new();
-        while let Some(record) = reader.next_record().unwrap() {
-            events.push(Event::decode(&record).unwrap());
-        }
-        events
-    });
-    let device = Device::traced(change, tracer.clone());
-    act(&device, tracer);
+/// The same of a device whose settings `change` changes.
+fn record_with(change: impl FnOnce(&mut Settings), act: impl FnOnce(&Device)) -> Vec<Event> {
+    let (recorder, tracer) = Recorder::start(&[]);
+    let device = Device::traced(change, tracer);
+    act(&device);
     drop(device);
-    let counters = handle.stop();
-    let events = client.join().unwrap();
-    assert_eq!(counters.lost, 0);
-    events
+    recorder.end()
 }
 
 /// The requests in a trace: type, status, endpoint, domain, flags, first and last address, target.
@@ -207,7 +195,7 @@ fn faults_bypass_and_what_is_malformed() {
 fn row_45_a_fault_that_is_dropped_is_traced_as_such() {
     let events = record_with(
         |settings| settings.limits = Limits { pending_faults: 2, ..Limits::default() },
-        |device, _| {
+        |device| {
             let mut driver = Driver::new(device);
             driver.write_bypass(0);
             let mut dma = driver.dma(device, EP);

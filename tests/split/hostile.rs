@@ -4,7 +4,7 @@ use vhost::VhostBackend;
 use viommu::wire::split::*;
 use viommu::wire::virtio_iommu::{Head, feature};
 
-use crate::frontend::*;
+use crate::common::frontend::*;
 use crate::requests::*;
 
 const TYPES: [u8; 4] = [request_type::RESERVE, request_type::LINK, request_type::UNLINK, request_type::RELEASE];

@@ -6,7 +6,7 @@ use viommu::trace::Event;
 use viommu::trace::event::Answer;
 use viommu::wire::split::request_type;
 
-use crate::frontend::*;
+use crate::common::frontend::*;
 use crate::requests::*;
 use crate::traced::record;
 

@@ -4,9 +4,6 @@
 
 #[path = "../common/mod.rs"]
 mod common;
-#[allow(dead_code, reason = "it is the conformance tests' frontend too")]
-#[path = "../conformance/frontend.rs"]
-mod frontend;
 
 mod coverage;
 mod hostile;

@@ -13,7 +13,7 @@ use viommu::trace::event::Access;
 use viommu::wire::split::request_type::*;
 use viommu::wire::virtio_iommu::Status;
 
-use crate::frontend::{EP, IntoBytesRequest, READ, WRITE, attach, map, unmap};
+use crate::common::frontend::{EP, IntoBytesRequest, READ, WRITE, attach, map, unmap};
 use crate::requests::{PAGE, link_bytes, range};
 
 /// The pages that are used, around the border of a GiB: so there are several tables.

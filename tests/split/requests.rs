@@ -4,7 +4,7 @@ use viommu::wire::split::*;
 use viommu::wire::virtio_iommu::Head;
 use zerocopy::IntoBytes;
 
-use crate::frontend::*;
+use crate::common::frontend::*;
 
 pub const PAGE: u64 = 0x1000;
 

@@ -1,16 +1,13 @@
 //! Rules S1 to S14.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
-
 use viommu::dma::DmaError;
 use viommu::iommu::Limits;
 use viommu::trace::event::Access;
 use viommu::wire::split::*;
 use viommu::wire::virtio_iommu::{FaultReason, MapFlags, feature};
 
-use crate::frontend::*;
+use crate::common::accesses::*;
+use crate::common::frontend::*;
 use crate::requests::*;
 
 const KINDS: [u8; 3] = [request_type::RESERVE, request_type::UNLINK, request_type::RELEASE];
@@ -26,15 +23,10 @@ fn reserved() -> (Device, Driver) {
     (device, driver)
 }
 
-/// Where the endpoint's reads at these addresses lead, as memory filled by `mark` shows.
+/// Fills memory so that [`read_at`] shows that it was reached.
 fn mark(driver: &Driver, phys: u64) -> u64 {
     driver.write(phys, &phys.to_le_bytes());
     phys
-}
-
-fn reads(driver: &Driver, device: &Device, iova: u64) -> Option<u64> {
-    let mut data = [0; 8];
-    driver.dma(device, EP).read(iova, &mut data).ok().map(|()| u64::from_le_bytes(data))
 }
 
 #[test]
@@ -134,10 +126,10 @@ fn rule_s03_the_granule_is_the_lowest_page_size() {
     assert_eq!(driver.link(0, &[(0x1000, 1)], READ), RANGE);
     mark(&driver, 0x12_f000);
     assert_eq!(driver.link(0, &[(0x1_0000, 1), (0x12_0000, 1)], READ), OK);
-    assert_eq!(reads(&driver, &device, 0x1_f000), Some(0x12_f000));
+    assert_eq!(read_at(&driver, &device, 0x1_f000), Some(0x12_f000));
     assert_eq!(driver.unlink(0x1_0000, 0x1_0fff), RANGE);
     assert_eq!(driver.unlink(0x1_0000, 0x1_ffff), OK);
-    assert_eq!(reads(&driver, &device, 0x1_f000), None);
+    assert_eq!(read_at(&driver, &device, 0x1_f000), None);
     assert_eq!(device.iommu.counters().linked_bytes, 0x1_0000);
 }
 
@@ -238,7 +230,7 @@ fn rule_s06_count_and_granules_that_are_not_linked_yet() {
     assert_eq!(device.iommu.counters().linked_bytes, 513 * PAGE);
     for (page, &(phys, _)) in many[..512].iter().enumerate().step_by(73) {
         mark(&driver, phys);
-        assert_eq!(reads(&driver, &device, START + PAGE + page as u64 * PAGE), Some(phys));
+        assert_eq!(read_at(&driver, &device, START + PAGE + page as u64 * PAGE), Some(phys));
     }
 }
 
@@ -255,7 +247,7 @@ fn rule_s06_a_link_in_any_descriptors() {
     assert_eq!(driver.collect(len, &writable).status(), OK);
     for (page, phys) in [0x20_0000, 0x20_1000, 0x30_0000, 0x40_0000].into_iter().enumerate() {
         mark(&driver, phys);
-        assert_eq!(reads(&driver, &device, START + page as u64 * PAGE), Some(phys));
+        assert_eq!(read_at(&driver, &device, START + page as u64 * PAGE), Some(phys));
     }
 }
 
@@ -275,12 +267,12 @@ fn rule_s07_link_is_all_or_nothing() {
         assert_eq!(driver.link(start, extents, READ), status);
         assert_eq!(device.iommu.counters().linked_bytes, PAGE);
         for page in [0, 511, 512, 1023, 1024, 1534] {
-            assert_eq!(reads(&driver, &device, start + page * PAGE), None);
+            assert_eq!(read_at(&driver, &device, start + page * PAGE), None);
         }
     }
     assert_eq!(driver.link(start, &[(0x100_0000, 1000), (0x10_0000, 535)], READ), OK);
     for page in [0, 511, 512, 1023, 1024, 1534] {
-        assert!(reads(&driver, &device, start + page * PAGE).is_some());
+        assert!(read_at(&driver, &device, start + page * PAGE).is_some());
     }
 }
 
@@ -291,7 +283,7 @@ fn rule_s08_unlink_splits_and_skips_holes() {
         mark(&driver, 0x20_0000 + page * PAGE);
     }
     let linked = |driver: &Driver| -> Vec<u64> {
-        (0..64).filter(|page| reads(driver, &device, START + page * PAGE).is_some()).collect()
+        (0..64).filter(|page| read_at(driver, &device, START + page * PAGE).is_some()).collect()
     };
     // One link of 32 granules, and two of one behind holes.
     assert_eq!(driver.link(START, &[(0x20_0000, 32)], READ), OK);
@@ -302,8 +294,8 @@ fn rule_s08_unlink_splits_and_skips_holes() {
     assert_eq!(driver.unlink(page(16), page(17) - 1), OK);
     let expected: Vec<u64> = (0..16).chain(17..32).chain([40, 63]).collect();
     assert_eq!(linked(&driver), expected);
-    assert_eq!(reads(&driver, &device, page(15)), Some(0x20_f000));
-    assert_eq!(reads(&driver, &device, page(17)), Some(0x21_1000));
+    assert_eq!(read_at(&driver, &device, page(15)), Some(0x20_f000));
+    assert_eq!(read_at(&driver, &device, page(17)), Some(0x21_1000));
     // Nothing but holes is fine.
     assert_eq!(driver.unlink(page(16), page(17) - 1), OK);
     assert_eq!(driver.unlink(page(41), page(63) - 1), OK);
@@ -363,11 +355,11 @@ fn rule_s09_release_names_a_reservation_exactly() {
     ] {
         assert_eq!(driver.release(start, end), NOENT, "[{start:#x}, {end:#x}]");
     }
-    assert!(reads(&driver, &device, START + PAGE).is_some(), "nothing has changed");
+    assert!(read_at(&driver, &device, START + PAGE).is_some(), "nothing has changed");
     assert_eq!(driver.release(START, END), OK);
     let counters = device.iommu.counters();
     assert_eq!((counters.linked_bytes, counters.reservations_live), (0, 0));
-    assert_eq!(reads(&driver, &device, START + PAGE), None, "what was linked has gone with it");
+    assert_eq!(read_at(&driver, &device, START + PAGE), None, "what was linked has gone with it");
     assert_eq!(driver.release(START, END), NOENT, "once");
     assert_eq!(driver.link(START, &[(0x5000, 1)], READ), RANGE);
     assert_eq!(driver.unlink(START, END), INVAL);
@@ -395,8 +387,8 @@ fn rule_s10_map_and_unmap_leave_reservations_alone() {
     assert_eq!(driver.unmap(1, START - PAGE, START), INVAL, "one byte is enough");
     let counters = device.iommu.counters();
     assert_eq!((counters.mappings_live, counters.linked_bytes), (2, PAGE));
-    assert!(reads(&driver, &device, START).is_some());
-    assert!(reads(&driver, &device, START - PAGE).is_some());
+    assert!(read_at(&driver, &device, START).is_some());
+    assert!(read_at(&driver, &device, START - PAGE).is_some());
     // Beside it all is as ever.
     assert_eq!(driver.unmap(1, START - PAGE, START - 1), OK);
     assert_eq!(driver.unmap(1, END + 1, u64::MAX), OK);
@@ -414,8 +406,8 @@ fn rule_s11_no_resources_nothing_changed() {
     assert_eq!(driver.link(start, &[(0x10_0000, 4096), (0, 4096), (0, 2048)], READ), NOMEM);
     let counters = device.iommu.counters();
     assert_eq!((counters.linked_bytes, counters.reservations_live), (0, 1));
-    assert_eq!(reads(&driver, &device, start), None);
-    assert_eq!(reads(&driver, &device, start + (4096 << 12)), None);
+    assert_eq!(read_at(&driver, &device, start), None);
+    assert_eq!(read_at(&driver, &device, start + (4096 << 12)), None);
     assert_eq!(driver.link(start, &[(0x10_0000, 512)], READ), OK, "what fits is taken");
     // Reservations take of the same budget.
     let page = |count: u64| (8 << 30) + 2 * count * PAGE;
@@ -463,7 +455,7 @@ fn rule_s12_reservations_die_with_their_domain() {
         }
         assert_eq!(driver.attach(1, EP), OK);
         assert_eq!(live(), (0, 0, 0));
-        assert_eq!(reads(&driver, &device, START), None);
+        assert_eq!(read_at(&driver, &device, START), None);
     }
     // Their memory comes back too.
     driver.reset();
@@ -499,8 +491,6 @@ fn rule_s13_an_access_to_a_granule_that_is_not_linked_faults() {
 #[test]
 fn rule_s14_a_removal_waits_for_the_accesses_that_use_it() {
     let (device, mut driver) = reserved();
-    let mut reader = device.iommu.reader();
-    let endpoint = device.iommu.endpoint(EP);
     let removals = [
         range(request_type::UNLINK, 1, START, START + PAGE - 1, 0).bytes(),
         range(request_type::RELEASE, 1, START, END, 0).bytes(),
@@ -509,17 +499,11 @@ fn rule_s14_a_removal_waits_for_the_accesses_that_use_it() {
     for removal in removals {
         driver.reserve(START, END);
         assert_eq!(driver.link(START, &[(0x5000, 2)], READ) | driver.unlink(START + PAGE, START + 2 * PAGE - 1), OK);
-        let guard = reader.enter();
-        endpoint.translate(&guard, START, Access::Read).unwrap();
-        let (_, writable) = driver.add(REQUESTS, &[Part::R(removal), Part::W(4)]);
-        driver.kick(REQUESTS);
-        assert_eq!(driver.try_wait_used(REQUESTS, QUIET), None, "answered while an access is under way");
-        drop(guard);
-        let (_, len) = driver.wait_used(REQUESTS);
-        assert_eq!(driver.collect(len, &writable).status(), OK);
+        waits_for_access(&mut driver, &device, START, removal);
     }
     // What removes nothing does not wait.
     assert_eq!(driver.attach(1, EP), OK);
+    let mut reader = device.iommu.reader();
     let guard = reader.enter();
     assert_eq!(driver.reserve(START, END), OK);
     assert_eq!(driver.link(START, &[(0x5000, 1)], READ), OK);
@@ -533,20 +517,7 @@ fn rule_s14_a_removal_waits_for_the_accesses_that_use_it() {
 #[test]
 fn rule_s14_a_page_is_free_when_its_unlink_is_answered() {
     let (device, mut driver) = reserved();
-    let stop = Arc::new(AtomicBool::new(false));
-    let writers: Vec<_> = (0..2)
-        .map(|_| {
-            let mut dma = driver.dma(&device, EP);
-            let stop = stop.clone();
-            thread::spawn(move || {
-                let mut written = 0;
-                while !stop.load(Ordering::Relaxed) {
-                    written += u32::from(dma.write(START, &[0xff; 512]).is_ok());
-                }
-                written
-            })
-        })
-        .collect();
+    let writers = Writers::start(&driver, &device, START);
     for round in 0..2000 {
         assert_eq!(driver.link(START, &[(0x5000, 2)], WRITE), OK);
         match round % 3 {
@@ -554,11 +525,7 @@ fn rule_s14_a_page_is_free_when_its_unlink_is_answered() {
             1 => assert_eq!((driver.release(START, END), driver.reserve(START, END)), (OK, OK)),
             _ => assert_eq!((driver.detach(1, EP), driver.attach(1, EP), driver.reserve(START, END)), (OK, OK, OK)),
         }
-        driver.write(0x5000, &[0; 512]);
-        thread::yield_now();
-        assert!(driver.read(0x5000, 512).iter().all(|&byte| byte == 0), "written in round {round}");
+        writers.assert_gone(&driver, 0x5000);
     }
-    stop.store(true, Ordering::Relaxed);
-    let written: u32 = writers.into_iter().map(|writer| writer.join().unwrap()).sum();
-    assert!(written > 0, "the writers never had a link: the test shows nothing");
+    writers.end();
 }

@@ -1,33 +1,21 @@
 //! What the trace says of a reservation, from RESERVE to RELEASE, and what the requests cost.
 
-use std::thread;
-
 use viommu::dma::Door;
 use viommu::trace::event::{Access, Route};
-use viommu::trace::{self, Choice, Event, Options, Reader, Tracer};
+use viommu::trace::{Event, Tracer};
 use viommu::wire::split::*;
 
-use crate::frontend::*;
+use crate::common::frontend::*;
+use crate::common::trace::Recorder;
 use crate::requests::*;
 
 /// Everything that is traced while `act` uses a device.
 pub fn record(act: impl FnOnce(&Device, Tracer)) -> Vec<Event> {
-    let dir = tempfile::tempdir().unwrap();
-    let socket = dir.path().join("trace.sock");
-    let (tracer, handle) = trace::start(Options { socket: Some(socket.clone()), ..Options::default() }).unwrap();
-    let mut reader = Reader::connect(&socket, &Choice::default()).unwrap();
-    let client = thread::spawn(move || {
-        let mut events = Vec::new();
-        while let Some(record) = reader.next_record().unwrap() {
-            events.push(Event::decode(&record).unwrap());
-        }
-        events
-    });
+    let (recorder, tracer) = Recorder::start(&[]);
     let device = Device::traced(|_| {}, tracer.clone());
     act(&device, tracer);
     drop(device);
-    assert_eq!(handle.stop().lost, 0);
-    client.join().unwrap()
+    recorder.end()
 }
 
 /// Requests of the protocol: type, status, first and last address, tag, count, and 0 for the duration.

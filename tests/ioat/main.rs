@@ -1,0 +1,13 @@
+//! The DMA engine over a real vfio-user socket, with the vfio_user crate's client in QEMU's place, and a real IOMMU.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
+#[path = "../common/mod.rs"]
+mod common;
+mod setup;
+
+mod copies;
+mod ends;
+mod errors;
+mod interrupts;
+mod traced;

@@ -1,0 +1,21 @@
+//! The NVMe controller over a real vfio-user socket, with a test in the driver's place.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod blocks;
+mod controller;
+mod data;
+mod ends;
+mod events;
+mod queues;
+mod traced;
+
+const FLUSH: u8 = 0;
+const WRITE: u8 = 1;
+const READ: u8 = 2;
+const COMPARE: u8 = 5;
+const WRITE_ZEROES: u8 = 8;
+const DATASET_MANAGEMENT: u8 = 9;

@@ -1,0 +1,124 @@
+//! What of all this is on the trace.
+
+use viommu::trace::Event;
+use viommu::trace::event::{Access, Channel, DataPointer, Model, ResetKind, Route};
+use viommu::wire::trace::Kind;
+
+use crate::common::nvme::{CC_ENABLED, ENDPOINT, PAGE, RAM, Setup, Sqe, io};
+use crate::common::trace::Recorder;
+use crate::{READ, WRITE};
+
+/// Of the events that the trace has of a session, those of a bad read and a good write, and what is around them.
+#[test]
+fn every_step_is_traced() {
+    let (recorder, tracer) = Recorder::start(&[]);
+    let setup = Setup::traced(1 << 20, tracer, |_| {});
+    let mut driver = setup.ready();
+    let buffer = driver.pages(2);
+    let pair = &driver.queues[&1];
+    let (sq, cq) = (pair.sq, pair.cq);
+    assert_eq!(driver.command(1, io(WRITE, 5, 16, [buffer, buffer + PAGE])).status, 0);
+    assert_eq!(driver.command(1, Sqe { flags: 1 << 6, ..io(READ, 7, 1, [RAM, 512]) }).status, 0x04);
+    driver.client.reset().unwrap();
+    drop(driver);
+    drop(setup);
+    let events = recorder.end();
+    let (channel, endpoint) = (Channel::VfioUser, Some(ENDPOINT));
+    assert_eq!(events.first(), Some(&Event::Session { channel, endpoint, connected: true }));
+    assert_eq!(events.last(), Some(&Event::Session { channel, endpoint, connected: false }));
+    for added in [true, false] {
+        let memory = Event::Memory { channel, endpoint, added, gpa: 0, len: RAM, writable: true };
+        assert!(events.contains(&memory), "{memory:?}");
+    }
+    assert!(events.contains(&Event::Reset { reset: ResetKind::Function, endpoint }));
+    let states = events.iter().filter_map(|event| match event {
+        Event::Device { endpoint: ENDPOINT, model: Model::Nvme, state } => Some(*state),
+        _ => None,
+    });
+    assert_eq!(states.collect::<Vec<u64>>(), [1 << 32 | u64::from(CC_ENABLED), 0]);
+    // From the fetch of the write to the interrupt of the read.
+    let dma = |access, iova, len| Event::Dma {
+        endpoint: ENDPOINT,
+        access,
+        route: Route::Bypass,
+        failed: iova == RAM,
+        iova,
+        gpa: iova,
+        len,
+        domain: 0,
+        tag: 0,
+    };
+    let from = events.iter().position(|event| *event == dma(Access::Read, sq, 64)).unwrap();
+    let commands = events[from..].iter().map(|event| match *event {
+        Event::Command { endpoint, model, opcode, queue, id: _, status, pointer, address, data, len, duration } => {
+            assert!(duration > 0);
+            Event::Command { endpoint, model, opcode, queue, id: 0, status, pointer, address, data, len, duration: 0 }
+        }
+        other => other,
+    });
+    let command = |opcode, status, pointer, address, data, len| Event::Command {
+        endpoint: ENDPOINT,
+        model: Model::Nvme,
+        opcode,
+        queue: 1,
+        id: 0,
+        status,
+        pointer,
+        address,
+        data,
+        len,
+        duration: 0,
+    };
+    let expected = [
+        dma(Access::Read, sq, 64),
+        dma(Access::Read, buffer, 8192),
+        command(WRITE, 0, DataPointer::Prp, 5, buffer, 8192),
+        dma(Access::Write, cq, 16),
+        Event::Interrupt { endpoint, vector: 1 },
+        dma(Access::Read, sq + 64, 64),
+        dma(Access::Write, RAM, 512),
+        command(READ, 0x4004, DataPointer::Sgl, 7, RAM, 512),
+        dma(Access::Write, cq + 16, 16),
+        Event::Interrupt { endpoint, vector: 1 },
+    ];
+    assert_eq!(commands.take(expected.len()).collect::<Vec<Event>>(), expected);
+}
+
+/// A request for an event is a command like another, however long it waits, and so is one that is aborted.
+#[test]
+fn event_requests_are_traced_when_they_are_completed() {
+    const AER: Sqe = Sqe { opcode: 0x0c, flags: 0, nsid: 0, data: [0; 2], cdw10: 0, cdw11: 0, cdw12: 0, cdw13: 0 };
+    let (recorder, tracer) = Recorder::start(&[Kind::Command]);
+    let setup = Setup::traced(1 << 20, tracer, |_| {});
+    let mut driver = setup.ready();
+    let (first, second) = (driver.put(0, AER), driver.put(0, AER));
+    driver.ring(0);
+    driver.identify(1, 0, 0).unwrap();
+    // A doorbell of a queue that is not there.
+    driver.write32(0x1000 + 8 * 5, 1);
+    assert_eq!(driver.wait(0).cid, first);
+    let abort = driver.put(0, Sqe { opcode: 8, cdw10: u32::from(second) << 16, ..Sqe::default() });
+    driver.ring(0);
+    assert_eq!((driver.wait(0).cid, driver.wait(0).cid), (second, abort));
+    drop(driver);
+    drop(setup);
+    let commands = recorder.end().into_iter().filter_map(|event| match event {
+        Event::Command { queue: 0, opcode, id, status, pointer, len, duration, .. } => {
+            assert!(duration > 0);
+            Some((opcode, id, status, pointer, len))
+        }
+        _ => None,
+    });
+    let nothing = DataPointer::None;
+    let mut commands: Vec<_> = commands.collect();
+    // What made the controller ready is not of interest.
+    assert_eq!(
+        commands.split_off(commands.len() - 4),
+        [
+            (6, abort - 1, 0, DataPointer::Prp, 4096),
+            (0x0c, first, 0, nothing, 0),
+            (0x0c, second, 0x07, nothing, 0),
+            (8, abort, 0, nothing, 0),
+        ]
+    );
+}

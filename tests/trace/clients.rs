@@ -1,0 +1,203 @@
+//! What clients choose, what they get, and what they cannot do to others.
+
+use std::io::{BufReader, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use viommu::trace::event::{Access, Route};
+use viommu::trace::{Choice, Event, Last, Options, ReadError, Reader};
+use viommu::wire::trace::Kind;
+
+use crate::fixture::*;
+
+#[test]
+fn a_silent_client_gets_json_from_now_on() {
+    let fixture = Fixture::new();
+    fixture.interrupts(1, 0..5);
+    let mut client = JsonClient(BufReader::new(fixture.raw(b"")));
+    // While the server waits for a line that never comes, nothing is missed.
+    for vector in 5..35 {
+        thread::sleep(Duration::from_millis(10));
+        fixture.interrupts(1, vector..vector + 1);
+    }
+    let hello = client.next().unwrap();
+    assert_eq!(hello["kind"], "hello");
+    assert_eq!(hello["version"], 1);
+    assert_eq!(hello["pid"], std::process::id());
+    assert_eq!(hello["clock"], "CLOCK_MONOTONIC");
+    assert_eq!(hello["format"], "json");
+    assert_eq!(hello["record_size"], 64);
+    assert_eq!(hello["lost"], 0);
+    assert_eq!(hello["kinds"].as_array().unwrap().len(), Kind::ALL.len());
+    let first = hello["seq"].as_u64().unwrap();
+    assert!((5..35).contains(&first), "its stream begins when it connected: {first}");
+    fixture.interrupts(1, 35..40);
+    fixture.stop();
+    assert_eq!(vectors(&client.rest()), (first..40).collect::<Vec<_>>());
+}
+
+#[test]
+fn an_empty_line_and_an_unfinished_one_that_ends_begin_the_stream_too() {
+    let fixture = Fixture::new();
+    let empty = fixture.json("\n");
+    let half = fixture.raw(br#"{"kinds":["interrupt"]}"#);
+    half.shutdown(Shutdown::Write).unwrap();
+    let mut half = JsonClient(BufReader::new(half));
+    assert_eq!(half.next().unwrap()["kinds"], serde_json::json!(["interrupt", "lost"]));
+    // A client that will send no more still reads.
+    thread::sleep(Duration::from_millis(150));
+    fixture.interrupts(1, 0..3);
+    fixture.tracer.emit(Event::Bypass { value: 1 });
+    fixture.stop();
+    assert_eq!(vectors(&half.rest()), [0, 1, 2]);
+    assert_eq!(empty.rest().len(), 4);
+}
+
+#[test]
+fn clients_choose_format_kinds_and_endpoints_for_themselves() {
+    let fixture = Fixture::new();
+    let all = fixture.json("{}\n");
+    let kinds = fixture.json("{\"kinds\":[\"bypass\",\"kick\"]}\n");
+    let endpoints = fixture.json("{\"endpoints\":[\"00:04.0\"],\"format\":\"json\"}\n");
+    let binary = fixture.binary(&Choice { kinds: vec![Kind::Dma], endpoints: vec![40, 48], ..Choice::default() });
+    let dma = |endpoint| Event::Dma {
+        endpoint,
+        access: Access::Read,
+        route: Route::Mapped,
+        failed: false,
+        iova: 0x1000,
+        gpa: 0x2000,
+        len: 512,
+        domain: 1,
+        tag: 0,
+    };
+    for event in [dma(32), dma(40), Event::Bypass { value: 0 }, dma(48), Event::Kick { queue: 0, requests: 3 }] {
+        fixture.tracer.emit(event);
+    }
+    fixture.stop();
+    let seqs = |lines: Vec<Value>| lines.iter().map(|line| line["seq"].as_u64().unwrap()).collect::<Vec<_>>();
+    assert_eq!(seqs(all.rest()), [0, 1, 2, 3, 4]);
+    assert_eq!(seqs(kinds.rest()), [2, 4]);
+    assert_eq!(seqs(endpoints.rest()), [0, 2, 4]);
+    let records = rest(binary);
+    assert_eq!(records.iter().map(|record| Event::decode(record).unwrap()).collect::<Vec<_>>(), [dma(40), dma(48)]);
+}
+
+#[test]
+fn a_backlog_is_the_last_events_that_pass_the_filter() {
+    let fixture = Fixture::with(Options { backlog: 64, ..Options::default() });
+    for vector in 0..100 {
+        fixture.interrupts(1 + u32::from(vector % 2), vector..vector + 1);
+    }
+    let some = fixture.json("{\"backlog\":3,\"endpoints\":[2]}\n");
+    let all = fixture.json("{\"backlog\":\"all\"}\n");
+    let many = fixture.json("{\"backlog\":1000000000000}\n");
+    let none = fixture.json("{\"backlog\":0}\n");
+    fixture.interrupts(2, 100..101);
+    fixture.stop();
+    assert_eq!(vectors(&some.rest()), [95, 97, 99, 100]);
+    assert_eq!(vectors(&none.rest()), [100]);
+    let kept: Vec<u64> = (36..101).collect();
+    assert_eq!(vectors(&all.rest()), kept);
+    assert_eq!(vectors(&many.rest()), kept);
+}
+
+#[test]
+fn a_backlog_that_wraps_shows_the_newest() {
+    let fixture = Fixture::with(Options { backlog: 16, ..Options::default() });
+    fixture.interrupts(1, 0..1000);
+    let client = fixture.binary(&Choice { backlog: Last::All, ..Choice::default() });
+    fixture.stop();
+    let vectors: Vec<u64> = rest(client).iter().map(|record| record.args[0].get()).collect();
+    assert_eq!(vectors, (984..1000).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_bad_first_line_is_answered_and_hurts_nobody() {
+    let fixture = Fixture::new();
+    let good = fixture.json("\n");
+    let long = [b'x'; 100_000];
+    let lines: [(&[u8], &str); 6] = [
+        (b"GET / HTTP/1.1\r\n\r\n", "Not JSON"),
+        (b"\x00\xff\xfe\x80\n", "Not JSON"),
+        (b"{\"kinds\":[\"dam\"]}\n", "Unknown event kind \"dam\""),
+        (b"{\"format\":\"xml\"}\n", "\"json\" or \"binary\""),
+        (b"{\"format\":\"json\"", "newline"),
+        (&long, "4096"),
+    ];
+    for (line, expected) in lines {
+        let mut stream = UnixStream::connect(&fixture.socket).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        // The server may have closed before it was sent all.
+        let _ = stream.write_all(line);
+        let answer = JsonClient(BufReader::new(stream)).rest();
+        assert_eq!(answer.len(), 1, "one line, then the end");
+        assert_eq!(answer[0]["kind"], "error");
+        let message = answer[0]["error"].as_str().unwrap();
+        assert!(message.contains(expected), "{message}");
+    }
+    fixture.interrupts(1, 0..3);
+    fixture.stop();
+    assert_eq!(vectors(&good.rest()), [0, 1, 2]);
+}
+
+#[test]
+fn clients_that_vanish_hang_or_talk_hurt_nobody() {
+    let fixture = Fixture::new();
+    let good = fixture.binary(&Choice::default());
+    let received = thread::spawn(move || add_up(&rest(good)));
+    let mut hanging = Vec::new();
+    let emit = |count: u32| {
+        for n in 0..count {
+            fixture.tracer.emit(Event::Kick { queue: 0, requests: n });
+            if n % 500 == 0 {
+                thread::sleep(Duration::from_millis(1));
+            }
+        }
+    };
+    for round in 0..10 {
+        // Gone while its stream is under way, with bytes of it unread.
+        let mut leaving = fixture.raw(b"{\"backlog\":\"all\"}\n");
+        leaving.read_exact(&mut [0; 100]).unwrap();
+        // Connects and never reads.
+        hanging.push(fixture.raw(b"\n"));
+        // Talks without end.
+        let mut talking = fixture.raw(b"{}\n");
+        talking.set_write_timeout(Some(Duration::from_millis(10))).unwrap();
+        let _ = talking.write_all(&vec![b'{'; 1 << 20]);
+        // Half a line, then gone.
+        drop(fixture.raw(b"{\"for"));
+        emit(5_000 + round);
+        drop(leaving);
+        emit(5_000);
+    }
+    let counters = fixture.stop();
+    assert_eq!(received.join().unwrap(), Sum { received: counters.emitted(), ring: 0, client: 0 });
+}
+
+#[test]
+fn one_client_too_many_is_told_and_the_place_is_free_when_one_goes() {
+    let fixture = Fixture::new();
+    let mut clients = Vec::new();
+    let error = loop {
+        assert!(clients.len() <= 256);
+        match Reader::connect(&fixture.socket, &Choice::default()) {
+            Ok(client) => clients.push(client),
+            Err(error) => break error,
+        }
+    };
+    let ReadError::Refused(message) = error else { panic!("{error}") };
+    assert!(message.contains(&format!("{} clients", clients.len())), "{message}");
+    fixture.interrupts(1, 0..3);
+    for client in clients.iter_mut().rev() {
+        assert_eq!(client.next_record().unwrap().unwrap().args[0].get(), 0);
+    }
+    clients.pop();
+    let begin = Instant::now();
+    while Reader::connect(&fixture.socket, &Choice::default()).is_err() {
+        assert!(begin.elapsed() < Duration::from_secs(5));
+    }
+}

@@ -1,0 +1,120 @@
+//! A trace with its socket, and clients of it.
+
+use std::io::{BufRead, BufReader, ErrorKind, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use serde_json::Value;
+use tempfile::TempDir;
+use viommu::trace::event::LossPlace;
+use viommu::trace::{self, Choice, Counters, Event, Options, Reader, TraceHandle, Tracer};
+use viommu::wire::trace::Record;
+
+/// One at a time: some tests measure time, and the machine may have two processors only.
+pub fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+pub struct Fixture {
+    pub tracer: Tracer,
+    pub handle: TraceHandle,
+    pub socket: PathBuf,
+    _dir: TempDir,
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl Fixture {
+    pub fn new() -> Self {
+        Self::with(Options::default())
+    }
+
+    pub fn with(options: Options) -> Self {
+        let alone = alone();
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("trace.sock");
+        let (tracer, handle) = trace::start(Options { socket: Some(socket.clone()), ..options }).unwrap();
+        Fixture { tracer, handle, socket, _dir: dir, _alone: alone }
+    }
+
+    /// A client that sends this and whose reads do not wait for ever.
+    pub fn raw(&self, line: &[u8]) -> UnixStream {
+        let mut stream = UnixStream::connect(&self.socket).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        stream.write_all(line).unwrap();
+        stream
+    }
+
+    /// A JSON client that has read its hello.
+    pub fn json(&self, line: &str) -> JsonClient {
+        let mut client = JsonClient(BufReader::new(self.raw(line.as_bytes())));
+        assert_eq!(client.next().unwrap()["kind"], "hello");
+        client
+    }
+
+    /// A binary client that has read its header.
+    pub fn binary(&self, choice: &Choice) -> Reader<UnixStream> {
+        Reader::connect(&self.socket, choice).unwrap()
+    }
+
+    pub fn interrupts(&self, endpoint: u32, vectors: std::ops::Range<u16>) {
+        vectors.for_each(|vector| self.tracer.emit(Event::Interrupt { endpoint: Some(endpoint), vector }));
+    }
+
+    pub fn stop(self) -> Counters {
+        self.handle.stop()
+    }
+}
+
+pub struct JsonClient(pub BufReader<UnixStream>);
+
+impl JsonClient {
+    /// The next line; `None` at the end.
+    pub fn next(&mut self) -> Option<Value> {
+        let mut line = String::new();
+        match self.0.read_line(&mut line) {
+            Ok(0) => None,
+            Ok(_) => Some(serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line:?}"))),
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => None,
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    pub fn rest(mut self) -> Vec<Value> {
+        std::iter::from_fn(|| self.next()).collect()
+    }
+}
+
+pub fn rest(mut reader: Reader<UnixStream>) -> Vec<Record> {
+    std::iter::from_fn(|| reader.next_record().unwrap()).collect()
+}
+
+/// Events received, lost in rings, lost by this client.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Sum {
+    pub received: u64,
+    pub ring: u64,
+    pub client: u64,
+}
+
+/// Adds up a stream; its numbers must ascend.
+pub fn add_up<'a>(records: impl IntoIterator<Item = &'a Record>) -> Sum {
+    let mut sum = Sum::default();
+    let mut last = None;
+    for record in records {
+        assert!(last < Some(record.seq.get()), "{last:?} before {}", record.seq);
+        last = Some(record.seq.get());
+        match Event::decode(record).unwrap() {
+            Event::Lost { place: LossPlace::Ring, count, .. } => sum.ring += count,
+            Event::Lost { place: LossPlace::Client, count, .. } => sum.client += count,
+            _ => sum.received += 1,
+        }
+    }
+    sum
+}
+
+pub fn vectors(lines: &[Value]) -> Vec<u64> {
+    lines.iter().map(|line| line["vector"].as_u64().unwrap()).collect()
+}

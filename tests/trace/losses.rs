@@ -1,0 +1,139 @@
+//! What is lost is counted.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use viommu::trace::{Choice, Counters, Event, Options};
+use viommu::wire::trace::Kind;
+
+use crate::fixture::*;
+
+#[test]
+fn a_slow_client_is_told_exactly_what_it_lost() {
+    let fixture = Fixture::with(Options { backlog: 1024, ..Options::default() });
+    let mut slow = fixture.binary(&Choice { kinds: vec![Kind::Interrupt], ..Choice::default() });
+    let slow_json = fixture.json("{}\n");
+    let mut fast = fixture.binary(&Choice::default());
+    const BATCH: u64 = 500;
+    const BATCHES: u64 = 400;
+    let mut of_fast = Vec::new();
+    let mut seen = 0;
+    for _ in 0..BATCHES {
+        for n in 0..BATCH {
+            fixture.tracer.emit(match n % 2 {
+                0 => Event::Interrupt { endpoint: None, vector: n as u16 },
+                _ => Event::Bypass { value: 1 },
+            });
+        }
+        // The fast one keeps up; the others read nothing.
+        while seen < fixture.tracer.counters().emitted() {
+            let record = fast.next_record().unwrap().unwrap();
+            let sum = add_up([&record]);
+            seen += sum.received + sum.ring + sum.client;
+            of_fast.push(record);
+        }
+    }
+    let total = BATCH * BATCHES;
+    assert_eq!(add_up(&of_fast), Sum { received: total, ring: 0, client: 0 });
+
+    // Now the slow ones read, and get on from where there are events again.
+    let first = slow.next_record().unwrap().unwrap();
+    fixture.tracer.emit(Event::Interrupt { endpoint: None, vector: 9999 });
+    let json = thread::spawn(move || slow_json.rest());
+    let reader = thread::spawn(move || rest(slow));
+    thread::sleep(Duration::from_millis(200));
+    fixture.stop();
+    let records = reader.join().unwrap();
+    let sum = add_up(std::iter::once(&first).chain(&records));
+    assert_eq!(sum.ring, 0);
+    assert!(sum.client > 0, "the test did not make it slow");
+    assert_eq!(sum.received + sum.client, total / 2 + 1, "only what it asked for counts");
+    assert_eq!(records.last().unwrap().args[0].get(), 9999);
+
+    let lines = json.join().unwrap();
+    let lost: u64 =
+        lines.iter().filter(|line| line["kind"] == "lost").map(|line| line["count"].as_u64().unwrap()).sum();
+    let received = lines.iter().filter(|line| line["kind"] != "lost").count() as u64;
+    assert!(lost > 0);
+    assert_eq!(received + lost, total + 1);
+    let loss = lines.iter().find(|line| line["kind"] == "lost").unwrap();
+    assert_eq!(loss["place"], "client");
+    assert!(loss["since"].as_u64() <= loss["t"].as_u64());
+}
+
+#[test]
+fn a_ring_that_overflows_is_told_to_all() {
+    let fixture = Fixture::with(Options { ring: 64, ..Options::default() });
+    let clients: Vec<_> = (0..2)
+        .map(|_| {
+            let client = fixture.binary(&Choice::default());
+            thread::spawn(move || add_up(&rest(client)))
+        })
+        .collect();
+    let threads: Vec<_> = (0..3)
+        .map(|_| {
+            let tracer = fixture.tracer.clone();
+            thread::spawn(move || (0..20_000).for_each(|n| tracer.emit(Event::Kick { queue: 0, requests: n })))
+        })
+        .collect();
+    threads.into_iter().for_each(|thread| thread.join().unwrap());
+    let counters = fixture.stop();
+    assert_eq!(counters.emitted(), 60_000);
+    assert_eq!(counters.of(Kind::Kick), 60_000);
+    assert!(counters.lost > 0, "64 slots cannot be enough");
+    for client in clients {
+        let sum = client.join().unwrap();
+        assert_eq!(sum, Sum { received: 60_000 - counters.lost, ring: counters.lost, client: 0 });
+    }
+}
+
+/// Emits a million events, with at most `ahead` under way. Returns the final counts and what the client got.
+fn a_million(ahead: u64) -> (Counters, Sum) {
+    const EVENTS: u64 = 1_000_000;
+    let fixture = Fixture::new();
+    let mut client = fixture.binary(&Choice::default());
+    let arrived = Arc::new(AtomicU64::new(0));
+    let reader = thread::spawn({
+        let arrived = arrived.clone();
+        move || {
+            let mut records = Vec::new();
+            while let Some(record) = client.next_record().unwrap() {
+                records.push(record);
+                arrived.store(records.len() as u64, Ordering::Relaxed);
+            }
+            records
+        }
+    });
+    let begin = Instant::now();
+    for n in 0..EVENTS {
+        fixture.tracer.emit(Event::Kick { queue: 0, requests: n as u32 });
+        while n.saturating_sub(arrived.load(Ordering::Relaxed)) > ahead {
+            thread::sleep(Duration::from_micros(100));
+        }
+    }
+    let emitted = begin.elapsed();
+    let counters = fixture.stop();
+    let sum = add_up(&reader.join().unwrap());
+    let all = begin.elapsed();
+    let rate = sum.received as f64 / all.as_secs_f64() / 1e6;
+    println!("{EVENTS} events, emitted in {emitted:?}, received in {all:?}: {rate:.2} million a second, {sum:?}");
+    assert_eq!(counters.emitted(), EVENTS);
+    (counters, sum)
+}
+
+#[test]
+fn a_million_events_reach_a_binary_client() {
+    let (counters, sum) = a_million(12_000);
+    assert_eq!(counters.lost, 0);
+    assert_eq!(sum, Sum { received: 1_000_000, ring: 0, client: 0 });
+}
+
+#[test]
+fn a_million_events_faster_than_they_can_be_collected_add_up() {
+    let (counters, sum) = a_million(u64::MAX);
+    assert_eq!(sum.received + sum.ring + sum.client, 1_000_000);
+    // News of a ring's loss that the client missed is in the client's count, with the loss's own.
+    assert!(sum.ring <= counters.lost && counters.lost <= sum.ring + sum.client, "{sum:?}, {}", counters.lost);
+}

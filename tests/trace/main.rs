@@ -1,0 +1,11 @@
+//! The trace socket, and what is written to it.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod fixture;
+
+mod clients;
+mod command;
+mod documentation;
+mod losses;
+mod server;

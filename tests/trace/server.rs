@@ -1,0 +1,122 @@
+//! Begin, end and idleness of the server.
+
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use viommu::socket::SocketError;
+use viommu::trace::{self, Choice, Event, Options, ReadError, Reader, StartError, Tracer};
+use viommu::wire::trace::Kind;
+
+use crate::fixture::*;
+
+#[test]
+fn at_the_end_clients_get_the_rest_and_the_socket_goes() {
+    let fixture = Fixture::new();
+    let client = fixture.json("\n");
+    let undecided = fixture.raw(b"");
+    // More than the socket's buffer holds, so that the end has to wait for the reader.
+    fixture.interrupts(1, 0..10_000);
+    let reader = thread::spawn(move || {
+        thread::sleep(Duration::from_millis(100));
+        client.rest()
+    });
+    let hanging = fixture.json("{\"backlog\":\"all\"}\n");
+    let Fixture { tracer, handle, socket, .. } = fixture;
+    let begin = Instant::now();
+    handle.stop();
+    let time = begin.elapsed();
+    assert!(time < Duration::from_secs(2), "a client that does not read held up the end for {time:?}");
+    assert!(!socket.exists());
+    assert_eq!(vectors(&reader.join().unwrap()), (0..10_000).collect::<Vec<_>>());
+    // Who emits now does so in vain, and harmlessly.
+    (0..100_000).for_each(|_| tracer.emit(Event::Bypass { value: 0 }));
+    drop((hanging, undecided));
+}
+
+#[test]
+fn a_live_socket_is_an_error_and_a_stale_one_is_replaced() {
+    let fixture = Fixture::new();
+    let again = |path: &PathBuf| trace::start(Options { socket: Some(path.clone()), ..Options::default() });
+    assert!(matches!(again(&fixture.socket), Err(StartError::Socket(SocketError::InUse(_)))));
+    // The attempt did no harm.
+    drop(fixture.json("\n"));
+
+    let stale = fixture.socket.with_extension("stale");
+    drop(UnixListener::bind(&stale).unwrap());
+    let (_, handle) = again(&stale).unwrap();
+    assert!(Reader::connect(&stale, &Choice::default()).is_ok());
+    handle.stop();
+    assert!(matches!(Reader::connect(&stale, &Choice::default()), Err(ReadError::NoSocket(_))));
+    drop(UnixListener::bind(&stale).unwrap());
+    assert!(matches!(Reader::connect(&stale, &Choice::default()), Err(ReadError::Nobody(_))));
+
+    let file = fixture.socket.with_extension("txt");
+    std::fs::write(&file, "precious").unwrap();
+    assert!(matches!(again(&file), Err(StartError::Socket(SocketError::NotASocket(_)))));
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "precious");
+
+    // A socket that somebody else has put in the place of ours stays.
+    std::fs::remove_file(&fixture.socket).unwrap();
+    let other = UnixListener::bind(&fixture.socket).unwrap();
+    let socket = fixture.socket.clone();
+    fixture.handle.stop();
+    assert!(socket.exists());
+    drop(other);
+}
+
+#[test]
+fn a_watched_event_arrives_soon_and_a_quiet_collector_sleeps() {
+    let fixture = Fixture::new();
+    let mut client = fixture.binary(&Choice::default());
+    let mut times: Vec<Duration> = (0..40)
+        .map(|n| {
+            // After a pause the collector sleeps until it is woken, else it looks every 2 ms.
+            thread::sleep(Duration::from_millis(if n % 2 == 0 { 80 } else { 0 }));
+            let begin = Instant::now();
+            fixture.tracer.emit(Event::Bypass { value: 0 });
+            client.next_record().unwrap().unwrap();
+            begin.elapsed()
+        })
+        .collect();
+    times.sort_unstable();
+    println!("from emit to the client: median {:?}, longest {:?}", times[times.len() / 2], times[times.len() - 1]);
+    assert!(times[times.len() / 2] < Duration::from_millis(5), "{times:?}");
+
+    thread::sleep(Duration::from_millis(100));
+    let before = switches();
+    thread::sleep(Duration::from_millis(500));
+    let switches = switches() - before;
+    println!("{switches} switches in 500 ms without an event");
+    assert!(switches <= 5, "the collector polls: {switches} switches in 500 ms");
+}
+
+/// How often the collector's thread went to sleep.
+fn switches() -> u64 {
+    for task in std::fs::read_dir("/proc/self/task").unwrap() {
+        let path = task.unwrap().path();
+        // Threads of the test runner come and go.
+        let Ok(status) = std::fs::read_to_string(path.join("status")) else { continue };
+        let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim().to_string();
+        if field("Name:") == "trace" {
+            return field("voluntary_ctxt_switches:").parse().unwrap();
+        }
+    }
+    panic!("There is no thread with the collector's name");
+}
+
+#[test]
+fn the_disabled_tracer_and_one_without_a_socket_work() {
+    let tracer = Tracer::default();
+    tracer.emit(Event::Bypass { value: 0 });
+    assert_eq!(tracer.counters().emitted(), 0);
+
+    let _alone = alone();
+    let (tracer, handle) = trace::start(Options::default()).unwrap();
+    (0..100_000).for_each(|n| tracer.emit(Event::Kick { queue: 0, requests: n }));
+    assert_eq!(tracer.counters().emitted(), 100_000);
+    let counters = handle.stop();
+    assert_eq!(counters.of(Kind::Kick), 100_000);
+    assert_eq!(counters.of(Kind::Fault), 0);
+}
