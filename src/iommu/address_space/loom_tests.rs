@@ -44,6 +44,13 @@ impl Shared {
         found
     }
 
+    /// The whole of a removal: from now on a reader that uses page 0's translation is wrong.
+    fn remove(&self) {
+        self.unmap();
+        self.grace.synchronize();
+        self.gone.store(true, Relaxed);
+    }
+
     /// Removes both pages, each by itself. No table stays idle in the model, so the table is unlinked and retired.
     fn unmap(&self) {
         for start in [0, PAGE] {
@@ -51,6 +58,23 @@ impl Shared {
         }
         assert_eq!(self.space.bytes(), 0);
     }
+}
+
+/// Runs a reader in a thread of its own, in all orders with a writer that removes page 0.
+fn check_reader(
+    read: impl Fn(&Shared, Reader) + Copy + Sync + Send + 'static,
+    remove: impl Fn(&Shared) + Sync + Send + 'static,
+) {
+    check(move || {
+        let shared = Shared::new();
+        let reader = shared.grace.reader();
+        let thread = thread::spawn({
+            let shared = shared.clone();
+            move || read(&shared, reader)
+        });
+        remove(&shared);
+        thread.join().unwrap();
+    });
 }
 
 fn check(model: impl Fn() + Sync + Send + 'static) {
@@ -61,21 +85,11 @@ fn check(model: impl Fn() + Sync + Send + 'static) {
 
 #[test]
 fn loom_a_removed_translation_is_not_used_and_its_table_not_freed_early() {
-    check(|| {
-        let shared = Shared::new();
-        let mut reader = shared.grace.reader();
-        let thread = thread::spawn({
-            let shared = shared.clone();
-            move || {
-                shared.read(&mut reader);
-                shared.read(&mut reader);
-            }
-        });
-        shared.unmap();
-        shared.grace.synchronize();
-        shared.gone.store(true, Relaxed);
-        thread.join().unwrap();
-    });
+    let read = |shared: &Shared, mut reader: Reader| {
+        shared.read(&mut reader);
+        shared.read(&mut reader);
+    };
+    check_reader(read, Shared::remove);
 }
 
 #[test]
@@ -91,9 +105,7 @@ fn loom_two_readers_and_a_new_mapping_at_the_same_address() {
                 })
             })
             .collect();
-        shared.unmap();
-        shared.grace.synchronize();
-        shared.gone.store(true, Relaxed);
+        shared.remove();
         shared.space.map(0, PAGE - 1, 0xb000, MapFlags::READ).unwrap();
         for thread in threads {
             thread.join().unwrap();
@@ -107,44 +119,24 @@ fn loom_two_readers_and_a_new_mapping_at_the_same_address() {
 /// wait for: two that spin for the same one keep the checker busy for ever.)
 #[test]
 fn loom_two_synchronize_at_once() {
-    check(|| {
-        let shared = Shared::new();
-        let mut reader = shared.grace.reader();
-        let thread = thread::spawn({
-            let shared = shared.clone();
-            move || {
-                shared.read(&mut reader);
-                shared.grace.synchronize();
-                shared.read(&mut reader);
-            }
-        });
-        shared.unmap();
+    let read = |shared: &Shared, mut reader: Reader| {
+        shared.read(&mut reader);
         shared.grace.synchronize();
-        shared.gone.store(true, Relaxed);
-        thread.join().unwrap();
-    });
+        shared.read(&mut reader);
+    };
+    check_reader(read, Shared::remove);
 }
 
 /// A reader that comes and one that goes while the writer waits.
 #[test]
 fn loom_readers_register_and_unregister() {
-    check(|| {
-        let shared = Shared::new();
-        let mut early = shared.grace.reader();
-        let thread = thread::spawn({
-            let shared = shared.clone();
-            move || {
-                shared.read(&mut early);
-                drop(early);
-                let mut late = shared.grace.reader();
-                shared.read(&mut late);
-            }
-        });
-        shared.unmap();
-        shared.grace.synchronize();
-        shared.gone.store(true, Relaxed);
-        thread.join().unwrap();
-    });
+    let read = |shared: &Shared, mut early: Reader| {
+        shared.read(&mut early);
+        drop(early);
+        let mut late = shared.grace.reader();
+        shared.read(&mut late);
+    };
+    check_reader(read, Shared::remove);
 }
 
 /// A lone page becomes a table while it is read.
@@ -177,39 +169,29 @@ fn loom_a_second_page_does_not_disturb_the_first() {
 #[test]
 #[should_panic(expected = "a removed translation is used")]
 fn loom_finds_a_missing_grace_period() {
-    check(|| {
-        let shared = Shared::new();
-        let mut reader = shared.grace.reader();
-        let thread = thread::spawn({
-            let shared = shared.clone();
-            move || {
-                shared.read(&mut reader);
-            }
-        });
+    let read = |shared: &Shared, mut reader: Reader| {
+        shared.read(&mut reader);
+    };
+    let remove = |shared: &Shared| {
         shared.unmap();
         shared.gone.store(true, Relaxed);
-        thread.join().unwrap();
-    });
+    };
+    check_reader(read, remove);
 }
 
 /// And so they do when the table is freed at once.
 #[test]
 #[should_panic(expected = "Causality violation")]
 fn loom_finds_a_table_that_is_freed_early() {
-    check(|| {
-        let shared = Shared::new();
-        let mut reader = shared.grace.reader();
-        let thread = thread::spawn({
-            let shared = shared.clone();
-            move || {
-                let guard = reader.enter();
-                let _ = shared.space.lookup(&guard, 0);
-            }
-        });
+    let read = |shared: &Shared, mut reader: Reader| {
+        let guard = reader.enter();
+        let _ = shared.space.lookup(&guard, 0);
+    };
+    let remove = |shared: &Shared| {
         shared.unmap();
         shared.grace.drop_garbage_at_once();
-        thread.join().unwrap();
-    });
+    };
+    check_reader(read, remove);
 }
 
 /// A page is linked, unlinked and linked anew while it is read, and its table becomes a tagged one meanwhile: target and
