@@ -44,6 +44,17 @@ fn documented() -> Vec<Event> {
         domain: 1,
         tag: 0,
     };
+    let linked = Event::Dma {
+        endpoint: 0x20,
+        access: Access::Write,
+        route: Route::Mapped,
+        failed: false,
+        iova: 0xfffd_0000,
+        gpa: 0x1048_0000,
+        len: 8192,
+        domain: 1,
+        tag: 0x0100_0000_0000_0008,
+    };
     vec![
         Event::Session { channel: Channel::VhostUser, endpoint: None, connected: true },
         Event::Session { channel: Channel::VfioUser, endpoint: Some(0x20), connected: true },
@@ -100,6 +111,7 @@ fn documented() -> Vec<Event> {
         Event::Lost { place: LossPlace::Client, count: 1234, since: 5_000_000_100 },
         split(0x80, 0, [0xfffd_0000, 0xfffe_ffff], 0x0100_0000_0000_0007, 0, 160),
         split(0x81, 2, [0xfffd_0000, 0xfffd_ffff], 0x0100_0000_0000_0008, 5, 420),
+        linked,
         split(0x82, 0, [0xfffd_4000, 0xfffd_4fff], 0x0100_0000_0000_0008, 1, 230),
         split(0x83, 0, [0xfffd_0000, 0xfffe_ffff], 0x0100_0000_0000_0007, 15, 610),
         Event::Injected { request: 0x81, answer: Answer::Refused, number: 101 },

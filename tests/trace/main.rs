@@ -8,4 +8,5 @@ mod clients;
 mod command;
 mod documentation;
 mod losses;
+mod recipes;
 mod server;
