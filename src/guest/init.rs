@@ -1,6 +1,7 @@
 //! What the first process of a guest has to do: mount, load drivers, power off.
 
 use std::collections::HashMap;
+use std::ffi::CString;
 use std::fs::{self, File};
 use std::path::Path;
 
@@ -65,10 +66,21 @@ fn load_module(name: &str, needs: &HashMap<&str, &str>) -> Result<()> {
     }
     let file = File::open(Path::new(MODULES).join(format!("{name}.ko")))
         .with_context(|| format!("The initramfs lists the module {name} but does not hold it"))?;
-    match finit_module(&file, c"", ModuleInitFlags::empty()) {
+    let parameters = parameters(name, &fs::read_to_string("/proc/cmdline").unwrap_or_default());
+    match finit_module(&file, &parameters, ModuleInitFlags::empty()) {
         Ok(()) | Err(Errno::EEXIST) => Ok(()),
         Err(error) => Err(error).with_context(|| format!("The kernel does not take the module {name}")),
     }
+}
+
+/// What the kernel's command line has for a module, as modprobe finds it: `MODULE.PARAMETER=VALUE` before a `--`.
+fn parameters(module: &str, command_line: &str) -> CString {
+    let words = command_line.split_whitespace().take_while(|word| *word != "--");
+    let of_module = words.filter_map(|word| {
+        let (name, parameter) = word.split_once('.')?;
+        (name.replace('-', "_") == module.replace('-', "_")).then_some(parameter)
+    });
+    CString::new(of_module.collect::<Vec<_>>().join(" ")).unwrap_or_default()
 }
 
 /// Ends the guest. Never returns.
@@ -88,5 +100,19 @@ fn end(results: &mut Results, mode: RebootMode) -> ! {
     eprintln!("viommu-guest: Cannot end the guest: {error}");
     loop {
         std::thread::park();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_module_gets_its_parameters_of_the_command_line() {
+        let line =
+            "console=ttyS0 nvme.sgl_threshold=0 virtio-iommu.a=b nvme.io_queue_depth=8 nvme_core.x=1 -- nvme.no=1";
+        assert_eq!(parameters("nvme", line).as_c_str(), c"sgl_threshold=0 io_queue_depth=8");
+        assert_eq!(parameters("virtio_iommu", line).as_c_str(), c"a=b");
+        assert_eq!(parameters("ioatdma", line).as_c_str(), c"");
     }
 }

@@ -7,6 +7,7 @@ mod boots;
 mod harness;
 mod lifecycles;
 mod observers;
+mod sgl;
 
 /// One NVMe controller.
 const NVME: &str = "[[nvme]]\naddress = \"04.0\"\nimage = \"nvme0.img\"\n";
