@@ -121,6 +121,44 @@ fn a_qemu_that_is_too_old_or_none() {
     }
 }
 
+#[test]
+fn what_the_other_commands_print() {
+    let folder = folder();
+    let viommu = |arguments: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_viommu")).args(arguments).current_dir(&folder).output().unwrap();
+        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        output.stdout
+    };
+    let table = viommu(&[&["viot"][..], &ENGINE].concat());
+    assert_eq!((&table[..4], table.len()), (&b"VIOT"[..], 48 + 16 + 24));
+    let arguments = String::from_utf8(viommu(&[&["args", "--socket-path", "v.sock"][..], &ENGINE].concat())).unwrap();
+    for part in ["-acpitable file=viot.bin", "socket,id=viommu,path=v.sock", "virtio-id=23", "dma0.sock"] {
+        assert!(arguments.contains(part), "{part} is not in {arguments}");
+    }
+    let script = String::from_utf8(viommu(&["completions", "bash"])).unwrap();
+    assert!(script.contains("--create-images") && script.contains("complete -F _viommu"), "{script}");
+    viommu(&["man", "man"]);
+    for page in ["viommu.1", "viommu-serve.1", "viommu-run.1", "viommu-trace.1"] {
+        assert!(fs::read_to_string(folder.path().join("man").join(page)).unwrap().contains(".SH OPTIONS"), "{page}");
+    }
+}
+
+/// A reader that has read enough, as `head` does.
+#[test]
+fn an_output_that_nobody_reads_is_no_error() {
+    let folder = folder();
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = Command::new(env!("CARGO_BIN_EXE_viommu"))
+        .args(["args", "--socket-path", "v.sock"])
+        .args(ENGINE)
+        .current_dir(&folder)
+        .stdout(writer)
+        .output()
+        .unwrap();
+    assert!(output.status.success() && output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
 /// REGION_READ past the end of the configuration space, which is refused and logged.
 fn refused_read(client: &mut UnixStream) {
     let body = [&4096u64.to_le_bytes()[..], &7u32.to_le_bytes(), &4u32.to_le_bytes()].concat();

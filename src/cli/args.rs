@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 
+use super::say;
 use super::source::Source;
 use crate::topology::qemu::{self, Paths};
 
@@ -38,14 +39,12 @@ pub fn main(args: &Args) -> Result<()> {
             let names: Vec<_> = topology.endpoints.iter().map(|endpoint| endpoint.name.as_str()).collect();
             format!("No endpoint is named {name:?}; the topology has {}", names.join(", "))
         })?;
-        println!("{}", qemu::device(&topology, endpoint, &paths));
-        return Ok(());
+        return say(format_args!("{}\n", qemu::device(&topology, endpoint, &paths)));
     }
     let mut words = if args.machine { qemu::machine(&topology) } else { Vec::new() };
     words.extend(qemu::devices(&topology, &paths));
     let words: Vec<_> = words.iter().map(|word| quote(word)).collect();
-    println!("{}", words.join(" "));
-    Ok(())
+    say(format_args!("{}\n", words.join(" ")))
 }
 
 /// A word as a POSIX shell reads it.

@@ -6,8 +6,8 @@ use anyhow::{Result, bail};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::daemon::open_disk;
-use super::qemu;
 use super::source::Source;
+use super::{qemu, say};
 use crate::topology::Topology;
 
 /// Check a topology, QEMU, KVM and shared memory, and say what is wrong
@@ -28,28 +28,32 @@ pub struct Args {
 /// Prints a line for each thing checked; fails if one of them stops a run.
 pub fn main(args: &Args) -> Result<()> {
     let topology = args.source.load()?;
-    println!("topology: ok: {} endpoint(s), IOMMU at {}", topology.endpoints.len(), topology.iommu.address.get_ref());
-    let mut wrong = images(&topology);
+    say(format_args!(
+        "topology: ok: {} endpoint(s), IOMMU at {}\n",
+        topology.endpoints.len(),
+        topology.iommu.address.get_ref()
+    ))?;
+    let mut wrong = images(&topology)?;
     match qemu::version(&args.qemu) {
-        Ok(version) => println!("QEMU: ok: {version} ({})", args.qemu.display()),
+        Ok(version) => say(format_args!("QEMU: ok: {version} ({})\n", args.qemu.display()))?,
         Err(error) => {
-            println!("QEMU: {error:#}");
+            say(format_args!("QEMU: {error:#}\n"))?;
             wrong += 1;
         }
     }
     match shared_memory(topology.machine.memory.0) {
-        Ok(()) => println!("shared memory: ok: {} can be shared with QEMU", topology.machine.memory),
+        Ok(()) => say(format_args!("shared memory: ok: {} can be shared with QEMU\n", topology.machine.memory))?,
         Err(error) => {
-            println!("shared memory: Cannot make a memory file of {}: {error}", topology.machine.memory);
+            say(format_args!("shared memory: Cannot make a memory file of {}: {error}\n", topology.machine.memory))?;
             wrong += 1;
         }
     }
     match &args.kernel {
-        None => println!("KVM: not checked; give a guest kernel with --kernel to try a short boot"),
+        None => say(format_args!("KVM: not checked; give a guest kernel with --kernel to try a short boot\n"))?,
         Some(kernel) => match qemu::probe_kvm(&args.qemu, kernel) {
-            Ok(()) => println!("KVM: ok: a guest boots"),
+            Ok(()) => say(format_args!("KVM: ok: a guest boots\n"))?,
             // A run falls back to TCG, so this stops nothing.
-            Err(why) => println!("KVM: not usable, TCG will be used: {why}"),
+            Err(why) => say(format_args!("KVM: not usable, TCG will be used: {why}\n"))?,
         },
     }
     if wrong > 0 {
@@ -59,19 +63,19 @@ pub fn main(args: &Args) -> Result<()> {
 }
 
 /// Opens each image as a run would.
-fn images(topology: &Topology) -> usize {
+fn images(topology: &Topology) -> Result<usize> {
     let mut wrong = 0;
     for endpoint in &topology.endpoints {
         match open_disk(endpoint, None) {
             Ok(None) => {}
-            Ok(Some(disk)) => println!("{}: ok: {}", endpoint.name, disk.config().image.display()),
+            Ok(Some(disk)) => say(format_args!("{}: ok: {}\n", endpoint.name, disk.config().image.display()))?,
             Err(error) => {
-                println!("{}: {error:#}", endpoint.name);
+                say(format_args!("{}: {error:#}\n", endpoint.name))?;
                 wrong += 1;
             }
         }
     }
-    wrong
+    Ok(wrong)
 }
 
 fn shared_memory(size: u64) -> std::io::Result<()> {

@@ -1,6 +1,5 @@
 //! Shell completions and manual pages, from the same definitions as the help texts.
 
-use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
@@ -18,11 +17,7 @@ pub struct Completions {
 pub fn completions(args: &Completions) -> Result<()> {
     let mut script = Vec::new();
     clap_complete::generate(args.shell, &mut super::Cli::command(), "viommu", &mut script);
-    match std::io::stdout().write_all(&script) {
-        // Whoever reads has read enough.
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
-        written => written.context("Cannot write to the standard output"),
-    }
+    super::say(String::from_utf8_lossy(&script))
 }
 
 /// Write the manual pages into a folder

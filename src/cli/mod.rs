@@ -16,8 +16,11 @@ mod summary;
 pub mod trace;
 mod viot;
 
+use std::fmt::Display;
+use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
 
+use anyhow::{Context, Result};
 use clap::{ArgAction, Parser, Subcommand};
 
 /// A virtual IOMMU that people can see into
@@ -73,6 +76,15 @@ pub fn main() -> ExitCode {
             eprintln!("viommu: {error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Writes to the standard output. That nobody reads it any more is no error, and ends nothing.
+fn say(text: impl Display) -> Result<()> {
+    let mut out = std::io::stdout();
+    match write!(out, "{text}").and_then(|()| out.flush()) {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        written => written.context("Cannot write to the standard output"),
     }
 }
 

@@ -19,7 +19,7 @@ use super::daemon::{Daemon, Options};
 use super::source::Source;
 use super::stop::Stop;
 use super::summary::{Files, Summary};
-use super::{accel, qemu};
+use super::{accel, qemu, say};
 use crate::topology::qemu::{self as arguments, Paths};
 use crate::topology::{Size, Topology};
 use crate::vhost::Injection;
@@ -152,7 +152,7 @@ pub fn main(args: &Args) -> Result<()> {
         std::fs::write(path, summary.to_json())
             .with_context(|| format!("Cannot write the summary to {}", path.display()))?;
     }
-    print!("{summary}");
+    say(&summary)?;
     match ended? {
         Ended::Itself(status) if status.success() => match summary.failure() {
             None => Ok(()),

@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use super::daemon::{Daemon, Options};
+use super::say;
 use super::source::Source;
 use super::stop::Stop;
 use crate::topology::Size;
@@ -57,7 +58,7 @@ pub fn main(args: &Args) -> Result<()> {
         inject: args.inject.clone(),
     };
     let daemon = Daemon::start(&topology, &options, &stop)?;
-    println!("viommu: serving on {}", args.socket_path.display());
+    say(format_args!("viommu: serving on {}\n", args.socket_path.display()))?;
     while !stop.wait(LONG) {}
     daemon.end();
     Ok(())
