@@ -3,11 +3,12 @@
 # newest in trixie-backports) chooses the guest's kernel.
 KERNEL ?= patched
 
-.PHONY: help demo test bench bench-guest guest-kernel check-patches setup update clean
+.PHONY: help demo test miri bench bench-guest guest-kernel check-patches setup update clean
 
 help:
 	@echo 'make demo         the NVMe flow from end to end, and its summary'
 	@echo 'make test         format, lints, unit and integration tests, guest boots'
+	@echo 'make miri         the unit tests of what is lock-free, under Miri'
 	@echo 'make bench        the address space beside a BTreeMap'
 	@echo 'make bench-guest  guest I/O here and on the devices inside QEMU'
 	@echo 'make guest-kernel build the guest kernel with the series in guest-kernel-patches/'
@@ -35,6 +36,12 @@ test:
 	cargo test --test guest -- --test-threads=1 --skip patched::
 	scripts/prepare-guest patched
 	cargo test --test guest -- --test-threads=1 patched::
+
+# Half a minute. The tables' entries hold addresses as numbers, so provenance is exposed.
+miri:
+	@cargo +nightly miri --version >/dev/null || \
+		{ echo 'Miri is missing; to do: rustup toolchain install nightly --component miri,rust-src' >&2; exit 1; }
+	MIRIFLAGS=-Zmiri-permissive-provenance cargo +nightly miri test --target-dir target/miri --lib -- iommu:: trace::ring
 
 bench:
 	@scripts/setup stock
