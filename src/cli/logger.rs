@@ -91,10 +91,12 @@ impl Log for Logger {
             return self.inner.log(record);
         }
         let place = (record.file().unwrap_or_default().to_string(), record.line().unwrap_or(0));
+        // Not under the lock: what formats the message is others' code, and if it panics, that is logged too.
+        let like = excerpt(record.args());
         let now = Instant::now();
         let (left_out, admitted) = {
             let mut places = self.places();
-            (places.end_windows(now), places.admit(place, now, record.args()))
+            (places.end_windows(now), places.admit(place, now, like))
         };
         self.say_left_out(&left_out);
         if admitted {
@@ -134,9 +136,9 @@ struct LeftOut {
 }
 
 impl Places {
-    /// Whether a place may say something now; if not, it is counted.
-    fn admit(&mut self, place: Place, now: Instant, message: &impl Display) -> bool {
-        let begin = || Window { begun: now, said: 0, left_out: 0, like: excerpt(message) };
+    /// Whether a place may say something now, a message that begins `like` this; if not, it is counted.
+    fn admit(&mut self, place: Place, now: Instant, like: String) -> bool {
+        let begin = || Window { begun: now, said: 0, left_out: 0, like };
         let window = self.0.entry(place).or_insert_with(begin);
         if window.said >= BURST {
             window.left_out += 1;
@@ -183,13 +185,14 @@ mod tests {
     fn a_flood_of_one_place_is_counted_and_told_when_its_window_is_over() {
         let mut places = Places::default();
         let begin = Instant::now();
-        let said = (0..100).filter(|n| places.admit(place(1), begin, &format!("bad thing {n}\nand more"))).count();
+        let said =
+            (0..100).filter(|n| places.admit(place(1), begin, excerpt(&format!("bad thing {n}\nand more")))).count();
         assert_eq!(said, BURST as usize);
-        assert!(places.admit(place(2), begin, &"another"), "one place does not silence another");
+        assert!(places.admit(place(2), begin, "another".into()), "one place does not silence another");
         assert_eq!(places.end_windows(begin + WINDOW / 2), []);
         let left_out = LeftOut { count: 95, like: "bad thing 0".into() };
         assert_eq!(places.end_windows(begin + WINDOW), [left_out]);
-        assert!(places.admit(place(1), begin + WINDOW, &"again"));
+        assert!(places.admit(place(1), begin + WINDOW, "again".into()));
         assert!(places.0.len() == 1, "places that are silent are forgotten");
     }
 
@@ -198,7 +201,7 @@ mod tests {
         let mut places = Places::default();
         let now = Instant::now();
         for _ in 0..BURST + 2 {
-            places.admit(place(1), now, &"bad");
+            places.admit(place(1), now, "bad".into());
         }
         assert_eq!(places.end_all(), [LeftOut { count: 2, like: "bad".into() }]);
         assert_eq!(places.end_all(), []);
