@@ -14,11 +14,13 @@
 mod blockdev;
 mod buffers;
 mod engine;
+mod ftrace;
 mod hotplug;
 mod init;
 mod ioat;
 mod ioat_selftest;
 mod kmsg;
+mod map_cost;
 mod nvme_cli;
 mod nvme_io;
 mod pattern;
@@ -55,6 +57,8 @@ enum Workload {
     Shell,
     /// Raw I/O on an NVMe namespace, past the page cache, with io_uring.
     NvmeIo(nvme_io::Args),
+    /// What mapping costs the guest in raw I/O: processor time, atomic allocations, memory held.
+    MapCost(map_cost::Args),
     /// Commands of the nvme program, each with its exit status and what it printed.
     NvmeCli,
     /// Take a driver off its function and give it back, with I/O after each time.
@@ -86,6 +90,7 @@ impl Workload {
             Self::Report => report::run(results),
             Self::Shell => shell::run(),
             Self::NvmeIo(args) => nvme_io::run(args, results),
+            Self::MapCost(args) => map_cost::run(args, results),
             Self::NvmeCli => nvme_cli::run(results),
             Self::Rebind(args) => rebind::run(args, results),
             Self::Reboot => reboot::run(results),
