@@ -3,7 +3,7 @@
 # newest in trixie-backports) chooses the guest's kernel.
 KERNEL ?= patched
 
-.PHONY: help demo test miri bench bench-guest guest-kernel check-patches setup update clean
+.PHONY: help demo test miri bench bench-guest compare guest-kernel check-patches setup update clean
 
 help:
 	@echo 'make demo         the NVMe flow from end to end, and its summary'
@@ -11,6 +11,8 @@ help:
 	@echo 'make miri         the unit tests of what is lock-free, under Miri'
 	@echo 'make bench        the address space beside a BTreeMap'
 	@echo 'make bench-guest  guest I/O here and on the devices inside QEMU'
+	@echo 'make compare      Linux without the series and with it, with the protocol off and on:'
+	@echo '                  what an I/O costs in requests, kicks, time and memory'
 	@echo 'make guest-kernel build the guest kernel with the series in guest-kernel-patches/'
 	@echo 'make check-patches apply, build and check that series, patch by patch'
 	@echo 'make setup        install what this machine lacks'
@@ -51,6 +53,12 @@ bench-guest:
 	@scripts/setup stock
 	scripts/prepare-guest stock
 	cargo bench --bench guest
+
+compare:
+	@scripts/setup patched
+	scripts/prepare-guest patched
+	scripts/prepare-guest unpatched
+	cargo bench --bench compare
 
 guest-kernel:
 	@scripts/build-guest-kernel

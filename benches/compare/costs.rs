@@ -1,0 +1,62 @@
+//! What mapping costs the guest: its workload map-cost, once timed by the clock, and once in a guest whose clock counts
+//! instructions.
+
+use std::fs;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::common::{self, Daemon, Guest};
+use super::{SIZES, Setup};
+
+/// One tick of the time stamp counter is one instruction of the guest, so that a time is the same in each run. It is not
+/// while the guest waits for the device, which does not care about the guest's clock.
+const COUNT_INSTRUCTIONS: &str = "tcg,thread=single -icount shift=0";
+
+/// Such a guest may come to a standstill on a machine that has other things to do: QEMU's main loop does not get its turn
+/// while the processor polls. It is started again then.
+const COUNT_LIMIT: Duration = Duration::from_secs(60);
+const COUNT_ATTEMPTS: usize = 4;
+
+/// Boots two guests, and adds to each size in `all` what they say.
+pub fn measure(setup: Setup, all: &mut Value) {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("topology.toml"), setup.topology()).unwrap();
+    fs::File::create(folder.path().join("disk.img")).unwrap().set_len(256 << 20).unwrap();
+    let devices = common::devices(folder.path());
+    let files = common::guest_files(setup.variant.kernel);
+    let boot = |accel, ios, limit| {
+        let sizes = SIZES.iter().map(|size| {
+            let scatter = if size.scatter { " --scatter" } else { "" };
+            format!("map-cost --ios {ios} --bs {}{scatter}", size.name)
+        });
+        let workload = sizes.collect::<Vec<_>>().join(" + ");
+        let _daemon = Daemon::start(folder.path(), None);
+        let append = setup.mode.append;
+        let guest =
+            Guest { folder: folder.path(), files: &files, accel, devices: &devices, append, workload: &workload };
+        let results = guest.attempt(limit)?;
+        setup.check(&results);
+        Ok::<Vec<_>, String>(results.into_iter().filter(|value| value["workload"] == "map-cost").collect())
+    };
+    let timed = boot(super::ACCEL, 512, common::LIMIT).unwrap();
+    // All are the same, so a few do.
+    let counted = (0..COUNT_ATTEMPTS).find_map(|_| boot(COUNT_INSTRUCTIONS, 64, COUNT_LIMIT).ok());
+    let counted = counted.unwrap_or_else(|| panic!("{setup}: {COUNT_ATTEMPTS} guests that count did not end"));
+    for (size, (timed, counted)) in SIZES.iter().zip(timed.iter().zip(&counted)) {
+        let of = &mut all[size.name];
+        let ticks_per_us = timed["ticks"]["ticks_per_us"].as_f64().unwrap();
+        let sum = |result: &Value, what: &str| -> f64 {
+            ["map", "unmap", "flush"].iter().map(|part| result["ticks"][part][what].as_f64().unwrap()).sum()
+        };
+        of["mapping_cpu_us_per_io"] = json!((sum(timed, "own") + sum(timed, "waiting")) / ticks_per_us);
+        of["of_it_waiting_us_per_io"] = json!(sum(timed, "waiting") / ticks_per_us);
+        of["mapping_instructions_per_io"] = json!(sum(counted, "own"));
+        of["probe_us"] = json!(timed["probe_ticks"].as_f64().unwrap() / ticks_per_us);
+        let allocations = &timed["allocations"];
+        let ios = timed["traced_ios"].as_f64().unwrap();
+        of["atomic_allocations_per_io"] = json!(allocations["atomic"].as_f64().unwrap() / ios);
+        of["atomic_allocations_by_caller"] = allocations["atomic_by_caller"].clone();
+        of["held_bytes_per_mapping"] = allocations["held_bytes"].clone();
+    }
+}

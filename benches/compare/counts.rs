@@ -1,0 +1,103 @@
+//! Requests and kicks of an I/O, from the trace of a boot.
+//!
+//! Set-up must not be counted, nor what stands at the edges of a phase. So N I/Os run, then 2N, between single I/Os of a
+//! size that nothing else has; the difference is what N I/Os cost.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Value, json};
+
+use super::{SIZES, Setup, Size, harness};
+
+/// The size of the I/Os that part the phases, in bytes.
+const MARK: u64 = 1536;
+
+/// Boots a guest and counts.
+pub fn count(setup: Setup) -> Value {
+    let mark = format!("nvme-io --op read --bs {MARK} --total {MARK}");
+    let phases: Vec<_> = SIZES
+        .iter()
+        .map(|size| {
+            let [once, twice] = [size.io(size.ios), size.io(2 * size.ios)];
+            // The first of them warms up.
+            format!("{once} + {mark} + {once} + {mark} + {twice} + {mark}")
+        })
+        .collect();
+    let guest = harness::Guest::new(&setup.topology(), &phases.join(" + "));
+    let outcome = guest.kernel(setup.variant.kernel).append(setup.mode.append).run();
+    let kernel = setup.check(&outcome.results);
+    for name in ["faults", "events_lost", "requests_failed"] {
+        assert_eq!(outcome.count(name), 0, "{setup}: {name}");
+    }
+    let is_mark = |event: &Value| event["kind"] == "command" && event["opcode"] == "read" && event["len"] == MARK;
+    let marks: Vec<usize> = (0..outcome.trace.len()).filter(|at| is_mark(&outcome.trace[*at])).collect();
+    assert_eq!(marks.len(), 3 * SIZES.len(), "{setup}: the marks between the phases");
+    let mut all = json!({ "kernel": kernel });
+    for (size, marks) in SIZES.iter().zip(marks.chunks(3)) {
+        let [once, twice] = [0, 1].map(|phase| Counts::of(&outcome.trace[marks[phase]..marks[phase + 1]]));
+        all[size.name] = once.until(&twice, size.ios);
+    }
+    all
+}
+
+impl Size {
+    fn io(&self, ios: u64) -> String {
+        let scatter = if self.scatter { " --scatter" } else { "" };
+        let total = ios * u64::from(self.pages) * 4;
+        format!("nvme-io --op read --bs {} --depth {} --total {total}k{scatter}", self.name, self.depth)
+    }
+}
+
+/// What happened in a part of a trace.
+struct Counts {
+    requests: BTreeMap<String, u64>,
+    queue_bytes: u64,
+    kicks: u64,
+    ios: u64,
+}
+
+impl Counts {
+    fn of(events: &[Value]) -> Counts {
+        let mut counts = Counts { requests: BTreeMap::new(), queue_bytes: 0, kicks: 0, ios: 0 };
+        for event in events {
+            match event["kind"].as_str() {
+                Some("request") => {
+                    let name = event["type"].as_str().unwrap().to_lowercase();
+                    *counts.requests.entry(name).or_default() += 1;
+                    counts.queue_bytes += request_bytes(event);
+                }
+                Some("kick") if event["virtqueue"] == "request" => counts.kicks += 1,
+                Some("command") => counts.ios += 1,
+                _ => {}
+            }
+        }
+        counts
+    }
+
+    /// What `ios` I/Os cost, if `other` has that many more than this one.
+    fn until(&self, other: &Counts, ios: u64) -> Value {
+        assert_eq!(other.ios - self.ios, ios, "the trace shows other I/Os than were asked for");
+        let each = |one: u64, other: u64| (other as f64 - one as f64) / ios as f64;
+        let of = |counts: &Counts, name: &String| counts.requests.get(name).copied().unwrap_or(0);
+        let requests: BTreeMap<_, _> =
+            other.requests.keys().map(|name| (name, each(of(self, name), of(other, name)))).collect();
+        json!({
+            "requests_per_io": requests.values().sum::<f64>(),
+            "kicks_per_io": each(self.kicks, other.kicks),
+            "requests_by_type": requests,
+            "queue_bytes_per_io": each(self.queue_bytes, other.queue_bytes),
+        })
+    }
+}
+
+/// The bytes of a request that the device reads and writes: virtio specification 1.3, 5.13.6, and
+/// docs/split-protocol.md. Each has a tail of 4.
+fn request_bytes(event: &Value) -> u64 {
+    match event["type"].as_str() {
+        Some("MAP") => 36 + 4,
+        Some("UNMAP") => 28 + 4,
+        Some("RESERVE" | "UNLINK" | "RELEASE") => 36 + 4,
+        Some("LINK") => 32 + 8 * event["extents"].as_u64().unwrap() + 4,
+        _ => panic!("a request that belongs to no I/O: {event}"),
+    }
+}

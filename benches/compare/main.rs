@@ -1,0 +1,142 @@
+//! The same NVMe workloads on Linux 6.12 without the series, and with it on a device without and with the split protocol:
+//! `make compare`. Prints a table, and writes target/compare/compare.json and the table in docs/results.md.
+//!
+//! Three kinds of boots: some are traced, and requests and kicks are counted in the trace; in some the guest measures
+//! what mapping costs it; and in some nothing is measured but throughput.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
+
+use std::process::ExitCode;
+
+use serde_json::{Value, json};
+
+mod costs;
+mod counts;
+mod report;
+mod throughput;
+
+#[path = "../common/mod.rs"]
+mod common;
+#[allow(dead_code)]
+#[path = "../../tests/guest/harness.rs"]
+mod harness;
+
+/// Rounds of boots for throughput, at least 6: of 9, the second lowest and the second highest value enclose the median
+/// with a confidence of 96 %.
+const ROUNDS: usize = 9;
+
+/// Emulation, so that results compare between machines, with and without KVM.
+pub const ACCEL: &str = "tcg,thread=multi";
+
+/// The sizes whose requests and costs are looked at.
+pub const SIZES: [Size; 2] = [
+    Size { name: "128k", scatter: true, pages: 32, ios: 256, depth: 8 },
+    Size { name: "4k", scatter: false, pages: 1, ios: 1024, depth: 1 },
+];
+
+/// Direct reads of one size.
+pub struct Size {
+    /// As the workload takes it.
+    pub name: &'static str,
+    /// Whether its pages are scattered in memory.
+    pub scatter: bool,
+    /// How many physically contiguous runs a buffer then has.
+    pub pages: u32,
+    /// I/Os that are counted.
+    pub ios: u64,
+    /// I/Os in flight while they are.
+    pub depth: u32,
+}
+
+/// What is compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Variant {
+    /// Its name in compare.json.
+    pub name: &'static str,
+    /// Its kernel, as `scripts/prepare-guest` names it.
+    pub kernel: &'static str,
+    /// Whether the device offers the split protocol.
+    pub split: bool,
+}
+
+pub const VARIANTS: [Variant; 3] = [
+    Variant { name: "unpatched", kernel: "unpatched", split: true },
+    Variant { name: "patched_off", kernel: "patched", split: false },
+    Variant { name: "patched_on", kernel: "patched", split: true },
+];
+
+/// When the guest gives unmapped addresses back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Mode {
+    /// Its name in compare.json.
+    pub name: &'static str,
+    /// What chooses it on the kernel's command line.
+    pub append: &'static str,
+    /// How sysfs names such a domain.
+    pub domain: &'static str,
+}
+
+pub const MODES: [Mode; 2] = [
+    Mode { name: "strict", append: "iommu.strict=1", domain: "DMA" },
+    Mode { name: "lazy", append: "iommu.strict=0", domain: "DMA-FQ" },
+];
+
+/// A variant in a mode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Setup {
+    pub variant: Variant,
+    pub mode: Mode,
+}
+
+impl Setup {
+    /// All six.
+    pub fn all() -> Vec<Setup> {
+        MODES.iter().flat_map(|&mode| VARIANTS.iter().map(move |&variant| Setup { variant, mode })).collect()
+    }
+
+    pub fn topology(self) -> String {
+        format!(
+            "[machine]\nmemory = \"512M\"\nvcpus = 1\n[iommu]\nsplit = {}\n[[nvme]]\naddress = \"04.0\"\n\
+             image = \"disk.img\"\n",
+            self.variant.split
+        )
+    }
+
+    /// Makes sure that a guest is what was meant, and returns its kernel's release.
+    pub fn check(self, results: &[Value]) -> String {
+        let boot = results.iter().find(|value| value["event"] == "boot").expect("a guest says what it is");
+        let functions = boot["pci"].as_array().into_iter().flatten();
+        let domain = functions.filter(|function| function["driver"] == "nvme").map(|function| &function["iommu_type"]);
+        assert_eq!(domain.collect::<Vec<_>>(), [self.mode.domain], "{self}: {boot}");
+        let scattered = results.iter().filter(|value| value["scatter"] == true);
+        for result in scattered {
+            let size = SIZES.iter().find(|size| size.scatter).unwrap();
+            assert_eq!(result["physical_runs_per_io"], f64::from(size.pages), "{self}: the pages are not scattered");
+        }
+        boot["kernel"].as_str().unwrap().to_string()
+    }
+}
+
+impl std::fmt::Display for Setup {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {}", self.variant.name, self.mode.name)
+    }
+}
+
+fn main() -> ExitCode {
+    // `cargo bench` passes --bench; `cargo test --benches` runs the file too, and is to do nothing.
+    if !std::env::args().any(|arg| arg == "--bench") {
+        return ExitCode::SUCCESS;
+    }
+    let rounds =
+        std::env::var("VIOMMU_COMPARE_ROUNDS").map_or(ROUNDS, |text| text.parse().expect("a number of rounds"));
+    let mut all = json!({});
+    for setup in Setup::all() {
+        eprintln!("counts and costs: {setup}");
+        let mut of = counts::count(setup);
+        costs::measure(setup, &mut of);
+        all[setup.variant.name][setup.mode.name] = of;
+    }
+    throughput::measure(rounds, &mut all);
+    report::finish(&all, rounds)
+}

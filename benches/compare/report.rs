@@ -1,0 +1,249 @@
+//! The tables, and what they have to show.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::path::Path;
+use std::process::{Command, ExitCode};
+
+use serde_json::{Value, json};
+
+use super::throughput::{CASES, Median, SECONDS};
+use super::{ACCEL, SIZES, Setup, common};
+
+/// Where docs/results.md has the tables.
+const BEGIN: &str = "<!-- make compare writes from here -->";
+const END: &str = "<!-- to here -->";
+
+/// With fewer rounds the ratios say nothing, and docs/results.md stays as it is.
+const ENOUGH_ROUNDS: usize = 6;
+
+/// The rows about one I/O size: title, member, digits behind the point.
+const ROWS: [(&str, &str, usize); 8] = [
+    ("requests", "requests_per_io", 3),
+    ("kicks", "kicks_per_io", 3),
+    ("bytes on the queue", "queue_bytes_per_io", 1),
+    ("guest CPU time in mapping, us", "mapping_cpu_us_per_io", 1),
+    ("- of it waiting for the device, us", "of_it_waiting_us_per_io", 1),
+    ("instructions in mapping, without waiting", "mapping_instructions_per_io", 0),
+    ("atomic allocations", "atomic_allocations_per_io", 2),
+    ("memory held while mapped, bytes", "held_bytes_per_mapping", 0),
+];
+
+/// Prints everything, and writes target/compare/compare.json and docs/results.md. Fails if a count misses its target.
+pub fn finish(measured: &Value, rounds: usize) -> ExitCode {
+    let mut all = measured.clone();
+    all["about"] = about(measured, rounds);
+    let targets = targets(measured);
+    let text = text(&all, &targets);
+    println!("{text}");
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let folder = root.join("target/compare");
+    fs::create_dir_all(&folder).unwrap();
+    all["targets"] = targets.iter().map(|target| json!({ "target": target.what, "verdict": target.verdict })).collect();
+    fs::write(folder.join("compare.json"), format!("{all:#}\n")).unwrap();
+    if rounds >= ENOUGH_ROUNDS {
+        let page = root.join("docs/results.md");
+        let old = fs::read_to_string(&page).unwrap();
+        let (before, rest) = old.split_once(BEGIN).expect("docs/results.md has lost the marks of its table");
+        let (_, after) = rest.split_once(END).expect("docs/results.md has lost the mark at the end of its table");
+        fs::write(&page, format!("{before}{BEGIN}\n\n{text}\n{END}{after}")).unwrap();
+    } else {
+        println!("docs/results.md is as it was: it takes {ENOUGH_ROUNDS} rounds.");
+    }
+    if targets.iter().any(|target| target.exact && target.verdict == MISSED) {
+        return ExitCode::FAILURE;
+    }
+    ExitCode::SUCCESS
+}
+
+fn about(measured: &Value, rounds: usize) -> Value {
+    let said = |program: &Path, arg: &str| {
+        let output = Command::new(program).arg(arg).output().unwrap();
+        String::from_utf8_lossy(&output.stdout).lines().next().unwrap_or_default().to_string()
+    };
+    let processor = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let processor = processor.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or("unknown");
+    let kernel = |variant: &str| measured[variant]["strict"]["kernel"].clone();
+    json!({
+        "date": said(Path::new("date"), "+%Y-%m-%d"),
+        "command": format!("VIOMMU_COMPARE_ROUNDS={rounds} make compare"),
+        "kernels": { "unpatched": kernel("unpatched"), "patched": kernel("patched_on") },
+        "qemu": said(&common::guest_files("patched").join("qemu"), "--version"),
+        "accel": ACCEL,
+        "cores": std::thread::available_parallelism().unwrap(),
+        "processor": processor.trim_start_matches([' ', '\t', ':']),
+        "rounds": rounds,
+    })
+}
+
+fn text(all: &Value, targets: &[Target]) -> String {
+    let about = &all["about"];
+    let mut text = format!(
+        "{}, `{}`: Linux {} and {}, {}, accelerator {}, {} cores ({}).\n",
+        plain(&about["date"]),
+        plain(&about["command"]),
+        plain(&about["kernels"]["unpatched"]),
+        plain(&about["kernels"]["patched"]),
+        plain(&about["qemu"]),
+        plain(&about["accel"]),
+        about["cores"],
+        plain(&about["processor"])
+    );
+    for size in &SIZES {
+        let _ = writeln!(text, "\nOne read of {} KiB, {} physically contiguous:\n", size.pages * 4, size.runs());
+        let mut table = Table::new(all, "each I/O");
+        for (title, member, digits) in ROWS {
+            table.row(title, |of| of[size.name][member].as_f64().map(|value| format!("{value:.digits$}")));
+            if member == "requests_per_io" {
+                table.row("- by type", |of| Some(by_type(&of[size.name]["requests_by_type"])));
+            }
+        }
+        text += &table.markdown();
+    }
+    if about["rounds"] != 0 {
+        let rounds = &about["rounds"];
+        let _ = writeln!(text, "\nThroughput, I/Os per second: median of {rounds} boots of {SECONDS} s each.\n");
+        let mut table = Table::new(all, "reads");
+        for (name, _) in CASES {
+            table.row(name, |of| of["throughput"][name]["iops"].as_f64().map(|iops| format!("{iops:.0}")));
+            table.row("- ratio to unpatched", |of| {
+                let ratio = ratio(of, name)?;
+                Some(format!("{:.3} ({:.3} to {:.3})", ratio.median, ratio.low, ratio.high))
+            });
+        }
+        text += &table.markdown();
+    }
+    text += "\nTargets:\n\n";
+    for target in targets {
+        let _ = writeln!(text, "- {}: {}", target.what, target.verdict);
+    }
+    text
+}
+
+/// A string of JSON without its quotes.
+fn plain(value: &Value) -> &str {
+    value.as_str().unwrap_or("unknown")
+}
+
+impl super::Size {
+    fn runs(&self) -> String {
+        if self.pages == 1 { "one page,".into() } else { format!("{} pages, none", self.pages) }
+    }
+}
+
+fn by_type(requests: &Value) -> String {
+    let each = requests.as_object().into_iter().flatten().filter(|(_, count)| count.as_f64() != Some(0.0));
+    each.map(|(name, count)| format!("{} {}", number(count), name.to_uppercase())).collect::<Vec<_>>().join(", ")
+}
+
+fn number(value: &Value) -> String {
+    let text = format!("{:.3}", value.as_f64().unwrap_or(f64::NAN));
+    text.trim_end_matches('0').trim_end_matches('.').to_string()
+}
+
+fn ratio(of: &Value, case: &str) -> Option<Median> {
+    let ratio = &of["throughput"][case]["ratio_to_unpatched"];
+    // JSON has no infinity.
+    Some(Median {
+        median: ratio["median"].as_f64()?,
+        low: ratio["low"].as_f64()?,
+        high: ratio["high"].as_f64().unwrap_or(f64::INFINITY),
+    })
+}
+
+/// A table in Markdown, with a column for each setup.
+struct Table<'a> {
+    all: &'a Value,
+    rows: Vec<Vec<String>>,
+}
+
+impl Table<'_> {
+    fn new<'a>(all: &'a Value, head: &str) -> Table<'a> {
+        let names = Setup::all().into_iter().map(|setup| setup.to_string());
+        Table { all, rows: vec![std::iter::once(head.to_string()).chain(names).collect()] }
+    }
+
+    fn row(&mut self, title: &str, cell: impl Fn(&Value) -> Option<String>) {
+        let cells = Setup::all().into_iter().map(|setup| {
+            let of = &self.all[setup.variant.name][setup.mode.name];
+            cell(of).unwrap_or_else(|| "?".into())
+        });
+        let row = std::iter::once(title.to_string()).chain(cells).collect();
+        self.rows.push(row);
+    }
+
+    fn markdown(&self) -> String {
+        let columns = self.rows[0].len();
+        let widths: Vec<_> =
+            (0..columns).map(|column| self.rows.iter().map(|row| row[column].len()).max().unwrap_or(0)).collect();
+        let mut text = String::new();
+        for (at, row) in self.rows.iter().enumerate() {
+            for (cell, width) in row.iter().zip(&widths) {
+                let _ = write!(text, "| {cell:<width$} ");
+            }
+            text += "|\n";
+            if at == 0 {
+                text += &format!("{}|\n", "|---".repeat(columns));
+            }
+        }
+        text
+    }
+}
+
+const REACHED: &str = "reached";
+const MISSED: &str = "MISSED";
+
+/// Something that the series and the protocol are to achieve.
+struct Target {
+    what: String,
+    verdict: &'static str,
+    /// A count, which depends on nothing but the code: missing it is a failure.
+    exact: bool,
+}
+
+fn targets(all: &Value) -> Vec<Target> {
+    let count = |what: &str, mode: &str, member: &str, most: f64| {
+        let found = all["patched_on"][mode]["128k"][member].as_f64().unwrap();
+        let base = all["unpatched"][mode]["128k"][member].as_f64().unwrap();
+        Target {
+            what: format!(
+                "128 KiB of 32 scattered pages, {mode}: {what} {found:.3}, wanted {most} (unpatched {base:.3})"
+            ),
+            verdict: if found <= most { REACHED } else { MISSED },
+            exact: true,
+        }
+    };
+    let mut targets = vec![
+        count("requests", "strict", "requests_per_io", 3.0),
+        count("requests", "lazy", "requests_per_io", 3.0),
+        count("kicks", "strict", "kicks_per_io", 2.0),
+        count("kicks", "lazy", "kicks_per_io", 1.1),
+    ];
+    for (variant, least) in [("patched_on", 1.0), ("patched_off", 0.97)] {
+        for (case, _) in &CASES[..2] {
+            let Some(ratio) = ratio(&all[variant]["strict"], case) else { continue };
+            targets.push(Target {
+                what: format!(
+                    "{case}, strict, {variant} to unpatched: {:.3} ({:.3} to {:.3}), wanted at least {least}",
+                    ratio.median, ratio.low, ratio.high
+                ),
+                verdict: verdict(ratio, least),
+                exact: false,
+            });
+        }
+    }
+    targets
+}
+
+/// Whether a ratio is at least `least`, as far as the spread lets one say.
+fn verdict(ratio: Median, least: f64) -> &'static str {
+    if ratio.high < least {
+        MISSED
+    } else if ratio.low >= least {
+        REACHED
+    } else if ratio.median >= least {
+        "reached, though the spread includes less"
+    } else {
+        "within noise: the spread includes it, the median is less"
+    }
+}

@@ -1,0 +1,102 @@
+//! Throughput: rounds of boots, each of all variants in both modes, in another order each time.
+
+use std::collections::BTreeMap;
+use std::fs;
+
+use serde_json::{Value, json};
+
+use super::common::{self, Daemon, Guest, median};
+use super::{MODES, Setup, VARIANTS};
+
+/// Name, workload.
+pub const CASES: [(&str, &str); 3] = [
+    ("4 KiB read, depth 1", "--bs 4k --depth 1"),
+    ("4 KiB read, depth 32", "--bs 4k --depth 32"),
+    ("128 KiB read of 32 scattered pages, depth 8", "--bs 128k --depth 8 --scatter"),
+];
+
+/// Seconds of each case in each boot.
+pub const SECONDS: f64 = 1.0;
+
+/// Adds `throughput` to each setup in `all`: I/Os per second of each round, and the ratios to `unpatched` of the same
+/// round.
+pub fn measure(rounds: usize, all: &mut Value) {
+    let folder = tempfile::tempdir().unwrap();
+    // Not sparse: a hole reads faster than data.
+    fs::write(folder.path().join("disk.img"), vec![0x5a; 256 << 20]).unwrap();
+    let setups = Setup::all();
+    let mut measured: BTreeMap<(Setup, usize), Vec<f64>> = BTreeMap::new();
+    for round in 0..rounds {
+        for turn in 0..setups.len() {
+            let setup = setups[(turn + round) % setups.len()];
+            eprintln!("throughput, round {} of {rounds}: {setup}", round + 1);
+            for (case, iops) in boot(setup, folder.path()).into_iter().enumerate() {
+                measured.entry((setup, case)).or_default().push(iops);
+            }
+        }
+    }
+    for mode in MODES {
+        for variant in VARIANTS {
+            let cases = CASES.iter().enumerate().filter(|_| rounds > 0).map(|(case, (name, _))| {
+                let of = |variant| &measured[&(Setup { variant, mode }, case)];
+                let ratios = of(variant).iter().zip(of(VARIANTS[0])).map(|(ours, base)| ours / base);
+                let ratio = Median::of(ratios.collect());
+                let value = json!({
+                    "iops": median(of(variant)), "iops_of_rounds": of(variant),
+                    "ratio_to_unpatched": { "median": ratio.median, "low": ratio.low, "high": ratio.high },
+                });
+                ((*name).to_string(), value)
+            });
+            all[variant.name][mode.name]["throughput"] = cases.collect::<serde_json::Map<_, _>>().into();
+        }
+    }
+}
+
+/// Boots one guest and returns the I/Os per second of each case.
+fn boot(setup: Setup, folder: &std::path::Path) -> Vec<f64> {
+    fs::write(folder.join("topology.toml"), setup.topology()).unwrap();
+    let _daemon = Daemon::start(folder, None);
+    let cases: Vec<_> =
+        CASES.iter().map(|(_, case)| format!("nvme-io --op randread {case} --seconds {SECONDS}")).collect();
+    let guest = Guest {
+        folder,
+        files: &common::guest_files(setup.variant.kernel),
+        accel: super::ACCEL,
+        devices: &common::devices(folder),
+        append: setup.mode.append,
+        workload: &cases.join(" + "),
+    };
+    let results = guest.run();
+    setup.check(&results);
+    let iops: Vec<f64> = results.iter().filter_map(|value| value["iops"].as_f64()).collect();
+    assert_eq!(iops.len(), CASES.len(), "{setup}: not every case has a result");
+    iops
+}
+
+/// A median, and the range that encloses that of the whole population with a confidence of at least 95 %.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Median {
+    pub median: f64,
+    pub low: f64,
+    pub high: f64,
+}
+
+impl Median {
+    /// Of values in any order. Of fewer than 6 none has that confidence: the range is 0 to infinity then.
+    pub fn of(mut values: Vec<f64>) -> Median {
+        values.sort_by(f64::total_cmp);
+        let count = values.len() as i32;
+        // How many values may be left out at each end: half of all the rest lie below the median by chance.
+        let (mut left_out, mut tail, mut ways) = (None, 0.0, 1.0);
+        for at in 0..count / 2 {
+            tail += ways / 2_f64.powi(count);
+            ways *= f64::from(count - at) / f64::from(at + 1);
+            if 2.0 * tail <= 0.05 {
+                left_out = Some(at as usize);
+            }
+        }
+        let range = left_out.map(|at| (values[at], values[values.len() - 1 - at]));
+        let (low, high) = range.unwrap_or((0.0, f64::INFINITY));
+        Median { median: median(&values), low, high }
+    }
+}
