@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 /// How long one guest may take.
-pub const LIMIT: Duration = Duration::from_secs(180);
+const LIMIT: Duration = Duration::from_secs(180);
 
 /// The folder with QEMU, kernel and initial RAM file system that `scripts/prepare-guest FLAVOUR` made.
 pub fn guest_files(flavour: &str) -> PathBuf {
@@ -36,11 +36,6 @@ pub struct Guest<'a> {
 impl Guest<'_> {
     /// Boots it, waits for its end and returns what it said.
     pub fn run(&self) -> Vec<Value> {
-        self.attempt(LIMIT).unwrap_or_else(|said| panic!("{}: the guest failed or did not end; {said}", self.workload))
-    }
-
-    /// As [`Self::run`], in a time of one's own; what was seen of the guest if it failed or did not end.
-    pub fn attempt(&self, limit: Duration) -> Result<Vec<Value>, String> {
         let results = self.folder.join("results.jsonl");
         let _ = fs::remove_file(&results);
         let Guest { files, accel, devices, append, .. } = self;
@@ -54,20 +49,21 @@ impl Guest<'_> {
         );
         let mut command = Command::new("sh");
         command.arg("-c").arg(line).current_dir(self.folder).stdin(Stdio::null());
-        let ended = wait(&mut command.spawn().unwrap(), limit);
+        let ended = wait(&mut command.spawn().unwrap());
         let text = fs::read_to_string(&results).unwrap_or_default();
         let values: Vec<Value> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
         let good = values.iter().any(|value| value["event"] == "end" && value["ok"] == true);
-        if ended && good {
-            return Ok(values);
+        if !ended || !good {
+            let console = fs::read(self.folder.join("console.log")).unwrap_or_default();
+            let console = String::from_utf8_lossy(&console);
+            panic!("{workload}: the guest failed or did not end; its results:\n{text}\nits console:\n{console}");
         }
-        let console = fs::read(self.folder.join("console.log")).unwrap_or_default();
-        Err(format!("its results:\n{text}\nits console:\n{}", String::from_utf8_lossy(&console)))
+        values
     }
 }
 
-fn wait(child: &mut Child, limit: Duration) -> bool {
-    let deadline = Instant::now() + limit;
+fn wait(child: &mut Child) -> bool {
+    let deadline = Instant::now() + LIMIT;
     while Instant::now() < deadline {
         if child.try_wait().unwrap().is_some() {
             return true;

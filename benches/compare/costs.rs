@@ -2,7 +2,6 @@
 //! instructions.
 
 use std::fs;
-use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -13,11 +12,6 @@ use super::{SIZES, Setup};
 /// while the guest waits for the device, which does not care about the guest's clock.
 const COUNT_INSTRUCTIONS: &str = "tcg,thread=single -icount shift=0";
 
-/// Such a guest may come to a standstill on a machine that has other things to do: QEMU's main loop does not get its turn
-/// while the processor polls. It is started again then.
-const COUNT_LIMIT: Duration = Duration::from_secs(60);
-const COUNT_ATTEMPTS: usize = 4;
-
 /// Boots two guests, and adds to each size in `all` what they say.
 pub fn measure(setup: Setup, all: &mut Value) {
     let folder = tempfile::tempdir().unwrap();
@@ -25,7 +19,7 @@ pub fn measure(setup: Setup, all: &mut Value) {
     fs::File::create(folder.path().join("disk.img")).unwrap().set_len(256 << 20).unwrap();
     let devices = common::devices(folder.path());
     let files = common::guest_files(setup.variant.kernel);
-    let boot = |accel, ios, limit| {
+    let boot = |accel, ios| {
         let sizes = SIZES.iter().map(|size| {
             let scatter = if size.scatter { " --scatter" } else { "" };
             format!("map-cost --ios {ios} --bs {}{scatter}", size.name)
@@ -35,14 +29,13 @@ pub fn measure(setup: Setup, all: &mut Value) {
         let append = setup.mode.append;
         let guest =
             Guest { folder: folder.path(), files: &files, accel, devices: &devices, append, workload: &workload };
-        let results = guest.attempt(limit)?;
+        let results = guest.run();
         setup.check(&results);
-        Ok::<Vec<_>, String>(results.into_iter().filter(|value| value["workload"] == "map-cost").collect())
+        results.into_iter().filter(|value| value["workload"] == "map-cost").collect::<Vec<_>>()
     };
-    let timed = boot(super::ACCEL, 512, common::LIMIT).unwrap();
+    let timed = boot(super::ACCEL, 512);
     // All are the same, so a few do.
-    let counted = (0..COUNT_ATTEMPTS).find_map(|_| boot(COUNT_INSTRUCTIONS, 64, COUNT_LIMIT).ok());
-    let counted = counted.unwrap_or_else(|| panic!("{setup}: {COUNT_ATTEMPTS} guests that count did not end"));
+    let counted = boot(COUNT_INSTRUCTIONS, 64);
     for (size, (timed, counted)) in SIZES.iter().zip(timed.iter().zip(&counted)) {
         let of = &mut all[size.name];
         let ticks_per_us = timed["ticks"]["ticks_per_us"].as_f64().unwrap();
