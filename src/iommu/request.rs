@@ -139,6 +139,15 @@ pub(super) fn require(condition: bool, status: Status) -> Done {
     condition.then_some(()).ok_or(status)
 }
 
+impl From<MapError> for Status {
+    fn from(error: MapError) -> Self {
+        match error {
+            MapError::Overlap => Status::Inval,
+            MapError::NoMemory => Status::NoMem,
+        }
+    }
+}
+
 impl Iommu {
     /// Does a request. `properties` is the device-writable part before the tail; it is all written by PROBE, and
     /// otherwise left alone. After a request that removes something, [`Iommu::settle`] must be called before the
@@ -201,8 +210,7 @@ impl Iommu {
 
     /// Section 5.13.6.5.2, and rule S10 of the split protocol.
     fn map(&self, request: &Map) -> Done {
-        let flags = MapFlags::from_bits(request.flags.get()).ok_or(Status::Inval)?;
-        require(!flags.contains(MapFlags::MMIO) || self.accepted(feature::MMIO), Status::Inval)?;
+        let flags = self.map_flags(request.flags.get())?;
         self.check_domain_range(request.domain.get())?;
         let (start, end, phys) = (request.virt_start.get(), request.virt_end.get(), request.phys_start.get());
 
@@ -211,10 +219,7 @@ impl Iommu {
         let space = entry.domain.space.as_ref().ok_or(Status::Inval)?;
         self.check_map_range(start, end, phys)?;
         require(!entry.is_reserved(start, end) && !entry.reservations.touch(start, end), Status::Inval)?;
-        space.map(start, end, phys, flags).map_err(|error| match error {
-            MapError::Overlap => Status::Inval,
-            MapError::NoMemory => Status::NoMem,
-        })?;
+        space.map(start, end, phys, flags)?;
         self.counts.mapped();
         Ok(())
     }
@@ -257,6 +262,13 @@ impl Iommu {
             slot.copy_from_slice(property.as_bytes());
         }
         Ok(())
+    }
+
+    /// The flags of a MAP or a LINK.
+    pub(super) fn map_flags(&self, bits: u32) -> Result<MapFlags, Status> {
+        let flags = MapFlags::from_bits(bits).ok_or(Status::Inval)?;
+        require(!flags.contains(MapFlags::MMIO) || self.accepted(feature::MMIO), Status::Inval)?;
+        Ok(flags)
     }
 
     pub(super) fn check_domain_range(&self, id: u32) -> Done {

@@ -3,13 +3,13 @@
 //! gives the status.
 
 use super::Iommu;
-use super::address_space::{AddressSpace, MapError, PAGE, Run};
+use super::address_space::{AddressSpace, PAGE, Run};
 use super::domain::{Domains, Entry};
 use super::request::{Outcome, require};
 use super::reservation::{NoMemory, Reservations};
 use crate::trace::Event;
 use crate::wire::split::{EXTENTS_MAX, Extent, Link, Range, request_type};
-use crate::wire::virtio_iommu::{MapFlags, Status, feature};
+use crate::wire::virtio_iommu::Status;
 
 /// Granules that the request linked or unlinked; or the status that says why it did not.
 type Granules = Result<u64, Status>;
@@ -30,8 +30,7 @@ impl Iommu {
     pub(super) fn link(&self, request: &Link, extents: &[Extent]) -> Granules {
         let mut domains = self.domains();
         let entry = self.entry(&mut domains, request.domain.get())?;
-        let flags = MapFlags::from_bits(request.flags.get()).ok_or(Status::Inval)?;
-        require(!flags.contains(MapFlags::MMIO) || self.features() & feature::MMIO != 0, Status::Inval)?;
+        let flags = self.map_flags(request.flags.get())?;
         let (space, reservations) = parts(entry)?;
         // A part of S6 that comes first, since without it there is no range.
         let complete = request.count.get() as usize == extents.len() && (1..=EXTENTS_MAX).contains(&extents.len());
@@ -46,10 +45,7 @@ impl Iommu {
         require(reservations.contain(start, end), Status::Range)?;
         let runs =
             extents.iter().map(|extent| Run { phys: extent.phys(), pages: extent.granules() * (granule / PAGE) });
-        space.link(start, runs, flags, request.tag.get()).map_err(|error| match error {
-            MapError::Overlap => Status::Inval,
-            MapError::NoMemory => Status::NoMem,
-        })?;
+        space.link(start, runs, flags, request.tag.get())?;
         entry.reservations.linked += granules * (granule / PAGE);
         self.counts.linked(granules * granule);
         Ok(granules)
