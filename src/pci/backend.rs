@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::io::{self, ErrorKind};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use vfio_bindings::bindings::vfio::*;
 use vfio_user::{DmaMapFlags, DmaUnmapFlags, IrqInfo, ServerBackend, ServerRegion};
@@ -267,13 +266,12 @@ impl Drop for Backend<'_> {
 pub(super) fn contained<R>(bus: &Bus, call: impl FnOnce() -> R) -> Option<R> {
     // What the call may have left half done is either never used again (the function) or whole between any two
     // messages (everything else here).
-    let result = catch_unwind(AssertUnwindSafe(call));
-    if result.is_err() {
-        let endpoint = bus.door.endpoint();
+    let endpoint = bus.door.endpoint();
+    let result = bus.tracer.contain(endpoint, call);
+    if result.is_none() {
         log::error!("Contained a panic in what serves endpoint {endpoint:#x}");
-        bus.tracer.emit(Event::Panic { endpoint });
     }
-    result.ok()
+    result
 }
 
 /// The crate answers every error of a backend's with the error flag but error number 0; so it is at least in the log.

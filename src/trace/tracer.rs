@@ -1,6 +1,7 @@
 //! The emitting side: what a thread does to trace an event.
 
 use std::cell::RefCell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -131,6 +132,16 @@ impl Tracer {
         if let Some(shared) = &self.shared {
             shared.emit(&event);
         }
+    }
+
+    /// Runs something that must not take its thread down; `None` if it panics, which is traced as a panic of
+    /// `endpoint`. What the call changes must be whole, or not used any more, wherever it may panic.
+    pub fn contain<R>(&self, endpoint: u32, call: impl FnOnce() -> R) -> Option<R> {
+        let result = catch_unwind(AssertUnwindSafe(call));
+        if result.is_err() {
+            self.emit(Event::Panic { endpoint });
+        }
+        result.ok()
     }
 
     /// What was emitted so far. Takes a lock; for summaries.

@@ -3,7 +3,6 @@
 use std::io;
 use std::mem;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
@@ -27,6 +26,7 @@ use crate::dma::Memory;
 use crate::iommu::{NotARequest, Request};
 use crate::trace::Event;
 use crate::trace::event::Channel;
+use crate::wire::trace::NO_ENDPOINT;
 use crate::wire::virtio_iommu::{FaultRecord, Tail};
 
 /// The largest virtqueue that the device takes, for a QEMU that is told another size than [`super::QUEUE_SIZE`].
@@ -44,9 +44,6 @@ const TURN: Duration = Duration::from_millis(2);
 
 /// What epoll says for [`Backend::wake`]: the numbers up to the count of queues are the crate's.
 const WAKE_TOKEN: u16 = QUEUES as u16 + 1;
-
-/// The endpoint of a panic that is the device's own: no PCI function has this id.
-const NO_ENDPOINT: u32 = u32::MAX;
 
 /// What the device offers beside the features of its type.
 const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
@@ -208,9 +205,8 @@ impl Backend {
     fn contained(&self, serve: impl FnOnce() -> bool) -> bool {
         // What the call may have left half done is the queue, which is left alone, and the worker's buffers, which are
         // filled anew for each request.
-        catch_unwind(AssertUnwindSafe(serve)).unwrap_or_else(|_| {
+        self.shared.tracer.contain(NO_ENDPOINT, serve).unwrap_or_else(|| {
             log::error!("Contained a panic in what serves the virtqueues");
-            self.shared.tracer.emit(Event::Panic { endpoint: NO_ENDPOINT });
             false
         })
     }

@@ -1,6 +1,5 @@
 //! The channel's thread, which does all of its DMA.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -44,7 +43,11 @@ impl Worker {
         let other = shared.clone();
         let thread = std::thread::Builder::new()
             .name(format!("ioat-{:x}", shared.bus.door.endpoint()))
-            .spawn(move || while catch_unwind(AssertUnwindSafe(|| other.run())).is_err_and(|_| other.panicked()) {})
+            .spawn(move || {
+                while other.bus.tracer.contain(other.bus.door.endpoint(), || other.run()).is_none() {
+                    other.panicked();
+                }
+            })
             .unwrap_or_else(|error| panic!("Cannot start a DMA engine's thread: {error}"));
         Worker { shared, thread: Some(thread) }
     }
@@ -158,14 +161,12 @@ impl Shared {
         });
     }
 
-    /// The thread panicked: the channel halts, and the thread goes on. Always true.
-    fn panicked(&self) -> bool {
+    /// The thread panicked: the channel halts, and the thread goes on.
+    fn panicked(&self) {
         let endpoint = self.bus.door.endpoint();
         log::error!("The DMA engine of endpoint {endpoint:#x} panicked; its channel is halted");
-        self.bus.tracer.emit(Event::Panic { endpoint });
         self.traced(&mut self.lock(), Channel::fail);
         self.changed.notify_all();
-        true
     }
 }
 

@@ -1,7 +1,6 @@
 //! What the threads of a controller share: the vfio-user thread, the admin thread and a worker for each submission
 //! queue.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::Thread;
@@ -217,8 +216,7 @@ impl Shared {
 
     /// Runs a thread of the controller's: a panic of it is the controller's fatal status and nothing more.
     pub fn contained(&self, run: impl FnOnce()) {
-        if catch_unwind(AssertUnwindSafe(run)).is_err() {
-            self.bus.tracer.emit(Event::Panic { endpoint: self.bus.door.endpoint() });
+        if self.bus.tracer.contain(self.bus.door.endpoint(), run).is_none() {
             self.fatal();
         }
     }
