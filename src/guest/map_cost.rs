@@ -12,8 +12,9 @@ use serde_json::{Value, json};
 
 use crate::blockdev::{self, Device};
 use crate::buffers::Buffers;
-use crate::engine::{self, Direction, Stream};
+use crate::engine::{self, Direction};
 use crate::ftrace::{Event, Tracing};
+use crate::nvme_io::Measured;
 use crate::results::Results;
 use crate::size;
 
@@ -61,7 +62,7 @@ pub fn run(args: &Args, results: &mut Results) -> Result<()> {
     let mut buffers = Buffers::new(1, args.bs as usize, args.scatter)?;
     let runs = buffers.physical_runs();
     let mut read = |ios| {
-        let mut stream = Reads { size: args.bs, blocks: device.bytes / args.bs, issued: 0, ios };
+        let mut stream = Measured::in_order(&device, args.bs, ios);
         engine::run(&device, Direction::Read, &mut buffers, &mut stream).map(drop)
     };
     let probe = probe_cost()?;
@@ -77,26 +78,6 @@ pub fn run(args: &Args, results: &mut Results) -> Result<()> {
         }),
     );
     Ok(())
-}
-
-/// One read after the other.
-struct Reads {
-    size: u64,
-    blocks: u64,
-    issued: u64,
-    ios: u64,
-}
-
-impl Stream for Reads {
-    fn next(&mut self, _buffer: &mut [u8]) -> Option<u64> {
-        let at = self.issued % self.blocks * self.size;
-        self.issued += 1;
-        (self.issued <= self.ios).then_some(at)
-    }
-
-    fn done(&mut self, _offset: u64, _buffer: &[u8]) -> Result<()> {
-        Ok(())
-    }
 }
 
 /// What a pair of probes costs, in ticks.

@@ -182,13 +182,20 @@ pub fn exercise(path: &Path, bytes: u64, seed: u64) -> Result<()> {
 }
 
 /// I/O for its numbers: the data does not matter.
-struct Measured {
+pub struct Measured {
     size: u64,
     blocks: u64,
     random: Option<Random>,
     issued: u64,
     limit: u64,
     end: Option<Instant>,
+}
+
+impl Measured {
+    /// `limit` I/Os of `size` bytes, block after block, from the device's start and round again at its end.
+    pub fn in_order(device: &Device, size: u64, limit: u64) -> Self {
+        Self { size, blocks: device.bytes / size, random: None, issued: 0, limit, end: None }
+    }
 }
 
 impl Stream for Measured {
