@@ -18,7 +18,7 @@ use serde_json::json;
 
 mod common;
 
-use common::{Daemon, Guest, median};
+use common::{Daemon, Guest, Measured, median};
 
 /// Name, operation, bytes, depth.
 const CASES: [(&str, &str, &str, u32); 6] = [
@@ -63,6 +63,12 @@ impl Variant {
     }
 }
 
+impl std::fmt::Display for Variant {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
 fn main() {
     // `cargo bench` passes --bench; `cargo test --benches` runs the file too, and is to do nothing.
     if !std::env::args().any(|arg| arg == "--bench") {
@@ -75,17 +81,7 @@ fn main() {
     // Not sparse: a hole reads faster than data.
     fs::write(folder.path().join("disk.img"), vec![0x5a; 256 << 20]).unwrap();
 
-    let mut measured: BTreeMap<(Variant, usize), Vec<f64>> = BTreeMap::new();
-    for round in 0..rounds {
-        // Another order each time, so that no variant always follows the same other one.
-        for turn in 0..Variant::ALL.len() {
-            let variant = Variant::ALL[(turn + round) % Variant::ALL.len()];
-            eprintln!("round {} of {rounds}: {}", round + 1, variant.name());
-            for (case, iops) in boot(variant, folder.path(), &files).into_iter().enumerate() {
-                measured.entry((variant, case)).or_default().push(iops);
-            }
-        }
-    }
+    let measured = common::rounds(&Variant::ALL, rounds, |variant| boot(variant, folder.path(), &files));
     report(&measured, rounds);
 }
 
@@ -115,9 +111,7 @@ fn boot(variant: Variant, folder: &Path, files: &Path) -> Vec<f64> {
     if let Some(client) = client {
         assert!(client.join().unwrap() > 1 << 20, "the client of the trace got next to nothing");
     }
-    let iops: Vec<f64> = results.iter().filter_map(|value| value["iops"].as_f64()).collect();
-    assert_eq!(iops.len(), CASES.len(), "{}: not every case has a result", variant.name());
-    iops
+    common::iops(&results, CASES.len(), variant)
 }
 
 /// Reads the trace to its end, and returns its length.
@@ -134,7 +128,7 @@ fn watch(socket: &Path) -> JoinHandle<u64> {
     })
 }
 
-fn report(measured: &BTreeMap<(Variant, usize), Vec<f64>>, rounds: usize) {
+fn report(measured: &Measured<Variant>, rounds: usize) {
     let mut text = format!("I/Os per second, median of {rounds} boots of {SECONDS} s a case; ratios of medians\n\n");
     let head = ["case", "QEMU's", "ours", "ours/QEMU's", "traced/untraced", "watched/untraced"];
     let _ =

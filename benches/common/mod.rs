@@ -1,5 +1,7 @@
 //! Guests for the benchmarks: the daemon that serves their devices, a QEMU, and the results of their workloads.
 
+use std::collections::BTreeMap;
+use std::fmt::Display;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -122,6 +124,36 @@ pub fn wait_for(path: &Path) {
         std::thread::sleep(Duration::from_millis(10));
     }
     panic!("{path:?} did not appear");
+}
+
+/// I/Os per second: of each variant in each case, by its number, those of all rounds.
+pub type Measured<V> = BTreeMap<(V, usize), Vec<f64>>;
+
+/// Rounds of boots, each of all variants; `boot` gives the I/Os per second of each case.
+pub fn rounds<V: Copy + Ord + Display>(
+    variants: &[V],
+    rounds: usize,
+    mut boot: impl FnMut(V) -> Vec<f64>,
+) -> Measured<V> {
+    let mut measured = Measured::new();
+    for round in 0..rounds {
+        // Another order each time, so that no variant always follows the same other one.
+        for turn in 0..variants.len() {
+            let variant = variants[(turn + round) % variants.len()];
+            eprintln!("throughput, round {} of {rounds}: {variant}", round + 1);
+            for (case, iops) in boot(variant).into_iter().enumerate() {
+                measured.entry((variant, case)).or_default().push(iops);
+            }
+        }
+    }
+    measured
+}
+
+/// The I/Os per second in a guest's results, one for each of `cases` workloads.
+pub fn iops(results: &[Value], cases: usize, variant: impl Display) -> Vec<f64> {
+    let iops: Vec<f64> = results.iter().filter_map(|value| value["iops"].as_f64()).collect();
+    assert_eq!(iops.len(), cases, "{variant}: not every case has a result");
+    iops
 }
 
 /// The median of values, of which there is at least one.

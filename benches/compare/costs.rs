@@ -20,10 +20,7 @@ pub fn measure(setup: Setup, all: &mut Value) {
     let devices = common::devices(folder.path());
     let files = common::guest_files(setup.variant.kernel);
     let boot = |accel, ios| {
-        let sizes = SIZES.iter().map(|size| {
-            let scatter = if size.scatter { " --scatter" } else { "" };
-            format!("map-cost --ios {ios} --bs {}{scatter}", size.name)
-        });
+        let sizes = SIZES.iter().map(|size| format!("map-cost --ios {ios} {}", size.options()));
         let workload = sizes.collect::<Vec<_>>().join(" + ");
         let _daemon = Daemon::start(folder.path(), None);
         let append = setup.mode.append;

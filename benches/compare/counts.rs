@@ -42,9 +42,8 @@ pub fn count(setup: Setup) -> Value {
 
 impl Size {
     fn io(&self, ios: u64) -> String {
-        let scatter = if self.scatter { " --scatter" } else { "" };
         let total = ios * u64::from(self.pages) * 4;
-        format!("nvme-io --op read --bs {} --depth {} --total {total}k{scatter}", self.name, self.depth)
+        format!("nvme-io --op read {} --depth {} --total {total}k", self.options(), self.depth)
     }
 }
 

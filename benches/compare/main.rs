@@ -48,6 +48,13 @@ pub struct Size {
     pub depth: u32,
 }
 
+impl Size {
+    /// The options that say so to a workload.
+    pub fn options(&self) -> String {
+        format!("--bs {}{}", self.name, if self.scatter { " --scatter" } else { "" })
+    }
+}
+
 /// What is compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Variant {

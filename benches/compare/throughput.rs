@@ -1,6 +1,5 @@
-//! Throughput: rounds of boots, each of all variants in both modes, in another order each time.
+//! Throughput: rounds of boots, each of all variants in both modes.
 
-use std::collections::BTreeMap;
 use std::fs;
 
 use serde_json::{Value, json};
@@ -24,17 +23,7 @@ pub fn measure(rounds: usize, all: &mut Value) {
     let folder = tempfile::tempdir().unwrap();
     // Not sparse: a hole reads faster than data.
     fs::write(folder.path().join("disk.img"), vec![0x5a; 256 << 20]).unwrap();
-    let setups = Setup::all();
-    let mut measured: BTreeMap<(Setup, usize), Vec<f64>> = BTreeMap::new();
-    for round in 0..rounds {
-        for turn in 0..setups.len() {
-            let setup = setups[(turn + round) % setups.len()];
-            eprintln!("throughput, round {} of {rounds}: {setup}", round + 1);
-            for (case, iops) in boot(setup, folder.path()).into_iter().enumerate() {
-                measured.entry((setup, case)).or_default().push(iops);
-            }
-        }
-    }
+    let measured = common::rounds(&Setup::all(), rounds, |setup| boot(setup, folder.path()));
     for mode in MODES {
         for variant in VARIANTS {
             let cases = CASES.iter().enumerate().filter(|_| rounds > 0).map(|(case, (name, _))| {
@@ -68,9 +57,7 @@ fn boot(setup: Setup, folder: &std::path::Path) -> Vec<f64> {
     };
     let results = guest.run();
     setup.check(&results);
-    let iops: Vec<f64> = results.iter().filter_map(|value| value["iops"].as_f64()).collect();
-    assert_eq!(iops.len(), CASES.len(), "{setup}: not every case has a result");
-    iops
+    common::iops(&results, CASES.len(), setup)
 }
 
 /// A median, and the range that encloses that of the whole population with a confidence of at least 95 %.
