@@ -11,6 +11,7 @@ use nix::kmod::{ModuleInitFlags, finit_module};
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
 
+use crate::agent;
 use crate::results::Results;
 
 /// Where `mkinitramfs` put the modules: `NAME.ko` and `dependencies`, a line `NAME: WHAT IT NEEDS` for each.
@@ -90,6 +91,9 @@ pub fn power_off(results: &mut Results) -> ! {
 
 /// Starts the guest anew. Never returns.
 pub fn restart(results: &mut Results) -> ! {
+    if let Err(error) = agent::stop(results) {
+        eprintln!("viommu-guest: {error:#}");
+    }
     end(results, RebootMode::RB_AUTOBOOT)
 }
 

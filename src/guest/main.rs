@@ -6,19 +6,23 @@
 //!
 //! ```text
 //! … -- nvme-io --op verify --bs 128k --depth 8 --total 64M + nvme-cli
+//! … -- trace + fs
 //! ```
 //!
 //! Results are JSON lines, on the second serial port if there is one (see [`results`]). Started as an ordinary
 //! process in a guest of one's own it runs the workloads only, and prints to its standard output.
 
+mod agent;
 mod blockdev;
 mod buffers;
 mod engine;
+mod fs;
 mod ftrace;
 mod hotplug;
 mod init;
 mod ioat;
 mod ioat_selftest;
+mod iova_test;
 mod kmsg;
 mod map_cost;
 mod nvme_cli;
@@ -53,12 +57,16 @@ struct CommandLine {
 enum Workload {
     /// Say what IOMMU, PCI and NVMe devices the guest sees; every run starts with this.
     Report,
+    /// Send the guest's trace events to the host, while the workloads after this one run.
+    Trace(agent::Args),
     /// An interactive shell on the console.
     Shell,
     /// Raw I/O on an NVMe namespace, past the page cache, with io_uring.
     NvmeIo(nvme_io::Args),
     /// What mapping costs the guest in raw I/O: processor time, atomic allocations, memory held.
     MapCost(map_cost::Args),
+    /// A file system with real files on an NVMe namespace.
+    Fs(fs::Args),
     /// Commands of the nvme program, each with its exit status and what it printed.
     NvmeCli,
     /// Take a driver off its function and give it back, with I/O after each time.
@@ -69,6 +77,8 @@ enum Workload {
     HotplugWait,
     /// Let the kernel's ioatdma bind to the DMA engine; it copies memory as a self-test.
     IoatSelftest,
+    /// Let the kernel series' own tests of the two-step DMA API use the DMA engine.
+    IovaTest,
     /// Drive the DMA engine from a program, through VFIO: good copies, and DMA that must be refused.
     VfioDma,
     /// Start the DMA engine without a driver, attached to no domain; with `bypass` off its DMA must be refused.
@@ -79,8 +89,10 @@ impl Workload {
     /// The kernel modules that this workload needs, beside the IOMMU's and NVMe's.
     fn modules(&self) -> &'static [&'static str] {
         match self {
+            Self::Trace(_) => &["virtio_console"],
             Self::VfioDma => &["vfio_pci", "vfio_iommu_type1"],
-            Self::IoatSelftest => &["ioatdma"],
+            Self::IoatSelftest | Self::IovaTest => &["ioatdma"],
+            Self::Fs(_) => &["crc32c_generic", "ext4"],
             _ => &[],
         }
     }
@@ -88,14 +100,17 @@ impl Workload {
     fn run(&self, results: &mut Results) -> Result<()> {
         match self {
             Self::Report => report::run(results),
+            Self::Trace(args) => agent::start(args),
             Self::Shell => shell::run(),
             Self::NvmeIo(args) => nvme_io::run(args, results),
             Self::MapCost(args) => map_cost::run(args, results),
+            Self::Fs(args) => fs::run(args, results),
             Self::NvmeCli => nvme_cli::run(results),
             Self::Rebind(args) => rebind::run(args, results),
             Self::Reboot => reboot::run(results),
             Self::HotplugWait => hotplug::run(results),
             Self::IoatSelftest => ioat_selftest::run(results),
+            Self::IovaTest => iova_test::run(results),
             Self::VfioDma => vfio_dma::run(results),
             Self::UnattachedDma => unattached_dma::run(results),
         }
@@ -107,6 +122,7 @@ fn main() {
     let mut results = Results::standard_output();
     let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(is_init, &mut results)))
         .unwrap_or_else(|_| Err(anyhow::anyhow!("A workload panicked; the console has the message")));
+    let outcome = outcome.and(agent::stop(&mut results));
     if let Err(error) = &outcome {
         eprintln!("viommu-guest: error: {error:#}");
         results.emit("error", json!({ "message": format!("{error:#}") }));
