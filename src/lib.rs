@@ -14,6 +14,7 @@
 //! * [`pci`]: the only place that knows vfio-user: configuration space, BARs, interrupts.
 //! * [`devices`]: the device models; they see a [`pci::Function`] to implement and a [`dma::Dma`] to use.
 //! * [`cli`]: the `viommu` command, one file a subcommand.
+//! * [`merge`]: one trace of the device's events and the guest's, on one clock.
 //! * [`socket`]: how all of them make their listening sockets.
 //! * [`topology`]: one TOML file from which endpoints, the VIOT and QEMU's arguments are made.
 //!
@@ -27,6 +28,7 @@ pub mod cli;
 pub mod devices;
 pub mod dma;
 pub mod iommu;
+pub mod merge;
 pub mod pci;
 pub mod socket;
 pub mod topology;

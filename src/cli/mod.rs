@@ -6,6 +6,7 @@ mod check;
 mod daemon;
 mod generate;
 mod logger;
+mod merge;
 mod qemu;
 mod qmp;
 mod run;
@@ -41,9 +42,10 @@ pub struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Serve(serve::Args),
-    Run(run::Args),
+    Run(Box<run::Args>),
     Args(args::Args),
     Trace(trace::Args),
+    Merge(merge::Args),
     Viot(viot::Args),
     Check(check::Args),
     Completions(generate::Completions),
@@ -64,6 +66,7 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run::main(&args),
         Command::Args(args) => args::main(&args),
         Command::Trace(args) => trace::main(&args),
+        Command::Merge(args) => merge::main(&args),
         Command::Viot(args) => viot::main(&args),
         Command::Check(args) => check::main(&args),
         Command::Completions(args) => generate::completions(&args),

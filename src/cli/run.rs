@@ -86,6 +86,12 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     trace_file: Option<PathBuf>,
 
+    /// Have a virtio-serial port whose output goes to this file, for the trace of the guest's own events
+    ///
+    /// The workload trace of viommu-guest writes JSON lines there; `viommu merge` makes one trace of both.
+    #[arg(long, value_name = "FILE")]
+    guest_trace: Option<PathBuf>,
+
     /// Write the summary to this file, as JSON
     #[arg(long, value_name = "FILE")]
     summary: Option<PathBuf>,
@@ -197,6 +203,9 @@ fn start_qemu(
     command.arg("-serial").arg(format!("file:{}", files.results.display()));
     command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", arguments::comma_safe(&sockets.qmp)));
     command.args(arguments::devices(topology, &sockets.paths));
+    if let Some(file) = &args.guest_trace {
+        command.args(arguments::guest_trace(file));
+    }
     if let Some(kernel) = &args.kernel {
         command.arg("-kernel").arg(kernel).arg("-append").arg(&args.append);
     }

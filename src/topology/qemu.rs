@@ -77,6 +77,19 @@ pub fn devices(topology: &Topology, paths: &Paths) -> Vec<String> {
     args
 }
 
+/// The port for the trace of the guest's own events, and the file behind it. It comes after all other devices, as QEMU
+/// puts it in a slot that is free.
+pub fn guest_trace(file: &Path) -> [String; 6] {
+    [
+        "-device".into(),
+        "virtio-serial-pci,id=viommu-serial".into(),
+        "-chardev".into(),
+        format!("file,id=viommu-guest-trace,path={}", comma_safe(file)),
+        "-device".into(),
+        "virtserialport,bus=viommu-serial.0,chardev=viommu-guest-trace,name=viommu.guest-trace".into(),
+    ]
+}
+
 /// What `-device` takes as JSON, and QMP's `device_add` as its arguments, for one endpoint.
 pub fn device(topology: &Topology, endpoint: &Endpoint, paths: &Paths) -> serde_json::Value {
     let bus = endpoint.behind.and_then(|port| topology.root_ports.get(port)).map(|port| port.name.get_ref().as_str());

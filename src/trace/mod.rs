@@ -26,6 +26,7 @@ pub use codec::CodecError;
 pub use event::Event;
 pub use fields::{json, text};
 pub use filter::{Choice, Format, Last, hello, parse_endpoint};
+pub use names::nvme_opcode;
 pub use reader::{ReadError, Reader};
 pub use tracer::{Counters, Tracer};
 

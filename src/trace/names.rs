@@ -131,6 +131,11 @@ pub fn opcode(model: Model, queue: u16, opcode: u8) -> Name {
     or_number(name, opcode)
 }
 
+/// The name that an NVMe command on this queue has in the trace.
+pub fn nvme_opcode(queue: u16, number: u8) -> String {
+    opcode(Model::Nvme, queue, number).into_owned()
+}
+
 fn nvme_admin(opcode: u8) -> Option<&'static str> {
     Some(match opcode {
         0x00 => "delete_sq",
