@@ -19,6 +19,7 @@ pub struct Guest {
     append: String,
     workload: String,
     boot_sector: Option<Vec<u8>>,
+    guest_trace: bool,
 }
 
 impl Guest {
@@ -30,7 +31,14 @@ impl Guest {
             append: String::new(),
             workload: workload.into(),
             boot_sector: None,
+            guest_trace: false,
         }
+    }
+
+    /// A port for the guest's own trace, which the workload `trace` uses.
+    pub fn guest_trace(mut self) -> Guest {
+        self.guest_trace = true;
+        self
     }
 
     /// No kernel: firmware boots this sector of the first disk.
@@ -73,6 +81,9 @@ impl Guest {
             .arg("--qemu")
             .arg(files.join("qemu"))
             .args(["--timeout", &LIMIT.as_secs().to_string()]);
+        if self.guest_trace {
+            command.args(["--guest-trace", "guest.jsonl"]);
+        }
         match &self.boot_sector {
             None => {
                 command.arg("--kernel").arg(files.join("vmlinuz")).arg("--initrd").arg(files.join("initramfs"));
@@ -144,6 +155,19 @@ impl Running {
         outcome
     }
 
+    /// The trace and the guest's own in one, as `viommu merge` makes it; empty if there is none of the guest's.
+    fn merged(&self) -> Vec<Value> {
+        if !self.path("guest.jsonl").exists() {
+            return Vec::new();
+        }
+        let mut merge = Command::new(env!("CARGO_BIN_EXE_viommu"));
+        let output =
+            merge.current_dir(self.folder.path()).args(["merge", "trace.jsonl", "guest.jsonl"]).output().unwrap();
+        println!("{}", String::from_utf8_lossy(&output.stderr));
+        assert!(output.status.success(), "viommu merge: {}", output.status);
+        String::from_utf8(output.stdout).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
     /// Waits for the end, however it is.
     pub fn end(mut self) -> Outcome {
         let status = self.child.take().unwrap().wait().unwrap();
@@ -152,6 +176,8 @@ impl Running {
             summary: fs::read(self.path("summary.json")).map_or(Value::Null, |s| serde_json::from_slice(&s).unwrap()),
             results: lines(&self.path("results.jsonl")),
             trace: lines(&self.path("trace.jsonl")),
+            guest_trace: lines(&self.path("guest.jsonl")),
+            merged: self.merged(),
             console: read(&self.path("guest.log")),
             log: read(&self.path("viommu.log")),
         }
@@ -177,6 +203,10 @@ pub struct Outcome {
     pub summary: Value,
     pub results: Vec<Value>,
     pub trace: Vec<Value>,
+    /// The guest's own trace.
+    pub guest_trace: Vec<Value>,
+    /// Both in one.
+    pub merged: Vec<Value>,
     pub console: String,
     pub log: String,
 }

@@ -3,7 +3,10 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
+mod api;
 mod boots;
+mod file_system;
+mod guest_trace;
 mod harness;
 mod lifecycles;
 mod observers;

@@ -1,0 +1,108 @@
+//! The two-step DMA API in the guest's kernel, exercised by the series' own tests (the workload `iova-test`), and how
+//! many requests it takes.
+
+use serde_json::Value;
+
+use crate::harness::{Guest, Outcome};
+
+/// Pages of each case that is counted, and their bytes.
+const PAGES: u64 = 512;
+const BYTES: u64 = PAGES * 4096;
+
+/// Runs the series' tests with this IOMMU; none may fail, and some must not be skipped.
+fn run(iommu: &str) -> Outcome {
+    let topology = format!("[iommu]\n{iommu}\n[[dma-engine]]\naddress = \"05.0\"\n");
+    let outcome = Guest::new(&topology, "iova-test").kernel("patched").append("iommu.strict=1").run();
+    let result = outcome.results_of("iova-test").next().expect("a result");
+    assert_eq!(result["failed"], 0, "{result:#}");
+    assert!(result["passed"].as_u64().unwrap() > 0, "{result:#}");
+    outcome
+}
+
+/// The outcome of a KUnit case.
+fn outcome_of<'a>(outcome: &'a Outcome, name: &str) -> &'a Value {
+    let result = outcome.results_of("iova-test").next().expect("a result");
+    let case = result["cases"].as_array().unwrap().iter().find(|case| case["name"] == name);
+    &case.unwrap_or_else(|| panic!("no case {name} in {result:#}"))["outcome"]
+}
+
+/// The requests with a tag, in their order.
+fn tagged<'a>(outcome: &'a Outcome, tag: &str) -> Vec<&'a Value> {
+    outcome.events("request").filter(|request| request["tag"] == tag).collect()
+}
+
+fn types<'a>(requests: &[&'a Value]) -> Vec<&'a str> {
+    requests.iter().filter_map(|request| request["type"].as_str()).collect()
+}
+
+/// A hexadecimal string of the trace as a number; none of a request without it.
+fn hex(value: &Value) -> u64 {
+    value.as_str().map_or(0, |text| u64::from_str_radix(text.trim_start_matches("0x"), 16).unwrap())
+}
+
+mod patched {
+    use super::*;
+
+    #[test]
+    fn two_steps_take_as_many_requests_as_they_should() {
+        let outcome = run("split = true");
+        for name in ["iova_test_count_many", "iova_test_count_faults", "iova_test_count_batch", "iova_test_count_sg"] {
+            assert_eq!(outcome_of(&outcome, name), "passed", "{name}");
+        }
+
+        // 512 pages: one RESERVE, one LINK. A page in the middle goes alone.
+        let many = tagged(&outcome, "0x1051");
+        assert_eq!(types(&many), ["RESERVE", "LINK", "UNLINK", "RELEASE"]);
+        assert_eq!((&many[1]["extents"], &many[1]["size"]), (&PAGES.into(), &BYTES.into()));
+        assert_eq!((&many[2]["granules"], &many[2]["size"]), (&1.into(), &4096.into()));
+        assert_eq!(many[3]["granules"], PAGES - 1);
+        // One kick for both, with both.
+        let at = |event: &Value| outcome.trace.iter().position(|other| other["seq"] == event["seq"]).unwrap();
+        let before = outcome.trace[..at(many[0])].iter().rposition(|event| event["kind"] == "request").unwrap_or(0);
+        let kicks: Vec<_> = outcome.trace[before..at(many[1])].iter().filter(|event| event["kind"] == "kick").collect();
+        assert_eq!(kicks.len(), 1, "{kicks:?}");
+        assert_eq!(kicks[0]["requests"], 2);
+
+        // 512 faults, a page and a wait each; and the same pages with one wait.
+        let faults = tagged(&outcome, "0x1052");
+        assert_eq!(types(&faults).iter().filter(|name| **name == "LINK").count() as u64, PAGES);
+        assert_eq!(faults.len() as u64, PAGES + 2);
+        assert_eq!(types(&tagged(&outcome, "0x1053")), ["RESERVE", "LINK", "RELEASE"]);
+
+        // dma_map_sg() of 512 scattered pages, by a driver that knows nothing of all this.
+        let untagged = tagged(&outcome, "0x0");
+        let full = |request: &&&Value| {
+            request["type"] == "RELEASE" && request["size"] == BYTES && request["granules"] == PAGES
+        };
+        let releases: Vec<_> = untagged.iter().filter(full).collect();
+        assert_eq!(releases.len(), 1, "{releases:?}");
+        let (start, end) = (&releases[0]["virt_start"], at(releases[0]));
+        let reserve = outcome.trace[..end]
+            .iter()
+            .rposition(|event| event["type"] == "RESERVE" && event["virt_start"] == *start)
+            .expect("the RESERVE");
+        let requests = outcome.trace[reserve..=end].iter().filter(|event| event["kind"] == "request");
+        let requests: Vec<_> = requests.collect();
+        assert_eq!(types(&requests), ["RESERVE", "LINK", "RELEASE"]);
+        assert_eq!(requests[1]["extents"], PAGES);
+        assert_eq!((outcome.count("faults"), outcome.count("reservations_live")), (0, 0));
+    }
+
+    #[test]
+    fn without_the_protocol_each_page_is_a_request() {
+        let outcome = run("split = false");
+        assert_eq!((outcome.requests("reserve"), outcome.requests("link")), (0, 0));
+        assert_eq!(outcome_of(&outcome, "iova_test_count_many"), "skipped");
+        assert_eq!(outcome_of(&outcome, "iova_test_count_sg"), "passed");
+        // The last that is unmapped at this size is dma_map_sg()'s. It was mapped page by page: 513 requests.
+        let requests: Vec<_> = outcome.events("request").collect();
+        let unmap = requests
+            .iter()
+            .rposition(|request| request["type"] == "UNMAP" && request["size"] == BYTES)
+            .expect("an UNMAP of 512 pages");
+        let start = hex(&requests[unmap]["virt_start"]);
+        let inside = |request: &&&Value| (start..start + BYTES).contains(&hex(&request["virt_start"]));
+        let since = requests[..unmap].iter().rev().filter(inside).take_while(|request| request["type"] == "MAP");
+        assert_eq!(since.count() as u64, PAGES);
+    }
+}
