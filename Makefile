@@ -3,7 +3,7 @@
 # newest in trixie-backports) chooses the guest's kernel.
 KERNEL ?= patched
 
-.PHONY: help demo test miri bench bench-guest compare guest-kernel check-patches setup update clean
+.PHONY: help demo test miri bench bench-guest compare guest-kernel check-patches check-kernel-debug setup update clean
 
 help:
 	@echo 'make demo         the NVMe flow from end to end, and its summary'
@@ -15,6 +15,7 @@ help:
 	@echo '                  what an I/O costs in requests, kicks, time and memory'
 	@echo 'make guest-kernel build the guest kernel with the series in guest-kernel-patches/'
 	@echo 'make check-patches apply, build and check that series, patch by patch'
+	@echo 'make check-kernel-debug boot that series with KASAN, lockdep and DMA_API_DEBUG'
 	@echo 'make setup        install what this machine lacks'
 	@echo 'make update       look for a newer QEMU, kernels and guest tools'
 	@echo 'make clean        remove target/; what was fetched stays in the cache'
@@ -65,6 +66,10 @@ guest-kernel:
 
 check-patches:
 	@scripts/check-patches
+
+check-kernel-debug:
+	@scripts/setup patched
+	@scripts/check-kernel-debug
 
 setup:
 	@scripts/setup $(KERNEL)

@@ -33,6 +33,7 @@ mod rebind;
 mod reboot;
 mod report;
 mod results;
+mod set;
 mod shell;
 mod size;
 mod sysfs;
@@ -71,6 +72,8 @@ enum Workload {
     NvmeCli,
     /// Take a driver off its function and give it back, with I/O after each time.
     Rebind(rebind::Args),
+    /// Write a value into a file of sysfs, procfs or debugfs, for what comes after.
+    Set(set::Args),
     /// Write, restart the guest, and find everything as it was.
     Reboot,
     /// Wait for another NVMe controller to be plugged in, and use it.
@@ -107,6 +110,7 @@ impl Workload {
             Self::Fs(args) => fs::run(args, results),
             Self::NvmeCli => nvme_cli::run(results),
             Self::Rebind(args) => rebind::run(args, results),
+            Self::Set(args) => set::run(args, results),
             Self::Reboot => reboot::run(results),
             Self::HotplugWait => hotplug::run(results),
             Self::IoatSelftest => ioat_selftest::run(results),
