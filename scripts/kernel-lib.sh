@@ -112,7 +112,9 @@ unpack_source() {
 }
 
 tree_version() {
-	sed -n 's/^\(VERSION\|PATCHLEVEL\|SUBLEVEL\) = //p' "$1/Makefile" 2>/dev/null | paste -sd .
+	local version
+	version=$(sed -n 's/^\(VERSION\|PATCHLEVEL\|SUBLEVEL\) = //p' "$1/Makefile" 2>/dev/null | paste -sd .)
+	printf '%s\n' "${version:-of no known version}"
 }
 
 # original FILE: copies FILE as it was before any series to $scratch.
@@ -135,6 +137,7 @@ failed_files() {
 apply_one() {
 	local output
 	if ! output=$(patch -d "$scratch" -p1 -F0 -N --no-backup-if-mismatch -r - <"$1"); then
+		rm -rf "$scratch"
 		die "The series does not apply to this source." \
 			"Patch:  ${1##*/}" \
 			"File:   $(failed_files <<<"$output")" \
