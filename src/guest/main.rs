@@ -20,6 +20,7 @@ mod fs;
 mod ftrace;
 mod hotplug;
 mod init;
+mod io_errors;
 mod ioat;
 mod ioat_selftest;
 mod iova_test;
@@ -68,6 +69,8 @@ enum Workload {
     MapCost(map_cost::Args),
     /// A file system with real files on an NVMe namespace.
     Fs(fs::Args),
+    /// Reads that may fail: which error comes when, and what is left behind.
+    IoErrors(io_errors::Args),
     /// Commands of the nvme program, each with its exit status and what it printed.
     NvmeCli,
     /// Take a driver off its function and give it back, with I/O after each time.
@@ -108,6 +111,7 @@ impl Workload {
             Self::NvmeIo(args) => nvme_io::run(args, results),
             Self::MapCost(args) => map_cost::run(args, results),
             Self::Fs(args) => fs::run(args, results),
+            Self::IoErrors(args) => io_errors::run(args, results),
             Self::NvmeCli => nvme_cli::run(results),
             Self::Rebind(args) => rebind::run(args, results),
             Self::Set(args) => set::run(args, results),

@@ -20,6 +20,7 @@ pub struct Guest {
     workload: String,
     boot_sector: Option<Vec<u8>>,
     guest_trace: bool,
+    inject: Option<String>,
 }
 
 impl Guest {
@@ -32,6 +33,7 @@ impl Guest {
             workload: workload.into(),
             boot_sector: None,
             guest_trace: false,
+            inject: None,
         }
     }
 
@@ -59,6 +61,12 @@ impl Guest {
         self
     }
 
+    /// Requests that the device answers wrongly, as `--inject` takes them.
+    pub fn inject(mut self, injection: &str) -> Guest {
+        self.inject = Some(injection.into());
+        self
+    }
+
     /// Boots it and waits for its end, which must be a good one.
     pub fn run(self) -> Outcome {
         self.start().wait()
@@ -83,6 +91,9 @@ impl Guest {
             .args(["--timeout", &LIMIT.as_secs().to_string()]);
         if self.guest_trace {
             command.args(["--guest-trace", "guest.jsonl"]);
+        }
+        if let Some(injection) = &self.inject {
+            command.args(["--inject", injection]);
         }
         match &self.boot_sector {
             None => {
@@ -258,12 +269,42 @@ fn show(console: &str, log: &str, results: &[Value]) {
     }
 }
 
-fn read(path: &Path) -> String {
+pub fn read(path: &Path) -> String {
     String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned()
 }
 
-fn lines(path: &Path) -> Vec<Value> {
+pub fn lines(path: &Path) -> Vec<Value> {
     read(path).lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+}
+
+/// A process that does not outlive its test, and that the test does not wait for for ever.
+pub struct Process(pub Child);
+
+impl Process {
+    pub fn kill(&mut self) {
+        // It may have ended.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+
+    /// Waits for its end, which must be a good one.
+    pub fn end(&mut self) {
+        let begin = Instant::now();
+        while begin.elapsed() < LIMIT {
+            if let Some(status) = self.0.try_wait().unwrap() {
+                assert!(status.success(), "{status}");
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        panic!("the process did not end within {LIMIT:?}");
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.kill();
+    }
 }
 
 /// QEMU's machine protocol.

@@ -7,7 +7,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use crate::harness::{Guest, Outcome, Qmp, guest_files};
+use crate::harness::{Guest, Outcome, Process, Qmp, guest_files};
 use crate::{NVME, nvme_in};
 
 /// I/O that goes on for some seconds.
@@ -121,35 +121,6 @@ fn rogue_dma_without_a_domain_faults() {
     );
     assert_eq!(outcome.requests("attach"), 0, "the engine was attached");
     assert_eq!(outcome.events("dma").count(), 0, "an access went through");
-}
-
-/// A process that does not outlive its test, and that the test does not wait for for ever.
-struct Process(std::process::Child);
-
-impl Process {
-    fn kill(&mut self) {
-        // It may have ended.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-
-    /// Waits for its end, which must be a good one.
-    fn end(&mut self) {
-        for _ in 0..1200 {
-            if let Some(status) = self.0.try_wait().unwrap() {
-                assert!(status.success(), "{status}");
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(50));
-        }
-        panic!("the process did not end within a minute");
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        self.kill();
-    }
 }
 
 /// `serve` for a QEMU that the test starts itself.

@@ -1,5 +1,5 @@
-//! Real guests: Linux on stock QEMU, with our devices behind our IOMMU. `scripts/prepare-guest stock` and `backports`
-//! get what they need; each prints the guest's console when it fails.
+//! Real guests: Linux on stock QEMU, with our devices behind our IOMMU. `scripts/prepare-guest stock`, `backports` and
+//! `patched` get what they need; each prints the guest's console when it fails.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
@@ -10,6 +10,7 @@ mod guest_trace;
 mod harness;
 mod lifecycles;
 mod observers;
+mod patched;
 mod sgl;
 
 /// One NVMe controller.

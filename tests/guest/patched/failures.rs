@@ -1,0 +1,177 @@
+//! A device that refuses requests, or does not answer them: the application's I/O fails, the kernel says so once, and
+//! nothing is kept of it. What the device does to which request is [`viommu run --inject`](viommu::vhost::Injection).
+
+use serde_json::{Value, json};
+
+use super::{assert_no_complaint, assert_nothing_left, count_of_io, guest, requests_of, requests_of_io};
+use crate::NVME;
+use crate::harness::Outcome;
+
+/// The one result of the reads that may fail.
+fn reads(outcome: &Outcome) -> &Value {
+    outcome.results_of("io-errors").next().expect("a result of io-errors")
+}
+
+/// How many lines of the guest's console say this.
+fn said(outcome: &Outcome, what: &str) -> usize {
+    outcome.console.lines().filter(|line| line.contains(what)).count()
+}
+
+/// An address of a request.
+fn address(request: &Value, name: &str) -> u64 {
+    u64::from_str_radix(request[name].as_str().unwrap().trim_start_matches("0x"), 16).unwrap()
+}
+
+/// Which read has the 11th request of a type, counted from 0. Memory that drivers keep took the first ones, if any.
+fn eleventh(outcome: &Outcome, name: &str) -> u64 {
+    10 - (requests_of(outcome, name).count() - requests_of_io(outcome, name).count()) as u64
+}
+
+/// The 11th LINK is refused with this status; the others, and what comes after, work.
+fn one_refused_link(status: &str) {
+    let workload = "io-errors --ios 30 + nvme-io --op verify --bs 128k --depth 4 --total 4M --scatter";
+    let outcome = guest(NVME, workload).inject(&format!("link={status}:after=10:until=11")).run();
+    let result = reads(&outcome);
+    assert_eq!(result["errors"], json!({ "EIO": 1 }));
+    assert_eq!((&result["first_failed"], &result["failed"]), (&json!(eleventh(&outcome, "LINK")), &json!(1)));
+    assert_eq!(said(&outcome, "could not map"), 1, "one message of the IOMMU's driver");
+    assert_eq!(outcome.events("injected").count(), 1);
+    assert_no_complaint(&outcome);
+    assert_nothing_left(&outcome);
+    // The controller did not get the command.
+    let commands = outcome.events("command").filter(|command| command["len"] == 128 << 10);
+    assert_eq!(commands.count(), 29 + 64);
+    assert_eq!((outcome.summary["verified"].as_bool(), outcome.count("faults")), (Some(true), 0));
+}
+
+#[test]
+fn a_link_that_is_invalid_fails_one_read() {
+    one_refused_link("inval");
+}
+
+#[test]
+fn a_link_for_which_the_device_has_no_memory_fails_one_read() {
+    one_refused_link("nomem");
+}
+
+#[test]
+fn a_reservation_that_is_refused_fails_one_read() {
+    let workload = "io-errors --ios 30 + nvme-io --op verify --bs 128k --depth 4 --total 4M --scatter";
+    let outcome = guest(NVME, workload).inject("reserve=nomem:after=10:until=11").run();
+    let result = reads(&outcome);
+    assert_eq!(result["errors"], json!({ "EIO": 1 }));
+    assert_eq!(result["first_failed"], eleventh(&outcome, "RESERVE"));
+    assert_eq!(said(&outcome, "could not map"), 1, "one message of the IOMMU's driver");
+    assert_no_complaint(&outcome);
+    assert_eq!((outcome.count("reservations_live"), outcome.count("linked_bytes")), (0, 0));
+    assert_eq!(outcome.summary["verified"], true);
+}
+
+#[test]
+fn mappings_in_one_step_that_are_refused_fail_the_reads() {
+    // A single page is mapped in one step.
+    let outcome = guest(NVME, "io-errors --ios 400 --bs 4k").inject("map=inval:after=200").run();
+    let result = reads(&outcome);
+    let (first, failed) = (result["first_failed"].as_u64().unwrap(), result["failed"].as_u64().unwrap());
+    assert!((100..=200).contains(&first), "{result}");
+    assert_eq!((failed, &result["errors"]["EIO"]), (400 - first, &json!(failed)));
+    assert!(said(&outcome, "could not map") > 0);
+    assert_no_complaint(&outcome);
+}
+
+/// A leak of 128 KiB of IOVA in each of 10,000 failures would be 1.2 GiB of addresses, which are given out from 4 GiB
+/// downwards; one of a reservation's memory about 10 MiB of the kernel's.
+#[test]
+fn ten_thousand_refused_links_leak_nothing() {
+    const FAILURES: u64 = 10_000;
+    let workload = format!(
+        "io-errors --ios 100 + io-errors --ios {FAILURES} + nvme-io --op verify --bs 128k --depth 8 --total 8M --scatter"
+    );
+    let injection = format!("link=ioerr:after=100:until={}", 100 + FAILURES);
+    let outcome = guest(NVME, &workload).inject(&injection).run();
+    let results: Vec<_> = outcome.results_of("io-errors").collect();
+    // The first 100 LINKs are spared; a few of them may be for memory that drivers keep.
+    let failed = |index: usize| results[index]["errors"]["EIO"].as_u64().unwrap_or(0);
+    assert_eq!((failed(0) + failed(1), failed(0) < 10), (FAILURES, true));
+    assert_eq!(outcome.events("injected").count() as u64, FAILURES);
+    assert_no_complaint(&outcome);
+
+    // The IOVA: as many are given back as were taken, and the same few are used from the first to the last.
+    let ios = 100 + FAILURES + 128;
+    assert_eq!(count_of_io(&outcome, ["RESERVE", "LINK", "RELEASE"]), [ios; 3]);
+    assert_nothing_left(&outcome);
+    let starts: Vec<u64> = requests_of_io(&outcome, "RESERVE").map(|request| address(request, "virt_start")).collect();
+    let lowest = |starts: &[u64]| *starts.iter().min().unwrap();
+    let (early, late) = (lowest(&starts[..100]), lowest(&starts[100..]));
+    assert!(early.saturating_sub(late) < 16 << 20, "addresses went down from {early:#x} to {late:#x}");
+    let distinct: std::collections::BTreeSet<_> = starts.iter().collect();
+    assert!(distinct.len() < 1000, "{} different ranges", distinct.len());
+
+    // The kernel's memory.
+    let slab = |when: &str| results[1][when]["slab_kib"].as_u64().expect("SUnreclaim of /proc/meminfo");
+    let grown = slab("memory_after").saturating_sub(slab("memory_before"));
+    assert!(grown < 1024, "the kernel's slabs grew by {grown} KiB");
+    if let (Some(before), Some(after)) =
+        (results[1]["memory_before"]["iova_ranges"].as_u64(), results[1]["memory_after"]["iova_ranges"].as_u64())
+    {
+        assert!(after < before + 1000, "IOVA ranges: {before}, then {after}");
+    }
+    println!(
+        "{FAILURES} failures: {} ranges from {:#x} up, slabs grew by {grown} KiB",
+        distinct.len(),
+        lowest(&starts)
+    );
+    // The last workload is after the injection's end.
+    assert_eq!(outcome.summary["verified"], true);
+}
+
+#[test]
+fn a_link_that_is_never_answered_fails_the_reads_after_a_bounded_wait() {
+    const TIMEOUT_MS: u64 = 1500;
+    let outcome = guest(NVME, "io-errors --ios 30")
+        .append(&format!("virtio_iommu.timeout_ms={TIMEOUT_MS}"))
+        .inject("link=silent:after=10")
+        .run();
+    let result = reads(&outcome);
+    // From then on the device is lost: all other reads fail, too, without another wait.
+    let first = eleventh(&outcome, "LINK");
+    assert_eq!((&result["first_failed"], &result["errors"]), (&json!(first), &json!({ "EIO": 30 - first })));
+    let slowest = result["slowest_ms"].as_u64().unwrap();
+    assert!((TIMEOUT_MS..TIMEOUT_MS + 10_000).contains(&slowest), "{slowest} ms");
+    assert_eq!(said(&outcome, "device does not answer"), 1);
+    assert_eq!(outcome.events("injected").count(), 1);
+    assert_no_complaint(&outcome);
+}
+
+#[test]
+fn a_mapping_in_one_step_that_is_never_answered_fails_the_reads_too() {
+    const TIMEOUT_MS: u64 = 1500;
+    let outcome = guest(NVME, "io-errors --ios 400 --bs 4k")
+        .append(&format!("virtio_iommu.timeout_ms={TIMEOUT_MS}"))
+        .inject("map=silent:after=200")
+        .run();
+    let result = reads(&outcome);
+    let (first, failed) = (result["first_failed"].as_u64().unwrap(), result["failed"].as_u64().unwrap());
+    assert!((100..=200).contains(&first), "{result}");
+    assert_eq!((failed, &result["errors"]["EIO"]), (400 - first, &json!(failed)));
+    let slowest = result["slowest_ms"].as_u64().unwrap();
+    assert!((TIMEOUT_MS..TIMEOUT_MS + 10_000).contains(&slowest), "{slowest} ms");
+    assert_eq!(said(&outcome, "device does not answer"), 1);
+    assert_no_complaint(&outcome);
+}
+
+#[test]
+fn a_device_that_answers_too_late_is_used_again() {
+    // The device is away for four seconds from the 11th read on; reads go on for twelve.
+    let workload = "io-errors --ios 30 --pause-ms 400 + nvme-io --op verify --bs 128k --depth 4 --total 4M --scatter";
+    let outcome =
+        guest(NVME, workload).append("virtio_iommu.timeout_ms=500").inject("link=late:ms=4000:after=10:until=11").run();
+    let result = reads(&outcome);
+    assert_eq!(result["first_failed"], eleventh(&outcome, "LINK"));
+    assert!(result["last_failed"].as_u64().unwrap() < 29, "{result}");
+    assert_eq!(said(&outcome, "device does not answer"), 1);
+    assert_eq!(said(&outcome, "device answers again"), 1);
+    assert_no_complaint(&outcome);
+    assert_nothing_left(&outcome);
+    assert_eq!(outcome.summary["verified"], true);
+}

@@ -1,0 +1,51 @@
+//! Linux 6.12 with the series in `guest-kernel-patches/`: the two-step DMA API, here and on devices that know nothing of
+//! it. `scripts/prepare-guest patched` gets what these tests need.
+
+mod boots;
+mod failures;
+mod qemu;
+
+use serde_json::Value;
+
+use crate::harness::{Guest, Outcome};
+
+/// What a guest does to show that it works: small I/O, and large I/O on scattered pages.
+const IO: &str =
+    "nvme-io --op verify --bs 4k --depth 8 --total 1M + nvme-io --op verify --bs 128k --depth 4 --total 8M --scatter";
+
+/// A guest with the series.
+fn guest(topology: &str, workload: &str) -> Guest {
+    Guest::new(topology, workload).kernel("patched")
+}
+
+/// The kernel has found nothing wrong with itself.
+fn assert_no_complaint(outcome: &Outcome) {
+    let logs: Vec<&Value> = outcome.results.iter().filter(|result| result["event"] == "kernel-log").collect();
+    assert!(!logs.is_empty(), "no report of the kernel's log");
+    for log in logs {
+        assert_eq!(log["complaints"], serde_json::json!([]));
+    }
+}
+
+/// The requests of a type in the trace, in their order.
+fn requests_of<'a>(outcome: &'a Outcome, name: &'a str) -> impl Iterator<Item = &'a Value> {
+    outcome.events("request").filter(move |request| request["type"] == name)
+}
+
+/// Those of them that are for a driver's operation, which has a tag. The others are for memory that drivers keep: a
+/// queue of a controller takes several pages, and LINKs them if no piece of memory is large enough at the moment.
+fn requests_of_io<'a>(outcome: &'a Outcome, name: &'a str) -> impl Iterator<Item = &'a Value> {
+    requests_of(outcome, name).filter(|request| request["tag"].as_str().is_some_and(|tag| tag != "0x0"))
+}
+
+/// How many [`requests_of_io`] there are of each.
+fn count_of_io<const N: usize>(outcome: &Outcome, names: [&str; N]) -> [u64; N] {
+    names.map(|name| requests_of_io(outcome, name).count() as u64)
+}
+
+/// Every reservation for I/O was released, and nothing is linked.
+fn assert_nothing_left(outcome: &Outcome) {
+    let [reserved, released] = count_of_io(outcome, ["RESERVE", "RELEASE"]);
+    assert_eq!(reserved, released);
+    assert_eq!((outcome.count("reservations_live"), outcome.count("linked_bytes")), (0, 0));
+}
