@@ -107,6 +107,22 @@ fn an_image_and_a_topology_that_cannot_be_used() {
     says(folder.path(), &missing, &["Cannot read the topology none.toml", "No such file"]);
 }
 
+/// `docs/topology.md` shows what is said of a wrong topology.
+#[test]
+fn the_documentation_shows_an_error_as_it_is() {
+    let folder = folder();
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/topology.md");
+    let text = fs::read_to_string(path).unwrap();
+    let shown: String = text
+        .lines()
+        .skip_while(|line| !line.starts_with("    viommu: Cannot"))
+        .map_while(|line| line.strip_prefix("    "))
+        .flat_map(|line| [line, "\n"])
+        .collect();
+    fs::write(folder.path().join("nvme.toml"), "[[nvme]]\nadress = \"04.0\"\nimage = \"a\"\n").unwrap();
+    assert_eq!(fails(folder.path(), &["viot", "--topology", "nvme.toml"]), shown);
+}
+
 #[test]
 fn a_qemu_that_is_too_old_or_none() {
     let folder = folder();

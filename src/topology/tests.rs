@@ -88,9 +88,13 @@ fn errors_name_line_key_and_expectation() {
     let ports = "[[root-port]]\nname = \"a\"\naddress = \"06.0\"\n";
     refused(&format!("{ports}{}", ports.replace("06", "07")), &["line 5", "`name`", "taken"]);
     refused("[[nvme]]\naddress = \"04.0\"\nhotplug = true\nimage = \"a\"", &["`hotplug`", "`behind`"]);
-    refused("[machine]\nmemory = 5\n", &["line 2", "string"]);
-    refused("[machine]\nmemory = \"5X\"\n", &["line 2", "\"512M\""]);
-    refused("[machine]\nvcpus = 0\n", &["line 2", "nonzero"]);
+    refused("[machine]\nmemory = 5\n", &["line 2", "key `memory`", "string"]);
+    refused("[machine]\nmemory = \"5X\"\n", &["line 2", "key `memory`", "\"512M\""]);
+    refused("[machine]\nvcpus = 0\n", &["line 2", "key `vcpus`", "nonzero"]);
+    refused("[machine]\n[[nvme]\n", &["line 2, column 8", "[[nvme]\n", "expected `]`"]);
+    refused("[[nvme]\n", &["line 1, column 8", "expected `]`"]);
+    refused("= 1\n", &["line 1, column 1"]);
+    refused("[[nvme]]\naddress = \"04.0", &["line 2", "key `address`"]);
 }
 
 #[test]
