@@ -11,6 +11,7 @@ pub mod viot;
 use std::collections::BTreeMap;
 use std::num::NonZeroU8;
 use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -363,7 +364,12 @@ fn check_name<'n>(name: &str, span: Range<usize>, mut taken: impl Iterator<Item 
         let wanted = "a letter and then letters, digits, - and _, 13 characters at most, were expected";
         return Err(Problem::of("name", span, format!("{name:?} cannot be a name; {wanted}")));
     }
-    if name == "viommu" || taken.any(|other| other == name) {
+    // The other sockets of a run, and what QEMU is given beside the endpoints.
+    if matches!(name, "trace" | "qmp") || name.starts_with("viommu") {
+        let what = format!("the name {name:?} is one of viommu's own: trace, qmp, and all that begin with viommu");
+        return Err(Problem::of("name", span, what));
+    }
+    if taken.any(|other| other == name) {
         return Err(Problem::of("name", span, format!("the name {name:?} is taken")));
     }
     Ok(())
@@ -381,14 +387,25 @@ fn check_serial(serial: Spanned<String>) -> Result<String, Problem> {
 }
 
 fn check_image(topology: &Topology, image: Spanned<PathBuf>) -> Result<PathBuf, Problem> {
-    let uses = |model: &Model| matches!(model, Model::Nvme { image: other, .. } if other == image.get_ref());
-    match topology.endpoints.iter().find(|endpoint| uses(&endpoint.model)) {
-        None => Ok(image.into_inner()),
-        Some(other) => {
-            let what =
-                format!("{:?} is the image of {:?} already; each endpoint needs its own", image.get_ref(), other.name);
-            Err(Problem::of("image", image.span(), what))
+    for endpoint in &topology.endpoints {
+        let Model::Nvme { image: other, .. } = &endpoint.model else { continue };
+        if same_file(other, image.get_ref()) {
+            let is = if other == image.get_ref() { String::new() } else { format!("the same file as {other:?}, ") };
+            let (image_name, owner) = (image.get_ref(), &endpoint.name);
+            let what = format!("{image_name:?} is {is}the image of {owner:?} already; each endpoint needs its own");
+            return Err(Problem::of("image", image.span(), what));
         }
+    }
+    Ok(image.into_inner())
+}
+
+/// Whether two paths lead to one file; of files that do not exist, only whether the paths are the same.
+fn same_file(one: &Path, other: &Path) -> bool {
+    let file = |path: &Path| std::fs::metadata(path).map(|found| (found.dev(), found.ino()));
+    match (file(one), file(other)) {
+        (Ok(one), Ok(other)) => one == other,
+        (Err(_), Err(_)) => std::path::absolute(one).ok() == std::path::absolute(other).ok(),
+        _ => false,
     }
 }
 

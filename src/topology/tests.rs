@@ -82,6 +82,10 @@ fn errors_name_line_key_and_expectation() {
     refused("[[nvme]]\naddress = \"04.0\"\nname = \"a/b\"\nimage = \"a\"", &["line 3", "`name`"]);
     let twice = "[[nvme]]\naddress = \"04.0\"\nimage = \"a\"\n[[nvme]]\naddress = \"05.0\"\nimage = \"a\"";
     refused(twice, &["line 6", "`image`", "\"nvme0\"", "its own"]);
+    for name in ["qmp", "trace", "viommu", "viommu-serial"] {
+        let named = format!("[[nvme]]\naddress = \"04.0\"\nname = \"{name}\"\nimage = \"a\"");
+        refused(&named, &["line 3", "`name`", "viommu's own"]);
+    }
     let serial = "[[nvme]]\naddress = \"04.0\"\nimage = \"a\"\nserial = \"abcdefghijklmnopqrstuvwxyz\"";
     refused(serial, &["line 4", "`serial`", "1 to 20"]);
     refused("[[root-port]]\nname = \"a,b\"\naddress = \"06.0\"", &["line 2", "`name`", "a letter and then"]);
@@ -95,6 +99,28 @@ fn errors_name_line_key_and_expectation() {
     refused("[[nvme]\n", &["line 1, column 8", "expected `]`"]);
     refused("= 1\n", &["line 1, column 1"]);
     refused("[[nvme]]\naddress = \"04.0", &["line 2", "key `address`"]);
+}
+
+#[test]
+fn an_image_is_known_under_all_its_names() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    std::fs::write(path("a.img"), "").unwrap();
+    std::fs::write(path("b.img"), "").unwrap();
+    std::os::unix::fs::symlink(path("a.img"), path("link.img")).unwrap();
+    std::fs::hard_link(path("a.img"), path("hard.img")).unwrap();
+    std::fs::create_dir(path("sub")).unwrap();
+    let two = |one: &str, other: &str| {
+        format!("[[nvme]]\naddress = \"04.0\"\nimage = {one:?}\n[[nvme]]\naddress = \"05.0\"\nimage = {other:?}\n")
+    };
+    for other in ["./a.img", "link.img", "hard.img", "sub/../a.img"] {
+        refused(&two(&path("a.img"), &path(other)), &["line 6", "key `image`", other, "of \"nvme0\"", "its own"]);
+    }
+    assert!(parse(&two(&path("a.img"), &path("b.img"))).is_ok());
+    // Those that `--create-images` is to make.
+    refused(&two("none.img", "./none.img"), &["line 6", "of \"nvme0\""]);
+    assert!(parse(&two("none.img", &path("none.img"))).is_ok());
+    assert!(parse(&two(&path("a.img"), "none.img")).is_ok());
 }
 
 #[test]

@@ -39,7 +39,10 @@ pub enum OpenError {
     Missing(PathBuf),
     #[error("Cannot open the image {path}")]
     Open { path: PathBuf, source: io::Error },
-    #[error("The image {0} is in use by another process; a raw image can have one writer only")]
+    #[error(
+        "The image {0} is in use, by another process or as the image of another endpoint; a raw image can have one \
+         writer only"
+    )]
     Locked(PathBuf),
     #[error("The image {path} has {bytes} bytes; a multiple of the block size {block_size}, and not 0, was expected")]
     Size { path: PathBuf, bytes: u64, block_size: u32 },
