@@ -8,6 +8,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -135,6 +136,123 @@ fn a_qemu_that_is_too_old_or_none() {
         let arguments = [&[command, "--qemu", "./none"][..], &ENGINE].concat();
         says(folder.path(), &arguments, &["Cannot run ./none", "10.2 or later", "--qemu"]);
     }
+}
+
+/// A program in `folder` that says it is a QEMU, and then does this.
+fn pretended_qemu(folder: &Path, script: &str) {
+    let qemu = folder.join("qemu");
+    let version = "[ \"$1\" != --version ] || { echo QEMU emulator version 11.0.0; exit; }";
+    fs::write(&qemu, format!("#!/bin/sh\n{version}\n{script}\n")).unwrap();
+    fs::set_permissions(&qemu, fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+/// The names in a folder, in order.
+fn names(folder: &Path) -> Vec<String> {
+    let mut names: Vec<String> =
+        fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn who_cannot_begin_leaves_nothing_behind() {
+    let folder = folder();
+    pretended_qemu(folder.path(), "exit 1");
+    let run = ["run", "--qemu", "./qemu", "--dir", "dir", "--trace-file", "none/trace.jsonl"];
+    says(folder.path(), &[&run[..], &ENGINE].concat(), &["Cannot write the trace to none/trace.jsonl", "No such file"]);
+    assert_eq!(names(&folder.path().join("dir")), [""; 0]);
+    // The second endpoint's socket cannot be made; the first one's could.
+    fs::write(folder.path().join("t.toml"), "[[dma-engine]]\naddress = \"04.0\"\n[[dma-engine]]\naddress = \"05.0\"\n")
+        .unwrap();
+    fs::create_dir_all(folder.path().join("sockets/dma1.sock")).unwrap();
+    let serve = ["serve", "--topology", "t.toml", "--socket-path", "sockets/viommu.sock"];
+    says(
+        folder.path(),
+        &[&serve[..], &["--trace-socket", "sockets/trace.sock"]].concat(),
+        &["dma1", "is not a socket"],
+    );
+    assert_eq!(names(&folder.path().join("sockets")), ["dma1.sock"]);
+}
+
+#[test]
+fn a_summary_is_of_this_run_and_is_printed_in_any_case() {
+    let folder = folder();
+    pretended_qemu(folder.path(), "exit 3");
+    fs::create_dir(folder.path().join("dir")).unwrap();
+    let before =
+        "{\"event\":\"result\",\"workload\":\"of before\",\"verified\":true}\n{\"event\":\"end\",\"ok\":true}\n";
+    fs::write(folder.path().join("dir/results.jsonl"), before).unwrap();
+    let run = ["run", "--qemu", "./qemu", "--dir", "dir", "--summary"];
+    let said = fails(folder.path(), &[&run[..], &["summary.json"], &ENGINE].concat());
+    assert!(said.contains("not checked by the guest") && said.contains("QEMU failed (exit status: 3)"), "{said}");
+    assert!(!said.contains("of before"), "{said}");
+    let summary: serde_json::Value =
+        serde_json::from_slice(&fs::read(folder.path().join("summary.json")).unwrap()).unwrap();
+    assert!(summary["verified"].is_null(), "{summary}");
+    // The names that scripts rely on.
+    for name in [
+        "requests",
+        "kicks",
+        "mappings_live",
+        "mappings_peak",
+        "dma_read_bytes",
+        "dma_write_bytes",
+        "faults",
+        "io_count",
+        "io_bytes",
+        "verified",
+        "events",
+        "events_lost",
+        "trace",
+        "guest_log",
+    ] {
+        assert!(summary.get(name).is_some(), "{name} is not in {summary}");
+    }
+    for name in
+        ["attach", "detach", "map", "unmap", "probe", "reserve", "link", "unlink", "release", "unknown", "malformed"]
+    {
+        assert_eq!(summary["requests"][name], 0, "{name}");
+    }
+    let said = fails(folder.path(), &[&run[..], &["none/summary.json"], &ENGINE].concat());
+    assert!(said.contains("requests: ATTACH") && said.contains("Cannot write the summary to none/"), "{said}");
+}
+
+/// The probe of KVM, where there is a /dev/kvm; else a run.
+#[test]
+fn a_signal_ends_a_run_that_has_not_begun_and_nothing_is_remembered() {
+    let folder = folder();
+    pretended_qemu(folder.path(), "echo $$ >> pids; exec sleep 60");
+    fs::write(folder.path().join("kernel"), "").unwrap();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_viommu"))
+        .args(["run", "--qemu", "./qemu", "--dir", "dir", "--kernel", "kernel"])
+        .args(ENGINE)
+        .current_dir(&folder)
+        .env("XDG_CACHE_HOME", folder.path().join("cache"))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let pid = loop {
+        let pids = fs::read_to_string(folder.path().join("pids")).unwrap_or_default();
+        if let Some(pid) = pids.strip_suffix('\n') {
+            break pid.to_owned();
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    let asked = Instant::now();
+    kill(Pid::from_raw(child.id() as i32), Signal::SIGTERM).unwrap();
+    child.wait().unwrap();
+    // Before the probe would have given up.
+    assert!(asked.elapsed() < Duration::from_secs(9), "{:?}", asked.elapsed());
+    let ended = |pid: &str| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        stat.is_empty() || stat.contains(") Z ")
+    };
+    while !ended(&pid) {
+        assert!(asked.elapsed() < Duration::from_secs(30), "QEMU goes on");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert!(!folder.path().join("cache").exists(), "{:?}", names(&folder.path().join("cache")));
 }
 
 #[test]

@@ -76,7 +76,7 @@ pub struct Daemon {
     vhost_thread: JoinHandle<()>,
     endpoints: Vec<Served>,
     trace: Option<trace::TraceHandle>,
-    viot: PathBuf,
+    _viot: Viot,
 }
 
 /// An endpoint that is served.
@@ -105,8 +105,13 @@ impl Daemon {
         let iommu = Iommu::new(topology.settings(), tracer.clone());
         let server = vhost::Server::bind(&options.paths.iommu, iommu.clone(), tracer.clone());
         let mut server = server.context("Cannot serve the IOMMU")?;
-        let viot = options.paths.viot();
-        std::fs::write(&viot, viot::table(topology)).with_context(|| format!("Cannot write {}", viot.display()))?;
+        // Before any thread: what was made goes again if something else cannot be.
+        let bind = |endpoint| {
+            let socket = pci::Server::bind(&options.paths.endpoint(endpoint));
+            socket.with_context(|| format!("Cannot serve the endpoint {}", endpoint.name))
+        };
+        let sockets: Vec<_> = topology.endpoints.iter().map(bind).collect::<Result<_>>()?;
+        let viot = Viot::write(options.paths.viot(), topology)?;
         let control = server.control();
         if !options.inject.is_empty() {
             log::warn!("Some requests are answered wrongly on purpose (--inject)");
@@ -114,8 +119,7 @@ impl Daemon {
         }
         let vhost_end = server.shutdown();
         let mut endpoints = Vec::new();
-        for (endpoint, disk) in topology.endpoints.iter().zip(disks) {
-            let socket = options.paths.endpoint(endpoint);
+        for ((endpoint, disk), socket) in topology.endpoints.iter().zip(disks).zip(sockets) {
             let served = serve(endpoint, socket, disk, &iommu, &control, &tracer);
             endpoints.push(served.with_context(|| format!("Cannot serve the endpoint {}", endpoint.name))?);
         }
@@ -136,7 +140,7 @@ impl Daemon {
             };
             qmp::watch(path.clone(), stop.clone(), tell).context("Cannot start a thread")?;
         }
-        Ok(Daemon { iommu, control, vhost_end, vhost_thread, endpoints, trace, viot })
+        Ok(Daemon { iommu, control, vhost_end, vhost_thread, endpoints, trace, _viot: viot })
     }
 
     /// Ends everything and says what was done.
@@ -165,13 +169,28 @@ impl Daemon {
         counts.kicks = queues.kicks;
         counts.unknown_requests = queues.unknown;
         counts.malformed_requests = queues.malformed - queues.unknown;
-        let _ = std::fs::remove_file(&self.viot);
         if let Some(trace) = self.trace {
             let events = trace.stop();
             counts.events = events.emitted();
             counts.events_lost = events.lost;
         }
         counts
+    }
+}
+
+/// The file with the VIOT; it goes with its daemon.
+struct Viot(PathBuf);
+
+impl Viot {
+    fn write(path: PathBuf, topology: &Topology) -> Result<Viot> {
+        std::fs::write(&path, viot::table(topology)).with_context(|| format!("Cannot write {}", path.display()))?;
+        Ok(Viot(path))
+    }
+}
+
+impl Drop for Viot {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
     }
 }
 
@@ -210,13 +229,13 @@ fn create_image(path: &Path, size: Size) -> std::io::Result<()> {
 
 fn serve(
     endpoint: &Endpoint,
-    socket: PathBuf,
+    server: pci::Server,
     disk: Option<Arc<Disk>>,
     iommu: &Arc<Iommu>,
     control: &vhost::Control,
     tracer: &Tracer,
 ) -> Result<Served> {
-    let server = pci::Server::bind(&socket)?;
+    let socket = server.path().to_owned();
     let slot = Slot::new(iommu, endpoint.bdf.id(), tracer.clone());
     let end = EventFd::new(EFD_NONBLOCK).context("Cannot make an event")?;
     let dma = slot.bus().door.counters().clone();

@@ -2,11 +2,14 @@
 
 use std::fmt;
 use std::io::Read;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use nix::sys::prctl;
+use nix::sys::signal::Signal;
 
 /// The first version with the generic vhost-user device and vfio-user.
 pub const NEEDED: Version = Version { major: 10, minor: 2 };
@@ -55,12 +58,24 @@ fn parse_version(text: &str) -> Option<Version> {
     Some(Version { major: numbers.next()?.parse().ok()?, minor: numbers.next()?.parse().ok()? })
 }
 
+/// Has a QEMU end, as SIGTERM ends it, when this process does, however that ends.
+pub fn end_with_us(command: &mut Command) {
+    // SAFETY: between fork and exec the closure makes one system call and touches no memory that another thread may
+    // hold locked.
+    unsafe {
+        command.pre_exec(|| prctl::set_pdeathsig(Signal::SIGTERM).map_err(std::io::Error::from));
+    }
+}
+
 /// Whether KVM runs a guest, found by booting `kernel` without a root file system until it panics for the lack of one.
 ///
 /// That `/dev/kvm` opens proves little: on some hosts a virtual machine starts and never gets anywhere. `Err` says what
 /// was seen instead of the panic.
 pub fn probe_kvm(qemu: &Path, kernel: &Path) -> Result<(), String> {
-    let child = Command::new(qemu)
+    std::fs::File::open(kernel).map_err(|error| format!("the kernel {} does not open: {error}", kernel.display()))?;
+    let mut command = Command::new(qemu);
+    end_with_us(&mut command);
+    let child = command
         .args(["-accel", "kvm", "-cpu", "host", "-machine", "q35", "-m", "256M", "-nodefaults", "-display", "none"])
         .args(["-no-reboot", "-serial", "stdio", "-append", "console=ttyS0 panic=-1", "-kernel"])
         .arg(kernel)

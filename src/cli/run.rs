@@ -1,9 +1,8 @@
 //! `viommu run`: the daemon and a QEMU, from one topology.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, BufWriter, Write};
+use std::io::{BufRead, BufReader, BufWriter, ErrorKind, Write};
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::JoinHandle;
@@ -11,7 +10,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
-use nix::sys::prctl;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -118,7 +116,6 @@ pub fn main(args: &Args) -> Result<()> {
     let topology = args.source.load()?;
     qemu::version(&args.qemu)?;
     let folder = folder(args.dir.as_deref())?;
-    let stop = Stop::on_signals().context("Cannot wait for signals")?;
     let files = Files {
         console: args.console.clone().unwrap_or_else(|| folder.join("guest.log")),
         results: folder.join("results.jsonl"),
@@ -138,9 +135,18 @@ pub fn main(args: &Args) -> Result<()> {
         create_images: args.create_images,
         inject: args.inject.clone(),
     };
+    forget(&files.results)?;
+    // Until here a signal ends the process as it ends any other.
     let accel = accel::choose(args.accel, &args.qemu, args.kernel.as_deref())?;
+    let stop = Stop::on_signals().context("Cannot wait for signals")?;
     let daemon = Daemon::start(&topology, &options, &stop)?;
-    let recorder = args.trace_file.as_deref().map(|file| record(&trace_socket, file)).transpose()?;
+    let recorder = match args.trace_file.as_deref().map(|file| record(&trace_socket, file)).transpose() {
+        Ok(recorder) => recorder,
+        Err(error) => {
+            daemon.end();
+            return Err(error);
+        }
+    };
     let started = Instant::now();
     let ended = start_qemu(args, &topology, &sockets, &files, accel).and_then(|mut child| {
         let ended = wait(&mut child, &stop, args.timeout.map(Duration::from_secs));
@@ -149,16 +155,18 @@ pub fn main(args: &Args) -> Result<()> {
     stop.set();
     let elapsed = started.elapsed();
     let mut counts = daemon.end();
-    if let Some(recorder) = recorder {
+    let recorded = recorder.map_or(Ok(0), |recorder| {
         let lost = recorder.join().ok().context("The thread that writes the trace file panicked")?;
-        counts.events_lost += lost.context("Cannot write the trace")?;
-    }
+        lost.context("Cannot write the trace")
+    });
+    counts.events_lost += recorded.as_ref().copied().unwrap_or(0);
     let summary = Summary::new(&counts, &files, elapsed);
+    say(&summary)?;
     if let Some(path) = &args.summary {
         std::fs::write(path, summary.to_json())
             .with_context(|| format!("Cannot write the summary to {}", path.display()))?;
     }
-    say(&summary)?;
+    recorded?;
     match ended? {
         Ended::Itself(status) if status.success() => match summary.failure() {
             None => Ok(()),
@@ -214,12 +222,8 @@ fn start_qemu(
     }
     command.args(&args.extra);
     log::info!("Starting {command:?}");
-    // SAFETY: between fork and exec the closure makes one system call and touches no memory that another thread may
-    // hold locked.
-    unsafe {
-        // A guest whose IOMMU is gone polls for ever: it must not outlive this process, however this process ends.
-        command.pre_exec(|| prctl::set_pdeathsig(Signal::SIGTERM).map_err(std::io::Error::from));
-    }
+    // A guest whose IOMMU is gone polls for ever.
+    qemu::end_with_us(&mut command);
     command.spawn().with_context(|| format!("Cannot start {}", args.qemu.display()))
 }
 
@@ -289,6 +293,16 @@ fn lost_here(line: &str) -> u64 {
     }
     let event: serde_json::Value = serde_json::from_str(line).unwrap_or_default();
     if event["kind"] == "lost" && event["place"] == "client" { event["count"].as_u64().unwrap_or(0) } else { 0 }
+}
+
+/// Removes what the guest of an earlier run in the same folder said.
+fn forget(results: &Path) -> Result<()> {
+    match std::fs::remove_file(results) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("Cannot remove {}", results.display()))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The folder of a run. A temporary one stays, with what the guest said in it.
