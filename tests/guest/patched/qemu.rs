@@ -14,7 +14,9 @@ fn run(append: &str, workload: &str) -> Vec<Value> {
     let child = Command::new(files.join("qemu"))
         .current_dir(folder.path())
         .args(["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-m", "512M"])
-        .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
+        .args(["-nodefaults", "-no-user-config", "-display", "none"])
+        // A guest that panics is to end, not to start anew.
+        .args(["-action", if workload == "reboot" { "reboot=reset" } else { "reboot=shutdown" }])
         .args(["-serial", "file:console.log", "-serial", "file:results.jsonl"])
         .args(["-device", "virtio-iommu-pci,addr=03.0", "-drive", "if=none,id=disk,file=disk.img,format=raw"])
         .args(["-device", "nvme,drive=disk,serial=test,addr=04.0"])
@@ -74,4 +76,11 @@ fn passthrough() {
 fn unbind_and_rebind_the_driver() {
     let results = run("", "rebind nvme 0000:00:04.0 --times 3");
     assert!(results.iter().any(|result| result["workload"] == "rebind" && result["verified"] == true), "{results:?}");
+}
+
+#[test]
+fn reboot() {
+    let results = run("", "reboot");
+    assert_eq!(results.iter().filter(|result| result["event"] == "boot").count(), 2);
+    assert!(results.iter().any(|result| result["workload"] == "reboot" && result["verified"] == true), "{results:?}");
 }
