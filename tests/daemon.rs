@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -13,6 +14,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 /// Runs the command in `folder` until it fails; what it said.
 fn fails(folder: &Path, arguments: &[&str]) -> String {
@@ -316,4 +318,22 @@ fn a_client_that_goes_on_and_on_is_logged_a_few_times_and_counted() {
     assert_eq!(messages.len() as u64 + left_out, COUNT, "{said}");
     // Five in ten seconds, and it takes no minute.
     assert!(messages.len() <= 30, "{said}");
+}
+
+/// DMA_MAP of a page of a file that is open for reading only, to be written.
+#[test]
+fn a_refusal_is_logged_with_its_causes() {
+    let folder = folder();
+    let daemon = serve(folder.path());
+    fs::write(folder.path().join("page"), [0; 4096]).unwrap();
+    let file = fs::File::open(folder.path().join("page")).unwrap();
+    let mut client = UnixStream::connect(folder.path().join("dma0.sock")).unwrap();
+    let body = [32u32.to_le_bytes(), 3u32.to_le_bytes()].concat();
+    let range = [0, 0x10000, 4096].map(u64::to_le_bytes).concat();
+    let message = [&[2, 0, 2, 0, 48, 0, 0, 0][..], &[0; 8], &body, &range].concat();
+    client.send_with_fds(&[&message[..]], &[file.as_raw_fd()]).unwrap();
+    client.read_exact(&mut [0; 16]).unwrap();
+    drop(client);
+    let said = end(daemon);
+    assert!(said.contains("The file cannot be mapped: Permission denied"), "{said}");
 }

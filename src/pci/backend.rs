@@ -1,7 +1,9 @@
 //! One connection: a function, as the client's messages see it.
 
+use std::error::Error;
 use std::fs::File;
 use std::io::{self, ErrorKind};
+use std::iter::successors;
 
 use vfio_bindings::bindings::vfio::*;
 use vfio_user::{DmaMapFlags, DmaUnmapFlags, IrqInfo, ServerBackend, ServerRegion};
@@ -274,9 +276,14 @@ pub(super) fn contained<R>(bus: &Bus, call: impl FnOnce() -> R) -> Option<R> {
     result
 }
 
-/// The crate answers every error of a backend's with the error flag but error number 0; so it is at least in the log.
-fn refused(reason: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::Error {
+/// The crate answers every error of a backend's with the error flag but error number 0; so it is at least in the log,
+/// with all its causes.
+fn refused(reason: impl Into<Box<dyn Error + Send + Sync>>) -> io::Error {
     let error = io::Error::new(ErrorKind::InvalidInput, reason);
-    log::warn!("Refused a vfio-user message: {error}");
+    let mut said = error.to_string();
+    for cause in successors(error.source(), |&cause| cause.source()) {
+        said += &format!(": {cause}");
+    }
+    log::warn!("Refused a vfio-user message: {said}");
     error
 }
