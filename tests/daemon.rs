@@ -320,6 +320,29 @@ fn a_client_that_goes_on_and_on_is_logged_a_few_times_and_counted() {
     assert!(messages.len() <= 30, "{said}");
 }
 
+#[test]
+fn what_the_log_leaves_out_is_counted_though_nothing_more_happens() {
+    let folder = folder();
+    let mut daemon = serve(folder.path());
+    let mut log = BufReader::new(daemon.stderr.take().unwrap());
+    let mut client = UnixStream::connect(folder.path().join("dma0.sock")).unwrap();
+    (0..12).for_each(|_| refused_read(&mut client));
+    let begun = Instant::now();
+    let mut said = String::new();
+    while !said.contains("left out") && begun.elapsed() < Duration::from_secs(60) {
+        assert_ne!(log.read_line(&mut said).unwrap(), 0, "{said}");
+    }
+    kill(Pid::from_raw(daemon.id() as i32), Signal::SIGTERM).unwrap();
+    daemon.wait().unwrap();
+    assert_eq!(said.lines().count(), 6, "{said}");
+    assert!(
+        said.ends_with(
+            "7 more messages were left out like: Refused a vfio-user message: access past the end of a region\n"
+        ),
+        "{said}"
+    );
+}
+
 /// DMA_MAP of a page of a file that is open for reading only, to be written.
 #[test]
 fn a_refusal_is_logged_with_its_causes() {

@@ -1,13 +1,14 @@
 //! What is said on the standard error output, and how often.
 //!
 //! Guests and clients can make the same thing go wrong as often as they like. Each place in the code says its first few
-//! warnings and then counts them, and the count is said later; the trace has every one.
+//! warnings and then counts them, and the count is said when some seconds are over; the trace has every one.
 
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::collections::HashMap;
 use std::fmt::Display;
 use std::panic::PanicHookInfo;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
@@ -26,7 +27,7 @@ pub fn start(level: LevelFilter) {
     let inner = env_logger::Builder::new().filter_level(level).parse_default_env().build();
     let level = inner.filter();
     // It fails if there is a logger; who made it is content with it.
-    if log::set_boxed_logger(Box::new(Logger { inner, places: Mutex::default() })).is_ok() {
+    if log::set_boxed_logger(Box::new(Logger(Arc::new(Limited { inner, places: Mutex::default() })))).is_ok() {
         log::set_max_level(level);
         std::panic::set_hook(Box::new(log_panic));
     }
@@ -34,7 +35,7 @@ pub fn start(level: LevelFilter) {
 
 /// A panic that is contained is one more thing that a peer may be able to repeat.
 fn log_panic(info: &PanicHookInfo<'_>) {
-    let thread = std::thread::current();
+    let thread = thread::current();
     let name = thread.name().unwrap_or("without a name");
     let backtrace = Backtrace::capture();
     let mut text = format!("Thread {name} {info}");
@@ -53,13 +54,16 @@ fn log_panic(info: &PanicHookInfo<'_>) {
     );
 }
 
+/// What the log's macros call.
+struct Logger(Arc<Limited>);
+
 /// env_logger's logger behind the limit.
-struct Logger {
+struct Limited {
     inner: env_logger::Logger,
     places: Mutex<Places>,
 }
 
-impl Logger {
+impl Limited {
     fn places(&self) -> MutexGuard<'_, Places> {
         self.places.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -75,14 +79,26 @@ impl Logger {
             );
         }
     }
-}
 
-impl Log for Logger {
-    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        self.inner.enabled(metadata)
+    /// Has a thread say what was left out when it is time, though nobody may say anything more.
+    fn attend(self: &Arc<Self>) {
+        let limited = self.clone();
+        let attend = move || {
+            // The lock is free while this sleeps.
+            let until_next = || limited.places().until_next(Instant::now());
+            while let Some(time) = until_next() {
+                thread::sleep(time);
+                let left_out = limited.places().end_windows(Instant::now());
+                limited.say_left_out(&left_out);
+            }
+        };
+        if thread::Builder::new().name("log".into()).spawn(attend).is_err() {
+            // Then it is said with the next message, or at the end.
+            self.places().attended = false;
+        }
     }
 
-    fn log(&self, record: &Record<'_>) {
+    fn log(self: &Arc<Self>, record: &Record<'_>) {
         if !self.inner.matches(record) {
             return;
         }
@@ -93,22 +109,40 @@ impl Log for Logger {
         let place = (record.file().unwrap_or_default().to_string(), record.line().unwrap_or(0));
         // Not under the lock: what formats the message is others' code, and if it panics, that is logged too.
         let like = excerpt(record.args());
+        if record.target() == "vfio_user" && like.contains("Error from backend") {
+            // The backend is ours and has said it, in words.
+            return;
+        }
         let now = Instant::now();
-        let (left_out, admitted) = {
+        let (left_out, admitted, attended) = {
             let mut places = self.places();
-            (places.end_windows(now), places.admit(place, now, like))
+            let (left_out, admitted) = (places.end_windows(now), places.admit(place, now, like));
+            (left_out, admitted, admitted || std::mem::replace(&mut places.attended, true))
         };
         self.say_left_out(&left_out);
         if admitted {
             self.inner.log(record);
         }
+        if !attended {
+            self.attend();
+        }
+    }
+}
+
+impl Log for Logger {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        self.0.inner.enabled(metadata)
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        self.0.log(record);
     }
 
     /// Says what was left out and not said yet.
     fn flush(&self) {
-        let left_out = self.places().end_all();
-        self.say_left_out(&left_out);
-        self.inner.flush();
+        let left_out = self.0.places().end_all();
+        self.0.say_left_out(&left_out);
+        self.0.inner.flush();
     }
 }
 
@@ -117,7 +151,11 @@ type Place = (String, u32);
 
 /// The places that said something of late.
 #[derive(Default)]
-struct Places(HashMap<Place, Window>);
+struct Places {
+    windows: HashMap<Place, Window>,
+    /// A thread waits for the ends of those windows that left something out.
+    attended: bool,
+}
 
 struct Window {
     begun: Instant,
@@ -139,7 +177,7 @@ impl Places {
     /// Whether a place may say something now, a message that begins `like` this; if not, it is counted.
     fn admit(&mut self, place: Place, now: Instant, like: String) -> bool {
         let begin = || Window { begun: now, said: 0, left_out: 0, like };
-        let window = self.0.entry(place).or_insert_with(begin);
+        let window = self.windows.entry(place).or_insert_with(begin);
         if window.said >= BURST {
             window.left_out += 1;
             return false;
@@ -150,13 +188,21 @@ impl Places {
 
     /// Forgets the places whose windows are over, and tells what they had to leave out.
     fn end_windows(&mut self, now: Instant) -> Vec<LeftOut> {
-        let over = self.0.extract_if(|_, window| now.duration_since(window.begun) >= WINDOW);
+        let over = self.windows.extract_if(|_, window| now.duration_since(window.begun) >= WINDOW);
         over.filter_map(|(_, window)| window.left_out()).collect()
     }
 
-    /// The same for all places.
+    /// How long it is until something that was left out is to be said. If nothing was, nobody needs to wait any more.
+    fn until_next(&mut self, now: Instant) -> Option<Duration> {
+        let ends = self.windows.values().filter(|window| window.left_out > 0).map(|window| window.begun + WINDOW);
+        let next = ends.min().map(|end| end.saturating_duration_since(now));
+        self.attended = next.is_some();
+        next
+    }
+
+    /// As [`Places::end_windows`], for all places.
     fn end_all(&mut self) -> Vec<LeftOut> {
-        self.0.drain().filter_map(|(_, window)| window.left_out()).collect()
+        self.windows.drain().filter_map(|(_, window)| window.left_out()).collect()
     }
 }
 
@@ -190,10 +236,12 @@ mod tests {
         assert_eq!(said, BURST as usize);
         assert!(places.admit(place(2), begin, "another".into()), "one place does not silence another");
         assert_eq!(places.end_windows(begin + WINDOW / 2), []);
+        assert_eq!(places.until_next(begin + WINDOW / 4), Some(WINDOW * 3 / 4));
         let left_out = LeftOut { count: 95, like: "bad thing 0".into() };
         assert_eq!(places.end_windows(begin + WINDOW), [left_out]);
+        assert_eq!(places.until_next(begin + WINDOW), None, "there is nothing to tell");
         assert!(places.admit(place(1), begin + WINDOW, "again".into()));
-        assert!(places.0.len() == 1, "places that are silent are forgotten");
+        assert!(places.windows.len() == 1, "places that are silent are forgotten");
     }
 
     #[test]
