@@ -18,7 +18,7 @@ use serde_json::json;
 
 mod common;
 
-use common::{Daemon, Guest, Measured, median};
+use common::{Cores, Daemon, Guest, Measured, median};
 
 /// Name, operation, bytes, depth.
 const CASES: [(&str, &str, &str, u32); 6] = [
@@ -31,10 +31,10 @@ const CASES: [(&str, &str, &str, u32); 6] = [
 ];
 
 /// Seconds of each case in each boot.
-const SECONDS: f64 = 3.0;
+const SECONDS: f64 = 1.0;
 
 /// Boots of each variant.
-const ROUNDS: usize = 5;
+const ROUNDS: usize = 15;
 
 const TOPOLOGY: &str = "[machine]\nmemory = \"512M\"\nvcpus = 1\n[[nvme]]\naddress = \"04.0\"\nimage = \"disk.img\"\n";
 
@@ -81,12 +81,13 @@ fn main() {
     // Not sparse: a hole reads faster than data.
     fs::write(folder.path().join("disk.img"), vec![0x5a; 256 << 20]).unwrap();
 
-    let measured = common::rounds(&Variant::ALL, rounds, |variant| boot(variant, folder.path(), &files));
+    let cores = Cores::divide();
+    let measured = common::rounds(&Variant::ALL, rounds, |variant| boot(variant, &cores, folder.path(), &files));
     report(&measured, rounds);
 }
 
 /// Boots one guest and returns the I/Os per second of each case.
-fn boot(variant: Variant, folder: &Path, files: &Path) -> Vec<f64> {
+fn boot(variant: Variant, cores: &Cores, folder: &Path, files: &Path) -> Vec<f64> {
     let socket = folder.join("trace.sock");
     let daemon = (variant != Variant::Qemu)
         .then(|| Daemon::start(folder, (variant != Variant::Untraced).then_some(socket.as_path())));
@@ -105,7 +106,7 @@ fn boot(variant: Variant, folder: &Path, files: &Path) -> Vec<f64> {
         _ => common::devices(folder),
     };
     let accel = "tcg,thread=multi";
-    let guest = Guest { folder, files, accel, devices: &devices, append: "", workload: &workload.join(" + ") };
+    let guest = Guest { cores, folder, files, accel, devices: &devices, append: "", workload: &workload.join(" + ") };
     let results = guest.run();
     drop(daemon);
     if let Some(client) = client {

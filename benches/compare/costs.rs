@@ -5,7 +5,7 @@ use std::fs;
 
 use serde_json::{Value, json};
 
-use super::common::{self, Daemon, Guest};
+use super::common::{self, Cores, Daemon, Guest};
 use super::{SIZES, Setup};
 
 /// One tick of the time stamp counter is one instruction of the guest, so that a time is the same in each run. It is not
@@ -13,7 +13,7 @@ use super::{SIZES, Setup};
 const COUNT_INSTRUCTIONS: &str = "tcg,thread=single -icount shift=0";
 
 /// Boots two guests, and adds to each size in `all` what they say.
-pub fn measure(setup: Setup, all: &mut Value) {
+pub fn measure(setup: Setup, cores: &Cores, all: &mut Value) {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("topology.toml"), setup.topology()).unwrap();
     fs::File::create(folder.path().join("disk.img")).unwrap().set_len(256 << 20).unwrap();
@@ -24,8 +24,15 @@ pub fn measure(setup: Setup, all: &mut Value) {
         let workload = sizes.collect::<Vec<_>>().join(" + ");
         let _daemon = Daemon::start(folder.path(), None);
         let append = setup.mode.append;
-        let guest =
-            Guest { folder: folder.path(), files: &files, accel, devices: &devices, append, workload: &workload };
+        let guest = Guest {
+            cores,
+            folder: folder.path(),
+            files: &files,
+            accel,
+            devices: &devices,
+            append,
+            workload: &workload,
+        };
         let results = guest.run();
         setup.check(&results);
         results.into_iter().filter(|value| value["workload"] == "map-cost").collect::<Vec<_>>()

@@ -137,13 +137,14 @@ fn main() -> ExitCode {
     }
     let rounds =
         std::env::var("VIOMMU_COMPARE_ROUNDS").map_or(ROUNDS, |text| text.parse().expect("a number of rounds"));
+    let cores = common::Cores::divide();
     let mut all = json!({});
     for setup in Setup::all() {
         eprintln!("counts and costs: {setup}");
         let mut of = counts::count(setup);
-        costs::measure(setup, &mut of);
+        costs::measure(setup, &cores, &mut of);
         all[setup.variant.name][setup.mode.name] = of;
     }
-    throughput::measure(rounds, &mut all);
+    throughput::measure(rounds, &cores, &mut all);
     report::finish(&all, rounds)
 }

@@ -4,7 +4,7 @@ use std::fs;
 
 use serde_json::{Value, json};
 
-use super::common::{self, Daemon, Guest, median};
+use super::common::{self, Cores, Daemon, Guest, median};
 use super::{MODES, Setup, VARIANTS};
 
 /// Name, workload.
@@ -19,11 +19,11 @@ pub const SECONDS: f64 = 1.0;
 
 /// Adds `throughput` to each setup in `all`: I/Os per second of each round, and the ratios to `unpatched` of the same
 /// round.
-pub fn measure(rounds: usize, all: &mut Value) {
+pub fn measure(rounds: usize, cores: &Cores, all: &mut Value) {
     let folder = tempfile::tempdir().unwrap();
     // Not sparse: a hole reads faster than data.
     fs::write(folder.path().join("disk.img"), vec![0x5a; 256 << 20]).unwrap();
-    let measured = common::rounds(&Setup::all(), rounds, |setup| boot(setup, folder.path()));
+    let measured = common::rounds(&Setup::all(), rounds, |setup| boot(setup, cores, folder.path()));
     for mode in MODES {
         for variant in VARIANTS {
             let cases = CASES.iter().enumerate().filter(|_| rounds > 0).map(|(case, (name, _))| {
@@ -42,12 +42,13 @@ pub fn measure(rounds: usize, all: &mut Value) {
 }
 
 /// Boots one guest and returns the I/Os per second of each case.
-fn boot(setup: Setup, folder: &std::path::Path) -> Vec<f64> {
+fn boot(setup: Setup, cores: &Cores, folder: &std::path::Path) -> Vec<f64> {
     fs::write(folder.join("topology.toml"), setup.topology()).unwrap();
     let _daemon = Daemon::start(folder, None);
     let cases: Vec<_> =
         CASES.iter().map(|(_, case)| format!("nvme-io --op randread {case} --seconds {SECONDS}")).collect();
     let guest = Guest {
+        cores,
         folder,
         files: &common::guest_files(setup.variant.kernel),
         accel: super::ACCEL,
