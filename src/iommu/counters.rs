@@ -50,7 +50,8 @@ pub struct Counters {
     pub table_bytes: u64,
     /// Accesses that were refused.
     pub faults: u64,
-    /// Of these, those that the driver is not told: its event queue and the device's were full.
+    /// Of these, those that the driver is not told: its event queue and the device's were full, or they still waited
+    /// when it reset the device or was gone.
     pub faults_dropped: u64,
 }
 
@@ -152,6 +153,11 @@ impl Counts {
         if !queued {
             self.faults_dropped.fetch_add(1, Ordering::Relaxed);
         }
+    }
+
+    /// So many faults that waited for the driver were forgotten.
+    pub(super) fn undelivered(&self, count: u64) {
+        self.faults_dropped.fetch_add(count, Ordering::Relaxed);
     }
 
     pub(super) fn read(&self, table_bytes: u64) -> Counters {

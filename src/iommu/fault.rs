@@ -78,8 +78,13 @@ impl FaultQueue {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
     }
 
-    pub(super) fn clear(&self) {
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    /// Forgets all that wait. If any does, `tell` learns how many before a newer one can come.
+    pub(super) fn clear(&self, tell: impl FnOnce(usize)) {
+        let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
+        if !pending.is_empty() {
+            tell(pending.len());
+            pending.clear();
+        }
     }
 
     pub(super) fn listen(&self, listener: Option<FaultListener>) {

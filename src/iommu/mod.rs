@@ -186,13 +186,16 @@ impl Iommu {
         }
     }
 
-    /// The driver reset the device: all endpoints are detached, all domains are gone, and `bypass` stays. When it
-    /// returns, no access uses what was removed. What the next driver accepted stays too: over vhost-user it is known
+    /// The driver reset the device: all endpoints are detached, all domains and waiting faults are gone, and `bypass`
+    /// stays. When it returns, no access uses what was removed. What the next driver accepted stays too: over vhost-user it is known
     /// before the reset is.
     pub fn device_reset(&self) {
         self.domains().clear();
         self.counts.all_ended();
-        self.faults.clear();
+        self.faults.clear(|count| {
+            self.counts.undelivered(count as u64);
+            self.tracer.emit(Event::Undelivered { count: count as u64 });
+        });
         self.settle();
     }
 

@@ -65,6 +65,7 @@ impl Event {
             Event::Lost { .. } => Kind::Lost,
             Event::Panic { .. } => Kind::Panic,
             Event::Injected { .. } => Kind::Injected,
+            Event::Undelivered { .. } => Kind::Undelivered,
         }
     }
 
@@ -169,6 +170,7 @@ impl Event {
                 small = [request, answer as u8];
                 args = [number, 0, 0, 0, 0];
             }
+            Event::Undelivered { count } => args = [count, 0, 0, 0, 0],
         }
         Record {
             time_ns: time_ns.into(),
@@ -283,6 +285,7 @@ impl Event {
                 answer: Answer::from_number(second).ok_or(bad(second))?,
                 number: args[0],
             },
+            Kind::Undelivered => Event::Undelivered { count: args[0] },
         })
     }
 }
@@ -389,6 +392,7 @@ pub(super) mod tests {
                 answer,
                 number
             }),
+            any::<u64>().prop_map(|count| Event::Undelivered { count }),
         ]
     }
 

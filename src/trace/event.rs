@@ -209,6 +209,8 @@ pub enum Event {
     Panic { endpoint: u32 },
     /// A test had the `number`-th request of a type answered wrongly.
     Injected { request: u8, answer: Answer, number: u64 },
+    /// `count` faults waited for buffers of the driver, and are forgotten: it reset the device, or is gone.
+    Undelivered { count: u64 },
 }
 
 impl Event {

@@ -46,7 +46,8 @@ fn endpoint(event: &Event) -> Option<u32> {
         | Event::Bypass { .. }
         | Event::Malformed { .. }
         | Event::Lost { .. }
-        | Event::Injected { .. } => None,
+        | Event::Injected { .. }
+        | Event::Undelivered { .. } => None,
     }
 }
 
@@ -135,6 +136,7 @@ fn describe(event: &Event, to: &mut impl Fields) {
             to.name("answer", answer.name());
             to.number("number", number);
         }
+        Event::Undelivered { count } => to.number("count", count),
     }
 }
 

@@ -98,11 +98,13 @@ pub enum Kind {
     Panic = 16,
     /// A test had a request answered wrongly.
     Injected = 17,
+    /// Faults that waited for buffers of the driver were forgotten.
+    Undelivered = 18,
 }
 
 impl Kind {
     /// Every kind, in the order of the numbers.
-    pub const ALL: [Kind; 17] = [
+    pub const ALL: [Kind; 18] = [
         Kind::Session,
         Kind::Features,
         Kind::Memory,
@@ -120,6 +122,7 @@ impl Kind {
         Kind::Lost,
         Kind::Panic,
         Kind::Injected,
+        Kind::Undelivered,
     ];
 
     /// The kind's bit in a set of kinds.
@@ -157,6 +160,7 @@ impl Kind {
             Kind::Lost => "lost",
             Kind::Panic => "panic",
             Kind::Injected => "injected",
+            Kind::Undelivered => "undelivered",
         }
     }
 }

@@ -192,6 +192,36 @@ fn faults_bypass_and_what_is_malformed() {
 }
 
 #[test]
+fn row_45_faults_that_wait_at_a_reset_are_counted_and_traced() {
+    let events = record(|device| {
+        let mut driver = Driver::new(device);
+        driver.write_bypass(0);
+        let mut dma = driver.dma(device, EP);
+        for address in 0..3 {
+            dma.read(address, &mut [0]).unwrap_err();
+        }
+        let buffer = driver.add_event_buffers(1, 24)[0];
+        driver.kick(EVENTS);
+        driver.wait_fault(buffer);
+        driver.reset();
+        eventually("the reset", || device.iommu.counters().faults_dropped == 2);
+        driver.reset();
+        dma.read(3, &mut [0]).unwrap_err();
+        drop(driver);
+        eventually("the end", || device.iommu.counters().faults_dropped == 3);
+    });
+    let shown = events.iter().filter_map(|event| match *event {
+        Event::Undelivered { count } => Some(format!("{count} undelivered")),
+        Event::Reset { reset, .. } => Some(format!("{reset:?}")),
+        Event::Session { connected: false, .. } => Some("end".into()),
+        Event::Fault { address, .. } => Some(format!("{address}")),
+        _ => None,
+    });
+    let expected = ["0", "1", "2", "2 undelivered", "Device", "Device", "3", "1 undelivered", "end"];
+    assert_eq!(shown.collect::<Vec<_>>(), expected);
+}
+
+#[test]
 fn row_45_a_fault_that_is_dropped_is_traced_as_such() {
     let events = record_with(
         |settings| settings.limits = Limits { pending_faults: 2, ..Limits::default() },

@@ -115,6 +115,7 @@ fn documented() -> Vec<Event> {
         split(0x82, 0, [0xfffd_4000, 0xfffd_4fff], 0x0100_0000_0000_0008, 1, 230),
         split(0x83, 0, [0xfffd_0000, 0xfffe_ffff], 0x0100_0000_0000_0007, 15, 610),
         Event::Injected { request: 0x81, answer: Answer::Refused, number: 101 },
+        Event::Undelivered { count: 3 },
     ]
 }
 
