@@ -82,8 +82,9 @@ fn what_lies_behind_a_request_is_ignored() {
     assert_eq!(driver.transact(&[Part::R(reserve), Part::W(4)]).status(), OK);
     let mut link = link_bytes(1, 0, &[(0x5000, 1)], READ, 0);
     link.resize(20_000, 0xff);
-    // And a device-writable part that is longer than the tail.
-    assert_eq!(driver.transact(&[Part::R(link), Part::W(9)]).status(), OK);
+    // And a device-writable part that is longer than the tail: the tail comes last, all of it is written.
+    let used = driver.transact(&[Part::R(link), Part::W(9)]);
+    assert_eq!(used, Used { len: 9, written: [[0; 5].as_slice(), &[OK, 0, 0, 0]].concat() });
     assert_eq!(device.iommu.counters().linked_bytes, PAGE);
 }
 
