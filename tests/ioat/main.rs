@@ -9,5 +9,6 @@ mod setup;
 mod copies;
 mod ends;
 mod errors;
+mod hostile;
 mod interrupts;
 mod traced;

@@ -10,6 +10,7 @@ mod controller;
 mod data;
 mod ends;
 mod events;
+mod hostile;
 mod queues;
 mod traced;
 
