@@ -93,6 +93,7 @@ mod patched {
             "iova_test_split",
             "iova_test_holes",
             "iova_test_refused",
+            "iova_test_refused_apart",
             SHORT,
             "iova_test_count_many",
             "iova_test_count_faults",
