@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde_json::json;
 
 use crate::results::Results;
@@ -16,15 +16,25 @@ pub struct Args {
     /// What is written to it.
     #[arg(allow_hyphen_values = true)]
     value: String,
+    /// The kernel is to refuse it
+    #[arg(long)]
+    refused: bool,
 }
 
 /// The workload. Emits one `result`.
 ///
 /// # Errors
-/// The system's, with what was tried.
+/// The system's, with what was tried; or if it was to be refused and was not.
 pub fn run(args: &Args, results: &mut Results) -> Result<()> {
-    fs::write(&args.file, &args.value)
-        .with_context(|| format!("Cannot write {:?} to {}", args.value, args.file.display()))?;
-    results.emit("result", json!({ "workload": "set", "file": args.file, "value": args.value }));
+    let written = fs::write(&args.file, &args.value);
+    let error = match written {
+        Ok(()) if args.refused => bail!("Writing {:?} to {} was not refused", args.value, args.file.display()),
+        Err(error) if args.refused => Some(error.to_string()),
+        result => {
+            result.with_context(|| format!("Cannot write {:?} to {}", args.value, args.file.display()))?;
+            None
+        }
+    };
+    results.emit("result", json!({ "workload": "set", "file": args.file, "value": args.value, "error": error }));
     Ok(())
 }

@@ -79,6 +79,19 @@ fn mappings_in_one_step_that_are_refused_fail_the_reads() {
     assert_no_complaint(&outcome);
 }
 
+/// The device refuses to move an endpoint to another domain. Linux goes back to the old one, and must map there again.
+#[test]
+fn an_attach_that_is_refused_leaves_the_endpoint_where_it_was() {
+    let workload = "set /sys/bus/pci/drivers/nvme/unbind 0000:00:04.0 \
+                    + set --refused /sys/kernel/iommu_groups/0/type identity \
+                    + set /sys/bus/pci/drivers/nvme/bind 0000:00:04.0 + rebind nvme 0000:00:04.0 --times 1";
+    let outcome = guest(NVME, workload).inject("attach=nomem:after=1:until=2").run();
+    assert_eq!((outcome.events("injected").count(), outcome.count("requests_failed")), (1, 1));
+    assert_eq!((outcome.summary["verified"].as_bool(), outcome.count("faults")), (Some(true), 0));
+    assert_no_complaint(&outcome);
+    assert_nothing_left(&outcome);
+}
+
 /// A leak of 128 KiB of IOVA in each of 10,000 failures would be 1.2 GiB of addresses, which are given out from 4 GiB
 /// downwards; one of a reservation's memory about 10 MiB of the kernel's.
 #[test]
