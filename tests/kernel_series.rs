@@ -1,5 +1,5 @@
 //! `scripts/build-guest-kernel` on a source that is not Linux 6.12: it must say what does not fit, and build nothing.
-//! Needs the packages that building a kernel needs, like the guest tests.
+//! Needs the packages that building a kernel needs, like the guest tests. And what is said of the series: it is this one.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -66,4 +66,38 @@ fn a_source_that_is_not_there_is_refused() {
     let checkout = checkout();
     let output = build(checkout.path(), &checkout.path().join("nowhere"));
     assert_refused(&output, &["There is no source tree", "nowhere", "Wanted: a folder with the source of Linux 6.12"]);
+}
+
+/// Lines that a patch adds and removes.
+fn lines_of(patch: &str) -> (usize, usize) {
+    let (_, diff) = patch.split_once("\ndiff --git ").expect("a diff");
+    // Behind the signature's mark there is no diff any more.
+    let (diff, _) = diff.split_once("\n-- \n").unwrap_or((diff, ""));
+    let count = |sign: &str, of_file: &str| {
+        diff.lines().filter(|line| line.starts_with(sign) && !line.starts_with(of_file)).count()
+    };
+    (count("+", "+++ "), count("-", "--- "))
+}
+
+#[test]
+fn what_is_said_of_the_series_is_so() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest-kernel-patches/linux-6.12");
+    let read = |name: &str| fs::read_to_string(folder.join(name)).unwrap();
+    let names = fs::read_dir(&folder).unwrap().map(|file| file.unwrap().file_name().into_string().unwrap());
+    let mut patches: Vec<String> = names.filter(|name| name.ends_with(".patch")).collect();
+    patches.sort();
+    let cover = read(&patches.remove(0));
+    assert!(cover.contains(&format!("[PATCH 6.12 00/{}]", patches.len())), "the cover letter's subject");
+    let readme = read("README.md");
+    let range = format!("00{{01..{:02}}}-*.patch", patches.len());
+    assert!(readme.contains(&range), "README.md: {range}");
+    let rows: Vec<&str> = readme.lines().filter(|line| line.ends_with(" |") && line.contains(" | +")).collect();
+    assert_eq!(rows.len(), patches.len(), "README.md: a row for each patch");
+    for (number, (name, row)) in (1..).zip(patches.iter().zip(rows)) {
+        let patch = read(name);
+        assert!(patch.contains(&format!("[PATCH 6.12 {number:02}/{}]", patches.len())), "{name}");
+        let (added, removed) = lines_of(&patch);
+        let wanted = format!("| +{added} -{removed} |");
+        assert!(row.starts_with(&format!("| {number} | ")) && row.ends_with(&wanted), "{name}: {wanted}, found {row}");
+    }
 }
