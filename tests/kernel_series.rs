@@ -70,7 +70,7 @@ fn a_source_that_is_not_there_is_refused() {
 
 /// Lines that a patch adds and removes.
 fn lines_of(patch: &str) -> (usize, usize) {
-    let (_, diff) = patch.split_once("\ndiff --git ").expect("a diff");
+    let (_, diff) = patch.split_once("\ndiff --git ").unwrap();
     // Behind the signature's mark there is no diff any more.
     let (diff, _) = diff.split_once("\n-- \n").unwrap_or((diff, ""));
     let count = |sign: &str, of_file: &str| {
