@@ -16,6 +16,7 @@
 //! * [`cli`]: the `viommu` command, one file a subcommand.
 //! * [`merge`]: one trace of the device's events and the guest's, on one clock.
 //! * [`socket`]: how all of them make their listening sockets.
+//! * [`duty`]: what a thread that is awake does for one that sleeps.
 //! * [`topology`]: one TOML file from which endpoints, the VIOT and QEMU's arguments are made.
 //!
 //! Two journeys, both one way:
@@ -27,6 +28,7 @@
 pub mod cli;
 pub mod devices;
 pub mod dma;
+pub mod duty;
 pub mod iommu;
 pub mod merge;
 pub mod pci;

@@ -6,15 +6,16 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// What a module may import of the crate besides itself. `cli` may all.
-const MAY_IMPORT: [(&str, &[&str]); 10] = [
+const MAY_IMPORT: [(&str, &[&str]); 11] = [
     ("wire", &[]),
     ("socket", &[]),
+    ("duty", &[]),
     ("trace", &["wire", "socket"]),
     ("iommu", &["wire", "trace"]),
     ("dma", &["iommu", "trace"]),
-    ("vhost", &["wire", "trace", "iommu", "dma", "socket"]),
-    ("pci", &["trace", "iommu", "dma", "socket"]),
-    ("devices", &["trace", "dma", "pci"]),
+    ("vhost", &["wire", "trace", "iommu", "dma", "duty", "socket"]),
+    ("pci", &["trace", "iommu", "dma", "duty", "socket"]),
+    ("devices", &["trace", "dma", "duty", "pci"]),
     ("topology", &["wire", "iommu", "vhost"]),
     ("merge", &["wire", "trace"]),
 ];

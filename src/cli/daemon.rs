@@ -236,7 +236,7 @@ fn serve(
     tracer: &Tracer,
 ) -> Result<Served> {
     let socket = server.path().to_owned();
-    let slot = Slot::new(iommu, endpoint.bdf.id(), tracer.clone());
+    let slot = Slot::new(iommu, endpoint.bdf.id(), tracer.clone()).with_duty(Arc::new(control.clone()));
     let end = EventFd::new(EFD_NONBLOCK).context("Cannot make an event")?;
     let dma = slot.bus().door.counters().clone();
     let shutdown = end.try_clone().context("Cannot copy an event")?;

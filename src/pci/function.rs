@@ -1,7 +1,10 @@
 //! What a device model implements and what it is given.
 
+use std::sync::Arc;
+
 use super::Interrupts;
 use crate::dma::Door;
+use crate::duty::Duty;
 use crate::trace::Tracer;
 
 /// A memory BAR.
@@ -47,6 +50,8 @@ pub struct Bus {
     pub interrupts: Interrupts,
     /// Where its commands and states are traced; the endpoint is `door.endpoint()`.
     pub tracer: Tracer,
+    /// What its threads can do while they are awake and have nothing to do.
+    pub duty: Option<Arc<dyn Duty>>,
 }
 
 /// A device model. Its methods are called from the vfio-user thread and must not wait for I/O.

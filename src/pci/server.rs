@@ -12,6 +12,7 @@ use super::function::{Bus, Function};
 use super::interrupts::Interrupts;
 use super::memory::MemoryMap;
 use crate::dma::{Door, Memory};
+use crate::duty::Duty;
 use crate::iommu::Iommu;
 use crate::socket::{self, RETRY, Socket, SocketError};
 use crate::trace::event::Channel;
@@ -29,7 +30,13 @@ impl Slot {
         let memory = Memory::new(vm_memory::GuestMemoryMmap::default());
         let door = Door::new(iommu, endpoint, memory.clone(), tracer.clone());
         let interrupts = Interrupts::new(endpoint, tracer.clone());
-        Slot { bus: Bus { door, interrupts, tracer }, memory }
+        Slot { bus: Bus { door, interrupts, tracer, duty: None }, memory }
+    }
+
+    /// The same slot, whose functions do `duty` while they are awake and have nothing to do.
+    pub fn with_duty(mut self, duty: Arc<dyn Duty>) -> Self {
+        self.bus.duty = Some(duty);
+        self
     }
 
     /// What a function in this slot is given.

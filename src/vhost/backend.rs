@@ -58,7 +58,7 @@ pub(super) struct Backend {
     memory: Memory,
     /// The queues, once the worker has seen them.
     rings: OnceLock<Vec<Ring>>,
-    /// What only the worker's thread uses.
+    /// What only the thread that serves the queues uses.
     worker: Mutex<Worker>,
     /// Wakes the worker: a fault was queued, or requests are left.
     wake: (EventConsumer, EventNotifier),
@@ -128,6 +128,30 @@ impl Backend {
             // SAFETY: the crate took the consumer apart into this descriptor, registered it with an epoll that is
             // closed by now, and dropped every trace of it.
             drop(unsafe { OwnedFd::from_raw_fd(fd) });
+        }
+    }
+
+    /// A queue, once the worker has seen it.
+    pub(super) fn ring(&self, index: usize) -> Option<&Ring> {
+        self.rings.get()?.get(index)
+    }
+
+    /// A queue's kick was read by another thread than the worker, which does what the worker would.
+    pub(super) fn kicked(&self, index: usize) {
+        if let Some(rings) = self.rings.get() {
+            self.serve_contained(index as u16, rings);
+        }
+    }
+
+    /// Never an error, and never a panic: either would end the worker for good.
+    fn serve_contained(&self, event: u16, rings: &[Ring]) {
+        let whole = self.contained(|| {
+            self.serve(event, rings);
+            true
+        });
+        if !whole {
+            lock(&self.worker).sound = [false; QUEUES];
+            (0..QUEUES).for_each(|index| self.distrust(index));
         }
     }
 
@@ -492,21 +516,13 @@ impl VhostUserBackend for Backend {
     }
 
     fn handle_event(&self, event: u16, _events: EventSet, rings: &[Ring], _thread: usize) -> io::Result<()> {
-        // Never an error, and never a panic: either would end the worker for good.
-        let whole = self.contained(|| {
-            self.serve(event, rings);
-            true
-        });
-        if !whole {
-            lock(&self.worker).sound = [false; QUEUES];
-            (0..QUEUES).for_each(|index| self.distrust(index));
-        }
+        self.serve_contained(event, rings);
         Ok(())
     }
 }
 
 /// Whether the frontend started and enabled the queue.
-fn is_served(state: &VringState) -> bool {
+pub(super) fn is_served(state: &VringState) -> bool {
     state.is_enabled() && state.get_queue().ready()
 }
 
@@ -524,8 +540,8 @@ mod tests {
     fn a_panic_ends_neither_the_worker_nor_the_queue_s_lock() {
         let tracer = Tracer::default();
         let iommu = Iommu::new(Settings::default(), tracer.clone());
-        let (lifecycle, counts, injector) = Default::default();
-        let shared = Shared { iommu, tracer, lifecycle, counts, injector };
+        let (lifecycle, counts, kick, injector) = Default::default();
+        let shared = Shared { iommu, tracer, lifecycle, counts, kick, injector };
         let memory = Memory::new(GuestMemoryMmap::new());
         let backend = Backend::new(Arc::new(shared), memory.clone()).unwrap();
         let ring = Ring::new(memory, 256).unwrap();

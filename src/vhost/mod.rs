@@ -6,6 +6,7 @@
 
 mod backend;
 mod config;
+mod duty;
 mod inject;
 mod queue;
 mod reset;
@@ -15,6 +16,7 @@ mod server;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use duty::Kick;
 pub use inject::Injection;
 use inject::Injector;
 use reset::{Action, Lifecycle};
@@ -62,6 +64,8 @@ struct Shared {
     tracer: Tracer,
     lifecycle: Mutex<Lifecycle>,
     counts: Counts,
+    /// Who serves the request queue.
+    kick: Kick,
     /// For tests of drivers only.
     injector: OnceLock<Injector>,
 }

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vhost_user_backend::{VringMutex, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::{Error, QueueT};
 
+use super::backend::is_served;
 use crate::dma::Memory;
 use crate::socket::set_nonblocking;
 
@@ -41,6 +42,31 @@ impl Ring {
     /// Whether the driver kicked the queue since the last call. Enabling a queue wakes the worker too, which is no kick.
     pub(super) fn take_kicked(&self) -> bool {
         self.watch.kicked.swap(false, Ordering::AcqRel)
+    }
+
+    /// Reads the kick of a queue that is served, and returns whether there was one.
+    pub(super) fn look(&self) -> bool {
+        let state = self.inner.get_ref();
+        is_served(&state) && self.consume(state)
+    }
+
+    /// Reads the kick, and returns whether the queue is to be served. The worker must not end, and must not wait: the
+    /// descriptor may have been exchanged, or its kick read, since it was found readable.
+    fn consume(&self, state: <Self as VringStateGuard<'_, Memory>>::G) -> bool {
+        let Some(kick) = state.get_kick() else { return false };
+        match kick.consume() {
+            Ok(()) => {
+                self.watch.kicked.store(true, Ordering::Release);
+                state.is_enabled()
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => false,
+            Err(error) => {
+                log::warn!("A virtqueue's kick descriptor cannot be read and is closed: {error}");
+                drop(state);
+                self.inner.set_kick(None);
+                false
+            }
+        }
     }
 
     /// Waits until it is the caller's turn to take the lock in `inner`, and makes others wait until it has it.
@@ -144,21 +170,8 @@ impl VringT<Memory> for Ring {
         self.inner.set_kick(file.filter(never_waits));
     }
 
-    /// Reads the kick, and returns whether the queue is to be served. The worker must not end, and must not wait: the
-    /// descriptor may have been exchanged since it was found readable.
     fn read_kick(&self) -> io::Result<bool> {
-        match self.inner.read_kick() {
-            Ok(enabled) => {
-                self.watch.kicked.store(true, Ordering::Release);
-                Ok(enabled)
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
-            Err(error) => {
-                log::warn!("A virtqueue's kick descriptor cannot be read and is closed: {error}");
-                self.inner.set_kick(None);
-                Ok(false)
-            }
-        }
+        Ok(self.consume(self.inner.get_ref()))
     }
 
     fn set_call(&self, file: Option<File>) {

@@ -13,6 +13,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::backend::Backend;
+use super::duty::Connection;
 use super::{Control, Counts, Shared};
 use crate::dma::Memory;
 use crate::iommu::Iommu;
@@ -72,6 +73,7 @@ impl Server {
             tracer,
             lifecycle: Default::default(),
             counts: Counts::default(),
+            kick: Default::default(),
             injector: Default::default(),
         });
         Ok(Server {
@@ -127,6 +129,8 @@ impl Server {
         let (wake, token) = backend.wake_source();
         for handler in daemon.get_epoll_handlers() {
             handler.register_listener(wake, EventSet::IN, token).map_err(BackendError::StartDaemon)?;
+            // One for all queues.
+            self.shared.kick.connect(Some(Connection { backend: backend.clone(), epoll: handler }));
         }
         let waker = backend.waker().map_err(BackendError::StartDaemon)?;
         self.shared.iommu.on_fault(Some(Box::new(move || {
@@ -135,6 +139,7 @@ impl Server {
         })));
         let served = self.serve_until_shutdown(&mut daemon);
         self.shared.iommu.on_fault(None);
+        self.shared.kick.connect(None);
         served
     }
 

@@ -12,6 +12,7 @@ use tempfile::TempDir;
 use vfio_bindings::bindings::vfio::*;
 use vfio_user::Client;
 use viommu::devices::nvme::{Disk, Nvme, NvmeConfig};
+use viommu::duty::Duty;
 use viommu::pci::{Bus, Function};
 use viommu::trace::Tracer;
 use vmm_sys_util::eventfd::EventFd;
@@ -44,6 +45,16 @@ impl Setup {
 
     /// The same, and what happens is traced.
     pub fn traced(bytes: u64, tracer: Tracer, change: impl FnOnce(&mut NvmeConfig)) -> Self {
+        Setup::on_duty(bytes, tracer, None, change)
+    }
+
+    /// The same, and its threads have a duty.
+    pub fn on_duty(
+        bytes: u64,
+        tracer: Tracer,
+        duty: Option<Arc<dyn Duty>>,
+        change: impl FnOnce(&mut NvmeConfig),
+    ) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let image = dir.path().join("disk.img");
         File::create(&image).unwrap().set_len(bytes).unwrap();
@@ -51,7 +62,10 @@ impl Setup {
         change(&mut config);
         let disk = Disk::open(config).unwrap();
         let of_controller = disk.clone();
-        let make = move |bus: Bus| -> Box<dyn Function> { Box::new(Nvme::new(bus, of_controller.clone())) };
+        let make = move |mut bus: Bus| -> Box<dyn Function> {
+            bus.duty.clone_from(&duty);
+            Box::new(Nvme::new(bus, of_controller.clone()))
+        };
         Setup { served: Served::new(ENDPOINT, tracer, make, || {}), dir, disk }
     }
 

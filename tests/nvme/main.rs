@@ -8,6 +8,7 @@ mod common;
 mod blocks;
 mod controller;
 mod data;
+mod duty;
 mod ends;
 mod events;
 mod hostile;

@@ -11,6 +11,7 @@ use super::queue::{Completion, CompletionQueue, Ended, SubmissionQueue};
 use super::shared::Shared;
 use super::spec::{Sqe, Status, nvm};
 use crate::dma::Dma;
+use crate::duty::OnDuty;
 use crate::trace::Event;
 use crate::trace::event::Model;
 
@@ -22,10 +23,15 @@ const POST_BYTES: u64 = 64 << 10;
 /// After how many commands they are.
 const POST_COUNT: usize = 8;
 
-/// How long to look for new entries before sleeping.
-const SPIN: Duration = Duration::from_micros(200);
+/// How long to look for new entries before sleeping: as long as a driver takes to see to the completions of a batch
+/// before it begins to map the next.
+const SPIN: Duration = Duration::from_millis(1);
 /// The most spins in vain before the next ones are left out.
 const PATIENCE_MAX: u32 = 32;
+/// Who is away for so long when it lets others go first has lost the processor to one that computes.
+const AWAY: Duration = Duration::from_millis(1);
+/// How long not to spin after that.
+const REST: Duration = Duration::from_millis(100);
 
 /// A running worker.
 pub(super) struct Worker {
@@ -55,7 +61,7 @@ impl Worker {
             stop: stop.clone(),
             shared: shared.clone(),
             queue,
-            patience: Patience(PATIENCE_MAX / 2),
+            patience: Patience::default(),
         };
         if let Some(doorbells) = shared.doorbells.get(usize::from(queue)) {
             doorbells.tail.open(size);
@@ -134,16 +140,20 @@ impl Work {
                 return Ok(());
             }
             self.check_stop()?;
-            let begun = Instant::now();
+            let (begun, before) = (Instant::now(), self.duties());
             std::thread::park();
-            if begun.elapsed() < SPIN {
+            // What the duty had to do meanwhile would have been found too.
+            let finds = (self.duties() - before).min(1000) as u32 + 1;
+            if begun.elapsed() / finds < SPIN {
                 self.patience.paid();
             }
         }
     }
 
-    /// Looks for entries, for a while if that was worth it of late.
+    /// Looks for entries, for a while if that was worth it of late. While it looks, the thread is on duty.
     fn spin(&mut self) -> Result<bool, Ended> {
+        let duty = self.shared.bus.duty.clone();
+        let mut on_duty: Option<OnDuty<'_>> = None;
         let mut begun = None;
         loop {
             self.check_stop()?;
@@ -155,6 +165,11 @@ impl Work {
                 }
                 return Ok(true);
             }
+            if on_duty.as_ref().is_some_and(OnDuty::look) {
+                self.patience.paid();
+                begun = Some(Instant::now());
+                continue;
+            }
             match begun {
                 None if !self.patience.worth_it() => return Ok(false),
                 None => begun = Some(Instant::now()),
@@ -162,9 +177,24 @@ impl Work {
                     self.patience.wasted();
                     return Ok(false);
                 }
-                Some(_) => std::thread::yield_now(),
+                Some(_) => {
+                    let yielded = Instant::now();
+                    std::thread::yield_now();
+                    if yielded.elapsed() > AWAY {
+                        self.patience.rest();
+                        return Ok(false);
+                    }
+                }
+            }
+            if on_duty.is_none() {
+                on_duty = duty.as_deref().and_then(OnDuty::take);
             }
         }
+    }
+
+    /// How often the duty had something to do so far.
+    fn duties(&self) -> u64 {
+        self.shared.bus.duty.as_ref().map_or(0, |duty| duty.count())
     }
 
     fn execute(&mut self, entries: &[Sqe]) -> Result<(), Ended> {
@@ -230,20 +260,36 @@ impl Work {
     }
 }
 
-/// Whether to look for more before sleeping. Looking costs a processor that the guest could use, so it is done only
-/// while it finds something, or would have, often enough.
-struct Patience(u32);
+/// Whether to look for more before sleeping. Looking costs a processor that others could use, so it is done only while
+/// it finds something, or would have, often enough; and not while others want the processor: then who looks is not
+/// there when something comes, and one who sleeps would be woken sooner.
+struct Patience {
+    /// Spins in vain until it is over.
+    left: u32,
+    rest_until: Option<Instant>,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Patience { left: PATIENCE_MAX / 2, rest_until: None }
+    }
+}
 
 impl Patience {
-    fn worth_it(&self) -> bool {
-        self.0 > 0
+    fn worth_it(&mut self) -> bool {
+        self.rest_until = self.rest_until.filter(|until| Instant::now() < *until);
+        self.left > 0 && self.rest_until.is_none()
     }
 
     fn paid(&mut self) {
-        self.0 = (self.0 + 2).min(PATIENCE_MAX);
+        self.left = (self.left + 2).min(PATIENCE_MAX);
     }
 
     fn wasted(&mut self) {
-        self.0 = self.0.saturating_sub(1);
+        self.left = self.left.saturating_sub(1);
+    }
+
+    fn rest(&mut self) {
+        self.rest_until = Some(Instant::now() + REST);
     }
 }
