@@ -209,3 +209,49 @@ pub fn median(values: &[f64]) -> f64 {
     let middle = sorted.len() / 2;
     if sorted.len() % 2 == 1 { sorted[middle] } else { (sorted[middle - 1] + sorted[middle]) / 2.0 }
 }
+
+/// A median, and the range that encloses that of the whole population with a confidence of at least 95 %.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Median {
+    pub median: f64,
+    pub low: f64,
+    pub high: f64,
+}
+
+impl Median {
+    /// Of values in any order. Of fewer than 6 none has that confidence: the range is 0 to infinity then.
+    pub fn of(mut values: Vec<f64>) -> Median {
+        values.sort_by(f64::total_cmp);
+        let count = values.len() as i32;
+        // How many values may be left out at each end: half of all the rest lie below the median by chance.
+        let (mut left_out, mut tail, mut ways) = (None, 0.0, 1.0);
+        for at in 0..count / 2 {
+            tail += ways / 2_f64.powi(count);
+            ways *= f64::from(count - at) / f64::from(at + 1);
+            if 2.0 * tail <= 0.05 {
+                left_out = Some(at as usize);
+            }
+        }
+        let range = left_out.map(|at| (values[at], values[values.len() - 1 - at]));
+        let (low, high) = range.unwrap_or((0.0, f64::INFINITY));
+        Median { median: median(&values), low, high }
+    }
+}
+
+/// A verdict: the goal is reached.
+pub const REACHED: &str = "reached";
+/// A verdict: the goal is missed.
+pub const MISSED: &str = "MISSED";
+
+/// Whether a ratio is at least `least`, as far as the spread lets one say.
+pub fn verdict(ratio: Median, least: f64) -> &'static str {
+    if ratio.high < least {
+        MISSED
+    } else if ratio.low >= least {
+        REACHED
+    } else if ratio.median >= least {
+        "reached, though the spread includes less"
+    } else {
+        "within noise: the spread includes it, the median is less"
+    }
+}

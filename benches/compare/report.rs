@@ -7,8 +7,9 @@ use std::process::{Command, ExitCode};
 
 use serde_json::{Value, json};
 
-use super::throughput::{CASES, Median, SECONDS};
-use super::{ACCEL, SIZES, Setup, common};
+use super::common::{self, MISSED, Median, REACHED, verdict};
+use super::throughput::{CASES, SECONDS};
+use super::{ACCEL, SIZES, Setup};
 
 /// Where docs/results.md has the tables.
 const BEGIN: &str = "<!-- make compare writes from here -->";
@@ -190,9 +191,6 @@ impl Table<'_> {
     }
 }
 
-const REACHED: &str = "reached";
-const MISSED: &str = "MISSED";
-
 /// Something that the series and the protocol are to achieve.
 struct Target {
     what: String,
@@ -233,17 +231,4 @@ fn targets(all: &Value) -> Vec<Target> {
         }
     }
     targets
-}
-
-/// Whether a ratio is at least `least`, as far as the spread lets one say.
-fn verdict(ratio: Median, least: f64) -> &'static str {
-    if ratio.high < least {
-        MISSED
-    } else if ratio.low >= least {
-        REACHED
-    } else if ratio.median >= least {
-        "reached, though the spread includes less"
-    } else {
-        "within noise: the spread includes it, the median is less"
-    }
 }
