@@ -146,5 +146,5 @@ fn main() -> ExitCode {
         all[setup.variant.name][setup.mode.name] = of;
     }
     throughput::measure(rounds, &cores, &mut all);
-    report::finish(&all, rounds)
+    report::finish(&all, rounds, cores.count)
 }

@@ -34,9 +34,9 @@ const ROWS: [(&str, &str, usize); 8] = [
 ];
 
 /// Prints everything, and writes target/compare/compare.json and docs/results.md. Fails if a count misses its target.
-pub fn finish(measured: &Value, rounds: usize) -> ExitCode {
+pub fn finish(measured: &Value, rounds: usize, cores: usize) -> ExitCode {
     let mut all = measured.clone();
-    all["about"] = about(measured, rounds);
+    all["about"] = about(measured, rounds, cores);
     let targets = targets(measured);
     let text = text(&all, &targets);
     println!("{text}");
@@ -73,7 +73,7 @@ fn large_io_in_front(all: &mut Value) {
     }
 }
 
-fn about(measured: &Value, rounds: usize) -> Value {
+fn about(measured: &Value, rounds: usize, cores: usize) -> Value {
     let said = |program: &Path, arg: &str| {
         let output = Command::new(program).arg(arg).output().unwrap();
         String::from_utf8_lossy(&output.stdout).lines().next().unwrap_or_default().to_string()
@@ -87,7 +87,7 @@ fn about(measured: &Value, rounds: usize) -> Value {
         "kernels": { "unpatched": kernel("unpatched"), "patched": kernel("patched_on") },
         "qemu": said(&common::guest_files("patched").join("qemu"), "--version"),
         "accel": ACCEL,
-        "cores": std::thread::available_parallelism().unwrap(),
+        "cores": cores,
         "processor": processor.trim_start_matches([' ', '\t', ':']),
         "rounds": rounds,
     })
