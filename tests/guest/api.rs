@@ -27,6 +27,11 @@ fn run(iommu: &str, skipped: &[&str]) -> Outcome {
     outcome
 }
 
+/// Whether scattered pages, [`PAGES`] of them, make so many runs. A few may be neighbours by chance.
+fn are_scattered(runs: u64) -> bool {
+    (PAGES - 8..=PAGES).contains(&runs)
+}
+
 /// The requests with a tag, in their order.
 fn tagged<'a>(outcome: &'a Outcome, tag: &str) -> Vec<&'a Value> {
     outcome.events("request").filter(|request| request["tag"] == tag).collect()
@@ -51,7 +56,8 @@ mod patched {
         // 512 pages: one RESERVE, one LINK. A page in the middle goes alone.
         let many = tagged(&outcome, "0x1051");
         assert_eq!(types(&many), ["RESERVE", "LINK", "UNLINK", "RELEASE"]);
-        assert_eq!((&many[1]["extents"], &many[1]["size"]), (&PAGES.into(), &BYTES.into()));
+        assert!(are_scattered(many[1]["extents"].as_u64().unwrap()), "{}", many[1]);
+        assert_eq!(many[1]["size"], BYTES);
         assert_eq!((&many[2]["granules"], &many[2]["size"]), (&1.into(), &4096.into()));
         assert_eq!(many[3]["granules"], PAGES - 1);
         // One kick for both, with both.
@@ -82,7 +88,7 @@ mod patched {
         let requests = outcome.trace[reserve..=end].iter().filter(|event| event["kind"] == "request");
         let requests: Vec<_> = requests.collect();
         assert_eq!(types(&requests), ["RESERVE", "LINK", "RELEASE"]);
-        assert_eq!(requests[1]["extents"], PAGES);
+        assert!(are_scattered(requests[1]["extents"].as_u64().unwrap()), "{}", requests[1]);
         assert_eq!((outcome.count("faults"), outcome.count("reservations_live")), (0, 0));
     }
 
@@ -101,7 +107,7 @@ mod patched {
         ];
         let outcome = run("split = false", &skipped);
         assert_eq!((outcome.requests("reserve"), outcome.requests("link")), (0, 0));
-        // The last that is unmapped at this size is dma_map_sg()'s. It was mapped page by page: 513 requests.
+        // The last that is unmapped at this size is dma_map_sg()'s. It was mapped run by run: 513 requests.
         let requests: Vec<_> = outcome.events("request").collect();
         let unmap = requests
             .iter()
@@ -110,6 +116,7 @@ mod patched {
         let start = hex(&requests[unmap]["virt_start"]);
         let inside = |request: &&&Value| (start..start + BYTES).contains(&hex(&request["virt_start"]));
         let since = requests[..unmap].iter().rev().filter(inside).take_while(|request| request["type"] == "MAP");
-        assert_eq!(since.count() as u64, PAGES);
+        let maps = since.count() as u64;
+        assert!(are_scattered(maps), "{maps} MAP");
     }
 }
