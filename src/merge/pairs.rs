@@ -202,9 +202,15 @@ fn guest_spans<'a>(lines: impl Iterator<Item = &'a GuestLine<'a>>) -> Vec<GuestS
     spans
 }
 
-fn link(line: &GuestLine, links: &mut OpenLinks) -> Option<()> {
+/// An event's tag, and its addresses from the first to the granule behind the last.
+fn range(line: &GuestLine) -> Option<(u64, u64, u64)> {
     let (tag, start) = (tag(line.tag)?, number(line.iova)?);
     let end = start.checked_add(line.size?)?.checked_next_multiple_of(GRANULE)?;
+    Some((tag, start, end))
+}
+
+fn link(line: &GuestLine, links: &mut OpenLinks) -> Option<()> {
+    let (tag, start, end) = range(line)?;
     if line.ret == Some(0) {
         links.entry(tag).or_default().push(OpenLink { at: line.t, cpu: line.cpu, start, end });
     }
@@ -219,8 +225,7 @@ fn sync(
     in_use: &mut HashMap<u64, Vec<usize>>,
     spans: &mut Vec<GuestSpan>,
 ) -> Option<()> {
-    let (tag, start) = (tag(line.tag)?, number(line.iova)?);
-    let end = start.checked_add(line.size?)?.checked_next_multiple_of(GRANULE)?;
+    let (tag, start, end) = range(line)?;
     let waited = line.ret == Some(0);
     let open = links.remove(&tag)?;
     let alone = open.iter().all(|link| link.cpu == line.cpu);
