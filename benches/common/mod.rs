@@ -24,9 +24,6 @@ pub fn guest_files(flavour: &str) -> PathBuf {
 /// Who runs on which of the machine's cores. Where threads land by chance, the daemon shares a core with the guest's
 /// processor in some boots and not in others, and that alone makes throughput differ by a factor of three.
 pub struct Cores {
-    /// How many there are.
-    #[allow(dead_code, reason = "not every benchmark tells")]
-    pub count: usize,
     /// The guest's processor has a core of its own.
     processor: CpuSet,
 }
@@ -36,13 +33,12 @@ impl Cores {
     pub fn divide() -> Cores {
         let this = Pid::from_raw(0);
         let all = sched_getaffinity(this).unwrap();
-        let count = std::thread::available_parallelism().unwrap().get();
         let mut cores = (0..CpuSet::count()).filter(|core| all.is_set(*core).unwrap());
         let (mut processor, mut others) = (CpuSet::new(), CpuSet::new());
         processor.set(cores.next().unwrap()).unwrap();
         cores.for_each(|core| others.set(core).unwrap());
         sched_setaffinity(this, &others).expect("at least two cores are wanted");
-        Cores { count, processor }
+        Cores { processor }
     }
 
     /// Gives the guest's processor its core. QEMU names its thread, not long after it was started.
