@@ -4,6 +4,8 @@
 //! above all for a thread to wake up. A model that looks for its next command before it sleeps has a thread that is
 //! awake, and can look for such notifications as well.
 
+use std::sync::Arc;
+
 /// Work that comes now and then. Its own thread does it, but for the times when another has taken it.
 pub trait Duty: Send + Sync {
     /// Takes it, so that its own thread is not woken. `false` if it cannot be taken now. To be given back before the
@@ -21,23 +23,46 @@ pub trait Duty: Send + Sync {
     fn count(&self) -> u64;
 }
 
-/// A duty that was taken; given back when dropped.
-pub(crate) struct OnDuty<'a>(&'a dyn Duty);
+/// A thread's turns at a duty, if there is one. Given back when dropped.
+#[derive(Default)]
+pub(crate) struct Watch {
+    duty: Option<Arc<dyn Duty>>,
+    taken: bool,
+}
 
-impl<'a> OnDuty<'a> {
-    /// Takes the duty, if that is possible now.
-    pub fn take(duty: &'a dyn Duty) -> Option<Self> {
-        duty.take().then_some(OnDuty(duty))
+impl Watch {
+    /// Of a thread that has not taken it yet.
+    pub fn new(duty: Option<Arc<dyn Duty>>) -> Self {
+        Watch { duty, taken: false }
     }
 
-    /// See [`Duty::look`].
+    /// Takes the duty, if that is possible now.
+    pub fn take(&mut self) {
+        self.taken = self.taken || self.duty.as_ref().is_some_and(|duty| duty.take());
+    }
+
+    /// See [`Duty::look`]; `false` if it is not taken.
     pub fn look(&self) -> bool {
-        self.0.look()
+        self.taken && self.duty.as_ref().is_some_and(|duty| duty.look())
+    }
+
+    /// Gives it back, if it is taken: before what may take long.
+    pub fn give_back(&mut self) {
+        if std::mem::take(&mut self.taken)
+            && let Some(duty) = &self.duty
+        {
+            duty.give_back();
+        }
+    }
+
+    /// See [`Duty::count`].
+    pub fn count(&self) -> u64 {
+        self.duty.as_ref().map_or(0, |duty| duty.count())
     }
 }
 
-impl Drop for OnDuty<'_> {
+impl Drop for Watch {
     fn drop(&mut self) {
-        self.0.give_back();
+        self.give_back();
     }
 }

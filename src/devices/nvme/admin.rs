@@ -18,6 +18,7 @@ use super::spec::{
 };
 use super::worker::Worker;
 use crate::dma::Dma;
+use crate::duty::Watch;
 use crate::trace::Event;
 use crate::trace::event::{DataPointer, Model};
 
@@ -191,7 +192,8 @@ impl Admin {
             duration: fetched.elapsed().as_nanos() as u64,
         });
         let done = [Completion { cid: sqe.cid.get(), status, result }];
-        self.cq.post(&mut self.dma, &self.shared, (0, self.sq.head()), &done, &self.orders.stop)
+        let mut watch = Watch::default();
+        self.cq.post(&mut self.dma, &self.shared, (0, self.sq.head()), &done, &self.orders.stop, &mut watch)
     }
 
     /// Executes a command: its result, or `None` if it completes later.

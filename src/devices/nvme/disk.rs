@@ -9,6 +9,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
+use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
+
 /// How a controller is to be.
 #[derive(Clone, Debug)]
 pub struct NvmeConfig {
@@ -86,6 +88,8 @@ pub struct Disk {
     config: NvmeConfig,
     blocks: u64,
     punches: bool,
+    /// The image is in a file system that has no disk.
+    in_memory: bool,
     opened: Instant,
     /// What was done.
     pub counters: Counters,
@@ -122,9 +126,10 @@ impl Disk {
         }
         // Past the end, so that nothing is punched in the attempt.
         let punches = !config.read_only && punch(&file, bytes, 4096).is_ok();
+        let in_memory = fstatfs(&file).is_ok_and(|found| found.filesystem_type() == TMPFS_MAGIC);
         let blocks = bytes / u64::from(block_size);
         let (opened, counters) = (Instant::now(), Counters::default());
-        Ok(Arc::new(Disk { file, config, blocks, punches, opened, counters }))
+        Ok(Arc::new(Disk { file, config, blocks, punches, in_memory, opened, counters }))
     }
 
     /// How it was configured.
@@ -145,6 +150,20 @@ impl Disk {
     /// Whether deallocated blocks give their space back; they read as zeros in any case.
     pub(super) fn punches(&self) -> bool {
         self.punches
+    }
+
+    /// Reads from a byte offset what is in memory. `false` if some of it has to be waited for, or for another reason
+    /// cannot be read like this.
+    pub(super) fn read_at_once(&self, data: &mut [u8], offset: u64) -> bool {
+        if self.in_memory {
+            return self.read(data, offset).is_ok();
+        }
+        let part = libc::iovec { iov_base: data.as_mut_ptr().cast(), iov_len: data.len() };
+        // SAFETY: the only part is `data`, which is borrowed for writing; the descriptor is kept open by `file`.
+        let read = unsafe {
+            libc::preadv2(self.file.as_raw_fd(), &raw const part, 1, offset as libc::off_t, libc::RWF_NOWAIT)
+        };
+        usize::try_from(read) == Ok(data.len())
     }
 
     /// Reads from a byte offset.

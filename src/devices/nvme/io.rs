@@ -11,6 +11,7 @@ use super::pointer::Runs;
 use super::shared::Shared;
 use super::spec::{NSID, NSID_ALL, Sqe, Status, TRANSFER_MAX, nvm, page_size};
 use crate::dma::Dma;
+use crate::duty::Watch;
 use crate::trace::event::DataPointer;
 
 /// The most bytes that are moved between file and host at once.
@@ -67,9 +68,12 @@ impl Executor {
         Executor { shared, runs: Runs::default(), buffer: Vec::new(), host_data: Vec::new() }
     }
 
-    /// Executes a command.
-    pub fn execute(&mut self, dma: &mut Dma, sqe: &Sqe, moved: &mut Moved) -> Status {
-        let result = self.dispatch(dma, sqe, moved);
+    /// Executes a command. `watch` is given back before what may take long.
+    pub fn execute(&mut self, dma: &mut Dma, sqe: &Sqe, moved: &mut Moved, watch: &mut Watch) -> Status {
+        if sqe.opcode != nvm::READ {
+            watch.give_back();
+        }
+        let result = self.dispatch(dma, sqe, moved, watch);
         let disk = &self.shared.disk;
         disk.count(|c| &c.io_count, 1);
         match (sqe.opcode, result.is_ok()) {
@@ -86,7 +90,7 @@ impl Executor {
         result.err().unwrap_or(Status::SUCCESS)
     }
 
-    fn dispatch(&mut self, dma: &mut Dma, sqe: &Sqe, moved: &mut Moved) -> Result<(), Status> {
+    fn dispatch(&mut self, dma: &mut Dma, sqe: &Sqe, moved: &mut Moved, watch: &mut Watch) -> Result<(), Status> {
         if sqe.fuse() != 0 {
             return Err(Status::INVALID_FIELD);
         }
@@ -99,7 +103,7 @@ impl Executor {
             }
             nvm::FLUSH => self.flush(),
             nvm::WRITE => self.write(dma, sqe, moved),
-            nvm::READ => self.read(dma, sqe, moved),
+            nvm::READ => self.read(dma, sqe, moved, watch),
             nvm::COMPARE => self.compare(dma, sqe, moved),
             nvm::WRITE_ZEROES => self.write_zeroes(sqe, moved),
             nvm::DATASET_MANAGEMENT => self.dataset_management(dma, sqe, moved),
@@ -111,11 +115,14 @@ impl Executor {
         self.shared.disk.flush().map_err(write_fault)
     }
 
-    fn read(&mut self, dma: &mut Dma, sqe: &Sqe, moved: &mut Moved) -> Result<(), Status> {
+    fn read(&mut self, dma: &mut Dma, sqe: &Sqe, moved: &mut Moved, watch: &mut Watch) -> Result<(), Status> {
         let extent = self.transfer(dma, sqe, moved, true)?;
         for (offset, len) in extent.chunks() {
             let data = sized(&mut self.buffer, len);
-            self.shared.disk.read(data, offset).map_err(read_error)?;
+            if !self.shared.disk.read_at_once(data, offset) {
+                watch.give_back();
+                self.shared.disk.read(data, offset).map_err(read_error)?;
+            }
             self.runs.write(dma, data)?;
         }
         Ok(())

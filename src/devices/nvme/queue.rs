@@ -9,6 +9,7 @@ use zerocopy::little_endian::{U16, U32};
 use super::shared::{Doorbells, InvalidDoorbell, Shadow, Shared, lock};
 use super::spec::{CQE, Cqe, SQE, Sqe, Status};
 use crate::dma::{Dma, DmaError};
+use crate::duty::Watch;
 
 /// The thread is to end: the queue or the controller goes away, or the queue cannot be accessed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,8 +118,8 @@ impl CompletionQueue {
         self.id
     }
 
-    /// Posts completions of the submission queue `sq`, with one interrupt for all that fit; waits for the host while
-    /// the queue is full.
+    /// Posts completions of the submission queue `sq`, with one interrupt for all that fit; gives `watch` back and waits
+    /// for the host while the queue is full.
     pub fn post(
         &self,
         dma: &mut Dma,
@@ -126,6 +127,7 @@ impl CompletionQueue {
         sq: (u16, u16),
         mut done: &[Completion],
         stop: &AtomicBool,
+        watch: &mut Watch,
     ) -> Result<(), Ended> {
         while !done.is_empty() {
             let posted = self.post_some(dma, shared, sq, done).map_err(|_| {
@@ -138,6 +140,8 @@ impl CompletionQueue {
                     shared.bus.interrupts.trigger(vector);
                 }
             } else {
+                // The host that is to consume entries may be waiting for an answer of the IOMMU.
+                watch.give_back();
                 self.wait(dma, shared, stop)?;
             }
         }

@@ -11,7 +11,7 @@ use super::queue::{Completion, CompletionQueue, Ended, SubmissionQueue};
 use super::shared::Shared;
 use super::spec::{Sqe, Status, nvm};
 use crate::dma::Dma;
-use crate::duty::OnDuty;
+use crate::duty::Watch;
 use crate::trace::Event;
 use crate::trace::event::Model;
 
@@ -62,6 +62,7 @@ impl Worker {
             shared: shared.clone(),
             queue,
             patience: Patience::default(),
+            watch: Watch::new(shared.bus.duty.clone()),
         };
         if let Some(doorbells) = shared.doorbells.get(usize::from(queue)) {
             doorbells.tail.open(size);
@@ -113,6 +114,8 @@ struct Work {
     stop: Arc<AtomicBool>,
     queue: u16,
     patience: Patience,
+    /// Over the request queue of the IOMMU, as long as the thread is awake and does nothing that may take long.
+    watch: Watch,
 }
 
 impl Work {
@@ -140,20 +143,27 @@ impl Work {
                 return Ok(());
             }
             self.check_stop()?;
-            let (begun, before) = (Instant::now(), self.duties());
+            let (begun, before) = (Instant::now(), self.watch.count());
             std::thread::park();
             // What the duty had to do meanwhile would have been found too.
-            let finds = (self.duties() - before).min(1000) as u32 + 1;
+            let finds = (self.watch.count() - before).min(1000) as u32 + 1;
             if begun.elapsed() / finds < SPIN {
                 self.patience.paid();
             }
         }
     }
 
-    /// Looks for entries, for a while if that was worth it of late. While it looks, the thread is on duty.
+    /// Looks for entries, for a while if that was worth it of late. The thread is on watch meanwhile, and stays so if it
+    /// finds some.
     fn spin(&mut self) -> Result<bool, Ended> {
-        let duty = self.shared.bus.duty.clone();
-        let mut on_duty: Option<OnDuty<'_>> = None;
+        let found = self.find();
+        if !matches!(found, Ok(true)) {
+            self.watch.give_back();
+        }
+        found
+    }
+
+    fn find(&mut self) -> Result<bool, Ended> {
         let mut begun = None;
         loop {
             self.check_stop()?;
@@ -165,7 +175,7 @@ impl Work {
                 }
                 return Ok(true);
             }
-            if on_duty.as_ref().is_some_and(OnDuty::look) {
+            if self.watch.look() {
                 self.patience.paid();
                 begun = Some(Instant::now());
                 continue;
@@ -186,15 +196,8 @@ impl Work {
                     }
                 }
             }
-            if on_duty.is_none() {
-                on_duty = duty.as_deref().and_then(OnDuty::take);
-            }
+            self.watch.take();
         }
-    }
-
-    /// How often the duty had something to do so far.
-    fn duties(&self) -> u64 {
-        self.shared.bus.duty.as_ref().map_or(0, |duty| duty.count())
     }
 
     fn execute(&mut self, entries: &[Sqe]) -> Result<(), Ended> {
@@ -206,8 +209,10 @@ impl Work {
             let status = if self.stop.load(Ordering::Acquire) {
                 Status::ABORTED_SQ_DELETION
             } else {
-                self.executor.execute(&mut self.dma, sqe, &mut moved)
+                self.executor.execute(&mut self.dma, sqe, &mut moved, &mut self.watch)
             };
+            // Who maps the next transfer meanwhile does not wait for the whole batch.
+            self.watch.look();
             self.trace(sqe, status, moved, fetched.elapsed());
             done.push(Completion { cid: sqe.cid.get(), status, result: 0 });
             bytes += u64::from(moved.len);
@@ -221,7 +226,7 @@ impl Work {
 
     fn post(&mut self, done: &mut Vec<Completion>) -> Result<(), Ended> {
         let sq = (self.queue, self.sq.head());
-        self.cq.post(&mut self.dma, &self.shared, sq, done, &self.stop)?;
+        self.cq.post(&mut self.dma, &self.shared, sq, done, &self.stop, &mut self.watch)?;
         done.clear();
         Ok(())
     }
