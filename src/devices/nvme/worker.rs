@@ -1,6 +1,7 @@
 //! The thread of an I/O submission queue.
 
 use std::io;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -30,8 +31,10 @@ const SPIN: Duration = Duration::from_millis(1);
 const PATIENCE_MAX: u32 = 32;
 /// Who is away for so long when it lets others go first has lost the processor to one that computes.
 const AWAY: Duration = Duration::from_millis(1);
-/// How long not to spin after that.
-const REST: Duration = Duration::from_millis(100);
+/// How long not to spin after that, at least and at most.
+const REST: RangeInclusive<Duration> = Duration::from_millis(2)..=Duration::from_millis(100);
+/// Who is away again so soon after a rest has not rested for long enough.
+const SOON: Duration = Duration::from_millis(10);
 
 /// A running worker.
 pub(super) struct Worker {
@@ -267,23 +270,24 @@ impl Work {
 
 /// Whether to look for more before sleeping. Looking costs a processor that others could use, so it is done only while
 /// it finds something, or would have, often enough; and not while others want the processor: then who looks is not
-/// there when something comes, and one who sleeps would be woken sooner.
+/// there when something comes, and one who sleeps would be woken sooner. Others that want it now and then, for a
+/// moment, are no reason to give up for long.
 struct Patience {
     /// Spins in vain until it is over.
     left: u32,
-    rest_until: Option<Instant>,
+    /// How long the last rest is, and when it is over.
+    rest: (Duration, Instant),
 }
 
 impl Default for Patience {
     fn default() -> Self {
-        Patience { left: PATIENCE_MAX / 2, rest_until: None }
+        Patience { left: PATIENCE_MAX / 2, rest: (*REST.start(), Instant::now()) }
     }
 }
 
 impl Patience {
-    fn worth_it(&mut self) -> bool {
-        self.rest_until = self.rest_until.filter(|until| Instant::now() < *until);
-        self.left > 0 && self.rest_until.is_none()
+    fn worth_it(&self) -> bool {
+        self.left > 0 && self.rest.1 <= Instant::now()
     }
 
     fn paid(&mut self) {
@@ -295,6 +299,8 @@ impl Patience {
     }
 
     fn rest(&mut self) {
-        self.rest_until = Some(Instant::now() + REST);
+        let (last, over) = self.rest;
+        let long = if over.elapsed() < SOON { (last * 2).min(*REST.end()) } else { *REST.start() };
+        self.rest = (long, Instant::now() + long);
     }
 }
