@@ -1,6 +1,8 @@
 //! The other end: reads a trace, from a socket or from a file.
 
+use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
@@ -19,6 +21,9 @@ pub enum ReadError {
     /// The path does not exist.
     #[error("There is no trace socket {0}: start `viommu serve` or `viommu run` with --trace-socket, or name its path")]
     NoSocket(PathBuf),
+    /// Something else than a socket is there.
+    #[error("{0} is not a socket; name the trace socket of `viommu serve` or `viommu run`")]
+    NotASocket(PathBuf),
     /// Nobody listens.
     #[error("Nobody serves the trace socket {0}: the process that made it is gone")]
     Nobody(PathBuf),
@@ -64,6 +69,8 @@ impl Reader<UnixStream> {
         socket::check_length(path)?;
         let mut stream = UnixStream::connect(path).map_err(|source| match source.kind() {
             io::ErrorKind::NotFound => ReadError::NoSocket(path.to_path_buf()),
+            // As connecting to any file fails.
+            io::ErrorKind::ConnectionRefused if !is_socket(path) => ReadError::NotASocket(path.to_path_buf()),
             io::ErrorKind::ConnectionRefused => ReadError::Nobody(path.to_path_buf()),
             _ => ReadError::Connect { path: path.to_path_buf(), source },
         })?;
@@ -75,6 +82,10 @@ impl Reader<UnixStream> {
         }
         Reader::new(stream)
     }
+}
+
+fn is_socket(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|found| found.file_type().is_socket())
 }
 
 impl<R: Read> Reader<R> {

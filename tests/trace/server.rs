@@ -55,6 +55,7 @@ fn a_live_socket_is_an_error_and_a_stale_one_is_replaced() {
     let file = fixture.socket.with_extension("txt");
     std::fs::write(&file, "precious").unwrap();
     assert!(matches!(again(&file), Err(StartError::Socket(SocketError::NotASocket(_)))));
+    assert!(matches!(Reader::connect(&file, &Choice::default()), Err(ReadError::NotASocket(_))));
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "precious");
 
     // A socket that somebody else has put in the place of ours stays.
