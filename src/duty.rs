@@ -2,7 +2,7 @@
 //!
 //! A driver that notifies a device and waits for the answer, as Linux's does whenever it maps for the virtio-iommu, waits
 //! above all for a thread to wake up. A model that looks for its next command before it sleeps has a thread that is
-//! awake, and can look for such notifications as well.
+//! awake, and can look for such notifications as well, then and between the pieces of its work.
 
 use std::sync::Arc;
 

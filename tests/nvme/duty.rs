@@ -1,14 +1,21 @@
 //! What a worker does beside its queue.
 
-use std::sync::Arc;
+use std::collections::BTreeSet;
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+use nix::sys::statfs::{TMPFS_MAGIC, statfs};
+use viommu::devices::nvme::Disk;
 use viommu::duty::Duty;
 use viommu::trace::Tracer;
 
 use crate::common::nvme::{Driver, Setup, io};
-use crate::{FLUSH, READ, WRITE};
+use crate::{FLUSH, READ};
 
 /// A duty that notes who has it.
 #[derive(Default)]
@@ -19,6 +26,9 @@ struct Noted {
     done: AtomicU64,
     /// Times that it was given back.
     returned: AtomicU64,
+    /// How many commands were done whenever it was looked after.
+    seen: Mutex<BTreeSet<u64>>,
+    disk: OnceLock<Arc<Disk>>,
 }
 
 impl Duty for Noted {
@@ -31,6 +41,9 @@ impl Duty for Noted {
         assert!(self.taken.load(Ordering::SeqCst), "it was not taken");
         let found = self.work.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |work| work.checked_sub(1)).is_ok();
         self.done.fetch_add(u64::from(found), Ordering::SeqCst);
+        if let Some(disk) = self.disk.get() {
+            self.seen.lock().unwrap().insert(disk.counters.io_count.load(Ordering::SeqCst));
+        }
         found
     }
 
@@ -73,24 +86,31 @@ fn a_worker_that_looks_for_commands_is_on_duty_and_gives_it_back() {
     assert!(!duty.taken.load(Ordering::SeqCst));
 }
 
-/// A controller whose worker is on duty and stays awake, since there is always something to do; and a page of the
-/// host's that was written to the first blocks, which are in memory from then on.
-fn on_duty(duty: &Arc<Noted>) -> (Setup, Driver, u64) {
-    let setup = Setup::on_duty(64 << 20, Tracer::default(), Some(duty.clone()), |_| {});
+/// Where files are kept in memory, so that reading them never waits.
+const MEMORY: &str = "/dev/shm";
+
+/// A controller with an image in this folder, whose worker is on duty and stays awake, since there is always something
+/// to do; and a page of the host's.
+fn on_duty(duty: &Arc<Noted>, folder: &Path) -> (Setup, Driver, u64) {
+    let image = folder.join("disk.img");
+    File::create(&image).unwrap().set_len(64 << 20).unwrap();
+    let setup = Setup::on_duty(1 << 20, Tracer::default(), Some(duty.clone()), |config| config.image = image);
+    assert!(duty.disk.set(setup.disk.clone()).is_ok());
     let mut driver = setup.ready();
-    let data = driver.pages(1);
-    assert_eq!(driver.command(1, io(WRITE, 0, 8, [data, 0])).status, 0);
     duty.work.store(u64::MAX, Ordering::SeqCst);
-    work_until(&mut driver, "the duty", || duty.taken.load(Ordering::SeqCst));
+    // Who has found something looks on.
+    work_until(&mut driver, "the duty", || duty.count() > 0 && duty.taken.load(Ordering::SeqCst));
+    let data = driver.pages(1);
     (setup, driver, data)
 }
 
 #[test]
 fn a_worker_stays_on_duty_while_it_reads_what_is_in_memory() {
     const READS: u64 = 40;
-    let duty = Arc::new(Noted::default());
-    let (_setup, mut driver, data) = on_duty(&duty);
-    let (returned, done) = (duty.returned.load(Ordering::SeqCst), duty.count());
+    let (duty, folder) = (Arc::new(Noted::default()), tempfile::tempdir_in(MEMORY).unwrap());
+    let (setup, mut driver, data) = on_duty(&duty, folder.path());
+    let returned = duty.returned.load(Ordering::SeqCst);
+    let done = setup.disk.counters.io_count.load(Ordering::SeqCst);
     for _ in 0..READS {
         driver.put(1, io(READ, 0, 8, [data, 0]));
     }
@@ -99,17 +119,35 @@ fn a_worker_stays_on_duty_while_it_reads_what_is_in_memory() {
         assert_eq!(driver.wait(1).status, 0);
     }
     assert_eq!(duty.returned.load(Ordering::SeqCst), returned, "it was given back");
-    assert!(duty.count() - done >= READS, "it was looked after before each command");
+    let seen = duty.seen.lock().unwrap().clone();
+    let missed: Vec<_> = (done..done + READS).filter(|count| !seen.contains(count)).collect();
+    assert!(missed.is_empty(), "it was not looked after when these many commands were done: {missed:?}");
     // A flush may take long.
     assert_eq!(driver.command(1, io(FLUSH, 0, 1, [0; 2])).status, 0);
     assert!(duty.returned.load(Ordering::SeqCst) > returned);
 }
 
+#[test]
+fn a_worker_gives_the_duty_back_before_it_waits_for_the_disk() {
+    let (duty, folder) = (Arc::new(Noted::default()), tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap());
+    let (_setup, mut driver, data) = on_duty(&duty, folder.path());
+    // What is on the disk, and not in memory any more.
+    let image = OpenOptions::new().write(true).open(folder.path().join("disk.img")).unwrap();
+    image.write_all_at(&[0x5a; 1 << 20], 32 << 20).unwrap();
+    image.sync_all().unwrap();
+    posix_fadvise(&image, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
+    let returned = duty.returned.load(Ordering::SeqCst);
+    assert_eq!(driver.command(1, io(READ, 64 << 10, 8, [data, 0])).status, 0);
+    assert_eq!(driver.read_ram(data, 4096), [0x5a; 4096]);
+    let waits = statfs(folder.path()).unwrap().filesystem_type() != TMPFS_MAGIC;
+    assert_eq!(duty.returned.load(Ordering::SeqCst) > returned, waits);
+}
+
 /// The host may wait for an answer of the IOMMU before it consumes completions.
 #[test]
 fn a_worker_without_room_for_completions_is_not_on_duty() {
-    let duty = Arc::new(Noted::default());
-    let (_setup, mut driver, data) = on_duty(&duty);
+    let (duty, folder) = (Arc::new(Noted::default()), tempfile::tempdir_in(MEMORY).unwrap());
+    let (_setup, mut driver, data) = on_duty(&duty, folder.path());
     let submit = |driver: &mut Driver, count| {
         (0..count).for_each(|_| _ = driver.put(1, io(READ, 0, 8, [data, 0])));
         driver.ring(1);
@@ -122,6 +160,7 @@ fn a_worker_without_room_for_completions_is_not_on_duty() {
         assert!(begun.elapsed() < Duration::from_secs(60), "{reaped} completions");
         reaped += u32::from(driver.reap(1).is_some());
     }
+    assert!(duty.taken.load(Ordering::SeqCst));
     submit(&mut driver, 10);
     while duty.taken.load(Ordering::SeqCst) {
         assert!(begun.elapsed() < Duration::from_secs(60), "a worker that cannot go on keeps the duty");

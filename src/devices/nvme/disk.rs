@@ -88,7 +88,7 @@ pub struct Disk {
     config: NvmeConfig,
     blocks: u64,
     punches: bool,
-    /// The image is in a file system that has no disk.
+    /// The image is in a file system that is kept in memory.
     in_memory: bool,
     opened: Instant,
     /// What was done.

@@ -124,6 +124,8 @@ impl Executor {
                 self.shared.disk.read(data, offset).map_err(read_error)?;
             }
             self.runs.write(dma, data)?;
+            // Who maps the next transfer meanwhile waits for no more than this.
+            watch.look();
         }
         Ok(())
     }

@@ -11,6 +11,7 @@ mod features;
 mod identify;
 mod io;
 mod log;
+mod patience;
 mod pointer;
 mod queue;
 mod shared;

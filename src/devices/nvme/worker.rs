@@ -1,13 +1,13 @@
 //! The thread of an I/O submission queue.
 
 use std::io;
-use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::io::{Executor, Moved};
+use super::patience::{Patience, SPIN};
 use super::queue::{Completion, CompletionQueue, Ended, SubmissionQueue};
 use super::shared::Shared;
 use super::spec::{Sqe, Status, nvm};
@@ -23,18 +23,6 @@ const BATCH: usize = 32;
 const POST_BYTES: u64 = 64 << 10;
 /// After how many commands they are.
 const POST_COUNT: usize = 8;
-
-/// How long to look for new entries before sleeping: as long as a driver takes to see to the completions of a batch
-/// before it begins to map the next.
-const SPIN: Duration = Duration::from_millis(1);
-/// The most spins in vain before the next ones are left out.
-const PATIENCE_MAX: u32 = 32;
-/// Who is away for so long when it lets others go first has lost the processor to one that computes.
-const AWAY: Duration = Duration::from_millis(1);
-/// How long not to spin after that, at least and at most.
-const REST: RangeInclusive<Duration> = Duration::from_millis(2)..=Duration::from_millis(100);
-/// Who is away again so soon after a rest has not rested for long enough.
-const SOON: Duration = Duration::from_millis(10);
 
 /// A running worker.
 pub(super) struct Worker {
@@ -184,17 +172,16 @@ impl Work {
                 continue;
             }
             match begun {
-                None if !self.patience.worth_it() => return Ok(false),
+                None if !self.patience.worth_it(Instant::now()) => return Ok(false),
                 None => begun = Some(Instant::now()),
                 Some(begun) if begun.elapsed() > SPIN => {
                     self.patience.wasted();
                     return Ok(false);
                 }
                 Some(_) => {
-                    let yielded = Instant::now();
+                    let before = Instant::now();
                     std::thread::yield_now();
-                    if yielded.elapsed() > AWAY {
-                        self.patience.rest();
+                    if !self.patience.yielded(before, Instant::now()) {
                         return Ok(false);
                     }
                 }
@@ -214,8 +201,6 @@ impl Work {
             } else {
                 self.executor.execute(&mut self.dma, sqe, &mut moved, &mut self.watch)
             };
-            // Who maps the next transfer meanwhile does not wait for the whole batch.
-            self.watch.look();
             self.trace(sqe, status, moved, fetched.elapsed());
             done.push(Completion { cid: sqe.cid.get(), status, result: 0 });
             bytes += u64::from(moved.len);
@@ -265,42 +250,5 @@ impl Work {
 
     fn check_stop(&self) -> Result<(), Ended> {
         if self.stop.load(Ordering::Acquire) || self.shared.is_fatal() { Err(Ended) } else { Ok(()) }
-    }
-}
-
-/// Whether to look for more before sleeping. Looking costs a processor that others could use, so it is done only while
-/// it finds something, or would have, often enough; and not while others want the processor: then who looks is not
-/// there when something comes, and one who sleeps would be woken sooner. Others that want it now and then, for a
-/// moment, are no reason to give up for long.
-struct Patience {
-    /// Spins in vain until it is over.
-    left: u32,
-    /// How long the last rest is, and when it is over.
-    rest: (Duration, Instant),
-}
-
-impl Default for Patience {
-    fn default() -> Self {
-        Patience { left: PATIENCE_MAX / 2, rest: (*REST.start(), Instant::now()) }
-    }
-}
-
-impl Patience {
-    fn worth_it(&self) -> bool {
-        self.left > 0 && self.rest.1 <= Instant::now()
-    }
-
-    fn paid(&mut self) {
-        self.left = (self.left + 2).min(PATIENCE_MAX);
-    }
-
-    fn wasted(&mut self) {
-        self.left = self.left.saturating_sub(1);
-    }
-
-    fn rest(&mut self) {
-        let (last, over) = self.rest;
-        let long = if over.elapsed() < SOON { (last * 2).min(*REST.end()) } else { *REST.start() };
-        self.rest = (long, Instant::now() + long);
     }
 }
