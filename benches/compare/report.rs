@@ -232,7 +232,8 @@ fn targets(all: &Value) -> Vec<Target> {
             exact: true,
         }
     };
-    // Where throughput cannot tell a few per cent, this can: of an I/O's path nothing else is changed.
+    // Where throughput cannot tell a few per cent, this can: of an I/O's path nothing else is changed but what is done
+    // with an answer, which is inside of the waiting.
     let instructions = |variant: &str, least: f64| {
         let of = |variant: &str| all[variant]["strict"][SMALL]["mapping_instructions_per_io"].as_f64().unwrap();
         let (found, base) = (of(variant), of("unpatched"));
