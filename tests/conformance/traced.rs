@@ -206,6 +206,8 @@ fn row_45_faults_that_wait_at_a_reset_are_counted_and_traced() {
         driver.reset();
         eventually("the reset", || device.iommu.counters().faults_dropped == 2);
         driver.reset();
+        // The device has seen the reset when it answers.
+        assert_eq!(driver.attach(1, EP), OK);
         dma.read(3, &mut [0]).unwrap_err();
         drop(driver);
         eventually("the end", || device.iommu.counters().faults_dropped == 3);
