@@ -9,6 +9,7 @@ mod coverage;
 mod hostile;
 mod injected;
 mod model;
+mod order;
 mod requests;
 mod rules;
 mod traced;
