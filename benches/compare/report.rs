@@ -220,17 +220,20 @@ struct Target {
     exact: bool,
 }
 
+impl Target {
+    /// Of what is counted, at most so much.
+    fn counted(what: String, found: f64, most: f64) -> Target {
+        Target { what, verdict: if found <= most { REACHED } else { MISSED }, exact: true }
+    }
+}
+
 fn targets(all: &Value) -> Vec<Target> {
     let count = |what: &str, mode: &str, member: &str, most: f64| {
         let found = all["patched_on"][mode][LARGE][member].as_f64().unwrap();
         let base = all["unpatched"][mode][LARGE][member].as_f64().unwrap();
-        Target {
-            what: format!(
-                "128 KiB of 32 scattered pages, {mode}: {what} {found:.3}, wanted {most} (unpatched {base:.3})"
-            ),
-            verdict: if found <= most { REACHED } else { MISSED },
-            exact: true,
-        }
+        let what =
+            format!("128 KiB of 32 scattered pages, {mode}: {what} {found:.3}, wanted {most} (unpatched {base:.3})");
+        Target::counted(what, found, most)
     };
     // Where throughput cannot tell a few per cent, this can: of an I/O's path nothing else is changed but what is done
     // with an answer, which is inside of the waiting.
@@ -238,14 +241,11 @@ fn targets(all: &Value) -> Vec<Target> {
         let of = |variant: &str| all[variant]["strict"][SMALL]["mapping_instructions_per_io"].as_f64().unwrap();
         let (found, base) = (of(variant), of("unpatched"));
         let most = base / least;
-        Target {
-            what: format!(
-                "4 KiB read, strict, {variant}: {found:.0} instructions in mapping, wanted at most {most:.0} (unpatched \
-                 {base:.0})"
-            ),
-            verdict: if found <= most { REACHED } else { MISSED },
-            exact: true,
-        }
+        let what = format!(
+            "4 KiB read, strict, {variant}: {found:.0} instructions in mapping, wanted at most {most:.0} (unpatched \
+             {base:.0})"
+        );
+        Target::counted(what, found, most)
     };
     let mut targets = vec![
         count("requests", "strict", "requests_per_io", 3.0),
