@@ -8,11 +8,12 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
@@ -35,19 +36,27 @@ const ENGINE: [&str; 2] = ["--endpoint", "dma-engine,address=05.0"];
 
 /// `viommu serve` of a DMA engine in `folder`.
 fn serve(folder: &Path) -> Child {
+    let (child, _) = serve_with(folder, &[]);
+    child
+}
+
+/// The same with more arguments; also what it prints after it has begun.
+fn serve_with(folder: &Path, arguments: &[&str]) -> (Child, BufReader<ChildStdout>) {
     let mut child = Command::new(env!("CARGO_BIN_EXE_viommu"))
         .args(["serve", "--socket-path", "viommu.sock"])
         .args(ENGINE)
+        .args(arguments)
         .current_dir(folder)
         .env_remove("RUST_LOG")
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
+    let mut printed = BufReader::new(child.stdout.take().unwrap());
     let mut line = String::new();
-    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    printed.read_line(&mut line).unwrap();
     assert_eq!(line, "viommu: serving on viommu.sock\n");
-    child
+    (child, printed)
 }
 
 /// Asks it to end; what it said on the standard error output.
@@ -94,6 +103,26 @@ fn a_socket_that_is_alive_and_one_that_is_stale() {
     assert!(folder.path().join("viommu.sock").exists());
     assert_eq!(end(serve(folder.path())), "");
     assert!(!folder.path().join("viommu.sock").exists());
+}
+
+/// What benchmarks use to see what tracing costs.
+#[test]
+fn tracing_by_turns() {
+    let folder = folder();
+    let (child, mut printed) = serve_with(folder.path(), &["--trace-socket", "trace.sock", "--trace-turns", "20"]);
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(end(child), "");
+    let mut text = String::new();
+    printed.read_to_string(&mut text).unwrap();
+    let turns: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert!(turns.len() >= 4, "{text}");
+    for (at, turn) in turns.iter().enumerate() {
+        assert_eq!((turn["traced"].as_bool(), &turn["io_count"]), (Some(at % 2 == 0), &json!(0)), "{text}");
+    }
+    for pair in turns.windows(2) {
+        assert_eq!(pair[0]["end"], pair[1]["begin"]);
+        assert!(pair[0]["end"].as_u64().unwrap() - pair[0]["begin"].as_u64().unwrap() >= 20_000_000, "{text}");
+    }
 }
 
 #[test]

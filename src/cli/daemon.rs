@@ -143,6 +143,19 @@ impl Daemon {
         Ok(Daemon { iommu, control, vhost_end, vhost_thread, endpoints, trace, _viot: viot })
     }
 
+    /// Records events from now on, or none.
+    pub fn record(&self, on: bool) {
+        if let Some(trace) = &self.trace {
+            trace.record(on);
+        }
+    }
+
+    /// I/O commands that NVMe controllers completed so far.
+    pub fn io_count(&self) -> u64 {
+        let disks = self.endpoints.iter().filter_map(|endpoint| endpoint.disk.as_ref());
+        disks.map(|disk| disk.counters.io_count.load(Ordering::Relaxed)).sum()
+    }
+
     /// Ends everything and says what was done.
     pub fn end(self) -> Counts {
         self.vhost_end.trigger();

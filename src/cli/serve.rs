@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use serde_json::json;
 
 use super::daemon::{Daemon, Options};
 use super::say;
@@ -11,6 +12,7 @@ use super::source::Source;
 use super::stop::Stop;
 use crate::topology::Size;
 use crate::topology::qemu::Paths;
+use crate::trace::now_ns;
 use crate::vhost::Injection;
 
 /// How long one sleep lasts while there is nothing to do but wait for a signal.
@@ -44,6 +46,10 @@ pub struct Args {
     /// For tests of drivers: answer requests wrongly (see CONTRIBUTING.md)
     #[arg(long, value_name = "REQUEST=ANSWER[:KEY=NUMBER]...", hide = true)]
     inject: Vec<Injection>,
+
+    /// For benchmarks: record events by turns, so many milliseconds each (see CONTRIBUTING.md)
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..), requires = "trace_socket", hide = true)]
+    trace_turns: Option<u64>,
 }
 
 /// Serves until a signal.
@@ -59,7 +65,34 @@ pub fn main(args: &Args) -> Result<()> {
     };
     let daemon = Daemon::start(&topology, &options, &stop)?;
     say(format_args!("viommu: serving on {}\n", args.socket_path.display()))?;
-    while !stop.wait(LONG) {}
+    let turns = match args.trace_turns {
+        Some(ms) => trace_by_turns(&daemon, Duration::from_millis(ms), &stop),
+        None => {
+            while !stop.wait(LONG) {}
+            String::new()
+        }
+    };
     daemon.end();
-    Ok(())
+    say(turns)
+}
+
+/// Until the end, records the events of every other turn. Returns what the turns did, a line each.
+///
+/// What tracing costs is less than two runs differ, so it has to be switched within one.
+fn trace_by_turns(daemon: &Daemon, turn: Duration, stop: &Stop) -> String {
+    let mut lines = String::new();
+    let mut traced = true;
+    let (mut begun, mut before) = (now_ns(), daemon.io_count());
+    loop {
+        let ended = stop.wait(turn);
+        let (now, count) = (now_ns(), daemon.io_count());
+        let line = json!({ "begin": begun, "end": now, "traced": traced, "io_count": count - before });
+        lines += &format!("{line}\n");
+        if ended {
+            return lines;
+        }
+        traced = !traced;
+        daemon.record(traced);
+        (begun, before) = (now, count);
+    }
 }

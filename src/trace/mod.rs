@@ -28,7 +28,7 @@ pub use fields::{json, text};
 pub use filter::{Choice, Format, Last, hello, parse_endpoint};
 pub use names::nvme_opcode;
 pub use reader::{ReadError, Reader};
-pub use tracer::{Counters, Tracer};
+pub use tracer::{Counters, Tracer, now_ns};
 
 use crate::socket::{Socket, SocketError};
 
@@ -81,6 +81,12 @@ pub fn start(options: Options) -> Result<(Tracer, TraceHandle), StartError> {
 }
 
 impl TraceHandle {
+    /// Records events from now on, or none: they leave no gap in the numbers then. A thread that is in the middle of one
+    /// may still record it.
+    pub fn record(&self, on: bool) {
+        self.shared.record(on);
+    }
+
     /// Collects what was emitted until now, gives the clients up to half a second to take it, closes their connections
     /// and removes the socket. What is emitted later goes nowhere. Returns the final counts.
     pub fn stop(mut self) -> Counters {

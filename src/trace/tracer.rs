@@ -73,6 +73,8 @@ pub struct Shared {
     /// Wakes the collector.
     pub wake: EventFd,
     stopping: AtomicBool,
+    /// Whether events are recorded; without, they are not even numbered.
+    recording: AtomicBool,
     slots: usize,
     /// When the trace was started.
     pub start_ns: u64,
@@ -129,7 +131,9 @@ impl Tracer {
     /// Allocates only at a thread's first event.
     #[inline]
     pub fn emit(&self, event: Event) {
-        if let Some(shared) = &self.shared {
+        if let Some(shared) = &self.shared
+            && shared.recording.load(Ordering::Relaxed)
+        {
             shared.emit(&event);
         }
     }
@@ -159,6 +163,7 @@ impl Shared {
             sequence: Sequence::new(),
             wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             stopping: AtomicBool::new(false),
+            recording: AtomicBool::new(true),
             slots,
             start_ns: now_ns(),
             late: AtomicU64::new(0),
@@ -252,6 +257,11 @@ impl Shared {
     pub fn stop(&self) {
         self.stopping.store(true, Ordering::Release);
         self.wake();
+    }
+
+    /// Records events from now on, or none.
+    pub fn record(&self, on: bool) {
+        self.recording.store(on, Ordering::Relaxed);
     }
 
     /// Whether the collector was told to end.

@@ -36,6 +36,22 @@ fn at_the_end_clients_get_the_rest_and_the_socket_goes() {
 }
 
 #[test]
+fn what_is_not_recorded_leaves_no_gap() {
+    let fixture = Fixture::new();
+    let client = fixture.json("\n");
+    fixture.interrupts(1, 0..10);
+    fixture.handle.record(false);
+    fixture.interrupts(1, 10..20);
+    fixture.handle.record(true);
+    fixture.interrupts(1, 20..30);
+    let counters = fixture.stop();
+    let events = client.rest();
+    assert_eq!(vectors(&events), (0..10).chain(20..30).collect::<Vec<_>>());
+    assert!(events.is_sorted_by(|a, b| a["seq"].as_u64().unwrap() + 1 == b["seq"].as_u64().unwrap()), "{events:?}");
+    assert_eq!((counters.emitted(), counters.lost), (20, 0));
+}
+
+#[test]
 fn a_live_socket_is_an_error_and_a_stale_one_is_replaced() {
     let fixture = Fixture::new();
     let again = |path: &PathBuf| trace::start(Options { socket: Some(path.clone()), ..Options::default() });
