@@ -20,7 +20,7 @@ pub struct Guest {
     workload: String,
     boot_sector: Option<Vec<u8>>,
     guest_trace: bool,
-    inject: Option<String>,
+    inject: Vec<String>,
 }
 
 impl Guest {
@@ -33,7 +33,7 @@ impl Guest {
             workload: workload.into(),
             boot_sector: None,
             guest_trace: false,
-            inject: None,
+            inject: Vec::new(),
         }
     }
 
@@ -61,9 +61,9 @@ impl Guest {
         self
     }
 
-    /// Requests that the device answers wrongly, as `--inject` takes them.
+    /// Requests that the device answers wrongly, as `--inject` takes them; may be called several times.
     pub fn inject(mut self, injection: &str) -> Guest {
-        self.inject = Some(injection.into());
+        self.inject.push(injection.into());
         self
     }
 
@@ -92,7 +92,7 @@ impl Guest {
         if self.guest_trace {
             command.args(["--guest-trace", "guest.jsonl"]);
         }
-        if let Some(injection) = &self.inject {
+        for injection in &self.inject {
             command.args(["--inject", injection]);
         }
         match &self.boot_sector {

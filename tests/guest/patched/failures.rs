@@ -213,3 +213,45 @@ fn a_device_that_answers_too_late_is_used_again() {
     assert_nothing_left(&outcome);
     assert_eq!(outcome.summary["verified"], true);
 }
+
+/// The device is away for three seconds from the 15th LINK on, and reads go on for six. What was mapped until then is
+/// unmapped while it is away, which the driver cannot wait for; all of it reaches the device when it is back.
+#[test]
+fn what_is_unmapped_while_the_device_is_away_is_undone_later() {
+    let workload = "io-errors --ios 480 --jobs 8 --pause-ms 100 \
+                    + nvme-io --op verify --bs 128k --depth 4 --total 4M --scatter";
+    let outcome =
+        guest(NVME, workload).append("virtio_iommu.timeout_ms=500").inject("link=late:ms=3000:after=14:until=15").run();
+    let result = reads(&outcome);
+    assert!(result["last_failed"].as_u64().unwrap() < 472, "{result}");
+    assert_eq!(said(&outcome, "device answers again"), 1);
+    assert_no_complaint(&outcome);
+    assert_nothing_left(&outcome);
+    assert_eq!((outcome.summary["verified"].as_bool(), outcome.count("faults")), (Some(true), 0));
+
+    let after: Vec<&Value> = outcome.trace.iter().skip_while(|event| event["kind"] != "injected").collect();
+    let requests = after.iter().filter(|event| event["kind"] == "request");
+    let waited = requests.skip(1).take_while(|request| request["type"] != "RESERVE");
+    let released = waited.filter(|request| request["type"] == "RELEASE").count();
+    assert!(released > 1, "{released} ranges were unmapped while the device was away: no test of several");
+}
+
+/// The first LINK that the device gets after it was away is refused: whoever sent it is told.
+#[test]
+fn the_first_link_after_the_device_was_away_is_waited_for() {
+    let outcome = guest(NVME, "io-errors --ios 30 --pause-ms 400")
+        .append("virtio_iommu.timeout_ms=500")
+        .inject("link=late:ms=4000:after=10:until=11")
+        .inject("link=nomem:after=11:until=12")
+        .run();
+    let result = reads(&outcome);
+    assert_eq!((outcome.events("injected").count(), outcome.count("requests_failed")), (2, 1));
+    assert_eq!((said(&outcome, "device answers again"), said(&outcome, "could not map")), (1, 1));
+    let (first, last) = (result["first_failed"].as_u64().unwrap(), result["last_failed"].as_u64().unwrap());
+    assert_eq!((&result["failed"], &result["errors"]), (&json!(last - first + 1), &json!({ "EIO": last - first + 1 })));
+    // The controller got no command whose data had no mapping.
+    let commands = outcome.events("command").filter(|command| command["len"] == 128 << 10).count() as u64;
+    assert_eq!((commands, outcome.count("faults")), (30 - (last - first + 1), 0));
+    assert_no_complaint(&outcome);
+    assert_nothing_left(&outcome);
+}
