@@ -1,13 +1,15 @@
 //! A listening Unix socket: made, replaced when stale, and removed when it is still ours; and what its users do to
 //! descriptors.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Metadata, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+use nix::fcntl::{Flock, FlockArg};
 
 /// How long a server waits after a connection that failed, before the next. What failed may be the acceptance, for want
 /// of descriptors; then the connection still waits, and would be tried again without end.
@@ -60,27 +62,18 @@ pub struct Socket {
 }
 
 impl Socket {
-    /// Listens on `path`. A socket there on which nobody listens any more is replaced; one that is alive is an error.
+    /// Listens on `path`. A socket there on which nobody listens any more is replaced; one that is alive is an error. Of
+    /// many who do this at the same time one gets the socket, and the others the error.
     pub fn bind(path: &Path) -> Result<Socket, SocketError> {
         let failed = |source| SocketError::Listen { path: path.to_owned(), source };
         check_length(path)?;
         if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty() && !folder.exists()) {
             return Err(SocketError::NoFolder { path: path.to_owned(), folder: folder.to_owned() });
         }
-        match fs::symlink_metadata(path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(failed(error)),
-            Ok(found) if !found.file_type().is_socket() => return Err(SocketError::NotASocket(path.to_owned())),
-            Ok(_) => match UnixStream::connect(path) {
-                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                    fs::remove_file(path).map_err(failed)?;
-                }
-                Err(error) => return Err(failed(error)),
-                Ok(_) => return Err(SocketError::InUse(path.to_owned())),
-            },
-        }
+        let _turn = Turn::take(path).map_err(failed)?;
+        make_room(path)?;
         let listener = UnixListener::bind(path).map_err(failed)?;
-        let identity = identity(path).map_err(failed)?;
+        let identity = fs::symlink_metadata(path).map(identity).map_err(failed)?;
         Ok(Socket { listener, path: path.to_owned(), identity })
     }
 
@@ -97,7 +90,7 @@ impl Socket {
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        if identity(&self.path).is_ok_and(|found| found == self.identity) {
+        if fs::symlink_metadata(&self.path).is_ok_and(|found| identity(found) == self.identity) {
             // Nothing to do about a failure: the next one to listen there replaces the file.
             let _ = fs::remove_file(&self.path);
         }
@@ -109,9 +102,61 @@ pub(crate) fn check_length(path: &Path) -> Result<(), SocketError> {
     if path.as_os_str().len() > PATH_MAX { Err(SocketError::TooLong(path.to_owned())) } else { Ok(()) }
 }
 
-fn identity(path: &Path) -> io::Result<(u64, u64)> {
-    let metadata = fs::symlink_metadata(path)?;
-    Ok((metadata.dev(), metadata.ino()))
+fn identity(metadata: Metadata) -> (u64, u64) {
+    (metadata.dev(), metadata.ino())
+}
+
+/// Removes a socket on which nobody listens any more. Only for who has the turn: another process may be replacing it, or
+/// have made one on which it does not listen yet.
+fn make_room(path: &Path) -> Result<(), SocketError> {
+    let failed = |source| SocketError::Listen { path: path.to_owned(), source };
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(failed(error)),
+        Ok(found) if !found.file_type().is_socket() => return Err(SocketError::NotASocket(path.to_owned())),
+        Ok(_) => {}
+    }
+    match UnixStream::connect(path) {
+        Ok(_) => Err(SocketError::InUse(path.to_owned())),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path).map_err(failed),
+        // Who listened has ended meanwhile, and taken it along.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(failed(error)),
+    }
+}
+
+/// The turn to make the socket at a path: a locked file beside it, which goes with the turn. One that a killed process
+/// leaves is locked by nobody, and goes with the next turn.
+struct Turn {
+    path: PathBuf,
+    _file: Flock<File>,
+}
+
+impl Turn {
+    /// Waits for the turn: for as long as others take to look at a socket and make one.
+    fn take(socket: &Path) -> io::Result<Turn> {
+        let mut path = socket.as_os_str().to_owned();
+        path.push(".viommu-lock");
+        let path = PathBuf::from(path);
+        let mut options = OpenOptions::new();
+        // Nothing is ever written, least of all to where somebody's symbolic link leads.
+        options.write(true).create(true).truncate(false).mode(0o600).custom_flags(libc::O_NOFOLLOW);
+        loop {
+            let file = Flock::lock(options.open(&path)?, FlockArg::LockExclusive).map_err(|(_, error)| error)?;
+            let locked = identity(file.metadata()?);
+            // Who had the turn before has removed the file, and those who come now do not see this one.
+            if fs::symlink_metadata(&path).is_ok_and(|found| identity(found) == locked) {
+                return Ok(Turn { path, _file: file });
+            }
+        }
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        // Nothing to do about a failure: the file is in nobody's way. It is still locked here.
+        let _ = fs::remove_file(&self.path);
+    }
 }
 
 /// Waits until `fd` is readable (true), or `shutdown` is (false).
@@ -146,6 +191,9 @@ pub(crate) fn set_nonblocking(file: &File) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::Barrier;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::thread;
 
     #[test]
     fn a_live_socket_is_an_error_and_a_stale_one_is_replaced() {
@@ -160,6 +208,65 @@ mod tests {
         fs::write(&path, "text").unwrap();
         assert!(matches!(Socket::bind(&path), Err(SocketError::NotASocket(_))));
         assert_eq!(fs::read(&path).unwrap(), b"text");
+    }
+
+    #[test]
+    fn of_many_who_find_a_stale_socket_one_gets_it() {
+        const MANY: usize = 8;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        for round in 0..500 {
+            // Every other time there is nothing to replace.
+            if round % 2 == 0 {
+                drop(UnixListener::bind(&path).unwrap());
+            }
+            let start = Barrier::new(MANY);
+            let bind = || {
+                start.wait();
+                Socket::bind(&path)
+            };
+            let (made, refused): (Vec<_>, Vec<_>) = thread::scope(|scope| {
+                let threads: Vec<_> = (0..MANY).map(|_| scope.spawn(bind)).collect();
+                threads.into_iter().map(|thread| thread.join().unwrap()).partition(Result::is_ok)
+            });
+            assert_eq!(made.len(), 1, "round {round}");
+            assert!(refused.iter().all(|result| matches!(result, Err(SocketError::InUse(_)))), "{refused:?}");
+            assert_eq!(made[0].as_ref().unwrap().identity, identity(fs::symlink_metadata(&path).unwrap()));
+            drop(made);
+            assert_eq!(fs::read_dir(&folder).unwrap().count(), 0, "nothing is left behind");
+        }
+    }
+
+    #[test]
+    fn one_at_a_time_has_the_turn() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let taken = AtomicBool::new(false);
+        let take_turns = || {
+            for _ in 0..500 {
+                let turn = Turn::take(&path).unwrap();
+                assert!(!taken.swap(true, Ordering::SeqCst));
+                thread::yield_now();
+                taken.store(false, Ordering::SeqCst);
+                drop(turn);
+            }
+        };
+        thread::scope(|scope| (0..8).for_each(|_| drop(scope.spawn(take_turns))));
+    }
+
+    #[test]
+    fn the_lock_of_a_process_that_was_killed_is_no_obstacle() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let lock = folder.path().join("socket.viommu-lock");
+        fs::write(&lock, "").unwrap();
+        let socket = Socket::bind(&path).unwrap();
+        assert!(!lock.exists());
+        drop(socket);
+        // Not through a link, to a file that would be made.
+        std::os::unix::fs::symlink("elsewhere", &lock).unwrap();
+        assert!(matches!(Socket::bind(&path), Err(SocketError::Listen { .. })));
+        assert!(!folder.path().join("elsewhere").exists());
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -122,6 +122,39 @@ fn tracing_by_turns() {
     for pair in turns.windows(2) {
         assert_eq!(pair[0]["end"], pair[1]["begin"]);
         assert!(pair[0]["end"].as_u64().unwrap() - pair[0]["begin"].as_u64().unwrap() >= 20_000_000, "{text}");
+    }
+}
+
+#[test]
+fn of_many_daemons_that_begin_at_once_one_gets_a_stale_socket() {
+    for round in 0..20 {
+        let folder = folder();
+        drop(UnixListener::bind(folder.path().join("viommu.sock")).unwrap());
+        let begin = |_| {
+            Command::new(env!("CARGO_BIN_EXE_viommu"))
+                .args([&["serve", "--socket-path", "viommu.sock"][..], &ENGINE].concat())
+                .current_dir(&folder)
+                .env_remove("RUST_LOG")
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped())
+                .spawn()
+                .unwrap()
+        };
+        let (mut serving, mut refused) = (Vec::new(), Vec::new());
+        for mut daemon in (0..8).map(begin).collect::<Vec<_>>() {
+            let mut line = String::new();
+            BufReader::new(daemon.stdout.take().unwrap()).read_line(&mut line).unwrap();
+            if line.is_empty() {
+                refused.push(String::from_utf8(daemon.wait_with_output().unwrap().stderr).unwrap());
+            } else {
+                serving.push(daemon);
+            }
+        }
+        let count = serving.len();
+        serving.into_iter().for_each(|daemon| drop(end(daemon)));
+        assert_eq!(count, 1, "round {round}: {refused:?}");
+        assert!(refused.iter().all(|said| said.contains("Another process listens on viommu.sock")), "{refused:?}");
+        assert_eq!(names(folder.path()), [""; 0]);
     }
 }
 

@@ -28,6 +28,8 @@ struct Line {
 struct Lines {
     msi: Vec<Mutex<Line>>,
     msix: Vec<Mutex<Line>>,
+    /// The function's vectors that it withholds from MSI, a bit each.
+    withheld: u32,
 }
 
 struct Shared {
@@ -47,12 +49,14 @@ impl Interrupts {
 
     /// Sends vector `vector`; nothing happens while the guest has it disabled, and a masked one is sent when it is
     /// unmasked. With MSI, where the guest may have enabled fewer vectors than the function has, the number's low
-    /// bits count.
+    /// bits count; nothing happens there while [`Interrupts::withhold`] is in effect for it.
     pub fn trigger(&self, vector: u16) {
         let Some(shared) = &self.0 else { return };
         let lines = shared.lines.read().unwrap_or_else(PoisonError::into_inner);
         let (line, vector) = if lines.msi.is_empty() {
             (lines.msix.get(usize::from(vector)), vector)
+        } else if lines.withholds(vector) {
+            return;
         } else {
             let low = usize::from(vector) % lines.msi.len();
             (lines.msi.get(low), low as u16)
@@ -60,6 +64,19 @@ impl Interrupts {
         if let Some(line) = line {
             shared.send(&mut lock(line), vector);
         }
+    }
+
+    /// Withholds those of the function's first 32 vectors whose bits are set, and no others, for a function that masks by
+    /// registers of its own. It comes before all that MSI does: vectors have the function's numbers, a triggered one does not
+    /// become pending, and none is sent after this returned. MSI-X is not affected.
+    ///
+    /// Returns the vectors that were withheld and are not any more, none without MSI: the function is to trigger those
+    /// that still have a reason.
+    pub fn withhold(&self, vectors: u32) -> u32 {
+        let Some(shared) = &self.0 else { return 0 };
+        let mut lines = shared.lines.write().unwrap_or_else(PoisonError::into_inner);
+        let before = std::mem::replace(&mut lines.withheld, vectors);
+        if lines.msi.is_empty() { 0 } else { before & !vectors }
     }
 
     /// Sets which event file descriptors vectors `start..` of a kind send to; `None` takes one away.
@@ -141,6 +158,11 @@ impl Lines {
             Kind::Msix => &mut self.msix,
         }
     }
+
+    /// Whether the function withholds a vector from MSI; those from 32 on have no bit.
+    fn withholds(&self, vector: u16) -> bool {
+        self.withheld.checked_shr(u32::from(vector)).is_some_and(|bits| bits & 1 != 0)
+    }
 }
 
 fn lock(line: &Mutex<Line>) -> std::sync::MutexGuard<'_, Line> {
@@ -188,6 +210,30 @@ mod tests {
         interrupts.disable(Kind::Msi);
         interrupts.trigger(5);
         assert!(events[1].read().is_err());
+    }
+
+    #[test]
+    fn a_function_withholds_msi_by_its_own_numbers() {
+        let interrupts = Interrupts::new(8, Tracer::default());
+        let (msi, msix) = (events(2), events(1));
+        interrupts.assign(Kind::Msix, 0, msix.iter().map(sink));
+        assert_eq!(interrupts.withhold(1 << 5), 0);
+        interrupts.trigger(0);
+        assert_eq!(msix[0].read().unwrap(), 1);
+        assert_eq!(interrupts.withhold(0), 0, "MSI-X withheld nothing");
+        interrupts.assign(Kind::Msi, 0, msi.iter().map(sink));
+        interrupts.withhold(1 << 5 | 1 << 31);
+        interrupts.trigger(5);
+        assert!(msi[1].read().is_err());
+        // Both fold onto the same one; the last has no bit.
+        for vector in [3, 32 + 5] {
+            interrupts.trigger(vector);
+            assert_eq!(msi[1].read().unwrap(), 1, "{vector}");
+        }
+        assert_eq!(interrupts.withhold(1 << 31 | 1), 1 << 5);
+        assert!(msi[1].read().is_err(), "whether it still has a reason is the function's to say");
+        interrupts.trigger(5);
+        assert_eq!(msi[1].read().unwrap(), 1);
     }
 
     #[test]

@@ -3,8 +3,8 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use crate::common::nvme::{CC_ENABLED, Driver, PAGE, RAM, Setup, io, register};
-use crate::{FLUSH, READ};
+use crate::common::nvme::{CC_ENABLED, Done, Driver, PAGE, RAM, Setup, Sqe, io, register};
+use crate::{COMPARE, FLUSH, READ, WRITE, WRITE_ZEROES};
 
 /// Gives the controller `count` reads of 1 MiB into distinct memory, and a first one that is complete, so that it is
 /// in the middle of them.
@@ -67,6 +67,45 @@ fn a_queue_is_deleted_with_commands_in_flight() {
     }
     assert_dead(&driver, base, len);
     assert_eq!(driver.delete_cq(1), 0);
+}
+
+/// Ends a queue while it is in a command over this many blocks of 4096 bytes: how that completed, or `None` if it had not
+/// begun.
+fn end_within(setup: &Setup, opcode: u8, blocks: u32, end: fn(&mut Driver)) -> Option<Done> {
+    let executed = || setup.disk.counters.io_count.load(Ordering::Relaxed);
+    let before = executed();
+    let mut driver = setup.ready();
+    let buffer = driver.pages(2048);
+    let put = |driver: &mut Driver, opcode, blocks: u32| {
+        driver.put(1, Sqe { flags: 1 << 6, ..io(opcode, 0, blocks, [buffer, u64::from(blocks) * PAGE]) })
+    };
+    // As much as completes at once; then the other one begins.
+    put(&mut driver, READ, 16);
+    let cid = put(&mut driver, opcode, blocks);
+    driver.ring(1);
+    driver.wait(1);
+    end(&mut driver);
+    let done = driver.reap(1).unwrap();
+    assert_eq!(done.cid, cid);
+    (executed() == before + 2).then_some(done)
+}
+
+#[test]
+fn a_long_command_is_aborted_in_the_middle() {
+    const BYTES: u64 = 256 << 20;
+    let setup = Setup::with(BYTES, |config| config.block_size = 4096);
+    let ends: [fn(&mut Driver); 2] = [|driver| assert_eq!(driver.delete_sq(1), 0), |driver| driver.disable()];
+    let transfer = 2048;
+    for (opcode, blocks) in [(READ, transfer), (WRITE, transfer), (COMPARE, transfer), (WRITE_ZEROES, 1 << 16)] {
+        for end in ends {
+            // It may be complete, if this thread does not get the processor.
+            let aborted = (0..100).filter_map(|_| end_within(&setup, opcode, blocks, end)).any(|done| {
+                assert!(matches!(done.status, 0 | 0x08), "{done:?}");
+                done.status == 0x08
+            });
+            assert!(aborted, "command {opcode} is always completed");
+        }
+    }
 }
 
 #[test]

@@ -12,6 +12,7 @@ mod duty;
 mod ends;
 mod events;
 mod hostile;
+mod masks;
 mod queues;
 mod traced;
 

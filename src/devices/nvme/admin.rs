@@ -52,7 +52,7 @@ pub(super) struct Admin {
     orders: Arc<Orders>,
     dma: Dma,
     sq: SubmissionQueue,
-    cq: CompletionQueue,
+    cq: Arc<CompletionQueue>,
     cqs: BTreeMap<u16, Arc<CompletionQueue>>,
     workers: BTreeMap<u16, Worker>,
     /// Asynchronous Event Requests that wait, and since when.
@@ -72,12 +72,14 @@ impl Admin {
             doorbells.tail.open(sq.1);
             doorbells.head.open(cq.1);
         }
+        let cq = Arc::new(CompletionQueue::new(0, cq.0, cq.1, Some(0)));
+        *lock(&shared.cqs) = vec![cq.clone()];
         Admin {
             shared: shared.clone(),
             orders: orders.clone(),
             dma: shared.bus.door.open(),
             sq: SubmissionQueue::new(0, sq.0, sq.1),
-            cq: CompletionQueue::new(0, cq.0, cq.1, Some(0)),
+            cq,
             cqs: BTreeMap::new(),
             workers: BTreeMap::new(),
             waiting: Vec::new(),
@@ -100,6 +102,7 @@ impl Admin {
         if self.orders.shutdown.load(Ordering::Acquire) != 0 && !self.orders.stop.load(Ordering::Acquire) {
             self.shut_down();
         }
+        lock(&shared.cqs).clear();
         for doorbells in &shared.doorbells {
             doorbells.tail.close();
             doorbells.head.close();
@@ -285,7 +288,9 @@ impl Admin {
             doorbells.head.open(size);
         }
         self.start_shadow(self.shared.shadow.head(id).map(|shadow| shadow.doorbell), 0)?;
-        self.cqs.insert(id, Arc::new(CompletionQueue::new(id, base, size, vector)));
+        let cq = Arc::new(CompletionQueue::new(id, base, size, vector));
+        lock(&self.shared.cqs).push(cq.clone());
+        self.cqs.insert(id, cq);
         Ok(())
     }
 
@@ -321,6 +326,7 @@ impl Admin {
             return Err(Status::INVALID_QUEUE_DELETION);
         }
         self.cqs.remove(&id);
+        lock(&self.shared.cqs).retain(|cq| cq.id() != id);
         if let Some(doorbells) = self.shared.doorbells.get(usize::from(id)) {
             doorbells.head.close();
         }

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U32, U64};
@@ -16,6 +16,9 @@ use crate::trace::event::DataPointer;
 
 /// The most bytes that are moved between file and host at once.
 const CHUNK: u64 = 256 << 10;
+/// The most bytes that are made zeros at once: some milliseconds if they have to be written, and still few calls for a
+/// whole disk that is deallocated.
+const PIECE: u64 = 16 << 20;
 
 /// Force Unit Access, in command dword 12.
 const FUA: u32 = 1 << 30;
@@ -41,6 +44,8 @@ impl Default for Moved {
 /// Executes I/O commands, one after the other.
 pub(super) struct Executor {
     shared: Arc<Shared>,
+    /// Who sets it waits for the command in execution, which therefore looks at it before each part of what it has to do.
+    stop: Arc<AtomicBool>,
     runs: Runs,
     buffer: Vec<u8>,
     host_data: Vec<u8>,
@@ -61,11 +66,21 @@ impl Extent {
             (self.offset + at, CHUNK.min(self.len - at) as usize)
         })
     }
+
+    /// Cut at the multiples of [`PIECE`] in the image: what the file system allocates at once is not cut in two, of which
+    /// neither could be deallocated.
+    fn pieces(self) -> impl Iterator<Item = (u64, u64)> {
+        let end = self.offset + self.len;
+        (self.offset / PIECE..end.div_ceil(PIECE)).map(move |index| {
+            let from = self.offset.max(index * PIECE);
+            (from, end.min((index + 1) * PIECE) - from)
+        })
+    }
 }
 
 impl Executor {
-    pub fn new(shared: Arc<Shared>) -> Self {
-        Executor { shared, runs: Runs::default(), buffer: Vec::new(), host_data: Vec::new() }
+    pub fn new(shared: Arc<Shared>, stop: Arc<AtomicBool>) -> Self {
+        Executor { shared, stop, runs: Runs::default(), buffer: Vec::new(), host_data: Vec::new() }
     }
 
     /// Executes a command. `watch` is given back before what may take long.
@@ -88,6 +103,10 @@ impl Executor {
             _ => {}
         }
         result.err().unwrap_or(Status::SUCCESS)
+    }
+
+    fn check_stop(&self) -> Result<(), Status> {
+        if self.stop.load(Ordering::Acquire) { Err(Status::ABORTED_SQ_DELETION) } else { Ok(()) }
     }
 
     fn dispatch(&mut self, dma: &mut Dma, sqe: &Sqe, moved: &mut Moved, watch: &mut Watch) -> Result<(), Status> {
@@ -118,6 +137,7 @@ impl Executor {
     fn read(&mut self, dma: &mut Dma, sqe: &Sqe, moved: &mut Moved, watch: &mut Watch) -> Result<(), Status> {
         let extent = self.transfer(dma, sqe, moved, true)?;
         for (offset, len) in extent.chunks() {
+            self.check_stop()?;
             let data = sized(&mut self.buffer, len);
             if !self.shared.disk.read_at_once(data, offset) {
                 watch.give_back();
@@ -134,6 +154,7 @@ impl Executor {
         self.check_writable()?;
         let extent = self.transfer(dma, sqe, moved, false)?;
         for (offset, len) in extent.chunks() {
+            self.check_stop()?;
             let data = sized(&mut self.buffer, len);
             self.runs.read(dma, data)?;
             self.shared.disk.write(data, offset).map_err(write_fault)?;
@@ -144,6 +165,7 @@ impl Executor {
     fn compare(&mut self, dma: &mut Dma, sqe: &Sqe, moved: &mut Moved) -> Result<(), Status> {
         let extent = self.transfer(dma, sqe, moved, false)?;
         for (offset, len) in extent.chunks() {
+            self.check_stop()?;
             let data = sized(&mut self.buffer, len);
             self.shared.disk.read(data, offset).map_err(read_error)?;
             let host_data = sized(&mut self.host_data, len);
@@ -160,8 +182,16 @@ impl Executor {
         let extent = self.extent(sqe.slba(), u64::from(sqe.cdw12.get() & 0xffff) + 1)?;
         moved.len = extent.len as u32;
         let deallocate = sqe.cdw12.get() & DEAC != 0;
-        self.shared.disk.zero(extent.offset, extent.len, deallocate).map_err(write_fault)?;
+        self.zero(extent, deallocate)?;
         self.durable(sqe)
+    }
+
+    fn zero(&self, extent: Extent, deallocate: bool) -> Result<(), Status> {
+        for (offset, len) in extent.pieces() {
+            self.check_stop()?;
+            self.shared.disk.zero(offset, len, deallocate).map_err(write_fault)?;
+        }
+        Ok(())
     }
 
     fn dataset_management(&mut self, dma: &mut Dma, sqe: &Sqe, moved: &mut Moved) -> Result<(), Status> {
@@ -178,13 +208,12 @@ impl Executor {
         }
         let extent = |range: &Range| self.extent(range.slba.get(), u64::from(range.blocks.get()));
         let extents = ranges.iter().map(extent).collect::<Result<Vec<Extent>, Status>>()?;
-        let disk = &self.shared.disk;
-        if !disk.punches() {
+        if !self.shared.disk.punches() {
             // Deallocation is advice; without holes there is nothing to win by writing zeros.
             return Ok(());
         }
         for extent in extents.iter().filter(|extent| extent.len > 0) {
-            disk.zero(extent.offset, extent.len, true).map_err(write_fault)?;
+            self.zero(*extent, true)?;
         }
         Ok(())
     }
@@ -268,4 +297,18 @@ fn read_error(error: io::Error) -> Status {
 fn write_fault(error: io::Error) -> Status {
     log::warn!("The image cannot be written: {error}");
     Status::WRITE_FAULT
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_made_zeros_is_cut_where_the_file_system_may() {
+        let pieces = |offset, len| Extent { offset, len }.pieces().collect::<Vec<_>>();
+        assert_eq!(pieces(512, 1024), [(512, 1024)]);
+        assert_eq!(pieces(PIECE, PIECE), [(PIECE, PIECE)]);
+        let end = 2 * PIECE;
+        assert_eq!(pieces(PIECE - 512, PIECE + 1536), [(PIECE - 512, 512), (PIECE, PIECE), (end, 1024)]);
+    }
 }

@@ -24,6 +24,7 @@ use std::thread::JoinHandle;
 
 pub use disk::{Counters, Disk, NvmeConfig, OpenError};
 
+use crate::dma::Dma;
 use crate::pci::{Bar, Bus, Function, Identity};
 use admin::{Admin, Orders};
 use shared::{Shared, lock};
@@ -59,7 +60,10 @@ pub struct Nvme {
     aqa: u32,
     asq: u64,
     acq: u64,
+    /// Vectors that are masked, a bit each (sections 3.1.3 and 3.1.4).
     interrupt_mask: u32,
+    /// The vfio-user thread's way to the shadow doorbells.
+    dma: Dma,
     enabled: Option<Enabled>,
 }
 
@@ -73,8 +77,11 @@ impl Nvme {
     /// A controller as it is at power-on.
     pub fn new(bus: Bus, disk: Arc<Disk>) -> Self {
         disk.count(|c| &c.power_cycles, 1);
+        // The one of before may have gone with some masked.
+        bus.interrupts.withhold(0);
+        let dma = bus.door.open();
         let shared = Arc::new(Shared::new(bus, disk));
-        Nvme { shared, aqa: 0, asq: 0, acq: 0, interrupt_mask: 0, enabled: None }
+        Nvme { shared, aqa: 0, asq: 0, acq: 0, interrupt_mask: 0, dma, enabled: None }
     }
 
     fn capabilities() -> u64 {
@@ -109,8 +116,8 @@ impl Nvme {
         let low = |old: u64| old >> 32 << 32 | u64::from(value & !0xfff);
         let high = |old: u64| old & 0xffff_ffff | u64::from(value) << 32;
         match offset {
-            register::INTMS => self.interrupt_mask |= value,
-            register::INTMC => self.interrupt_mask &= !value,
+            register::INTMS => self.mask_interrupts(self.interrupt_mask | value),
+            register::INTMC => self.mask_interrupts(self.interrupt_mask & !value),
             register::CC => self.set_cc(value),
             register::AQA => self.aqa = value & 0x0fff_0fff,
             register::ASQ => self.asq = low(self.asq),
@@ -118,6 +125,18 @@ impl Nvme {
             register::ACQ => self.acq = low(self.acq),
             0x34 => self.acq = high(self.acq),
             _ => {}
+        }
+    }
+
+    /// Masks the vectors of these bits, and no others. Those that are not masked any more are sent if their queues still
+    /// have something to tell, whether it was told before or not.
+    fn mask_interrupts(&mut self, mask: u32) {
+        self.interrupt_mask = mask;
+        let unmasked = self.shared.bus.interrupts.withhold(mask);
+        for cq in lock(&self.shared.cqs).iter() {
+            if cq.unmasked(&mut self.dma, &self.shared, unmasked).is_err() {
+                self.shared.fatal();
+            }
         }
     }
 
@@ -177,7 +196,7 @@ impl Nvme {
         self.shared.write_cache.store(true, Ordering::Relaxed);
         *lock(&self.shared.features) = Default::default();
         *lock(&self.shared.events) = Default::default();
-        self.interrupt_mask = 0;
+        self.mask_interrupts(0);
         self.shared.trace_state();
     }
 

@@ -136,14 +136,29 @@ impl CompletionQueue {
             })?;
             done = &done[posted..];
             if posted > 0 {
-                if let Some(vector) = self.vector {
-                    shared.bus.interrupts.trigger(vector);
-                }
+                self.interrupt(shared);
             } else {
                 // The host that is to consume entries may be waiting for an answer of the IOMMU.
                 watch.give_back();
                 self.wait(dma, shared, stop)?;
             }
+        }
+        Ok(())
+    }
+
+    fn interrupt(&self, shared: &Shared) {
+        if let Some(vector) = self.vector {
+            shared.bus.interrupts.trigger(vector);
+        }
+    }
+
+    /// The host masks the vectors of these bits no more: the queue interrupts if one of them is its own and there are
+    /// entries that the host has not acknowledged (section 7.5.1). What is posted at the same time is either seen here, or
+    /// its interrupt comes after the change of the mask.
+    pub fn unmasked(&self, dma: &mut Dma, shared: &Shared, vectors: u32) -> Result<(), DmaError> {
+        let bit = self.vector.and_then(|vector| 1u32.checked_shl(u32::from(vector))).unwrap_or(0);
+        if vectors & bit != 0 && self.host_head(dma, shared)? != lock(&self.state).tail {
+            self.interrupt(shared);
         }
         Ok(())
     }

@@ -9,6 +9,7 @@ use super::disk::Disk;
 use super::event::{AsyncEvents, ErrorInfo};
 use super::features::Features;
 use super::log::ErrorLog;
+use super::queue::CompletionQueue;
 use super::spec::{CSTS_FATAL, Status};
 use crate::pci::Bus;
 use crate::trace::Event;
@@ -143,6 +144,8 @@ pub(super) struct Shared {
     pub csts: AtomicU32,
     /// By queue identifier; the first is the admin queue's.
     pub doorbells: Box<[Doorbells]>,
+    /// The completion queues, the admin queue's among them.
+    pub cqs: Mutex<Vec<Arc<CompletionQueue>>>,
     pub shadow: ShadowBuffers,
     pub features: Mutex<Features>,
     pub events: Mutex<AsyncEvents>,
@@ -160,6 +163,7 @@ impl Shared {
             cc: AtomicU32::new(0),
             csts: AtomicU32::new(0),
             doorbells: (0..=queues).map(|_| Doorbells::default()).collect(),
+            cqs: Mutex::default(),
             shadow: ShadowBuffers::default(),
             features: Mutex::default(),
             events: Mutex::default(),

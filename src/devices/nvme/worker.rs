@@ -46,7 +46,7 @@ impl Worker {
         let stop = Arc::new(AtomicBool::new(false));
         let mut work = Work {
             dma: shared.bus.door.open(),
-            executor: Executor::new(shared.clone()),
+            executor: Executor::new(shared.clone(), stop.clone()),
             sq: SubmissionQueue::new(queue, base, size),
             cq: cq.clone(),
             stop: stop.clone(),
@@ -78,7 +78,7 @@ impl Worker {
         }
     }
 
-    /// Asks it to end: after the command that it is in.
+    /// Asks it to end. The command that it is in is aborted if it still has much to do.
     pub fn stop(&self) {
         self.stop.store(true, Ordering::Release);
         self.thread.thread().unpark();
