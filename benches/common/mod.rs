@@ -1,8 +1,7 @@
 //! Guests for the benchmarks: the daemon that serves their devices, a QEMU, and the results of their workloads.
 
-use std::collections::BTreeMap;
-use std::fmt::Display;
 use std::fs;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -10,6 +9,8 @@ use std::time::{Duration, Instant};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 use serde_json::Value;
+
+pub mod tandem;
 
 /// How long one guest may take.
 const LIMIT: Duration = Duration::from_secs(180);
@@ -67,8 +68,8 @@ pub struct Guest<'a> {
     pub cores: &'a Cores,
     /// Where sockets, images and results are.
     pub folder: &'a Path,
-    /// As [`guest_files`] gives it.
-    pub files: &'a Path,
+    /// What [`guest_files`] takes.
+    pub flavour: &'a str,
     /// QEMU's accelerator, and what goes with it.
     pub accel: &'a str,
     /// QEMU's arguments for machine and devices.
@@ -82,9 +83,19 @@ pub struct Guest<'a> {
 impl Guest<'_> {
     /// Boots it, waits for its end and returns what it said.
     pub fn run(&self) -> Vec<Value> {
-        let results = self.folder.join("results.jsonl");
-        let _ = fs::remove_file(&results);
-        let Guest { files, accel, devices, append, .. } = self;
+        let ended = wait(&mut self.boot());
+        let text = fs::read_to_string(self.folder.join("results.jsonl")).unwrap_or_default();
+        let values: Vec<Value> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+        let good = values.iter().any(|value| value["event"] == "end" && value["ok"] == true);
+        assert!(ended && good, "{}: the guest failed or did not end; {}", self.workload, said(self.folder));
+        values
+    }
+
+    /// Starts it.
+    pub fn boot(&self) -> Child {
+        let _ = fs::remove_file(self.folder.join("results.jsonl"));
+        let Guest { accel, devices, append, .. } = self;
+        let files = guest_files(self.flavour);
         let files = files.display();
         // Commas: one word for the kernel, which takes 32 at most.
         let workload = self.workload.replace(' ', ",");
@@ -95,19 +106,17 @@ impl Guest<'_> {
         );
         let mut command = Command::new("sh");
         command.arg("-c").arg(line).current_dir(self.folder).stdin(Stdio::null());
-        let mut qemu = command.spawn().unwrap();
+        let qemu = command.spawn().unwrap();
         self.cores.keep_processor(qemu.id());
-        let ended = wait(&mut qemu);
-        let text = fs::read_to_string(&results).unwrap_or_default();
-        let values: Vec<Value> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
-        let good = values.iter().any(|value| value["event"] == "end" && value["ok"] == true);
-        if !ended || !good {
-            let console = fs::read(self.folder.join("console.log")).unwrap_or_default();
-            let console = String::from_utf8_lossy(&console);
-            panic!("{workload}: the guest failed or did not end; its results:\n{text}\nits console:\n{console}");
-        }
-        values
+        qemu
     }
+}
+
+/// What a guest in this folder said.
+fn said(folder: &Path) -> String {
+    let results = fs::read_to_string(folder.join("results.jsonl")).unwrap_or_default();
+    let console = fs::read(folder.join("console.log")).unwrap_or_default();
+    format!("its results:\n{results}\nits console:\n{}", String::from_utf8_lossy(&console))
 }
 
 fn wait(child: &mut Child) -> bool {
@@ -121,6 +130,11 @@ fn wait(child: &mut Child) -> bool {
     child.kill().unwrap();
     child.wait().unwrap();
     false
+}
+
+/// Makes the image of the NVMe controller. Not sparse: a hole reads faster than data.
+pub fn write_image(folder: &Path) {
+    fs::write(folder.join("disk.img"), vec![0x5a; 256 << 20]).unwrap();
 }
 
 /// QEMU's arguments for the machine and the devices of `topology.toml` in this folder.
@@ -140,23 +154,36 @@ fn viommu(folder: &Path, args: &[&str]) -> Command {
 pub struct Daemon(Child);
 
 impl Daemon {
-    /// Starts it, with a trace socket or without.
-    pub fn start(folder: &Path, trace_socket: Option<&Path>) -> Daemon {
-        let mut command = viommu(folder, &["serve"]);
-        if let Some(socket) = trace_socket {
-            command.arg("--trace-socket").arg(socket);
-        }
-        let daemon = Daemon(command.stdout(Stdio::null()).spawn().unwrap());
+    /// Starts it, with more arguments or none.
+    pub fn start(folder: &Path, args: &[&str]) -> Daemon {
+        let daemon = Daemon(viommu(folder, &["serve"]).args(args).stdout(Stdio::piped()).spawn().unwrap());
         wait_for(&folder.join("nvme0.sock"));
         daemon
+    }
+
+    /// Its process.
+    pub fn id(&self) -> u32 {
+        self.0.id()
+    }
+
+    /// Ends it, and returns what it printed.
+    pub fn end(mut self) -> String {
+        self.terminate();
+        let mut text = String::new();
+        self.0.stdout.take().unwrap().read_to_string(&mut text).unwrap();
+        text
+    }
+
+    /// SIGTERM, so that the sockets are removed.
+    fn terminate(&self) {
+        let pid = Pid::from_raw(self.0.id() as i32);
+        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
     }
 }
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        // SIGTERM, so that the sockets are removed.
-        let pid = Pid::from_raw(self.0.id() as i32);
-        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
+        self.terminate();
         let _ = self.0.wait();
     }
 }
@@ -170,36 +197,6 @@ pub fn wait_for(path: &Path) {
         std::thread::sleep(Duration::from_millis(10));
     }
     panic!("{path:?} did not appear");
-}
-
-/// I/Os per second: of each variant in each case, by its number, those of all rounds.
-pub type Measured<V> = BTreeMap<(V, usize), Vec<f64>>;
-
-/// Rounds of boots, each of all variants; `boot` gives the I/Os per second of each case.
-pub fn rounds<V: Copy + Ord + Display>(
-    variants: &[V],
-    rounds: usize,
-    mut boot: impl FnMut(V) -> Vec<f64>,
-) -> Measured<V> {
-    let mut measured = Measured::new();
-    for round in 0..rounds {
-        // Another order each time, so that no variant always follows the same other one.
-        for turn in 0..variants.len() {
-            let variant = variants[(turn + round) % variants.len()];
-            eprintln!("throughput, round {} of {rounds}: {variant}", round + 1);
-            for (case, iops) in boot(variant).into_iter().enumerate() {
-                measured.entry((variant, case)).or_default().push(iops);
-            }
-        }
-    }
-    measured
-}
-
-/// The I/Os per second in a guest's results, one for each of `cases` workloads.
-pub fn iops(results: &[Value], cases: usize, variant: impl Display) -> Vec<f64> {
-    let iops: Vec<f64> = results.iter().filter_map(|value| value["iops"].as_f64()).collect();
-    assert_eq!(iops.len(), cases, "{variant}: not every case has a result");
-    iops
 }
 
 /// The median of values, of which there is at least one.

@@ -18,22 +18,22 @@ pub fn measure(setup: Setup, cores: &Cores, all: &mut Value) {
     fs::write(folder.path().join("topology.toml"), setup.topology()).unwrap();
     fs::File::create(folder.path().join("disk.img")).unwrap().set_len(256 << 20).unwrap();
     let devices = common::devices(folder.path());
-    let files = common::guest_files(setup.variant.kernel);
     let boot = |accel, ios| {
         let sizes = SIZES.iter().map(|size| format!("map-cost --ios {ios} {}", size.options()));
         let workload = sizes.collect::<Vec<_>>().join(" + ");
-        let _daemon = Daemon::start(folder.path(), None);
+        let daemon = Daemon::start(folder.path(), &[]);
         let append = setup.mode.append;
         let guest = Guest {
             cores,
             folder: folder.path(),
-            files: &files,
+            flavour: setup.variant.kernel,
             accel,
             devices: &devices,
             append,
             workload: &workload,
         };
         let results = guest.run();
+        daemon.end();
         setup.check(&results);
         results.into_iter().filter(|value| value["workload"] == "map-cost").collect::<Vec<_>>()
     };

@@ -21,7 +21,7 @@ mod common;
 #[path = "../../tests/guest/harness.rs"]
 mod harness;
 
-/// Rounds of boots for throughput, at least 6: of 9, the second lowest and the second highest value enclose the median
+/// Rounds for throughput, at least 6: of 9, the second lowest and the second highest value enclose the median
 /// with a confidence of 96 %.
 const ROUNDS: usize = 9;
 

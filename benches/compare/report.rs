@@ -8,7 +8,7 @@ use std::process::{Command, ExitCode};
 use serde_json::{Value, json};
 
 use super::common::{self, MISSED, Median, REACHED, verdict};
-use super::throughput::{CASES, SECONDS};
+use super::throughput::CASES;
 use super::{ACCEL, SIZES, Setup};
 
 /// Where docs/results.md has the tables.
@@ -124,9 +124,12 @@ fn text(all: &Value, targets: &[Target]) -> String {
     }
     if about["rounds"] != 0 {
         let rounds = &about["rounds"];
-        let _ = writeln!(text, "\nThroughput, I/Os per second: median of {rounds} boots of {SECONDS} s each.\n");
+        let _ = writeln!(
+            text,
+            "\nThroughput, I/Os per second: median of {rounds} rounds of boots, in each of which the three run by turns.\n"
+        );
         let mut table = Table::new(all, "reads");
-        for (name, _) in CASES {
+        for (name, ..) in CASES {
             table.row(name, |of| of["throughput"][name]["iops"].as_f64().map(|iops| format!("{iops:.0}")));
             table.row("- ratio to unpatched", |of| {
                 let ratio = ratio(of, name)?;
@@ -256,7 +259,7 @@ fn targets(all: &Value) -> Vec<Target> {
         instructions("patched_off", OFF_TO_UNPATCHED),
     ];
     for (variant, least) in [("patched_on", ON_TO_UNPATCHED), ("patched_off", OFF_TO_UNPATCHED)] {
-        for (case, _) in &CASES[..2] {
+        for (case, ..) in &CASES[..2] {
             let Some(ratio) = ratio(&all[variant]["strict"], case) else { continue };
             targets.push(Target {
                 what: format!(

@@ -1,37 +1,47 @@
-//! Throughput: rounds of boots, each of all variants in both modes.
+//! Throughput: the variants by turns, in rounds of boots.
 
+use std::collections::BTreeMap;
 use std::fs;
+use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::common::{self, Cores, Daemon, Guest, Median, median};
-use super::{MODES, Setup, VARIANTS};
+use super::common::tandem::{self, Io, Measured, Running};
+use super::common::{self, Cores, Daemon, Guest, median};
+use super::{MODES, Mode, Setup, VARIANTS, Variant};
 
-/// Name, workload.
-pub const CASES: [(&str, &str); 3] = [
-    ("4 KiB read, depth 1", "--bs 4k --depth 1"),
-    ("4 KiB read, depth 32", "--bs 4k --depth 32"),
-    ("128 KiB read of 32 scattered pages, depth 8", "--bs 128k --depth 8 --scatter"),
+/// Name, workload, and the I/O that it does.
+pub const CASES: [(&str, &str, Io); 3] = [
+    ("4 KiB read, depth 1", "--bs 4k --depth 1", Io { write: false, bytes: 4 << 10 }),
+    ("4 KiB read, depth 32", "--bs 4k --depth 32", Io { write: false, bytes: 4 << 10 }),
+    (
+        "128 KiB read of 32 scattered pages, depth 8",
+        "--bs 128k --depth 8 --scatter",
+        Io { write: false, bytes: 128 << 10 },
+    ),
 ];
 
-/// Seconds of each case in each boot.
-pub const SECONDS: f64 = 1.0;
-
-/// Adds `throughput` to each setup in `all`: I/Os per second of each round, and the ratios to `unpatched` of the same
-/// round.
+/// Adds `throughput` to each setup in `all`: I/Os per second of each round, and the ratios to `unpatched`.
 pub fn measure(rounds: usize, cores: &Cores, all: &mut Value) {
-    let folder = tempfile::tempdir().unwrap();
-    // Not sparse: a hole reads faster than data.
-    fs::write(folder.path().join("disk.img"), vec![0x5a; 256 << 20]).unwrap();
-    let measured = common::rounds(&Setup::all(), rounds, |setup| boot(setup, cores, folder.path()));
+    let mut measured: BTreeMap<(Mode, usize), BTreeMap<Variant, Measured>> = BTreeMap::new();
+    for round in 0..rounds {
+        for mode in MODES {
+            for (case, (name, workload, io)) in CASES.iter().enumerate() {
+                eprintln!("throughput, round {} of {rounds}: {}, {name}", round + 1, mode.name);
+                let start = |variant, folder: &Path| {
+                    boot(Setup { variant, mode }, cores, folder, &format!("--op randread {workload}"))
+                };
+                tandem::round(&VARIANTS, *io, round, measured.entry((mode, case)).or_default(), start);
+            }
+        }
+    }
     for mode in MODES {
         for variant in VARIANTS {
-            let cases = CASES.iter().enumerate().filter(|_| rounds > 0).map(|(case, (name, _))| {
-                let of = |variant| &measured[&(Setup { variant, mode }, case)];
-                let ratios = of(variant).iter().zip(of(VARIANTS[0])).map(|(ours, base)| ours / base);
-                let ratio = Median::of(ratios.collect());
+            let cases = CASES.iter().enumerate().filter(|_| rounds > 0).map(|(case, (name, ..))| {
+                let of = &measured[&(mode, case)][&variant];
+                let ratio = of.ratio();
                 let value = json!({
-                    "iops": median(of(variant)), "iops_of_rounds": of(variant),
+                    "iops": median(&of.iops), "iops_of_rounds": of.iops, "ratios_of_rounds": of.ratios,
                     "ratio_to_unpatched": { "median": ratio.median, "low": ratio.low, "high": ratio.high },
                 });
                 ((*name).to_string(), value)
@@ -41,22 +51,19 @@ pub fn measure(rounds: usize, cores: &Cores, all: &mut Value) {
     }
 }
 
-/// Boots one guest and returns the I/Os per second of each case.
-fn boot(setup: Setup, cores: &Cores, folder: &std::path::Path) -> Vec<f64> {
+/// Boots a guest whose reads never end.
+fn boot(setup: Setup, cores: &Cores, folder: &Path, options: &str) -> Running {
     fs::write(folder.join("topology.toml"), setup.topology()).unwrap();
-    let _daemon = Daemon::start(folder, None);
-    let cases: Vec<_> =
-        CASES.iter().map(|(_, case)| format!("nvme-io --op randread {case} --seconds {SECONDS}")).collect();
+    common::write_image(folder);
+    let daemon = Daemon::start(folder, &[]);
     let guest = Guest {
         cores,
         folder,
-        files: &common::guest_files(setup.variant.kernel),
+        flavour: setup.variant.kernel,
         accel: super::ACCEL,
         devices: &common::devices(folder),
         append: setup.mode.append,
-        workload: &cases.join(" + "),
+        workload: &format!("nvme-io {options} --seconds {}", tandem::ENDLESS_SECONDS),
     };
-    let results = guest.run();
-    setup.check(&results);
-    common::iops(&results, CASES.len(), setup)
+    Running { qemu: guest.boot(), daemon: Some(daemon) }
 }

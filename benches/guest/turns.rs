@@ -1,0 +1,133 @@
+//! What tracing costs: it is switched on and off by turns while a guest runs.
+//!
+//! Boots differ by more than that, as a whole: so a ratio is that of two turns of one boot that follow each other.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use serde::Deserialize;
+use viommu::trace::now_ns;
+
+use super::common::{self, Cores, Daemon, tandem};
+use super::{CASES, TOPOLOGY};
+
+/// Milliseconds of a turn.
+const TURN_MS: u64 = 100;
+
+/// Seconds of each case in each boot.
+pub const SECONDS: f64 = 3.0;
+
+/// What is not looked at, at both ends of a case.
+const EDGE: Duration = Duration::from_millis(100);
+
+/// Who reads the trace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reader {
+    /// Nobody.
+    None,
+    /// One client, binary records.
+    Binary,
+}
+
+/// A turn, as `viommu serve --trace-turns` prints it: times of `CLOCK_MONOTONIC` in nanoseconds.
+#[derive(Deserialize)]
+struct Turn {
+    begin: u64,
+    end: u64,
+    traced: bool,
+    io_count: u64,
+}
+
+impl Turn {
+    fn iops(&self) -> f64 {
+        self.io_count as f64 * 1e9 / (self.end - self.begin) as f64
+    }
+}
+
+/// Boots a guest, and returns the ratios of traced turns to untraced ones in each case.
+pub fn boot(reader: Reader, cores: &Cores) -> Vec<Vec<f64>> {
+    let folder = tandem::folder();
+    let folder = folder.path();
+    common::write_image(folder);
+    fs::write(folder.join("topology.toml"), TOPOLOGY).unwrap();
+    let socket = folder.join("trace.sock");
+    let turn = TURN_MS.to_string();
+    let daemon = Daemon::start(folder, &["--trace-socket", "trace.sock", "--trace-turns", &turn]);
+    let client = (reader == Reader::Binary).then(|| watch(&socket));
+    let arrivals = Arrivals::of(&folder.join("results.jsonl"));
+    let cases = CASES.iter().map(|(_, options, _)| format!("nvme-io {options} --seconds {SECONDS}"));
+    let workload = cases.collect::<Vec<_>>().join(" + ");
+    let results = super::guest(cores, folder, &common::devices(folder), &workload).run();
+    super::check_buffers(&results);
+    let ends = arrivals.end();
+    let printed = daemon.end();
+    if let Some(client) = client {
+        assert!(client.join().unwrap() > 1 << 20, "the client of the trace got next to nothing");
+    }
+    // The first line says that it serves.
+    let turns: Vec<Turn> = printed.lines().skip(1).map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(ends.len(), CASES.len(), "not every case has a result");
+    ends.iter().map(|end| ratios(&turns, *end)).collect()
+}
+
+/// The ratios of the case whose result arrived at this time.
+fn ratios(turns: &[Turn], end: u64) -> Vec<f64> {
+    let edge = EDGE.as_nanos() as u64;
+    let begin = end - Duration::from_secs_f64(SECONDS).as_nanos() as u64;
+    let inside: Vec<_> = turns.iter().filter(|turn| turn.begin >= begin + edge && turn.end <= end - edge).collect();
+    let first = inside.iter().position(|turn| turn.traced).unwrap_or(inside.len());
+    let ratios: Vec<_> = inside[first..].chunks_exact(2).map(|pair| pair[0].iops() / pair[1].iops()).collect();
+    assert!(ratios.len() >= 6 && ratios.iter().all(|ratio| ratio.is_normal()), "{} turns: {ratios:?}", inside.len());
+    ratios
+}
+
+/// Notes when results of cases arrive in a file, in nanoseconds of `CLOCK_MONOTONIC`.
+struct Arrivals {
+    over: Arc<AtomicBool>,
+    thread: JoinHandle<Vec<u64>>,
+}
+
+impl Arrivals {
+    fn of(path: &Path) -> Arrivals {
+        let _ = fs::remove_file(path);
+        let (path, over) = (path.to_owned(), Arc::new(AtomicBool::new(false)));
+        let ended = over.clone();
+        let thread = std::thread::spawn(move || {
+            let mut arrivals = Vec::new();
+            while !ended.load(Ordering::Relaxed) {
+                std::thread::sleep(Duration::from_millis(5));
+                let text = fs::read_to_string(&path).unwrap_or_default();
+                let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+                let count = whole.lines().filter(|line| line.contains("\"iops\"")).count();
+                arrivals.resize(count, now_ns());
+            }
+            arrivals
+        });
+        Arrivals { over, thread }
+    }
+
+    fn end(self) -> Vec<u64> {
+        self.over.store(true, Ordering::Relaxed);
+        self.thread.join().unwrap()
+    }
+}
+
+/// Reads the trace to its end, and returns its length.
+fn watch(socket: &Path) -> JoinHandle<u64> {
+    common::wait_for(socket);
+    let mut stream = UnixStream::connect(socket).unwrap();
+    stream.write_all(b"{\"format\":\"binary\"}\n").unwrap();
+    std::thread::spawn(move || {
+        let (mut bytes, mut buffer) = (0, vec![0; 1 << 16]);
+        while let Ok(count @ 1..) = stream.read(&mut buffer) {
+            bytes += count as u64;
+        }
+        bytes
+    })
+}
