@@ -130,8 +130,13 @@ pub fn round<V: Copy + Ord>(
     measured: &mut BTreeMap<V, Measured>,
     start: impl Fn(V, &Path) -> Running,
 ) {
-    // Another order each time: who is first finds other memory than who is last.
-    let order = |turn: usize| (0..variants.len()).map(move |at| (at + turn) % variants.len());
+    // Another order each time, and backwards every other time: who is first finds other memory than who is last, and who
+    // follows whom other caches.
+    let order = |turn: usize| {
+        let count = variants.len();
+        (0..count)
+            .map(move |at| if turn.is_multiple_of(2) { (at + turn) % count } else { (count - 1 - at + turn) % count })
+    };
     let mut guests: BTreeMap<usize, (Running, TempDir)> = BTreeMap::new();
     for at in order(round) {
         let folder = folder();

@@ -24,9 +24,6 @@ pub struct Buffers {
     count: usize,
 }
 
-// SAFETY: the mapping belongs to these buffers alone, and any thread may use and unmap it.
-unsafe impl Send for Buffers {}
-
 impl Buffers {
     /// Makes buffers of any whole number of bytes; each starts on a page.
     ///

@@ -2,10 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::FileExt;
-use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, anyhow, ensure};
+use anyhow::{Result, ensure};
 use nix::errno::Errno;
 use serde_json::{Value, json};
 
@@ -20,13 +19,10 @@ pub struct Args {
     /// Bytes an I/O: a multiple of 512.
     #[arg(long, default_value = "128k", value_parser = size::parse)]
     bs: u64,
-    /// How many reads; each has a buffer whose pages are scattered in physical memory.
+    /// How many reads, one after the other; their buffer's pages are scattered in physical memory.
     #[arg(long, default_value_t = 100)]
     ios: u64,
-    /// How many of them begin at the same time, and are waited for before the next ones begin.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=64))]
-    jobs: u64,
-    /// Milliseconds between those and the next ones.
+    /// Milliseconds between two of them.
     #[arg(long, default_value_t = 0)]
     pause_ms: u64,
 }
@@ -38,24 +34,25 @@ pub struct Args {
 pub fn run(args: &Args, results: &mut Results) -> Result<()> {
     let device = Device::open(&blockdev::choose(None)?)?;
     ensure!(args.bs > 0 && args.bs <= device.bytes, "--bs: wanted 1 to {}, found {}", device.bytes, args.bs);
-    let buffers = (0..args.jobs).map(|_| Buffers::new(1, args.bs as usize, true)).collect::<Result<Vec<_>>>()?;
+    let mut buffers = Buffers::new(1, args.bs as usize, true)?;
     let before = Memory::now();
-    let together = Barrier::new(buffers.len());
-    let reads = std::thread::scope(|scope| {
-        let (device, together) = (&device, &together);
-        let job = |(job, buffer)| scope.spawn(move || read_every(args, job, device, buffer, together));
-        let jobs: Vec<_> = (0..).zip(buffers).map(job).collect();
-        let ended = jobs.into_iter().map(|job| job.join().map_err(|_| anyhow!("A reading thread panicked")));
-        ended.collect::<Result<Vec<_>>>()
-    })?;
-    let mut reads = reads.concat();
-    reads.sort_by_key(|read| read.io);
-    let mut errors: BTreeMap<&str, u64> = BTreeMap::new();
-    for error in reads.iter().filter_map(|read| read.error.as_deref()) {
-        *errors.entry(error).or_default() += 1;
+    let mut errors: BTreeMap<String, u64> = BTreeMap::new();
+    let mut failed = Vec::new();
+    let mut slowest = Duration::ZERO;
+    for io in 0..args.ios {
+        // SAFETY: this buffer is used by the call below alone, which has ended when it returns.
+        let contents = unsafe { buffers.contents(0) };
+        let begin = Instant::now();
+        let read = device.file.read_exact_at(contents, io % (device.bytes / args.bs) * args.bs);
+        slowest = slowest.max(begin.elapsed());
+        if let Err(error) = read {
+            let name =
+                error.raw_os_error().map_or_else(|| error.to_string(), |code| format!("{:?}", Errno::from_raw(code)));
+            *errors.entry(name).or_default() += 1;
+            failed.push(io);
+        }
+        std::thread::sleep(Duration::from_millis(args.pause_ms));
     }
-    let failed: Vec<_> = reads.iter().filter(|read| read.error.is_some()).map(|read| read.io).collect();
-    let slowest = reads.iter().map(|read| read.took).max().unwrap_or_default();
     results.emit(
         "result",
         json!({
@@ -65,34 +62,6 @@ pub fn run(args: &Args, results: &mut Results) -> Result<()> {
         }),
     );
     Ok(())
-}
-
-/// What became of a read.
-#[derive(Clone)]
-struct Read {
-    io: u64,
-    error: Option<String>,
-    took: Duration,
-}
-
-/// Does the reads of one job: each `args.jobs`-th from number `job` on.
-fn read_every(args: &Args, job: u64, device: &Device, mut buffer: Buffers, together: &Barrier) -> Vec<Read> {
-    let mut reads = Vec::new();
-    for io in (job..args.ios.next_multiple_of(args.jobs)).step_by(args.jobs as usize) {
-        together.wait();
-        if io < args.ios {
-            // SAFETY: this buffer is used by the call below alone, which has ended when it returns.
-            let contents = unsafe { buffer.contents(0) };
-            let begin = Instant::now();
-            let read = device.file.read_exact_at(contents, io % (device.bytes / args.bs) * args.bs);
-            let name = |error: std::io::Error| {
-                error.raw_os_error().map_or_else(|| error.to_string(), |code| format!("{:?}", Errno::from_raw(code)))
-            };
-            reads.push(Read { io, error: read.err().map(name), took: begin.elapsed() });
-        }
-        std::thread::sleep(Duration::from_millis(args.pause_ms));
-    }
-    reads
 }
 
 /// What the kernel's allocators have given out.
