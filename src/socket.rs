@@ -7,13 +7,17 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
 /// How long a server waits after a connection that failed, before the next. What failed may be the acceptance, for want
 /// of descriptors; then the connection still waits, and would be tried again without end.
 pub(crate) const RETRY: Duration = Duration::from_millis(50);
+
+/// How long to wait for others who make the same socket.
+const TURN_MAX: Duration = Duration::from_secs(5);
 
 /// Bytes that the path of a Unix socket may have: one more ends it.
 const PATH_MAX: usize = 107;
@@ -41,6 +45,28 @@ pub enum SocketError {
         path: PathBuf,
         /// What is not there.
         folder: PathBuf,
+    },
+    /// Somebody has been about to listen there for as long as that is waited for.
+    #[error(
+        "Another process has held {} for {TURN_MAX:?}, which who makes the socket {} holds for a moment; end it, or choose \
+         another path",
+        .lock.display(), .path.display()
+    )]
+    Locked {
+        /// The socket's path.
+        path: PathBuf,
+        /// The file that is locked.
+        lock: PathBuf,
+    },
+    /// The operating system refuses the file that is locked meanwhile.
+    #[error("Cannot lock {}, as who makes the socket {} has to", .lock.display(), .path.display())]
+    Lock {
+        /// The socket's path.
+        path: PathBuf,
+        /// The file.
+        lock: PathBuf,
+        /// Why.
+        source: io::Error,
     },
     /// The operating system refuses.
     #[error("Cannot listen on {}", .path.display())]
@@ -70,7 +96,7 @@ impl Socket {
         if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty() && !folder.exists()) {
             return Err(SocketError::NoFolder { path: path.to_owned(), folder: folder.to_owned() });
         }
-        let _turn = Turn::take(path).map_err(failed)?;
+        let _turn = Turn::take(path)?;
         make_room(path)?;
         let listener = UnixListener::bind(path).map_err(failed)?;
         let identity = fs::symlink_metadata(path).map(identity).map_err(failed)?;
@@ -134,19 +160,32 @@ struct Turn {
 
 impl Turn {
     /// Waits for the turn: for as long as others take to look at a socket and make one.
-    fn take(socket: &Path) -> io::Result<Turn> {
+    fn take(socket: &Path) -> Result<Turn, SocketError> {
         let mut path = socket.as_os_str().to_owned();
         path.push(".viommu-lock");
         let path = PathBuf::from(path);
+        let failed = |source| SocketError::Lock { path: socket.to_owned(), lock: path.clone(), source };
         let mut options = OpenOptions::new();
         // Nothing is ever written, least of all to where somebody's symbolic link leads.
         options.write(true).create(true).truncate(false).mode(0o600).custom_flags(libc::O_NOFOLLOW);
+        let deadline = Instant::now() + TURN_MAX;
         loop {
-            let file = Flock::lock(options.open(&path)?, FlockArg::LockExclusive).map_err(|(_, error)| error)?;
-            let locked = identity(file.metadata()?);
-            // Who had the turn before has removed the file, and those who come now do not see this one.
-            if fs::symlink_metadata(&path).is_ok_and(|found| identity(found) == locked) {
-                return Ok(Turn { path, _file: file });
+            let file = options.open(&path).map_err(failed)?;
+            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(file) => {
+                    let locked = file.metadata().map(identity).map_err(failed)?;
+                    // Who had the turn before has removed the file, and those who come now do not see this one.
+                    if fs::symlink_metadata(&path).is_ok_and(|found| identity(found) == locked) {
+                        return Ok(Turn { path, _file: file });
+                    }
+                }
+                Err((_, Errno::EWOULDBLOCK)) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(1))
+                }
+                Err((_, Errno::EWOULDBLOCK)) => {
+                    return Err(SocketError::Locked { path: socket.to_owned(), lock: path });
+                }
+                Err((_, error)) => return Err(failed(error.into())),
             }
         }
     }
@@ -265,8 +304,18 @@ mod tests {
         drop(socket);
         // Not through a link, to a file that would be made.
         std::os::unix::fs::symlink("elsewhere", &lock).unwrap();
-        assert!(matches!(Socket::bind(&path), Err(SocketError::Listen { .. })));
+        assert!(matches!(Socket::bind(&path), Err(SocketError::Lock { .. })));
         assert!(!folder.path().join("elsewhere").exists());
+    }
+
+    #[test]
+    fn nobody_waits_for_ever_for_a_turn() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s.sock");
+        let _turn = Turn::take(&path).unwrap();
+        let begun = Instant::now();
+        assert!(matches!(Socket::bind(&path), Err(SocketError::Locked { .. })));
+        assert!(begun.elapsed() >= TURN_MAX);
     }
 
     #[test]
