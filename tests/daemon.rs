@@ -110,7 +110,7 @@ fn a_socket_that_is_alive_and_one_that_is_stale() {
 fn tracing_by_turns() {
     let folder = folder();
     let (child, mut printed) = serve_with(folder.path(), &["--trace-socket", "trace.sock", "--trace-turns", "20"]);
-    std::thread::sleep(Duration::from_millis(300));
+    std::thread::sleep(Duration::from_millis(800));
     assert_eq!(end(child), "");
     let mut text = String::new();
     printed.read_to_string(&mut text).unwrap();
@@ -119,9 +119,11 @@ fn tracing_by_turns() {
     for (at, turn) in turns.iter().enumerate() {
         assert_eq!((turn["traced"].as_bool(), &turn["io_count"]), (Some(at % 2 == 0), &json!(0)), "{text}");
     }
+    let time = |turn: &Value, name: &str| turn[name].as_u64().unwrap();
     for pair in turns.windows(2) {
-        assert_eq!(pair[0]["end"], pair[1]["begin"]);
-        assert!(pair[0]["end"].as_u64().unwrap() - pair[0]["begin"].as_u64().unwrap() >= 20_000_000, "{text}");
+        // The last may be cut short.
+        assert!(time(&pair[0], "end") - time(&pair[0], "begin") >= 20_000_000, "{text}");
+        assert!(time(&pair[1], "begin") > time(&pair[0], "end"), "{text}");
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Read;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -83,16 +84,15 @@ pub struct Guest<'a> {
 impl Guest<'_> {
     /// Boots it, waits for its end and returns what it said.
     pub fn run(&self) -> Vec<Value> {
-        let ended = wait(&mut self.boot());
-        let text = fs::read_to_string(self.folder.join("results.jsonl")).unwrap_or_default();
-        let values: Vec<Value> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+        let ended = self.boot().wait();
+        let values = results(self.folder);
         let good = values.iter().any(|value| value["event"] == "end" && value["ok"] == true);
         assert!(ended && good, "{}: the guest failed or did not end; {}", self.workload, said(self.folder));
         values
     }
 
     /// Starts it.
-    pub fn boot(&self) -> Child {
+    pub fn boot(&self) -> Qemu {
         let _ = fs::remove_file(self.folder.join("results.jsonl"));
         let Guest { accel, devices, append, .. } = self;
         let files = guest_files(self.flavour);
@@ -106,10 +106,65 @@ impl Guest<'_> {
         );
         let mut command = Command::new("sh");
         command.arg("-c").arg(line).current_dir(self.folder).stdin(Stdio::null());
-        let qemu = command.spawn().unwrap();
+        let qemu = Qemu(end_with_this_process(&mut command).spawn().unwrap());
         self.cores.keep_processor(qemu.id());
         qemu
     }
+}
+
+/// A QEMU that runs; killed when dropped.
+pub struct Qemu(Child);
+
+impl Qemu {
+    /// Its process.
+    pub fn id(&self) -> u32 {
+        self.0.id()
+    }
+
+    /// Whether it is over.
+    pub fn ended(&mut self) -> bool {
+        self.0.try_wait().unwrap().is_some()
+    }
+
+    /// Kills it, if it is not over.
+    pub fn kill(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+
+    /// Waits for its end. `false`: it did not come in time.
+    fn wait(&mut self) -> bool {
+        let deadline = Instant::now() + LIMIT;
+        while Instant::now() < deadline {
+            if self.ended() {
+                return true;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        false
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// Has a process killed when this one ends, however it does: one that is stopped would stay for ever.
+fn end_with_this_process(command: &mut Command) -> &mut Command {
+    // SAFETY: between fork and exec only async-signal-safe calls are allowed; this is one system call.
+    unsafe {
+        command.pre_exec(|| {
+            nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL).map_err(std::io::Error::from)
+        })
+    }
+}
+
+/// What a guest in this folder has said so far of its workloads.
+fn results(folder: &Path) -> Vec<Value> {
+    let text = fs::read_to_string(folder.join("results.jsonl")).unwrap_or_default();
+    text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
 }
 
 /// What a guest in this folder said.
@@ -117,19 +172,6 @@ fn said(folder: &Path) -> String {
     let results = fs::read_to_string(folder.join("results.jsonl")).unwrap_or_default();
     let console = fs::read(folder.join("console.log")).unwrap_or_default();
     format!("its results:\n{results}\nits console:\n{}", String::from_utf8_lossy(&console))
-}
-
-fn wait(child: &mut Child) -> bool {
-    let deadline = Instant::now() + LIMIT;
-    while Instant::now() < deadline {
-        if child.try_wait().unwrap().is_some() {
-            return true;
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    child.kill().unwrap();
-    child.wait().unwrap();
-    false
 }
 
 /// Makes the image of the NVMe controller. Not sparse: a hole reads faster than data.
@@ -156,7 +198,8 @@ pub struct Daemon(Child);
 impl Daemon {
     /// Starts it, with more arguments or none.
     pub fn start(folder: &Path, args: &[&str]) -> Daemon {
-        let daemon = Daemon(viommu(folder, &["serve"]).args(args).stdout(Stdio::piped()).spawn().unwrap());
+        let mut command = viommu(folder, &["serve"]);
+        let daemon = Daemon(end_with_this_process(command.args(args).stdout(Stdio::piped())).spawn().unwrap());
         wait_for(&folder.join("nvme0.sock"));
         daemon
     }
@@ -184,6 +227,8 @@ impl Daemon {
 impl Drop for Daemon {
     fn drop(&mut self) {
         self.terminate();
+        // It would wait for somebody to read what it prints.
+        drop(self.0.stdout.take());
         let _ = self.0.wait();
     }
 }

@@ -8,15 +8,15 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::process::Child;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::Value;
 use tempfile::TempDir;
 
-use super::{Daemon, Median, median, said};
+use super::{Daemon, Median, Qemu, median, results, said};
 
 /// How long a guest runs at a time, after [`WARM_UP`].
 const TURN: Duration = Duration::from_millis(100);
@@ -39,10 +39,14 @@ pub struct Io {
     pub bytes: u64,
 }
 
+/// Looks at what a guest has said by the time its I/O goes on, and panics if it is not as it should be.
+pub type Check = Box<dyn Fn(&[Value])>;
+
 /// A guest and the daemon of its devices, if it has one.
 pub struct Running {
-    pub qemu: Child,
+    pub qemu: Qemu,
     pub daemon: Option<Daemon>,
+    pub check: Check,
 }
 
 impl Running {
@@ -53,38 +57,43 @@ impl Running {
         }
     }
 
-    /// I/Os so far: from the bytes that the process which has the image open has read or written, see proc_pid_io(5).
+    /// I/Os so far, from what the process that has the image open has read or written: bytes, and calls. Calls that are no
+    /// I/O are for events, 8 bytes each. See proc_pid_io(5).
     fn ios(&self, io: Io) -> f64 {
         let id = self.daemon.as_ref().map_or_else(|| self.qemu.id(), Daemon::id);
         let text = fs::read_to_string(format!("/proc/{id}/io")).unwrap();
-        let name = if io.write { "wchar: " } else { "rchar: " };
-        let bytes: u64 = text.lines().find_map(|line| line.strip_prefix(name)).unwrap().parse().unwrap();
-        bytes as f64 / io.bytes as f64
+        let names = if io.write { ["wchar: ", "syscw: "] } else { ["rchar: ", "syscr: "] };
+        let [bytes, calls] = names
+            .map(|name| -> f64 { text.lines().find_map(|line| line.strip_prefix(name)).unwrap().parse().unwrap() });
+        (bytes - 8.0 * calls) / (io.bytes as f64 - 8.0)
     }
 
-    /// Waits until its I/O goes on.
+    /// Waits until its I/O goes on, and checks what it said.
     fn wait_for_io(&mut self, io: Io, folder: &Path) {
         let deadline = Instant::now() + LIMIT;
         let mut before = self.ios(io);
         loop {
             sleep(Duration::from_millis(200));
-            let ended = self.qemu.try_wait().unwrap().is_some();
-            assert!(!ended && Instant::now() < deadline, "the guest does no I/O; {}", said(folder));
+            assert!(!self.qemu.ended() && Instant::now() < deadline, "the guest does no I/O; {}", said(folder));
             let now = self.ios(io);
             if now - before > 100.0 {
-                return;
+                break;
             }
             before = now;
         }
+        let results = results(folder);
+        assert!(results.iter().any(|result| result["event"] == "begin"), "no I/O has begun; {}", said(folder));
+        (self.check)(&results);
     }
 
     /// Lets it run for a while, and returns its I/Os per second.
-    fn turn(&self, io: Io) -> f64 {
+    fn turn(&mut self, io: Io, folder: &Path) -> f64 {
         self.signal(Signal::SIGCONT);
         sleep(WARM_UP);
         let (begun, before) = (Instant::now(), self.ios(io));
         sleep(TURN);
         let (time, ios) = (begun.elapsed(), self.ios(io) - before);
+        assert!(!self.qemu.ended() && ios > 0.0, "the guest does no I/O any more; {}", said(folder));
         self.signal(Signal::SIGSTOP);
         ios / time.as_secs_f64()
     }
@@ -92,8 +101,8 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        let _ = self.qemu.kill();
-        let _ = self.qemu.wait();
+        self.qemu.kill();
+        // It is asked to end next.
         if let Some(daemon) = &self.daemon {
             let _ = kill(Pid::from_raw(daemon.id() as i32), Signal::SIGCONT);
         }
@@ -149,7 +158,8 @@ pub fn round<V: Copy + Ord>(
     let mut iops = vec![Vec::new(); variants.len()];
     for turn in 0..TURNS {
         for at in order(turn) {
-            iops[at].push(guests[&at].0.turn(io));
+            let (guest, folder) = guests.get_mut(&at).unwrap();
+            iops[at].push(guest.turn(io, folder.path()));
         }
     }
     for (of, variant) in iops.iter().zip(variants) {

@@ -65,5 +65,6 @@ fn boot(setup: Setup, cores: &Cores, folder: &Path, options: &str) -> Running {
         append: setup.mode.append,
         workload: &format!("nvme-io {options} --seconds {}", tandem::ENDLESS_SECONDS),
     };
-    Running { qemu: guest.boot(), daemon: Some(daemon) }
+    let check = move |results: &[Value]| drop(setup.check(results));
+    Running { qemu: guest.boot(), daemon: Some(daemon), check: Box::new(check) }
 }

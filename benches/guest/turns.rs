@@ -1,6 +1,6 @@
 //! What tracing costs: it is switched on and off by turns while a guest runs.
 //!
-//! Boots differ by more than that, as a whole: so a ratio is that of two turns of one boot that follow each other.
+//! Boots differ by more than that, as a whole: so a ratio is that of turns of one boot that follow each other.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -14,17 +14,17 @@ use std::time::Duration;
 use serde::Deserialize;
 use viommu::trace::now_ns;
 
-use super::common::{self, Cores, Daemon, tandem};
+use super::common::{self, Cores, Daemon, median, tandem};
 use super::{CASES, TOPOLOGY};
 
-/// Milliseconds of a turn.
+/// Milliseconds of a turn that are looked at.
 const TURN_MS: u64 = 100;
 
 /// Seconds of each case in each boot.
 pub const SECONDS: f64 = 3.0;
 
 /// What is not looked at, at both ends of a case.
-const EDGE: Duration = Duration::from_millis(100);
+const EDGE: Duration = Duration::from_millis(50);
 
 /// Who reads the trace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,8 +50,8 @@ impl Turn {
     }
 }
 
-/// Boots a guest, and returns the ratios of traced turns to untraced ones in each case.
-pub fn boot(reader: Reader, cores: &Cores) -> Vec<Vec<f64>> {
+/// Boots a guest, and returns the ratio of traced turns to untraced ones in each case.
+pub fn boot(reader: Reader, cores: &Cores) -> Vec<f64> {
     let folder = tandem::folder();
     let folder = folder.path();
     common::write_image(folder);
@@ -73,18 +73,19 @@ pub fn boot(reader: Reader, cores: &Cores) -> Vec<Vec<f64>> {
     // The first line says that it serves.
     let turns: Vec<Turn> = printed.lines().skip(1).map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(ends.len(), CASES.len(), "not every case has a result");
-    ends.iter().map(|end| ratios(&turns, *end)).collect()
+    ends.iter().map(|end| ratio(&turns, *end)).collect()
 }
 
-/// The ratios of the case whose result arrived at this time.
-fn ratios(turns: &[Turn], end: u64) -> Vec<f64> {
+/// The ratio of the case whose result arrived at this time: the median of those of its traced turns to the mean of the
+/// two turns beside them.
+fn ratio(turns: &[Turn], end: u64) -> f64 {
     let edge = EDGE.as_nanos() as u64;
     let begin = end - Duration::from_secs_f64(SECONDS).as_nanos() as u64;
     let inside: Vec<_> = turns.iter().filter(|turn| turn.begin >= begin + edge && turn.end <= end - edge).collect();
-    let first = inside.iter().position(|turn| turn.traced).unwrap_or(inside.len());
-    let ratios: Vec<_> = inside[first..].chunks_exact(2).map(|pair| pair[0].iops() / pair[1].iops()).collect();
-    assert!(ratios.len() >= 6 && ratios.iter().all(|ratio| ratio.is_normal()), "{} turns: {ratios:?}", inside.len());
-    ratios
+    let traced = inside.windows(3).filter(|three| three[1].traced);
+    let ratios: Vec<_> = traced.map(|three| 2.0 * three[1].iops() / (three[0].iops() + three[2].iops())).collect();
+    assert!(ratios.len() >= 5 && ratios.iter().all(|ratio| ratio.is_normal()), "{} turns: {ratios:?}", inside.len());
+    median(&ratios)
 }
 
 /// Notes when results of cases arrive in a file, in nanoseconds of `CLOCK_MONOTONIC`.

@@ -76,23 +76,26 @@ pub fn main(args: &Args) -> Result<()> {
     say(turns)
 }
 
-/// Until the end, records the events of every other turn. Returns what the turns did, a line each.
+/// What a turn is not looked at for: clients and their thread are still busy with the one before.
+const SETTLE: Duration = Duration::from_millis(60);
+
+/// Until the end, records the events of every other turn. Returns what was done in each after [`SETTLE`], a line each.
 ///
 /// What tracing costs is less than two runs differ, so it has to be switched within one.
 fn trace_by_turns(daemon: &Daemon, turn: Duration, stop: &Stop) -> String {
     let mut lines = String::new();
     let mut traced = true;
-    let (mut begun, mut before) = (now_ns(), daemon.io_count());
-    loop {
+    while !stop.wait(SETTLE) {
+        let (begun, before) = (now_ns(), daemon.io_count());
         let ended = stop.wait(turn);
         let (now, count) = (now_ns(), daemon.io_count());
         let line = json!({ "begin": begun, "end": now, "traced": traced, "io_count": count - before });
         lines += &format!("{line}\n");
         if ended {
-            return lines;
+            break;
         }
         traced = !traced;
         daemon.record(traced);
-        (begun, before) = (now, count);
     }
+    lines
 }

@@ -57,7 +57,7 @@ enum Op {
     Verify,
 }
 
-/// The workload. Emits one `result`.
+/// The workload. Emits a `begin`, and one `result`.
 ///
 /// # Errors
 /// An I/O that failed, or data that is wrong; a result says `"verified":false` then.
@@ -82,6 +82,7 @@ pub fn run(args: &Args, results: &mut Results) -> Result<()> {
         "dev": path, "bs": args.bs, "depth": args.depth, "scatter": args.scatter,
         "physical_runs_per_io": buffers.physical_runs(),
     });
+    results.emit("begin", result.clone());
     let outcome = match args.op {
         Op::Verify => verify(&device, &mut buffers, args, &mut result),
         _ => measure(&device, &mut buffers, args, &mut result),

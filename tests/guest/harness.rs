@@ -230,7 +230,7 @@ impl Outcome {
 
     /// The results of a workload.
     pub fn results_of<'a>(&'a self, workload: &'a str) -> impl Iterator<Item = &'a Value> {
-        self.results.iter().filter(move |result| result["workload"] == workload)
+        self.results.iter().filter(move |result| result["event"] == "result" && result["workload"] == workload)
     }
 
     /// A number of the summary.
