@@ -116,7 +116,14 @@ mod patched {
         let start = hex(&requests[unmap]["virt_start"]);
         let inside = |request: &&&Value| (start..start + BYTES).contains(&hex(&request["virt_start"]));
         let since = requests[..unmap].iter().rev().filter(inside).take_while(|request| request["type"] == "MAP");
-        let maps = since.count() as u64;
-        assert!(are_scattered(maps), "{maps} MAP");
+        let maps: Vec<_> = since.collect();
+        assert!(are_scattered(maps.len() as u64), "{} MAP", maps.len());
+        // The queue holds 128 of them: then the device is notified, and again with what had to wait, but not at each look
+        // for an answer.
+        let seq = |event: &Value| event["seq"].as_u64().unwrap();
+        let between = seq(maps[maps.len() - 1])..seq(requests[unmap]);
+        let kicks = outcome.events("kick").filter(|kick| between.contains(&seq(kick))).count();
+        println!("{} MAP and an UNMAP: {kicks} kicks", maps.len());
+        assert!((4..=12).contains(&kicks), "{kicks} kicks");
     }
 }
