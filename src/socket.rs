@@ -180,7 +180,7 @@ impl Turn {
                     }
                 }
                 Err((_, Errno::EWOULDBLOCK)) if Instant::now() < deadline => {
-                    std::thread::sleep(Duration::from_millis(1))
+                    std::thread::sleep(Duration::from_millis(1));
                 }
                 Err((_, Errno::EWOULDBLOCK)) => {
                     return Err(SocketError::Locked { path: socket.to_owned(), lock: path });
