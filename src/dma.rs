@@ -1,5 +1,7 @@
 //! The one door to guest memory for device models: translate, copy, trace, fault.
 
+use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -8,7 +10,7 @@ use vm_memory::{
     GuestMemoryRegion,
 };
 
-use crate::iommu::grace::Reader;
+use crate::iommu::grace::{Guard, Reader};
 use crate::iommu::{Endpoint, Fault, Iommu, Translation};
 use crate::trace::event::{Access, Route};
 use crate::trace::{Event, Tracer};
@@ -18,7 +20,7 @@ pub type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 
 /// The most bytes that are copied in one read-side section, so that an UNMAP waits for microseconds and not for a
 /// whole transfer.
-const COPY_MAX: u64 = 128 << 10;
+pub const COPY_MAX: u64 = 128 << 10;
 
 /// Why an access did not happen. What lay before the named address was accessed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -108,6 +110,29 @@ pub struct Dma {
     reader: Reader,
 }
 
+impl Door {
+    /// Translates ranges; `None` if one of them leads to anything but memory.
+    fn runs(&self, guard: &Guard<'_>, ranges: &[(u64, usize)], access: Access) -> Option<Vec<Run>> {
+        let mut runs: Vec<Run> = Vec::with_capacity(ranges.len());
+        for &(start, len) in ranges {
+            let (first, len) = (runs.len(), len as u64);
+            let mut done = 0;
+            while done < len {
+                let iova = start.wrapping_add(done);
+                let found = self.endpoint.translate(guard, iova, access).ok()?;
+                let now = found.len.min(len - done);
+                match runs[first..].last_mut() {
+                    Some(run) if continues(&run.found, run.len, &found) => run.len += now,
+                    _ if found.route == Route::Msi => return None,
+                    _ => runs.push(Run { iova, found, len: now, result: Ok(()) }),
+                }
+                done += now;
+            }
+        }
+        Some(runs)
+    }
+}
+
 impl Dma {
     /// Reads `data.len()` bytes of guest memory from `iova` on.
     pub fn read(&mut self, iova: u64, data: &mut [u8]) -> Result<(), DmaError> {
@@ -154,6 +179,43 @@ impl Dma {
         Ok(u32::from_le_bytes(bytes))
     }
 
+    /// Moves data between a file, from `offset` on, and guest memory, without a copy in between. `ranges` are where it is
+    /// in guest memory, as I/O virtual addresses and lengths; together they have [`COPY_MAX`] bytes at most. The file must
+    /// be one that is read or written without waiting, if need be by `flags`, those of preadv2(2).
+    ///
+    /// `false` if not all of it was moved, or the ranges do not all lead to memory: nothing is traced, counted or reported
+    /// of it then, and [`Dma::read`] and [`Dma::write`] are to do it or to find out why it cannot be done.
+    pub fn exchange(
+        &mut self,
+        ranges: &[(u64, usize)],
+        access: Access,
+        file: &File,
+        offset: u64,
+        flags: libc::c_int,
+    ) -> bool {
+        let Dma { door, reader } = self;
+        if !door.bus_master.load(Ordering::Acquire) {
+            return false;
+        }
+        let memory = door.memory.memory();
+        let guard = reader.enter();
+        let Some(runs) = door.runs(&guard, ranges, access) else { return false };
+        let Some(parts) = parts(&memory, &runs, access) else { return false };
+        let (fd, count, at) = (file.as_raw_fd(), parts.len() as libc::c_int, offset as libc::off_t);
+        // SAFETY: `parts` lie in mappings of guest memory that `memory` keeps alive until after the call, writable if they
+        // are to be written. Others may access that memory at the same time, but no reference to it exists; and what the
+        // kernel finds missing in a mapping makes the call fail.
+        let moved = unsafe {
+            match access {
+                Access::Write => libc::preadv2(fd, parts.as_ptr(), count, at, flags),
+                Access::Read => libc::pwritev2(fd, parts.as_ptr(), count, at, flags),
+            }
+        };
+        drop(guard);
+        let wanted: usize = parts.iter().map(|part| part.iov_len).sum();
+        usize::try_from(moved) == Ok(wanted) && runs.into_iter().all(|run| self.tell(run, access).is_ok())
+    }
+
     /// Does the first contiguous run of an access of `want` bytes and returns its length.
     fn run(
         &mut self,
@@ -197,12 +259,9 @@ impl Dma {
         };
         let limit = COPY_MAX.min(want as u64);
         let mut len = found.len.min(limit);
-        // Pages that lie one behind the other in guest memory are one access.
         while len < limit {
             match door.endpoint.translate(&guard, iova.wrapping_add(len), access) {
-                Ok(next) if next.gpa == found.gpa.wrapping_add(len) && next.tag == found.tag => {
-                    len = len.saturating_add(next.len).min(limit);
-                }
+                Ok(next) if continues(&found, len, &next) => len = len.saturating_add(next.len).min(limit),
                 _ => break,
             }
         }
@@ -248,6 +307,27 @@ struct Run {
     found: Translation,
     len: u64,
     result: Result<(), ()>,
+}
+
+/// Whether the `len` bytes at `found` and those at `next` are one access: they lie one behind the other in guest memory.
+fn continues(found: &Translation, len: u64, next: &Translation) -> bool {
+    next.gpa == found.gpa.wrapping_add(len) && next.tag == found.tag && next.route == found.route
+}
+
+/// Where runs are in this process; `None` if some of it is no memory, or not writable but to be written.
+fn parts(memory: &GuestMemoryMmap, runs: &[Run], access: Access) -> Option<Vec<libc::iovec>> {
+    let mut parts = Vec::with_capacity(runs.len());
+    for run in runs {
+        let gpa = GuestAddress(run.found.gpa);
+        if access == Access::Write && !writable(memory, gpa, run.len) {
+            return None;
+        }
+        for slice in GuestMemoryBackend::get_slices(memory, gpa, run.len as usize) {
+            let slice = slice.ok()?;
+            parts.push(libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() });
+        }
+    }
+    Some(parts)
 }
 
 /// Whether all of a range is in memory that the client let us write; to try would be a SIGSEGV.

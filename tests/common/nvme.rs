@@ -13,6 +13,7 @@ use vfio_bindings::bindings::vfio::*;
 use vfio_user::Client;
 use viommu::devices::nvme::{Disk, Nvme, NvmeConfig};
 use viommu::duty::Duty;
+use viommu::iommu::Iommu;
 use viommu::pci::{Bus, Function};
 use viommu::trace::Tracer;
 use vmm_sys_util::eventfd::EventFd;
@@ -23,13 +24,16 @@ use super::memfd;
 pub const ENDPOINT: u32 = 0x20;
 pub const RAM: u64 = 64 << 20;
 pub const PAGE: u64 = 4096;
+/// A folder in memory, whose files never have to be waited for, and one on the machine's disk: the controller has different
+/// ways to images there.
+pub const FOLDERS: [&str; 2] = ["/dev/shm", env!("CARGO_TARGET_TMPDIR")];
 /// How long the controller may take for anything that a test asks of it.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A controller behind an IOMMU in bypass, on a socket, with an image in a temporary folder.
 pub struct Setup {
     served: Served,
-    dir: TempDir,
+    _dir: TempDir,
     pub disk: Arc<Disk>,
 }
 
@@ -56,21 +60,25 @@ impl Setup {
         change: impl FnOnce(&mut NvmeConfig),
     ) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let image = dir.path().join("disk.img");
-        File::create(&image).unwrap().set_len(bytes).unwrap();
-        let mut config = NvmeConfig::new(image, "test 1");
+        let mut config = NvmeConfig::new(dir.path().join("disk.img"), "test 1");
         change(&mut config);
+        File::create(&config.image).unwrap().set_len(bytes).unwrap();
         let disk = Disk::open(config).unwrap();
         let of_controller = disk.clone();
         let make = move |mut bus: Bus| -> Box<dyn Function> {
             bus.duty.clone_from(&duty);
             Box::new(Nvme::new(bus, of_controller.clone()))
         };
-        Setup { served: Served::new(ENDPOINT, tracer, make, || {}), dir, disk }
+        Setup { served: Served::new(ENDPOINT, tracer, make, || {}), _dir: dir, disk }
     }
 
     pub fn image(&self) -> PathBuf {
-        self.dir.path().join("disk.img")
+        self.disk.config().image.clone()
+    }
+
+    /// The IOMMU that the controller is behind.
+    pub fn iommu(&self) -> &Iommu {
+        &self.served.iommu
     }
 
     /// A driver that has not touched the controller yet.

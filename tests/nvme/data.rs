@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 
-use crate::common::nvme::{Driver, PAGE, RAM, Setup, Sqe, io, pattern};
+use crate::common::nvme::{Driver, FOLDERS, PAGE, RAM, Setup, Sqe, io, pattern};
 use crate::{COMPARE, READ, WRITE, WRITE_ZEROES};
 
 /// Writes a PRP list that begins two entries before the end of its page, so that a long one chains at once.
@@ -25,10 +25,21 @@ fn write_list(driver: &Driver, lists: u64, pages: &[u64]) -> u64 {
     }
 }
 
+/// Runs a test with an image in each of the [`FOLDERS`].
+fn wherever_the_image_is(test: impl Fn(&Setup)) {
+    for folder in FOLDERS {
+        let folder = tempfile::tempdir_in(folder).unwrap();
+        test(&Setup::with(64 << 20, |config| config.image = folder.path().join("disk.img")));
+    }
+}
+
 /// Writes through one way and reads through another; both must be what the image has.
 #[test]
 fn data_goes_through_prps_wherever_it_begins() {
-    let setup = Setup::new();
+    wherever_the_image_is(through_prps);
+}
+
+fn through_prps(setup: &Setup) {
     let mut driver = setup.ready();
     let image = File::open(setup.image()).unwrap();
     let lists = driver.pages(8);
@@ -89,7 +100,10 @@ fn data_goes_through_prps_wherever_it_begins() {
 
 #[test]
 fn data_goes_through_sgls() {
-    let setup = Setup::new();
+    wherever_the_image_is(through_sgls);
+}
+
+fn through_sgls(setup: &Setup) {
     let mut driver = setup.ready();
     let (buffer, list) = (driver.pages(16), driver.pages(2));
     let data = pattern(8192, 5);
@@ -106,6 +120,13 @@ fn data_goes_through_sgls() {
     assert_eq!(read[..1000], data[..1000]);
     assert_eq!(read[1000..1500], [0; 500], "the bucket keeps nothing");
     assert_eq!(read[1500..], data[1500..]);
+    // More descriptors than a system call takes parts, of 4 bytes each.
+    let many = driver.pages(8);
+    let words: Vec<u64> = (0..2048).flat_map(|at| [target + 8192 - 4 * (at + 1), 4]).collect();
+    driver.write_words(many, &words);
+    assert_eq!(driver.command(1, sgl(io(READ, 0, 16, [many, 0x30 << 56 | 0x8000]))).status, 0);
+    let backwards: Vec<u8> = data.chunks(4).rev().flatten().copied().collect();
+    assert_eq!(driver.read_ram(target, 8192), backwards);
     for (first, status) in [
         ([buffer, 8191], 0x0f),
         ([buffer, 0x40 << 56 | 8192], 0x11),
@@ -125,7 +146,10 @@ fn data_goes_through_sgls() {
 
 #[test]
 fn a_bad_command_fails_alone() {
-    let setup = Setup::new();
+    wherever_the_image_is(bad_commands);
+}
+
+fn bad_commands(setup: &Setup) {
     let mut driver = setup.ready();
     let page = driver.pages(1);
     let blocks = 64 << 20 >> 9;

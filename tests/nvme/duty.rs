@@ -1,7 +1,7 @@
 //! What a worker does beside its queue.
 
 use std::collections::BTreeSet;
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -14,8 +14,8 @@ use viommu::devices::nvme::Disk;
 use viommu::duty::Duty;
 use viommu::trace::Tracer;
 
-use crate::common::nvme::{Driver, Setup, io};
-use crate::{FLUSH, READ};
+use crate::common::nvme::{Driver, FOLDERS, Setup, Sqe, io};
+use crate::{FLUSH, READ, WRITE};
 
 /// A duty that notes who has it.
 #[derive(Default)]
@@ -86,15 +86,11 @@ fn a_worker_that_looks_for_commands_is_on_duty_and_gives_it_back() {
     assert!(!duty.taken.load(Ordering::SeqCst));
 }
 
-/// Where files are kept in memory, so that reading them never waits.
-const MEMORY: &str = "/dev/shm";
-
 /// A controller with an image in this folder, whose worker is on duty and stays awake, since there is always something
 /// to do; and a page of the host's.
 fn on_duty(duty: &Arc<Noted>, folder: &Path) -> (Setup, Driver, u64) {
     let image = folder.join("disk.img");
-    File::create(&image).unwrap().set_len(64 << 20).unwrap();
-    let setup = Setup::on_duty(1 << 20, Tracer::default(), Some(duty.clone()), |config| config.image = image);
+    let setup = Setup::on_duty(64 << 20, Tracer::default(), Some(duty.clone()), |config| config.image = image);
     assert!(duty.disk.set(setup.disk.clone()).is_ok());
     let mut driver = setup.ready();
     duty.work.store(u64::MAX, Ordering::SeqCst);
@@ -105,31 +101,42 @@ fn on_duty(duty: &Arc<Noted>, folder: &Path) -> (Setup, Driver, u64) {
 }
 
 #[test]
-fn a_worker_stays_on_duty_while_it_reads_what_is_in_memory() {
-    const READS: u64 = 40;
-    let (duty, folder) = (Arc::new(Noted::default()), tempfile::tempdir_in(MEMORY).unwrap());
+fn a_worker_stays_on_duty_while_it_reads_and_writes_what_is_in_memory() {
+    const COMMANDS: u64 = 40;
+    let (duty, folder) = (Arc::new(Noted::default()), tempfile::tempdir_in(FOLDERS[0]).unwrap());
     let (setup, mut driver, data) = on_duty(&duty, folder.path());
     let returned = duty.returned.load(Ordering::SeqCst);
     let done = setup.disk.counters.io_count.load(Ordering::SeqCst);
-    for _ in 0..READS {
-        driver.put(1, io(READ, 0, 8, [data, 0]));
+    for at in 0..COMMANDS {
+        driver.put(1, io(if at % 2 == 0 { READ } else { WRITE }, 0, 8, [data, 0]));
     }
     driver.ring(1);
-    for _ in 0..READS {
+    for _ in 0..COMMANDS {
         assert_eq!(driver.wait(1).status, 0);
     }
     assert_eq!(duty.returned.load(Ordering::SeqCst), returned, "it was given back");
     let seen = duty.seen.lock().unwrap().clone();
-    let missed: Vec<_> = (done..done + READS).filter(|count| !seen.contains(count)).collect();
+    let missed: Vec<_> = (done..done + COMMANDS).filter(|count| !seen.contains(count)).collect();
     assert!(missed.is_empty(), "it was not looked after when these many commands were done: {missed:?}");
-    // A flush may take long.
-    assert_eq!(driver.command(1, io(FLUSH, 0, 1, [0; 2])).status, 0);
-    assert!(duty.returned.load(Ordering::SeqCst) > returned);
+}
+
+/// A flush, and a write that is to be durable, may take long wherever the image is.
+#[test]
+fn a_worker_gives_the_duty_back_before_it_flushes() {
+    let (duty, folder) = (Arc::new(Noted::default()), tempfile::tempdir_in(FOLDERS[0]).unwrap());
+    let (_setup, mut driver, data) = on_duty(&duty, folder.path());
+    let write = io(WRITE, 0, 8, [data, 0]);
+    for sqe in [io(FLUSH, 0, 1, [0; 2]), Sqe { cdw12: write.cdw12 | 1 << 30, ..write }] {
+        work_until(&mut driver, "the duty", || duty.taken.load(Ordering::SeqCst));
+        let returned = duty.returned.load(Ordering::SeqCst);
+        assert_eq!(driver.command(1, sqe).status, 0);
+        assert!(duty.returned.load(Ordering::SeqCst) > returned, "{sqe:?}");
+    }
 }
 
 #[test]
 fn a_worker_gives_the_duty_back_before_it_waits_for_the_disk() {
-    let (duty, folder) = (Arc::new(Noted::default()), tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap());
+    let (duty, folder) = (Arc::new(Noted::default()), tempfile::tempdir_in(FOLDERS[1]).unwrap());
     let (_setup, mut driver, data) = on_duty(&duty, folder.path());
     // What is on the disk, and not in memory any more.
     let image = OpenOptions::new().write(true).open(folder.path().join("disk.img")).unwrap();
@@ -141,12 +148,17 @@ fn a_worker_gives_the_duty_back_before_it_waits_for_the_disk() {
     assert_eq!(driver.read_ram(data, 4096), [0x5a; 4096]);
     let waits = statfs(folder.path()).unwrap().filesystem_type() != TMPFS_MAGIC;
     assert_eq!(duty.returned.load(Ordering::SeqCst) > returned, waits);
+    // To write may wait in any case.
+    work_until(&mut driver, "the duty", || duty.taken.load(Ordering::SeqCst));
+    let returned = duty.returned.load(Ordering::SeqCst);
+    assert_eq!(driver.command(1, io(WRITE, 64 << 10, 8, [data, 0])).status, 0);
+    assert_eq!(duty.returned.load(Ordering::SeqCst) > returned, waits);
 }
 
 /// The host may wait for an answer of the IOMMU before it consumes completions.
 #[test]
 fn a_worker_without_room_for_completions_is_not_on_duty() {
-    let (duty, folder) = (Arc::new(Noted::default()), tempfile::tempdir_in(MEMORY).unwrap());
+    let (duty, folder) = (Arc::new(Noted::default()), tempfile::tempdir_in(FOLDERS[0]).unwrap());
     let (_setup, mut driver, data) = on_duty(&duty, folder.path());
     let submit = |driver: &mut Driver, count| {
         (0..count).for_each(|_| _ = driver.put(1, io(READ, 0, 8, [data, 0])));

@@ -1,10 +1,13 @@
 //! What of all this is on the trace.
 
+use viommu::iommu::Request;
 use viommu::trace::Event;
 use viommu::trace::event::{Access, Channel, DataPointer, Model, ResetKind, Route};
 use viommu::wire::trace::Kind;
+use viommu::wire::virtio_iommu::{Attach, Head, Map, MapFlags, Status, request_type};
+use zerocopy::IntoBytes;
 
-use crate::common::nvme::{CC_ENABLED, ENDPOINT, PAGE, RAM, Setup, Sqe, io};
+use crate::common::nvme::{CC_ENABLED, ENDPOINT, FOLDERS, PAGE, RAM, Setup, Sqe, io};
 use crate::common::trace::Recorder;
 use crate::{READ, WRITE};
 
@@ -82,6 +85,75 @@ fn every_step_is_traced() {
         Event::Interrupt { endpoint, vector: 1 },
     ];
     assert_eq!(commands.take(expected.len()).collect::<Vec<Event>>(), expected);
+}
+
+/// Has the IOMMU do a request.
+fn request(setup: &Setup, bytes: &[u8]) {
+    let iommu = setup.iommu();
+    assert_eq!(iommu.execute(&Request::parse(bytes, iommu.features()).unwrap(), &mut []).status, Status::Ok);
+}
+
+/// What a transfer accesses is told page run by page run, in whichever way the controller gets to its image; and so is
+/// what it did not access.
+#[test]
+fn the_pages_of_a_transfer_are_traced_wherever_the_image_is() {
+    const DOMAIN: u32 = 3;
+    for folder in FOLDERS {
+        let folder = tempfile::tempdir_in(folder).unwrap();
+        let (recorder, tracer) = Recorder::start(&[Kind::Dma, Kind::Fault, Kind::Command]);
+        let setup = Setup::traced(1 << 20, tracer, |config| config.image = folder.path().join("disk.img"));
+        let mut driver = setup.ready();
+        let (list, base) = (driver.pages(1), driver.pages(8));
+        // Queues and lists are where they were; data is above all memory, two of its pages one behind the other.
+        let data = [base, base + PAGE, base + 5 * PAGE, base + 3 * PAGE];
+        let at = |page: u64| RAM + page * PAGE;
+        let attach = Attach {
+            head: head(request_type::ATTACH),
+            domain: DOMAIN.into(),
+            endpoint: ENDPOINT.into(),
+            ..Attach::default()
+        };
+        request(&setup, attach.as_bytes());
+        let maps =
+            [(0, base - 1, 0)].into_iter().chain((0..).zip(data).map(|(page, gpa)| (at(page), at(page + 1) - 1, gpa)));
+        for (start, end, phys) in maps {
+            let map = Map {
+                head: head(request_type::MAP),
+                domain: DOMAIN.into(),
+                virt_start: start.into(),
+                virt_end: end.into(),
+                phys_start: phys.into(),
+                flags: (MapFlags::READ | MapFlags::WRITE).bits().into(),
+            };
+            request(&setup, map.as_bytes());
+        }
+        driver.write_words(list, &[at(1), at(2), at(3), at(4)]);
+        for (opcode, blocks, status) in [(WRITE, 32, 0), (READ, 32, 0), (WRITE, 40, 4), (READ, 40, 4)] {
+            assert_eq!(driver.command(1, io(opcode, 0, blocks, [at(0), list])).status, status);
+        }
+        drop(driver);
+        drop(setup);
+        let events = recorder.end().into_iter().filter_map(|event| match event {
+            Event::Dma {
+                access, route: Route::Mapped, failed: false, iova, gpa, len, domain: DOMAIN, tag: 0, ..
+            } => (iova >= RAM).then_some((Some(access), iova, gpa, len)),
+            Event::Fault { address, domain: Some(DOMAIN), .. } => Some((None, address, 0, 0)),
+            _ => None,
+        });
+        let pages = |access, count| {
+            let all = [(0, base, 2 * PAGE), (2, data[2], PAGE), (3, data[3], PAGE)];
+            all.map(|(page, gpa, len)| (Some(access), at(page), gpa, len as u32)).into_iter().take(count)
+        };
+        let refused = (None, at(4), 0, 0);
+        let whole = [Access::Read, Access::Write].map(|access| pages(access, 3)).into_iter().flatten();
+        let partly =
+            [Access::Read, Access::Write].map(|access| pages(access, 3).chain([refused])).into_iter().flatten();
+        assert_eq!(events.collect::<Vec<_>>(), whole.chain(partly).collect::<Vec<_>>(), "{folder:?}");
+    }
+}
+
+fn head(kind: u8) -> Head {
+    Head { kind, ..Head::default() }
 }
 
 /// A request for an event is a command like another, however long it waits, and so is one that is aborted.

@@ -11,6 +11,8 @@ use std::time::Instant;
 
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 
+use crate::trace::event::Access;
+
 /// How a controller is to be.
 #[derive(Clone, Debug)]
 pub struct NvmeConfig {
@@ -152,18 +154,15 @@ impl Disk {
         self.punches
     }
 
-    /// Reads from a byte offset what is in memory. `false` if some of it has to be waited for, or for another reason
-    /// cannot be read like this.
-    pub(super) fn read_at_once(&self, data: &mut [u8], offset: u64) -> bool {
-        if self.in_memory {
-            return self.read(data, offset).is_ok();
+    /// The file, and the flags of preadv2(2) or pwritev2(2) with which it is accessed without waiting; `None` if there are
+    /// none. `access` is that to the host's memory.
+    pub(super) fn without_waiting(&self, access: Access) -> Option<(&File, libc::c_int)> {
+        match access {
+            _ if self.in_memory => Some((&self.file, 0)),
+            Access::Write => Some((&self.file, libc::RWF_NOWAIT)),
+            // Few file systems can.
+            Access::Read => None,
         }
-        let part = libc::iovec { iov_base: data.as_mut_ptr().cast(), iov_len: data.len() };
-        // SAFETY: the only part is `data`, which is borrowed for writing; the descriptor is kept open by `file`.
-        let read = unsafe {
-            libc::preadv2(self.file.as_raw_fd(), &raw const part, 1, offset as libc::off_t, libc::RWF_NOWAIT)
-        };
-        usize::try_from(read) == Ok(data.len())
     }
 
     /// Reads from a byte offset.

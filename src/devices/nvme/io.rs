@@ -10,12 +10,12 @@ use zerocopy::little_endian::{U32, U64};
 use super::pointer::Runs;
 use super::shared::Shared;
 use super::spec::{NSID, NSID_ALL, Sqe, Status, TRANSFER_MAX, nvm, page_size};
-use crate::dma::Dma;
+use crate::dma::{COPY_MAX, Dma};
 use crate::duty::Watch;
-use crate::trace::event::DataPointer;
+use crate::trace::event::{Access, DataPointer};
 
 /// The most bytes that are moved between file and host at once.
-const CHUNK: u64 = 256 << 10;
+const CHUNK: u64 = COPY_MAX;
 /// The most bytes that are made zeros at once: some milliseconds if they have to be written, and still few calls for a
 /// whole disk that is deallocated.
 const PIECE: u64 = 16 << 20;
@@ -85,7 +85,7 @@ impl Executor {
 
     /// Executes a command. `watch` is given back before what may take long.
     pub fn execute(&mut self, dma: &mut Dma, sqe: &Sqe, moved: &mut Moved, watch: &mut Watch) -> Status {
-        if sqe.opcode != nvm::READ {
+        if !matches!(sqe.opcode, nvm::READ | nvm::WRITE) {
             watch.give_back();
         }
         let result = self.dispatch(dma, sqe, moved, watch);
@@ -121,10 +121,10 @@ impl Executor {
                 Err(Status::INVALID_NAMESPACE)
             }
             nvm::FLUSH => self.flush(),
-            nvm::WRITE => self.write(dma, sqe, moved),
+            nvm::WRITE => self.write(dma, sqe, moved, watch),
             nvm::READ => self.read(dma, sqe, moved, watch),
             nvm::COMPARE => self.compare(dma, sqe, moved),
-            nvm::WRITE_ZEROES => self.write_zeroes(sqe, moved),
+            nvm::WRITE_ZEROES => self.write_zeroes(sqe, moved, watch),
             nvm::DATASET_MANAGEMENT => self.dataset_management(dma, sqe, moved),
             _ => Err(Status::INVALID_OPCODE),
         }
@@ -138,28 +138,39 @@ impl Executor {
         let extent = self.transfer(dma, sqe, moved, true)?;
         for (offset, len) in extent.chunks() {
             self.check_stop()?;
-            let data = sized(&mut self.buffer, len);
-            if !self.shared.disk.read_at_once(data, offset) {
+            if !self.exchange(dma, Access::Write, offset, len) {
                 watch.give_back();
+                let data = sized(&mut self.buffer, len);
                 self.shared.disk.read(data, offset).map_err(read_error)?;
+                self.runs.write(dma, data)?;
             }
-            self.runs.write(dma, data)?;
             // Who maps the next transfer meanwhile waits for no more than this.
             watch.look();
         }
         Ok(())
     }
 
-    fn write(&mut self, dma: &mut Dma, sqe: &Sqe, moved: &mut Moved) -> Result<(), Status> {
+    fn write(&mut self, dma: &mut Dma, sqe: &Sqe, moved: &mut Moved, watch: &mut Watch) -> Result<(), Status> {
         self.check_writable()?;
         let extent = self.transfer(dma, sqe, moved, false)?;
         for (offset, len) in extent.chunks() {
             self.check_stop()?;
-            let data = sized(&mut self.buffer, len);
-            self.runs.read(dma, data)?;
-            self.shared.disk.write(data, offset).map_err(write_fault)?;
+            if !self.exchange(dma, Access::Read, offset, len) {
+                watch.give_back();
+                let data = sized(&mut self.buffer, len);
+                self.runs.read(dma, data)?;
+                self.shared.disk.write(data, offset).map_err(write_fault)?;
+            }
+            watch.look();
         }
-        self.durable(sqe)
+        self.durable(sqe, watch)
+    }
+
+    /// Moves the next `len` bytes between the host's memory and the image straight away, if that can be without waiting.
+    /// `access` is that to the host's memory.
+    fn exchange(&mut self, dma: &mut Dma, access: Access, offset: u64, len: usize) -> bool {
+        let Some(file) = self.shared.disk.without_waiting(access) else { return false };
+        self.runs.exchange(dma, len, access, file, offset)
     }
 
     fn compare(&mut self, dma: &mut Dma, sqe: &Sqe, moved: &mut Moved) -> Result<(), Status> {
@@ -177,13 +188,13 @@ impl Executor {
         Ok(())
     }
 
-    fn write_zeroes(&mut self, sqe: &Sqe, moved: &mut Moved) -> Result<(), Status> {
+    fn write_zeroes(&mut self, sqe: &Sqe, moved: &mut Moved, watch: &mut Watch) -> Result<(), Status> {
         self.check_writable()?;
         let extent = self.extent(sqe.slba(), u64::from(sqe.cdw12.get() & 0xffff) + 1)?;
         moved.len = extent.len as u32;
         let deallocate = sqe.cdw12.get() & DEAC != 0;
         self.zero(extent, deallocate)?;
-        self.durable(sqe)
+        self.durable(sqe, watch)
     }
 
     fn zero(&self, extent: Extent, deallocate: bool) -> Result<(), Status> {
@@ -262,8 +273,9 @@ impl Executor {
     }
 
     /// Forced unit access, or no write cache.
-    fn durable(&self, sqe: &Sqe) -> Result<(), Status> {
+    fn durable(&self, sqe: &Sqe, watch: &mut Watch) -> Result<(), Status> {
         if sqe.cdw12.get() & FUA != 0 || !self.shared.write_cache.load(Ordering::Relaxed) {
+            watch.give_back();
             return self.flush();
         }
         Ok(())

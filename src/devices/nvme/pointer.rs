@@ -1,10 +1,13 @@
 //! Where a command's data is: PRP entries and SGL descriptors (sections 4.3 and 4.4).
 
+use std::fs::File;
+
 use zerocopy::little_endian::U64;
 use zerocopy::{FromZeros, IntoBytes};
 
 use super::spec::Status;
 use crate::dma::{Dma, DmaError};
+use crate::trace::event::Access;
 
 /// The most SGL descriptors of one command, so that a chain of empty ones ends.
 const DESCRIPTORS_MAX: usize = 8192;
@@ -158,6 +161,29 @@ impl Runs {
         self.runs.clear();
         self.at = 0;
         self.used = 0;
+    }
+
+    /// Exchanges the next bytes, `len` of them, with a file: see [`Dma::exchange`]. If that cannot be they are the next still.
+    pub fn exchange(
+        &mut self,
+        dma: &mut Dma,
+        len: usize,
+        access: Access,
+        (file, flags): (&File, libc::c_int),
+        offset: u64,
+    ) -> bool {
+        let before = (self.at, self.used);
+        let (mut ranges, mut rest) = (Vec::with_capacity(self.runs.len()), len);
+        // Up to a bit bucket at most: that is no memory.
+        while let Some((Some(address), now)) = self.take(rest) {
+            ranges.push((address, now));
+            rest -= now;
+        }
+        let done = rest == 0 && dma.exchange(&ranges, access, file, offset, flags);
+        if !done {
+            (self.at, self.used) = before;
+        }
+        done
     }
 
     /// Gives the next bytes to the host.
