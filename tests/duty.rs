@@ -52,6 +52,21 @@ fn who_took_the_queue_serves_it_and_its_worker_does_not() {
     settle(&device, kicks + 6);
 }
 
+/// Requests may be found with those before, and their kick comes when they are answered.
+#[test]
+fn a_kick_without_a_request_is_seen_before_long_and_once() {
+    let (device, driver, kicks) = idle();
+    assert!(device.control.take());
+    for count in 1..=10 {
+        driver.kick(REQUESTS);
+        assert!((0..100).any(|_| device.control.look()));
+        assert!(!(0..200).any(|_| device.control.look()));
+        assert_eq!(device.control.count(), kicks + count);
+    }
+    device.control.give_back();
+    settle(&device, kicks + 10);
+}
+
 #[test]
 fn a_kick_that_nobody_looked_for_wakes_the_worker_when_the_queue_is_given_back() {
     let (device, mut driver, kicks) = idle();

@@ -136,11 +136,14 @@ impl Backend {
         self.rings.get()?.get(index)
     }
 
-    /// A queue's kick was read by another thread than the worker, which does what the worker would.
-    pub(super) fn kicked(&self, index: usize) {
-        if let Some(rings) = self.rings.get() {
+    /// Looks for a kick of a queue in the place of the worker, and does what that would. Returns whether there was one.
+    pub(super) fn look(&self, index: usize) -> bool {
+        let Some(rings) = self.rings.get() else { return false };
+        let kicked = rings.get(index).is_some_and(|ring| ring.look(&self.memory.memory()));
+        if kicked {
             self.serve_contained(index as u16, rings);
         }
+        kicked
     }
 
     /// Never an error, and never a panic: either would end the worker for good.

@@ -11,7 +11,6 @@ use std::sync::{Arc, PoisonError, RwLock};
 use vhost_user_backend::{VringEpollHandler, VringT};
 
 use super::backend::{Backend, is_served};
-use super::ring::Ring;
 use super::{Control, REQUESTS};
 use crate::duty::Duty;
 
@@ -71,13 +70,7 @@ impl Duty for Control {
     }
 
     fn look(&self) -> bool {
-        self.shared.kick.with_connection(|Connection { backend, .. }| {
-            let kicked = backend.ring(REQUESTS).is_some_and(Ring::look);
-            if kicked {
-                backend.kicked(REQUESTS);
-            }
-            kicked
-        })
+        self.shared.kick.with_connection(|connection| connection.backend.look(REQUESTS))
     }
 
     fn give_back(&self) {

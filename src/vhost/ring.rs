@@ -2,13 +2,15 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vhost_user_backend::{VringMutex, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::{Error, QueueT};
+use vm_memory::GuestMemoryMmap;
 
 use super::backend::is_served;
+use super::queue;
 use crate::dma::Memory;
 use crate::socket::set_nonblocking;
 
@@ -23,6 +25,9 @@ pub(super) struct Ring {
     watch: Arc<Watch>,
 }
 
+/// How many looks at an empty queue it takes to see a kick.
+const LOOKS: u32 = 64;
+
 #[derive(Default)]
 struct Watch {
     /// Started, and not seen by the worker yet.
@@ -31,6 +36,8 @@ struct Watch {
     kicked: AtomicBool,
     /// The driver's size cannot be that of a split virtqueue.
     odd_size: AtomicBool,
+    /// Looks at the queue while it was empty.
+    looks: AtomicU32,
 }
 
 impl Ring {
@@ -44,10 +51,19 @@ impl Ring {
         self.watch.kicked.swap(false, Ordering::AcqRel)
     }
 
-    /// Reads the kick of a queue that is served, and returns whether there was one.
-    pub(super) fn look(&self) -> bool {
+    /// Reads the kick of a queue that is served, and returns whether there was one. To see that the queue is empty costs
+    /// less than to read the descriptor in vain, and is enough nearly always: a kick of an empty queue is for requests
+    /// that were found with those before.
+    pub(super) fn look(&self, memory: &GuestMemoryMmap) -> bool {
         let state = self.inner.get_ref();
-        is_served(&state) && self.consume(state)
+        if !is_served(&state) {
+            return false;
+        }
+        let empty = queue::available(state.get_queue(), memory) == Some(0);
+        if empty && !self.watch.looks.fetch_add(1, Ordering::Relaxed).is_multiple_of(LOOKS) {
+            return false;
+        }
+        self.consume(state)
     }
 
     /// Reads the kick, and returns whether the queue is to be served. The worker must not end, and must not wait: the
