@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
@@ -84,6 +85,11 @@ fn parameters(module: &str, command_line: &str) -> CString {
     CString::new(of_module.collect::<Vec<_>>().join(" ")).unwrap_or_default()
 }
 
+/// Time for Linux to flush what it has unmapped lazily, which it does after 10 ms. 6.12.117 resets virtio devices at
+/// shutdown (6.12.107 does not yet), and its virtio-iommu driver waits for ever for the answer to an UNMAP that the device
+/// was not told of before.
+const FLUSH: Duration = Duration::from_millis(50);
+
 /// Ends the guest. Never returns.
 pub fn power_off(results: &mut Results) -> ! {
     end(results, RebootMode::RB_POWER_OFF)
@@ -100,6 +106,7 @@ pub fn restart(results: &mut Results) -> ! {
 fn end(results: &mut Results, mode: RebootMode) -> ! {
     results.drain();
     nix::unistd::sync();
+    std::thread::sleep(FLUSH);
     let Err(error) = reboot(mode);
     eprintln!("viommu-guest: Cannot end the guest: {error}");
     loop {
