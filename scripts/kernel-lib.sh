@@ -98,8 +98,9 @@ unpack_source() {
 	local source=$1 id
 	id=$(source_id "$source")
 	[[ -e $work/source && $(<"$work/source") == "$id" && -d $tree ]] && return
-	rm -rf "$tree" "$work/origin" "$work/source"
-	mkdir -p "$tree"
+	# Objects may be newer than the files that are unpacked, and not of them.
+	rm -rf "$tree" "$work/origin" "$work/source" "$work"/objects*
+	mkdir -p "$tree" "$objects"
 	say "unpacking $source"
 	if [[ -d $source ]]; then
 		(cd "$source" && tar -c --exclude=./.git .) | tar -x -C "$tree"
