@@ -15,6 +15,7 @@
 mod agent;
 mod blockdev;
 mod buffers;
+mod busy_end;
 mod engine;
 mod fs;
 mod ftrace;
@@ -79,6 +80,8 @@ enum Workload {
     Set(set::Args),
     /// Write, restart the guest, and find everything as it was.
     Reboot,
+    /// Read on while the guest ends; the last workload.
+    BusyEnd,
     /// Wait for another NVMe controller to be plugged in, and use it.
     HotplugWait,
     /// Let the kernel's ioatdma bind to the DMA engine; it copies memory as a self-test.
@@ -116,6 +119,7 @@ impl Workload {
             Self::Rebind(args) => rebind::run(args, results),
             Self::Set(args) => set::run(args, results),
             Self::Reboot => reboot::run(results),
+            Self::BusyEnd => busy_end::run(),
             Self::HotplugWait => hotplug::run(results),
             Self::IoatSelftest => ioat_selftest::run(results),
             Self::IovaTest => iova_test::run(results),

@@ -1,0 +1,33 @@
+//! The guest ends while its I/O goes on: Linux resets the virtio-iommu at shutdown before the functions behind it are quiet.
+
+use std::convert::Infallible;
+use std::os::unix::fs::FileExt;
+
+use anyhow::Result;
+
+use crate::blockdev::{self, Device};
+use crate::buffers::{Buffers, PAGE};
+
+/// The workload. Reads go on when it returns, until one fails or the guest is off.
+///
+/// # Errors
+/// There is no NVMe namespace.
+pub fn run() -> Result<()> {
+    let path = blockdev::choose(None)?;
+    let device = Device::open(&path)?;
+    std::thread::spawn(move || {
+        let Err(error) = read_on(&device);
+        eprintln!("viommu-guest: The reads ended: {error:#}");
+    });
+    Ok(())
+}
+
+/// Reads the same page again and again.
+fn read_on(device: &Device) -> Result<Infallible> {
+    let mut buffers = Buffers::new(1, PAGE, false)?;
+    // SAFETY: these buffers are used by the calls below alone, one after the other.
+    let page = unsafe { buffers.contents(0) };
+    loop {
+        device.file.read_exact_at(page, 0)?;
+    }
+}
