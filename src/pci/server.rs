@@ -76,8 +76,10 @@ impl Server {
         while socket::wait_readable(self.socket.listener().as_raw_fd(), shutdown.as_raw_fd())? {
             if let Err(error) = self.serve_one(slot, &make, &on_device_reset) {
                 log::warn!("The connection on {} ended: {error}", self.path().display());
-                // It may not even have been accepted, for want of descriptors: some may be free soon.
-                std::thread::sleep(RETRY);
+                if matches!(error, vfio_user::Error::SocketAccept(_)) {
+                    // For want of descriptors: some may be free soon.
+                    std::thread::sleep(RETRY);
+                }
             }
         }
         Ok(())

@@ -99,10 +99,13 @@ impl Server {
         while socket::wait_readable(self.listener.as_raw_fd(), self.shutdown.event.as_raw_fd())
             .map_err(|source| ServerError::System { what: "wait for a frontend", source })?
         {
-            // Not ours to end for: the next frontend may do better, and descriptors that are missing may be free soon.
+            // Not ours to end for: the next frontend may do better, and what the process lacks may be free soon.
             if let Err(error) = self.serve_one() {
                 log::warn!("The vhost-user connection ended: {error}");
-                thread::sleep(RETRY);
+                if !matches!(error, BackendError::HandleRequest(_)) {
+                    // It may not even have been accepted.
+                    thread::sleep(RETRY);
+                }
             }
         }
         Ok(())
