@@ -120,7 +120,11 @@ impl Daemon {
         let vhost_end = server.shutdown();
         let mut endpoints = Vec::new();
         for ((endpoint, disk), socket) in topology.endpoints.iter().zip(disks).zip(sockets) {
-            let served = serve(endpoint, socket, disk, &iommu, &control, &tracer);
+            let mut slot = Slot::new(&iommu, endpoint.bdf.id(), tracer.clone());
+            if topology.iommu.polling {
+                slot = slot.with_duty(Arc::new(control.clone()));
+            }
+            let served = serve(endpoint, socket, disk, slot, &control);
             endpoints.push(served.with_context(|| format!("Cannot serve the endpoint {}", endpoint.name))?);
         }
         let vhost_thread = std::thread::Builder::new()
@@ -244,12 +248,10 @@ fn serve(
     endpoint: &Endpoint,
     server: pci::Server,
     disk: Option<Arc<Disk>>,
-    iommu: &Arc<Iommu>,
+    slot: Slot,
     control: &vhost::Control,
-    tracer: &Tracer,
 ) -> Result<Served> {
     let socket = server.path().to_owned();
-    let slot = Slot::new(iommu, endpoint.bdf.id(), tracer.clone()).with_duty(Arc::new(control.clone()));
     let end = EventFd::new(EFD_NONBLOCK).context("Cannot make an event")?;
     let dma = slot.bus().door.counters().clone();
     let shutdown = end.try_clone().context("Cannot copy an event")?;

@@ -84,6 +84,8 @@ pub struct IommuDevice {
     pub table_memory: Size,
     /// Whether the split alloc/map protocol is offered.
     pub split: bool,
+    /// Whether device models poll the request queue while they are awake, and the driver need not kick.
+    pub polling: bool,
 }
 
 impl Default for IommuDevice {
@@ -93,6 +95,7 @@ impl Default for IommuDevice {
             bypass: true,
             table_memory: Size(Limits::default().table_bytes),
             split: true,
+            polling: true,
         }
     }
 }
