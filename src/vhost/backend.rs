@@ -1,9 +1,8 @@
 //! The device, as vhost-user-backend drives it: messages of the frontend on one thread, the queues on another.
 
 use std::io;
-use std::mem;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::sync::atomic::Ordering;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -62,6 +61,8 @@ pub(super) struct Backend {
     worker: Mutex<Worker>,
     /// Wakes the worker: a fault was queued, or requests are left.
     wake: (EventConsumer, EventNotifier),
+    /// Requests were left for the worker's next turn.
+    left: AtomicBool,
     /// Ends the worker. The crate takes the consumer and never closes it: see [`Backend::end`].
     exit: Mutex<Option<RawFd>>,
     /// Guest memory as it was traced last: address and length of each region.
@@ -83,8 +84,6 @@ struct Worker {
     silent: bool,
     /// The index at which the queue was started.
     base: [u16; QUEUES],
-    /// Requests were left for the next turn.
-    more: bool,
 }
 
 /// A chain that is done and not given back yet.
@@ -105,6 +104,7 @@ impl Backend {
             rings: OnceLock::new(),
             worker: Mutex::default(),
             wake,
+            left: AtomicBool::new(false),
             exit: Mutex::new(None),
             traced_memory: Mutex::default(),
         }))
@@ -131,19 +131,49 @@ impl Backend {
         }
     }
 
-    /// A queue, once the worker has seen it.
-    pub(super) fn ring(&self, index: usize) -> Option<&Ring> {
-        self.rings.get()?.get(index)
+    /// Waits for the worker to see the queues, and tells them what it waits with. Before the frontend is served: a kick that
+    /// it replaces is to be forgotten in any case.
+    pub(super) fn introduce(&self, epoll: BorrowedFd<'_>) -> io::Result<()> {
+        self.wake.1.notify()?;
+        let mut rings = self.rings.wait().iter().enumerate();
+        rings.try_for_each(|(number, ring)| ring.set_epoll(epoll, number))
     }
 
-    /// Looks for a kick of a queue in the place of the worker, and does what that would. Returns whether there was one.
-    pub(super) fn look(&self, index: usize) -> bool {
+    /// Somebody polls a queue from now on, which is not kicked meanwhile. `false` if it is not served.
+    pub(super) fn begin_polling(&self, index: usize) -> bool {
+        self.ring(index).is_some_and(|ring| ring.begin_polling(&self.memory.memory()))
+    }
+
+    /// Does what the worker would if a queue that has something were kicked. Returns whether that was anything.
+    pub(super) fn poll(&self, index: usize) -> bool {
         let Some(rings) = self.rings.get() else { return false };
-        let kicked = rings.get(index).is_some_and(|ring| ring.look(&self.memory.memory()));
-        if kicked {
-            self.serve_contained(index as u16, rings);
+        if !rings.get(index).is_some_and(|ring| ring.has_more(&self.memory.memory())) {
+            return false;
         }
-        kicked
+        let served = &self.shared.counts.batches;
+        let before = served.load(Ordering::Relaxed);
+        self.serve_contained(index as u16, rings);
+        // Nothing comes of a queue that is none.
+        served.load(Ordering::Relaxed) != before
+    }
+
+    /// Nobody polls the queue any more: the worker is kicked, or is woken now.
+    pub(super) fn end_polling(&self, index: usize) {
+        if self.ring(index).is_some_and(|ring| ring.end_polling(&self.memory.memory())) {
+            self.leave_requests();
+        }
+    }
+
+    /// Has the worker look at the request queue soon.
+    fn leave_requests(&self) {
+        self.left.store(true, Ordering::Release);
+        if let Err(error) = self.wake.1.notify() {
+            log::warn!("The worker cannot be woken, requests wait for the next kick: {error}");
+        }
+    }
+
+    fn ring(&self, index: usize) -> Option<&Ring> {
+        self.rings.get()?.get(index)
     }
 
     /// Never an error, and never a panic: either would end the worker for good.
@@ -178,7 +208,7 @@ impl Backend {
                 self.trace_kick(index, worker.base[index], ring, &memory);
             }
         }
-        if usize::from(event) == REQUESTS || mem::take(&mut worker.more) {
+        if usize::from(event) == REQUESTS || self.left.swap(false, Ordering::AcqRel) {
             self.serve_requests(&mut worker, &rings[REQUESTS], &memory);
         }
         self.deliver_faults(&mut worker, &rings[EVENTS], &memory);
@@ -280,19 +310,16 @@ impl Backend {
             if !worker.sound[REQUESTS] {
                 return self.distrust(REQUESTS);
             }
-            match state.get_queue_mut().enable_notification(memory) {
-                Ok(true) => {}
-                Ok(false) => return,
-                Err(_) => {
+            match ring.rest(&mut state, memory) {
+                Some(true) => {}
+                Some(false) => return,
+                None => {
                     worker.sound[REQUESTS] = false;
                     return self.distrust(REQUESTS);
                 }
             }
         }
-        worker.more = true;
-        if let Err(error) = self.wake.1.notify() {
-            log::warn!("The worker cannot wake itself, requests wait for the next kick: {error}");
-        }
+        self.leave_requests();
     }
 
     /// Answers one batch. Returns false if the queue is not one.
@@ -330,6 +357,7 @@ impl Backend {
         // The rule that all hangs on: the driver is not told of a removal while an access may still use what was
         // removed.
         self.shared.iommu.settle();
+        self.shared.counts.batches.fetch_add(1, Ordering::Relaxed);
         for answer in worker.answers.drain(..) {
             if let Some(event) = answer.event {
                 self.shared.tracer.emit(event.after(answer.start.elapsed()));
@@ -543,8 +571,8 @@ mod tests {
     fn a_panic_ends_neither_the_worker_nor_the_queue_s_lock() {
         let tracer = Tracer::default();
         let iommu = Iommu::new(Settings::default(), tracer.clone());
-        let (lifecycle, counts, kick, injector) = Default::default();
-        let shared = Shared { iommu, tracer, lifecycle, counts, kick, injector };
+        let (lifecycle, counts, poller, injector) = Default::default();
+        let shared = Shared { iommu, tracer, lifecycle, counts, poller, injector };
         let memory = Memory::new(GuestMemoryMmap::new());
         let backend = Backend::new(Arc::new(shared), memory.clone()).unwrap();
         let ring = Ring::new(memory, 256).unwrap();

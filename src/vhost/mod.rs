@@ -8,6 +8,7 @@ mod backend;
 mod config;
 mod duty;
 mod inject;
+mod kicks;
 mod queue;
 mod reset;
 mod ring;
@@ -16,7 +17,7 @@ mod server;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use duty::Kick;
+use duty::Poller;
 pub use inject::Injection;
 use inject::Injector;
 use reset::{Action, Lifecycle};
@@ -53,6 +54,8 @@ pub struct Counters {
 #[derive(Default)]
 struct Counts {
     kicks: AtomicU64,
+    /// Batches of requests that were answered.
+    batches: AtomicU64,
     notifications: AtomicU64,
     unknown: AtomicU64,
     malformed: AtomicU64,
@@ -64,8 +67,8 @@ struct Shared {
     tracer: Tracer,
     lifecycle: Mutex<Lifecycle>,
     counts: Counts,
-    /// Who serves the request queue.
-    kick: Kick,
+    /// Who polls the request queue.
+    poller: Poller,
     /// For tests of drivers only.
     injector: OnceLock<Injector>,
 }

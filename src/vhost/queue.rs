@@ -7,6 +7,8 @@ use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
 
+use super::kicks::Available;
+
 /// The most bytes of a chain: far more than the largest request, and little enough to be cleared on every request.
 const CHAIN_BYTES_MAX: u64 = 64 << 10;
 
@@ -38,6 +40,37 @@ pub(super) fn available(queue: &Queue, memory: &GuestMemoryMmap) -> Option<u16> 
     let index = queue.avail_idx(memory, Ordering::Acquire).ok()?;
     let count = (index - Wrapping(queue.next_avail())).0;
     (count <= queue.size()).then_some(count)
+}
+
+/// A queue and the memory it lies in.
+pub(super) struct Taken<'a> {
+    pub queue: &'a mut Queue,
+    pub memory: &'a GuestMemoryMmap,
+}
+
+impl Available for Taken<'_> {
+    fn has_more(&self) -> bool {
+        available(self.queue, self.memory) != Some(0)
+    }
+
+    fn ask(&mut self) -> Option<bool> {
+        self.queue.enable_notification(self.memory).ok()
+    }
+
+    /// Whoever serves the queue finds out if it cannot be written.
+    fn decline(&mut self) {
+        if !self.queue.event_idx_enabled() {
+            let _ = self.queue.disable_notification(self.memory);
+            return;
+        }
+        // The driver kicks when its index goes past avail_event, which is behind the used ring's elements (section 2.7.8).
+        // This one is passed already, and will not be again before 2^16 requests more.
+        let event = self.queue.next_avail().wrapping_sub(1);
+        let address = self.queue.used_ring().checked_add(4 + 8 * u64::from(self.queue.size()));
+        if let Some(address) = address {
+            let _ = self.memory.store(event.to_le(), GuestAddress(address), Ordering::Relaxed);
+        }
+    }
 }
 
 /// Whether the driver wants to know of the used entries since the last call.

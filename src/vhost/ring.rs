@@ -2,15 +2,17 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use vhost_user_backend::{VringMutex, VringStateGuard, VringStateMutGuard, VringT};
+use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::{Error, QueueT};
 use vm_memory::GuestMemoryMmap;
 
 use super::backend::is_served;
-use super::queue;
+use super::kicks::Kicks;
+use super::queue::{self, Taken};
 use crate::dma::Memory;
 use crate::socket::set_nonblocking;
 
@@ -25,9 +27,6 @@ pub(super) struct Ring {
     watch: Arc<Watch>,
 }
 
-/// How many looks at an empty queue it takes to see a kick.
-const LOOKS: u32 = 64;
-
 #[derive(Default)]
 struct Watch {
     /// Started, and not seen by the worker yet.
@@ -36,8 +35,10 @@ struct Watch {
     kicked: AtomicBool,
     /// The driver's size cannot be that of a split virtqueue.
     odd_size: AtomicBool,
-    /// Looks at the queue while it was empty.
-    looks: AtomicU32,
+    /// Locked only by who has locked the queue.
+    kicks: Mutex<Kicks>,
+    /// What the worker waits with, and the queue's number there.
+    epoll: OnceLock<(OwnedFd, usize)>,
 }
 
 impl Ring {
@@ -51,24 +52,50 @@ impl Ring {
         self.watch.kicked.swap(false, Ordering::AcqRel)
     }
 
-    /// Reads the kick of a queue that is served, and returns whether there was one. To see that the queue is empty costs
-    /// less than to read the descriptor in vain, and is enough nearly always: a kick of an empty queue is for requests
-    /// that were found with those before.
-    pub(super) fn look(&self, memory: &GuestMemoryMmap) -> bool {
+    /// Whether the queue is served and has something.
+    pub(super) fn has_more(&self, memory: &GuestMemoryMmap) -> bool {
         let state = self.inner.get_ref();
-        if !is_served(&state) {
-            return false;
+        is_served(&state) && queue::available(state.get_queue(), memory) != Some(0)
+    }
+
+    /// Somebody polls the queue from now on, and the driver need not kick. `false` if the queue is not served.
+    pub(super) fn begin_polling(&self, memory: &GuestMemoryMmap) -> bool {
+        let mut state = self.get_mut();
+        let served = is_served(&state);
+        if served {
+            self.kicks().begin_polling(&mut Taken { queue: state.get_queue_mut(), memory });
         }
-        let empty = queue::available(state.get_queue(), memory) == Some(0);
-        if empty && !self.watch.looks.fetch_add(1, Ordering::Relaxed).is_multiple_of(LOOKS) {
-            return false;
-        }
-        self.consume(state)
+        served
+    }
+
+    /// Nobody polls the queue any more. Returns whether the worker has to look at it now.
+    pub(super) fn end_polling(&self, memory: &GuestMemoryMmap) -> bool {
+        let mut state = self.get_mut();
+        let left = self.kicks().end_polling(&mut Taken { queue: state.get_queue_mut(), memory });
+        left && is_served(&state)
+    }
+
+    /// All that was found in the queue, which is locked, was taken. Returns whether there is more; `None` if that cannot be
+    /// read.
+    pub(super) fn rest(&self, state: &mut VringState<Memory>, memory: &GuestMemoryMmap) -> Option<bool> {
+        self.kicks().rest(&mut Taken { queue: state.get_queue_mut(), memory })
+    }
+
+    fn kicks(&self) -> MutexGuard<'_, Kicks> {
+        self.watch.kicks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The worker waits for the queue's kicks with this epoll, in which the queue has this number. To be called once.
+    pub(super) fn set_epoll(&self, epoll: BorrowedFd<'_>, number: usize) -> io::Result<()> {
+        let epoll = epoll.try_clone_to_owned()?;
+        let _ = self.watch.epoll.set((epoll, number));
+        Ok(())
     }
 
     /// Reads the kick, and returns whether the queue is to be served. The worker must not end, and must not wait: the
     /// descriptor may have been exchanged, or its kick read, since it was found readable.
-    fn consume(&self, state: <Self as VringStateGuard<'_, Memory>>::G) -> bool {
+    fn consume(&self) -> bool {
+        let state = self.inner.get_ref();
         let Some(kick) = state.get_kick() else { return false };
         match kick.consume() {
             Ok(()) => {
@@ -79,9 +106,27 @@ impl Ring {
             Err(error) => {
                 log::warn!("A virtqueue's kick descriptor cannot be read and is closed: {error}");
                 drop(state);
-                self.inner.set_kick(None);
+                self.replace_kick(None);
                 false
             }
+        }
+    }
+
+    /// Puts another descriptor in the place of the kick. The frontend may have the old one's open file as well, so closing
+    /// it here would leave it with the worker's epoll, and what is written to it then would wake the worker for ever.
+    fn replace_kick(&self, file: Option<File>) {
+        if let (Some((epoll, _)), Some(kick)) = (self.watch.epoll.get(), self.inner.get_ref().get_kick()) {
+            // Most often it is not registered, as the queue was stopped before.
+            let _ = control(epoll, libc::EPOLL_CTL_DEL, kick.as_raw_fd(), 0);
+        }
+        self.inner.set_kick(file);
+        let state = self.inner.get_ref();
+        // The crate registers the kick of a queue when it is started, or enabled.
+        if let (Some((epoll, number)), Some(kick)) = (self.watch.epoll.get(), state.get_kick())
+            && is_served(&state)
+            && let Err(error) = control(epoll, libc::EPOLL_CTL_ADD, kick.as_raw_fd(), *number as u64)
+        {
+            log::warn!("A virtqueue's kick descriptor cannot be waited for: {error}");
         }
     }
 
@@ -183,11 +228,11 @@ impl VringT<Memory> for Ring {
 
     fn set_kick(&self, file: Option<File>) {
         let _turn = self.turn();
-        self.inner.set_kick(file.filter(never_waits));
+        self.replace_kick(file.filter(never_waits));
     }
 
     fn read_kick(&self) -> io::Result<bool> {
-        Ok(self.consume(self.inner.get_ref()))
+        Ok(self.consume())
     }
 
     fn set_call(&self, file: Option<File>) {
@@ -205,4 +250,12 @@ fn never_waits(file: &File) -> bool {
     set_nonblocking(file)
         .inspect_err(|error| log::warn!("A virtqueue's descriptor cannot be used without waiting: {error}"))
         .is_ok()
+}
+
+/// Registers a descriptor with an epoll, or takes it away.
+fn control(epoll: &OwnedFd, operation: libc::c_int, fd: RawFd, data: u64) -> io::Result<()> {
+    let mut event = libc::epoll_event { events: libc::EPOLLIN as u32, u64: data };
+    // SAFETY: the event is a live local one for the length of the call. The kernel checks both descriptors.
+    let result = unsafe { libc::epoll_ctl(epoll.as_raw_fd(), operation, fd, &raw mut event) };
+    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

@@ -1,7 +1,7 @@
 //! The socket: one frontend after the other, until the process is to end.
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
@@ -13,7 +13,6 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::backend::Backend;
-use super::duty::Connection;
 use super::{Control, Counts, Shared};
 use crate::dma::Memory;
 use crate::iommu::Iommu;
@@ -73,7 +72,7 @@ impl Server {
             tracer,
             lifecycle: Default::default(),
             counts: Counts::default(),
-            kick: Default::default(),
+            poller: Default::default(),
             injector: Default::default(),
         });
         Ok(Server {
@@ -132,9 +131,12 @@ impl Server {
         let (wake, token) = backend.wake_source();
         for handler in daemon.get_epoll_handlers() {
             handler.register_listener(wake, EventSet::IN, token).map_err(BackendError::StartDaemon)?;
-            // One for all queues.
-            self.shared.kick.connect(Some(Connection { backend: backend.clone(), epoll: handler }));
+            // SAFETY: `handler` keeps its epoll open, and outlives the call.
+            let epoll = unsafe { BorrowedFd::borrow_raw(handler.as_raw_fd()) };
+            // There is one for all queues.
+            backend.introduce(epoll).map_err(BackendError::StartDaemon)?;
         }
+        self.shared.poller.connect(Some(backend.clone()));
         let waker = backend.waker().map_err(BackendError::StartDaemon)?;
         self.shared.iommu.on_fault(Some(Box::new(move || {
             // A full counter wakes as well.
@@ -142,7 +144,7 @@ impl Server {
         })));
         let served = self.serve_until_shutdown(&mut daemon);
         self.shared.iommu.on_fault(None);
-        self.shared.kick.connect(None);
+        self.shared.poller.connect(None);
         served
     }
 

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -155,6 +155,9 @@ pub struct Descriptor {
     pub next: u16,
 }
 
+/// In the used ring's flags.
+const NO_NOTIFY: u16 = 1;
+
 pub const NEXT: u16 = 1;
 pub const DEVICE_WRITES: u16 = 2;
 pub const INDIRECT_TABLE: u16 = 4;
@@ -193,6 +196,7 @@ pub struct Driver {
     file: File,
     pub queues: [Queue; 2],
     pub offered: u64,
+    accepted: u64,
     next_buffer: u64,
 }
 
@@ -231,12 +235,13 @@ impl Driver {
         let ranges = [(GuestAddress(0), RAM as usize, Some(mapping))];
         let ram = Memory::new(GuestMemoryMmap::from_ranges_with_files(ranges).unwrap());
         let queues = QUEUE_BASES.map(Queue::new);
-        Driver { frontend, ram, file, queues, offered, next_buffer: BUFFERS.start }
+        Driver { frontend, ram, file, queues, offered, accepted: 0, next_buffer: BUFFERS.start }
     }
 
     /// Accepts those of the offered features that are in `features`.
     pub fn negotiate(&mut self, features: u64) {
-        self.frontend.set_features(self.offered & (features | PROTOCOL_FEATURES)).unwrap();
+        self.accepted = self.offered & (features | PROTOCOL_FEATURES);
+        self.frontend.set_features(self.accepted).unwrap();
     }
 
     /// Tells the device of the memory, in two regions as a machine with more than 2 GiB has them.
@@ -402,15 +407,31 @@ impl Driver {
         self.queues[index].kick.write(1).unwrap();
     }
 
+    /// Whether the device asks for a kick of a queue to which one chain was added last.
+    pub fn is_kick_wanted(&self, index: usize) -> bool {
+        fence(Ordering::SeqCst);
+        let queue = &self.queues[index];
+        if self.accepted & EVENT_IDX == 0 {
+            return self.read_u16(queue.used) & NO_NOTIFY == 0;
+        }
+        let event = self.read_u16(queue.used + 4 + 8 * u64::from(SIZE));
+        event == queue.next_available.wrapping_sub(1)
+    }
+
     /// Waits for the next used entry: head and length.
     pub fn wait_used(&mut self, index: usize) -> (u16, u32) {
         self.try_wait_used(index, PATIENCE).expect("the device does not answer")
     }
 
+    /// Whether all used entries were taken.
+    pub fn used_is_empty(&self, index: usize) -> bool {
+        self.read_u16(self.queues[index].used + 2) == self.queues[index].next_used
+    }
+
     /// Waits a while for the next used entry.
     pub fn try_wait_used(&mut self, index: usize, patience: Duration) -> Option<(u16, u32)> {
         let begin = Instant::now();
-        while self.read_u16(self.queues[index].used + 2) == self.queues[index].next_used {
+        while self.used_is_empty(index) {
             if begin.elapsed() > patience {
                 return None;
             }
