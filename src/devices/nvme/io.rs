@@ -109,6 +109,15 @@ impl Executor {
         if self.stop.load(Ordering::Acquire) { Err(Status::ABORTED_SQ_DELETION) } else { Ok(()) }
     }
 
+    /// To be called before each chunk of an extent: who maps the next transfer meanwhile waits for no more than one. Who calls
+    /// [`Executor::execute`] looks after it.
+    fn between(&self, extent: Extent, chunk: u64, watch: &mut Watch) -> Result<(), Status> {
+        if chunk != extent.offset {
+            watch.look();
+        }
+        self.check_stop()
+    }
+
     fn dispatch(&mut self, dma: &mut Dma, sqe: &Sqe, moved: &mut Moved, watch: &mut Watch) -> Result<(), Status> {
         if sqe.fuse() != 0 {
             return Err(Status::INVALID_FIELD);
@@ -137,15 +146,13 @@ impl Executor {
     fn read(&mut self, dma: &mut Dma, sqe: &Sqe, moved: &mut Moved, watch: &mut Watch) -> Result<(), Status> {
         let extent = self.transfer(dma, sqe, moved, true)?;
         for (offset, len) in extent.chunks() {
-            self.check_stop()?;
+            self.between(extent, offset, watch)?;
             if !self.exchange(dma, Access::Write, offset, len) {
                 watch.give_back();
                 let data = sized(&mut self.buffer, len);
                 self.shared.disk.read(data, offset).map_err(read_error)?;
                 self.runs.write(dma, data)?;
             }
-            // Who maps the next transfer meanwhile waits for no more than this.
-            watch.look();
         }
         Ok(())
     }
@@ -154,14 +161,13 @@ impl Executor {
         self.check_writable()?;
         let extent = self.transfer(dma, sqe, moved, false)?;
         for (offset, len) in extent.chunks() {
-            self.check_stop()?;
+            self.between(extent, offset, watch)?;
             if !self.exchange(dma, Access::Read, offset, len) {
                 watch.give_back();
                 let data = sized(&mut self.buffer, len);
                 self.runs.read(dma, data)?;
                 self.shared.disk.write(data, offset).map_err(write_fault)?;
             }
-            watch.look();
         }
         self.durable(sqe, watch)
     }

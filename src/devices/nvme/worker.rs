@@ -202,6 +202,8 @@ impl Work {
                 self.executor.execute(&mut self.dma, sqe, &mut moved, &mut self.watch)
             };
             self.trace(sqe, status, moved, fetched.elapsed());
+            // Whatever became of it: a queue that never gets empty is no reason to keep others waiting.
+            self.watch.look();
             done.push(Completion { cid: sqe.cid.get(), status, result: 0 });
             bytes += u64::from(moved.len);
             if bytes >= POST_BYTES || done.len() >= POST_COUNT {
