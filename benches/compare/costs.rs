@@ -15,7 +15,7 @@ const COUNT_INSTRUCTIONS: &str = "tcg,thread=single -icount shift=0";
 /// Boots two guests, and adds to each size in `all` what they say.
 pub fn measure(setup: Setup, cores: &Cores, all: &mut Value) {
     let folder = tempfile::tempdir().unwrap();
-    fs::write(folder.path().join("topology.toml"), setup.topology()).unwrap();
+    fs::write(folder.path().join("topology.toml"), setup.topology(true)).unwrap();
     fs::File::create(folder.path().join("disk.img")).unwrap().set_len(256 << 20).unwrap();
     let devices = common::devices(folder.path());
     let boot = |accel, ios| {

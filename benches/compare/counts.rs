@@ -12,8 +12,17 @@ use super::{SIZES, Setup, Size, harness};
 /// The size of the I/Os that part the phases, in bytes.
 const MARK: u64 = 1536;
 
-/// Boots a guest and counts.
+/// Boots a guest whose device waits for kicks, and counts; and another whose device polls, for how many kicks are left.
 pub fn count(setup: Setup) -> Value {
+    let mut all = count_with(setup, false);
+    let polled = count_with(setup, true);
+    for size in &SIZES {
+        all[size.name]["polled_kicks_per_io"] = polled[size.name]["kicks_per_io"].clone();
+    }
+    all
+}
+
+fn count_with(setup: Setup, polling: bool) -> Value {
     let mark = format!("nvme-io --op read --bs {MARK} --total {MARK}");
     let phases: Vec<_> = SIZES
         .iter()
@@ -23,7 +32,7 @@ pub fn count(setup: Setup) -> Value {
             format!("{once} + {mark} + {once} + {mark} + {twice} + {mark}")
         })
         .collect();
-    let guest = harness::Guest::new(&setup.topology(), &phases.join(" + "));
+    let guest = harness::Guest::new(&setup.topology(polling), &phases.join(" + "));
     let outcome = guest.kernel(setup.variant.kernel).append(setup.mode.append).run();
     let kernel = setup.check(&outcome.results);
     for name in ["faults", "events_lost", "requests_failed"] {

@@ -101,10 +101,11 @@ impl Setup {
         MODES.iter().flat_map(|&mode| VARIANTS.iter().map(move |&variant| Setup { variant, mode })).collect()
     }
 
-    pub fn topology(self) -> String {
+    /// With `polling` the device looks for requests while it is awake, as it does by itself; else it waits for kicks.
+    pub fn topology(self, polling: bool) -> String {
         format!(
-            "[machine]\nmemory = \"512M\"\nvcpus = 1\n[iommu]\nsplit = {}\n[[nvme]]\naddress = \"04.0\"\n\
-             image = \"disk.img\"\n",
+            "[machine]\nmemory = \"512M\"\nvcpus = 1\n[iommu]\nsplit = {}\npolling = {polling}\n[[nvme]]\n\
+             address = \"04.0\"\nimage = \"disk.img\"\n",
             self.variant.split
         )
     }

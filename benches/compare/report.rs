@@ -27,9 +27,10 @@ const OFF_TO_UNPATCHED: f64 = 0.97;
 const ENOUGH_ROUNDS: usize = 6;
 
 /// The rows about one I/O size: title, member, digits behind the point.
-const ROWS: [(&str, &str, usize); 8] = [
+const ROWS: [(&str, &str, usize); 9] = [
     ("requests", "requests_per_io", 3),
-    ("kicks", "kicks_per_io", 3),
+    ("kicks, where the device waits for them", "kicks_per_io", 3),
+    ("kicks, where it polls while it is awake", "polled_kicks_per_io", 3),
     ("bytes on the queue", "queue_bytes_per_io", 1),
     ("guest CPU time in mapping, us", "mapping_cpu_us_per_io", 1),
     ("- of it waiting for the device, us", "of_it_waiting_us_per_io", 1),
@@ -255,6 +256,7 @@ fn targets(all: &Value) -> Vec<Target> {
         count("requests", "lazy", "requests_per_io", 3.0),
         count("kicks", "strict", "kicks_per_io", 2.0),
         count("kicks", "lazy", "kicks_per_io", 1.1),
+        count("kicks of a device that polls", "strict", "polled_kicks_per_io", 0.1),
         instructions("patched_on", ON_TO_UNPATCHED),
         instructions("patched_off", OFF_TO_UNPATCHED),
     ];

@@ -53,7 +53,7 @@ pub fn measure(rounds: usize, cores: &Cores, all: &mut Value) {
 
 /// Boots a guest whose reads never end.
 fn boot(setup: Setup, cores: &Cores, folder: &Path, options: &str) -> Running {
-    fs::write(folder.join("topology.toml"), setup.topology()).unwrap();
+    fs::write(folder.join("topology.toml"), setup.topology(true)).unwrap();
     common::write_image(folder);
     let daemon = Daemon::start(folder, &[]);
     let guest = Guest {
