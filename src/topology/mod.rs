@@ -6,9 +6,9 @@ pub mod address;
 mod problem;
 pub mod qemu;
 pub mod size;
+mod slots;
 pub mod viot;
 
-use std::collections::BTreeMap;
 use std::num::NonZeroU8;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
@@ -20,6 +20,7 @@ use toml::Spanned;
 pub use address::{Address, Bdf};
 use problem::Problem;
 pub use size::Size;
+use slots::Slots;
 
 use crate::iommu::{EndpointSettings, Limits, Reserved, Settings};
 use crate::wire::virtio_iommu::ResvMemKind;
@@ -217,6 +218,18 @@ impl Topology {
         check(&table).map_err(|problem| invalid(problem.in_option(&table)))
     }
 
+    /// Whether other functions share the slot of the one at `address`, behind the root port of this index or on the root
+    /// bus, of which it is the first.
+    pub fn is_first_of_many(&self, behind: Option<usize>, address: Address) -> bool {
+        let on_root_bus = self.root_ports.iter().map(|port| *port.address.get_ref());
+        let on_root_bus = on_root_bus.chain([*self.iommu.address.get_ref()]).map(|address| (None, address));
+        let mut all = self.endpoints.iter().map(|endpoint| (endpoint.behind, endpoint.address)).chain(on_root_bus);
+        let other = |(bus, other): (Option<usize>, Address)| {
+            bus == behind && other.device == address.device && other.function != 0
+        };
+        address.function == 0 && all.any(other)
+    }
+
     /// What the IOMMU must know of the endpoints.
     pub fn settings(&self) -> Settings {
         Settings {
@@ -266,10 +279,10 @@ fn check(text: &str) -> Result<Topology, Problem> {
 
 /// Checks what the types of [`File`] do not express.
 fn check_file(file: File) -> Result<Topology, Problem> {
-    let mut root_bus = BTreeMap::new();
-    take(&mut root_bus, &file.iommu.address, "iommu")?;
+    let mut slots = Slots::default();
+    slots.take(None, &file.iommu.address, "iommu")?;
     for (index, port) in file.root_port.iter().enumerate() {
-        take(&mut root_bus, &port.address, port.name.get_ref())?;
+        slots.take(None, &port.address, port.name.get_ref())?;
         let before = file.root_port.iter().take(index);
         check_name(port.name.get_ref(), port.name.span(), before.map(|port| port.name.get_ref().as_str()))?;
     }
@@ -302,19 +315,17 @@ fn check_file(file: File) -> Result<Topology, Problem> {
         };
         let image = check_image(&topology, entry.image)?;
         let model = Model::Nvme { image, block_size, serial };
-        add(
-            &mut topology,
-            &mut root_bus,
-            Found { name, name_span: entry.name.map(|name| name.span()), behind, hotplug: entry.hotplug, model },
-            &entry.address,
-        )?;
+        let name_span = entry.name.map(|name| name.span());
+        let found = Found { name, name_span, behind, hotplug: entry.hotplug, model };
+        add(&mut topology, &mut slots, found, &entry.address)?;
     }
     for (index, entry) in file.dma_engine.into_iter().enumerate() {
         let name = entry.name.as_ref().map_or_else(|| format!("dma{index}"), |name| name.get_ref().clone());
         let name_span = entry.name.map(|name| name.span());
         let found = Found { name, name_span, behind: None, hotplug: false, model: Model::DmaEngine };
-        add(&mut topology, &mut root_bus, found, &entry.address)?;
+        add(&mut topology, &mut slots, found, &entry.address)?;
     }
+    slots.check_first_functions()?;
     if topology.endpoints.is_empty() {
         return Err(Problem::of_all("it has no endpoint; at least one [[nvme]] or [[dma-engine]] table was expected"));
     }
@@ -329,30 +340,12 @@ fn root_port(ports: &[RootPort], name: &Spanned<String>) -> Result<usize, Proble
     })
 }
 
-fn add(
-    topology: &mut Topology,
-    root_bus: &mut BTreeMap<Address, String>,
-    found: Found,
-    address: &Spanned<Address>,
-) -> Result<(), Problem> {
+fn add(topology: &mut Topology, slots: &mut Slots, found: Found, address: &Spanned<Address>) -> Result<(), Problem> {
     let Found { name, name_span, behind, hotplug, model } = found;
     let endpoints = topology.endpoints.iter().map(|other| other.name.as_str());
     let ports = topology.root_ports.iter().map(|port| port.name.get_ref().as_str());
     check_name(&name, name_span.unwrap_or(0..0), endpoints.chain(ports))?;
-    match behind {
-        None => take(root_bus, address, &name)?,
-        Some(_) if address.get_ref().device != 0 => {
-            let what = "a root port has one slot only; an address of 00.0 to 00.7 was expected";
-            return Err(Problem::of("address", address.span(), what));
-        }
-        Some(port) => {
-            let twin = topology.endpoints.iter().find(|e| e.behind == Some(port) && e.address == *address.get_ref());
-            if let Some(twin) = twin {
-                let what = format!("{} is taken by {:?}", address.get_ref(), twin.name);
-                return Err(Problem::of("address", address.span(), what));
-            }
-        }
-    }
+    slots.take(behind, address, &name)?;
     let bus = behind.map_or(0, |port| bus_behind(&topology.root_ports, port));
     let bdf = Bdf { bus, address: *address.get_ref() };
     topology.endpoints.push(Endpoint { name, address: *address.get_ref(), behind, hotplug, model, bdf });
@@ -409,19 +402,6 @@ fn same_file(one: &Path, other: &Path) -> bool {
         (Ok(one), Ok(other)) => one == other,
         (Err(_), Err(_)) => std::path::absolute(one).ok() == std::path::absolute(other).ok(),
         _ => false,
-    }
-}
-
-/// Notes that `owner` sits at `address` of the root bus.
-fn take(bus: &mut BTreeMap<Address, String>, address: &Spanned<Address>, owner: &str) -> Result<(), Problem> {
-    let slot = *address.get_ref();
-    if slot.device == 0 || slot.device == 31 {
-        let what = format!("{slot} belongs to the q35 chipset; a device from 01 to 1e was expected");
-        return Err(Problem::of("address", address.span(), what));
-    }
-    match bus.insert(slot, owner.to_string()) {
-        Some(other) => Err(Problem::of("address", address.span(), format!("{slot} is taken by {other:?}"))),
-        None => Ok(()),
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
-use super::{Endpoint, Topology};
+use super::{Address, Endpoint, Topology};
 use crate::vhost::{QUEUE_SIZE, QUEUES};
 use crate::wire::virtio_iommu::{Config, DEVICE_ID};
 
@@ -55,19 +55,21 @@ pub fn devices(topology: &Topology, paths: &Paths) -> Vec<String> {
         "-device".into(),
         format!(
             "vhost-user-test-device-pci,chardev=viommu,virtio-id={DEVICE_ID},num_vqs={QUEUES},vq_size={QUEUE_SIZE},\
-             config_size={},addr={}",
+             config_size={},addr={}{}",
             size_of::<Config>(),
             topology.iommu.address.get_ref(),
+            multifunction(topology, *topology.iommu.address.get_ref()),
         ),
     ];
     for (index, port) in topology.root_ports.iter().enumerate() {
         args.push("-device".into());
         args.push(format!(
-            "pcie-root-port,id={},addr={},chassis={},slot={}",
+            "pcie-root-port,id={},addr={},chassis={},slot={}{}",
             port.name.get_ref(),
             port.address.get_ref(),
             index + 1,
             index + 1,
+            multifunction(topology, *port.address.get_ref()),
         ));
     }
     for endpoint in topology.endpoints.iter().filter(|endpoint| !endpoint.hotplug) {
@@ -75,6 +77,12 @@ pub fn devices(topology: &Topology, paths: &Paths) -> Vec<String> {
         args.push(device(topology, endpoint, paths).to_string());
     }
     args
+}
+
+/// What a device on the root bus needs more if it is the first of several functions in its slot: QEMU lets no other function
+/// in without it, and a guest looks for no other.
+fn multifunction(topology: &Topology, address: Address) -> &'static str {
+    if topology.is_first_of_many(None, address) { ",multifunction=on" } else { "" }
 }
 
 /// The port for the trace of the guest's own events, and the file behind it. It comes after all other devices, as QEMU
@@ -93,13 +101,17 @@ pub fn guest_trace(file: &Path) -> [String; 6] {
 /// What `-device` takes as JSON, and QMP's `device_add` as its arguments, for one endpoint.
 pub fn device(topology: &Topology, endpoint: &Endpoint, paths: &Paths) -> serde_json::Value {
     let bus = endpoint.behind.and_then(|port| topology.root_ports.get(port)).map(|port| port.name.get_ref().as_str());
-    json!({
+    let mut device = json!({
         "driver": "vfio-user-pci",
         "id": endpoint.name,
         "bus": bus.unwrap_or("pcie.0"),
         "addr": endpoint.address.to_string(),
         "socket": { "type": "unix", "path": paths.endpoint(endpoint) },
-    })
+    });
+    if topology.is_first_of_many(endpoint.behind, endpoint.address) {
+        device["multifunction"] = true.into();
+    }
+    device
 }
 
 /// QEMU's option parser takes a doubled comma for a comma.

@@ -167,3 +167,48 @@ fn the_ready_topologies_are_valid() {
     }
     assert!(seen >= 4, "{seen} topologies");
 }
+
+/// The arguments of `-device`, one a device.
+fn devices(topology: &Topology) -> Vec<String> {
+    let args = qemu::devices(topology, &qemu::Paths { iommu: "viommu.sock".into() });
+    args.windows(2).filter(|pair| pair[0] == "-device").map(|pair| pair[1].clone()).collect()
+}
+
+fn endpoint(model: &str, address: &str) -> String {
+    let image = if model == "nvme" { format!("image = \"{address}.img\"\n") } else { String::new() };
+    format!("[[{model}]]\naddress = \"{address}\"\n{image}")
+}
+
+#[test]
+fn the_first_of_several_functions_says_that_there_are_more() {
+    let alone = parse(&endpoint("nvme", "04.0")).unwrap();
+    assert!(devices(&alone).iter().all(|device| !device.contains("multifunction")));
+    let many = [
+        endpoint("nvme", "04.1"),
+        endpoint("nvme", "04.0"),
+        endpoint("dma-engine", "03.1"),
+        "[[root-port]]\nname = \"a\"\naddress = \"05.0\"\n".into(),
+        "[[root-port]]\nname = \"b\"\naddress = \"05.3\"\n".into(),
+        endpoint("nvme", "00.0") + "behind = \"a\"\n",
+        endpoint("nvme", "00.7") + "behind = \"a\"\n",
+        endpoint("nvme", "00.0").replace("00.0.img", "b.img") + "behind = \"b\"\n",
+    ];
+    let many = parse(&many.concat()).unwrap();
+    let found: Vec<bool> = devices(&many).iter().map(|device| device.contains("multifunction")).collect();
+    // The IOMMU, both root ports, the controllers in the order of the file, the DMA engine.
+    assert_eq!(found, [true, true, false, false, true, true, false, false, false]);
+    assert!(devices(&many)[0].ends_with(",addr=03.0,multifunction=on"));
+    let first: serde_json::Value = serde_json::from_str(&devices(&many)[4]).unwrap();
+    assert_eq!(first["multifunction"], true);
+}
+
+#[test]
+fn a_function_that_no_guest_looks_for_is_refused() {
+    refused(&endpoint("nvme", "04.1"), &["line 2", "`address`", "04.0", "no guest looks for \"nvme0\" at 04.1"]);
+    refused(&format!("[iommu]\naddress = \"03.2\"\n{}", endpoint("nvme", "04.0")), &["line 2", "\"iommu\" at 03.2"]);
+    let port = "[[root-port]]\nname = \"rp\"\naddress = \"06.0\"\n";
+    refused(&format!("{port}{}behind = \"rp\"\n", endpoint("nvme", "00.1")), &["line 5", "no guest looks"]);
+    refused(&port.replace("06.0", "06.1"), &["line 3", "\"rp\" at 06.1"]);
+    let twice = format!("{port}{0}behind = \"rp\"\n{0}behind = \"rp\"\n", endpoint("nvme", "00.0"));
+    refused(&twice.replacen("00.0.img", "a.img", 1), &["line 9", "taken by \"nvme0\""]);
+}
