@@ -124,6 +124,9 @@ impl Daemon {
             if topology.iommu.polling {
                 slot = slot.with_duty(Arc::new(control.clone()));
             }
+            if !endpoint.msix {
+                slot = slot.without_msix();
+            }
             let served = serve(endpoint, socket, disk, slot, &control);
             endpoints.push(served.with_context(|| format!("Cannot serve the endpoint {}", endpoint.name))?);
         }

@@ -8,7 +8,7 @@ use std::iter::successors;
 use vfio_bindings::bindings::vfio::*;
 use vfio_user::{DmaMapFlags, DmaUnmapFlags, IrqInfo, ServerBackend, ServerRegion};
 
-use super::config::{self, Config};
+use super::config::{self, Config, MsixBar};
 use super::function::{Bus, Function};
 use super::interrupts::Kind;
 use super::memory::{MemoryMap, Region};
@@ -35,10 +35,10 @@ pub(super) struct Backend<'a> {
 
 impl<'a> Backend<'a> {
     /// A function in its power-on state; `None` if making it panics.
-    pub fn new(bus: Bus, memory: MemoryMap, make: Make<'a>, on_device_reset: &'a dyn Fn()) -> Option<Self> {
+    pub fn new(bus: Bus, memory: MemoryMap, msix: bool, make: Make<'a>, on_device_reset: &'a dyn Fn()) -> Option<Self> {
         let function = contained(&bus, || make(bus.clone()))?;
-        let config = Config::new(function.identity());
-        let msix_table = vec![0; config.msix_bar().size as usize / 2];
+        let config = Config::new(function.identity(), msix);
+        let msix_table = vec![0; config.msix_bar().map_or(0, |bar| bar.size as usize / 2)];
         Some(Backend { bus, make, on_device_reset, function: Some(function), config, memory, msix_table })
     }
 
@@ -60,7 +60,7 @@ impl<'a> Backend<'a> {
         let irq = |index| {
             let count = match index {
                 VFIO_PCI_MSI_IRQ_INDEX => vectors.min(32).next_power_of_two(),
-                VFIO_PCI_MSIX_IRQ_INDEX => vectors,
+                VFIO_PCI_MSIX_IRQ_INDEX if self.config.msix_bar().is_some() => vectors,
                 // QEMU warns without it. It would stop the machine if it were signalled, so it never is.
                 VFIO_PCI_ERR_IRQ_INDEX => 1,
                 _ => 0,
@@ -80,8 +80,7 @@ impl<'a> Backend<'a> {
         if index == VFIO_PCI_CONFIG_REGION_INDEX {
             return Some(config::SIZE as u64);
         }
-        let msix = self.config.msix_bar();
-        if index == u32::from(msix.index) {
+        if let Some(msix) = self.msix_bar(index) {
             return Some(msix.size);
         }
         self.config.identity().bars.iter().find(|bar| u32::from(bar.index) == index).map(|bar| bar.size)
@@ -89,6 +88,11 @@ impl<'a> Backend<'a> {
 
     /// Runs a method of the model. If it panics, the function is as if it were gone until the next reset: it reads as
     /// ones and ignores writes.
+    /// The BAR of the MSI-X table, if this is its region.
+    fn msix_bar(&self, region: u32) -> Option<MsixBar> {
+        self.config.msix_bar().filter(|msix| u32::from(msix.index) == region)
+    }
+
     fn with<R>(&mut self, call: impl FnOnce(&mut dyn Function) -> R) -> Option<R> {
         let function = self.function.as_mut()?;
         let result = contained(&self.bus, || call(function.as_mut()));
@@ -132,8 +136,7 @@ impl<'a> Backend<'a> {
         if self.function.is_none() {
             return Ok(Target::Gone);
         }
-        let msix = self.config.msix_bar();
-        Ok(if region == u32::from(msix.index) { Target::Msix(offset as usize) } else { Target::Bar(region as u8) })
+        Ok(if self.msix_bar(region).is_some() { Target::Msix(offset as usize) } else { Target::Bar(region as u8) })
     }
 }
 

@@ -60,16 +60,16 @@ pub(super) struct Effect {
 /// A function's configuration space.
 pub(super) struct Config {
     identity: Identity,
-    msix: MsixBar,
+    msix: Option<MsixBar>,
     bytes: Box<[u8; SIZE]>,
     writable: Box<[u8; SIZE]>,
 }
 
 impl Config {
-    /// As it is at power-on.
-    pub fn new(identity: Identity) -> Self {
+    /// As it is at power-on, with MSI-X or without it.
+    pub fn new(identity: Identity, msix: bool) -> Self {
         let mut config = Config {
-            msix: msix_bar(identity.bars, identity.vectors),
+            msix: msix.then(|| msix_bar(identity.bars, identity.vectors)),
             identity,
             bytes: Box::new([0; SIZE]),
             writable: Box::new([0; SIZE]),
@@ -83,8 +83,8 @@ impl Config {
         &self.identity
     }
 
-    /// Where the MSI-X table is.
-    pub fn msix_bar(&self) -> MsixBar {
+    /// Where the MSI-X table is, if there is one.
+    pub fn msix_bar(&self) -> Option<MsixBar> {
         self.msix
     }
 
@@ -94,8 +94,13 @@ impl Config {
         self.writable.fill(0);
         self.header();
         self.power_management(MSI as u8);
-        self.msi(MSIX as u8);
-        self.msix(EXPRESS as u8);
+        match self.msix {
+            Some(bar) => {
+                self.msi(MSIX as u8);
+                self.msix(bar, EXPRESS as u8);
+            }
+            None => self.msi(EXPRESS as u8),
+        }
         self.express(0);
     }
 
@@ -134,8 +139,9 @@ impl Config {
         for bar in identity.bars {
             self.bar(*bar);
         }
-        let MsixBar { index, size } = self.msix;
-        self.bar(Bar { index, size, wide: false });
+        if let Some(MsixBar { index, size }) = self.msix {
+            self.bar(Bar { index, size, wide: false });
+        }
         self.set16(0x2c, identity.subsystem_vendor, 0);
         self.set16(0x2e, identity.subsystem, 0);
         self.set16(CAPABILITIES, PM as u16, 0);
@@ -169,10 +175,9 @@ impl Config {
         self.set16(MSI + 12, 0, 0xffff);
     }
 
-    fn msix(&mut self, next: u8) {
+    fn msix(&mut self, MsixBar { index, size }: MsixBar, next: u8) {
         self.capability(MSIX, 0x11, next);
         self.set16(MSIX + 2, self.identity.vectors.clamp(1, 2048) - 1, 0xc000);
-        let MsixBar { index, size } = self.msix;
         self.set32(MSIX + 4, u32::from(index), 0);
         self.set32(MSIX + 8, (size / 2) as u32 | u32::from(index), 0);
     }
@@ -224,7 +229,11 @@ mod tests {
     use super::*;
 
     fn config(integrated: bool) -> Config {
-        Config::new(Identity {
+        Config::new(identity(integrated), true)
+    }
+
+    fn identity(integrated: bool) -> Identity {
+        Identity {
             vendor: 0x1b36,
             device: 0x0010,
             subsystem_vendor: 0x1af4,
@@ -234,7 +243,7 @@ mod tests {
             bars: &[Bar { index: 0, size: 0x4000, wide: true }],
             vectors: 65,
             integrated,
-        })
+        }
     }
 
     fn read32(config: &Config, at: u64) -> u32 {
@@ -243,9 +252,7 @@ mod tests {
         u32::from_le_bytes(data)
     }
 
-    #[test]
-    fn the_capability_list_ends_and_names_each_once() {
-        let config = config(false);
+    fn capabilities(config: &Config) -> Vec<u8> {
         let mut at = u64::from(config.bytes[CAPABILITIES]);
         let mut ids = Vec::new();
         while at != 0 {
@@ -253,7 +260,22 @@ mod tests {
             ids.push(header as u8);
             at = u64::from(header >> 8 & 0xff);
         }
-        assert_eq!(ids, [0x01, 0x05, 0x11, 0x10]);
+        ids
+    }
+
+    #[test]
+    fn the_capability_list_ends_and_names_each_once() {
+        assert_eq!(capabilities(&config(false)), [0x01, 0x05, 0x11, 0x10]);
+    }
+
+    #[test]
+    fn without_msix_there_is_neither_its_capability_nor_its_bar() {
+        let mut config = Config::new(identity(false), false);
+        assert_eq!(capabilities(&config), [0x01, 0x05, 0x10]);
+        config.write(0x18, &[0xff; 4]);
+        assert_eq!(read32(&config, 0x18), 0);
+        // MSI with its most messages, 32.
+        assert_eq!(read32(&config, MSI as u64) >> 17 & 7, 5);
     }
 
     #[test]

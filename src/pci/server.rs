@@ -22,6 +22,7 @@ use crate::trace::{Event, Tracer};
 pub struct Slot {
     bus: Bus,
     memory: Memory,
+    msix: bool,
 }
 
 impl Slot {
@@ -30,12 +31,18 @@ impl Slot {
         let memory = Memory::new(vm_memory::GuestMemoryMmap::default());
         let door = Door::new(iommu, endpoint, memory.clone(), tracer.clone());
         let interrupts = Interrupts::new(endpoint, tracer.clone());
-        Slot { bus: Bus { door, interrupts, tracer, duty: None }, memory }
+        Slot { bus: Bus { door, interrupts, tracer, duty: None }, memory, msix: true }
     }
 
     /// The same slot, whose functions do `duty` while they are awake and have nothing to do.
     pub fn with_duty(mut self, duty: Arc<dyn Duty>) -> Self {
         self.bus.duty = Some(duty);
+        self
+    }
+
+    /// The same slot, whose functions have no MSI-X, but MSI and an interrupt pin.
+    pub fn without_msix(mut self) -> Self {
+        self.msix = false;
         self
     }
 
@@ -89,7 +96,7 @@ impl Server {
     fn serve_one(&self, slot: &Slot, make: Make<'_>, on_device_reset: &dyn Fn()) -> Result<(), vfio_user::Error> {
         let accept = vfio_user::Error::SocketAccept;
         let memory = MemoryMap::new(slot.memory.clone());
-        let Some(mut backend) = Backend::new(slot.bus.clone(), memory, make, on_device_reset) else {
+        let Some(mut backend) = Backend::new(slot.bus.clone(), memory, slot.msix, make, on_device_reset) else {
             // Without a function there is nothing to serve: the client is sent away.
             return self.socket.listener().accept().map(drop).map_err(accept);
         };

@@ -120,6 +120,7 @@ struct NvmeEntry {
     behind: Option<Spanned<String>>,
     #[serde(default)]
     hotplug: bool,
+    msix: Option<bool>,
     image: Spanned<PathBuf>,
     #[serde(default = "default_block_size", rename = "block-size")]
     block_size: Spanned<u32>,
@@ -135,6 +136,7 @@ fn default_block_size() -> Spanned<u32> {
 struct DmaEngineEntry {
     name: Option<Spanned<String>>,
     address: Spanned<Address>,
+    msix: Option<bool>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -179,6 +181,8 @@ pub struct Endpoint {
     pub behind: Option<usize>,
     /// Whether it is left out at start, to be added with `device_add`.
     pub hotplug: bool,
+    /// Whether it has MSI-X, beside MSI and its interrupt pin.
+    pub msix: bool,
     /// What it is.
     pub model: Model,
     /// Its bus, device and function number: the endpoint id.
@@ -265,6 +269,10 @@ fn endpoint_table(text: &str) -> Result<String, String> {
                 .parse::<u32>()
                 .map(toml::Value::from)
                 .map_err(|_| format!("key `{key}`: {value:?} is no number of bytes; 512 or 4096 was expected"))?,
+            "msix" => value
+                .parse::<bool>()
+                .map(toml::Value::from)
+                .map_err(|_| format!("key `{key}`: {value:?} was found where true or false was expected"))?,
             _ => toml::Value::from(value),
         };
         table += &format!("{key} = {value}\n");
@@ -315,14 +323,17 @@ fn check_file(file: File) -> Result<Topology, Problem> {
         };
         let image = check_image(&topology, entry.image)?;
         let model = Model::Nvme { image, block_size, serial };
+        // QEMU up to 11.1 aborts when a vfio-user function with MSI-X is unplugged.
+        let msix = entry.msix.unwrap_or(!entry.hotplug);
         let name_span = entry.name.map(|name| name.span());
-        let found = Found { name, name_span, behind, hotplug: entry.hotplug, model };
+        let found = Found { name, name_span, behind, hotplug: entry.hotplug, msix, model };
         add(&mut topology, &mut slots, found, &entry.address)?;
     }
     for (index, entry) in file.dma_engine.into_iter().enumerate() {
         let name = entry.name.as_ref().map_or_else(|| format!("dma{index}"), |name| name.get_ref().clone());
         let name_span = entry.name.map(|name| name.span());
-        let found = Found { name, name_span, behind: None, hotplug: false, model: Model::DmaEngine };
+        let msix = entry.msix.unwrap_or(true);
+        let found = Found { name, name_span, behind: None, hotplug: false, msix, model: Model::DmaEngine };
         add(&mut topology, &mut slots, found, &entry.address)?;
     }
     slots.check_first_functions()?;
@@ -341,14 +352,14 @@ fn root_port(ports: &[RootPort], name: &Spanned<String>) -> Result<usize, Proble
 }
 
 fn add(topology: &mut Topology, slots: &mut Slots, found: Found, address: &Spanned<Address>) -> Result<(), Problem> {
-    let Found { name, name_span, behind, hotplug, model } = found;
+    let Found { name, name_span, behind, hotplug, msix, model } = found;
     let endpoints = topology.endpoints.iter().map(|other| other.name.as_str());
     let ports = topology.root_ports.iter().map(|port| port.name.get_ref().as_str());
     check_name(&name, name_span.unwrap_or(0..0), endpoints.chain(ports))?;
     slots.take(behind, address, &name)?;
     let bus = behind.map_or(0, |port| bus_behind(&topology.root_ports, port));
     let bdf = Bdf { bus, address: *address.get_ref() };
-    topology.endpoints.push(Endpoint { name, address: *address.get_ref(), behind, hotplug, model, bdf });
+    topology.endpoints.push(Endpoint { name, address: *address.get_ref(), behind, hotplug, msix, model, bdf });
     Ok(())
 }
 
@@ -410,6 +421,7 @@ struct Found {
     name_span: Option<Range<usize>>,
     behind: Option<usize>,
     hotplug: bool,
+    msix: bool,
     model: Model,
 }
 

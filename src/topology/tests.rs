@@ -212,3 +212,16 @@ fn a_function_that_no_guest_looks_for_is_refused() {
     let twice = format!("{port}{0}behind = \"rp\"\n{0}behind = \"rp\"\n", endpoint("nvme", "00.0"));
     refused(&twice.replacen("00.0.img", "a.img", 1), &["line 9", "taken by \"nvme0\""]);
 }
+
+#[test]
+fn what_can_be_unplugged_has_no_msix_unless_it_is_wanted() {
+    let port = "[[root-port]]\nname = \"rp\"\naddress = \"06.0\"\n";
+    let behind = format!("{port}{}behind = \"rp\"\n", endpoint("nvme", "00.0"));
+    for (keys, msix) in [("", true), ("hotplug = true\n", false), ("hotplug = true\nmsix = true\n", true)] {
+        assert_eq!(parse(&format!("{behind}{keys}")).unwrap().endpoints[0].msix, msix, "{keys}");
+    }
+    assert!(parse(&endpoint("dma-engine", "05.0")).unwrap().endpoints[0].msix);
+    assert!(!Topology::of_endpoint("dma-engine,address=05.0,msix=false").unwrap().endpoints[0].msix);
+    let error = Topology::of_endpoint("dma-engine,address=05.0,msix=no").unwrap_err().to_string();
+    assert!(error.contains("key `msix`: \"no\" was found where true or false was expected"), "{error}");
+}
