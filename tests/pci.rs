@@ -17,7 +17,7 @@ use common::memfd;
 use vfio_bindings::bindings::vfio::*;
 use vfio_user::Client;
 use viommu::dma::Dma;
-use viommu::pci::{Bar, Bus, Function, Identity, Server};
+use viommu::pci::{Bar, Bus, Function, Identity, Server, Slot};
 use viommu::socket::SocketError;
 use viommu::trace::Tracer;
 use vmm_sys_util::eventfd::EventFd;
@@ -105,6 +105,10 @@ struct Setup {
 
 impl Setup {
     fn new() -> Self {
+        Setup::in_slot(|slot| slot)
+    }
+
+    fn in_slot(slot: impl FnOnce(Slot) -> Slot) -> Self {
         let resets = Arc::new(AtomicU32::new(0));
         let count = resets.clone();
         let make =
@@ -112,7 +116,7 @@ impl Setup {
         let on_reset = move || {
             count.fetch_add(1, Ordering::SeqCst);
         };
-        Setup { served: Served::new(ENDPOINT, Tracer::default(), make, on_reset), resets }
+        Setup { served: Served::in_slot(ENDPOINT, Tracer::default(), slot, make, on_reset), resets }
     }
 
     fn path(&self) -> PathBuf {
@@ -167,12 +171,35 @@ fn regions_and_identity_are_what_qemu_wants() {
     let sizes: Vec<u64> = (0..9).map(|index| client.region(index).unwrap().size).collect();
     assert_eq!(sizes, [0x2000, 0, 0x1000, 0, 0, 0, 0, 4096, 0]);
     let counts: Vec<u32> = (0..5).map(|index| client.get_irq_info(index).unwrap().count).collect();
-    assert_eq!(counts, [0, 4, 3, 1, 0]);
+    assert_eq!(counts, [1, 4, 3, 1, 0]);
+    let pin = VFIO_IRQ_INFO_EVENTFD | VFIO_IRQ_INFO_MASKABLE | VFIO_IRQ_INFO_AUTOMASKED;
+    assert_eq!(client.get_irq_info(0).unwrap().flags, pin);
     assert_eq!(read32(&mut client, CONFIG, 0), 0x1234_1b36);
     assert_eq!(read32(&mut client, CONFIG, 8), 0x0880_0001);
     client.region_write(CONFIG, 0x10, &[0xff; 8]).unwrap();
     assert_eq!(read(&mut client, CONFIG, 0x10), 0xffff_ffff_ffff_e004);
     assert_eq!(read32(&mut client, CONFIG, 0x180), 0);
+}
+
+#[test]
+fn a_slot_without_msix_has_msi_and_a_pin() {
+    let setup = Setup::in_slot(Slot::without_msix);
+    let mut client = setup.client();
+    let sizes: Vec<u64> = (0..9).map(|index| client.region(index).unwrap().size).collect();
+    assert_eq!(sizes, [0x2000, 0, 0, 0, 0, 0, 0, 4096, 0]);
+    let counts: Vec<u32> = (0..5).map(|index| client.get_irq_info(index).unwrap().count).collect();
+    assert_eq!(counts, [1, 4, 0, 1, 0]);
+    let mut at = u64::from(read32(&mut client, CONFIG, 0x34) as u8);
+    while at != 0 {
+        let header = read32(&mut client, CONFIG, at);
+        assert_ne!(header as u8, 0x11, "it has the capability");
+        at = u64::from(header >> 8 & 0xff);
+    }
+    let event = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+    let set = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER;
+    client.set_irqs(VFIO_PCI_MSI_IRQ_INDEX, set, 0, 1, &[event.as_raw_fd()]).unwrap();
+    write(&mut client, DO_INTERRUPT, 2);
+    assert_eq!(event.read().unwrap(), 1, "all are the one that is enabled");
 }
 
 #[test]
@@ -250,7 +277,7 @@ fn interrupts_reach_their_descriptors() {
     // Vectors that do not exist.
     write(&mut client, DO_INTERRUPT, 9999);
     client.set_irqs(VFIO_PCI_MSIX_IRQ_INDEX, set, u32::MAX, 1, &[]).unwrap();
-    client.set_irqs(VFIO_PCI_INTX_IRQ_INDEX, set, 0, 1, &[]).unwrap();
+    client.set_irqs(VFIO_PCI_REQ_IRQ_INDEX, set, 0, 1, &[]).unwrap();
     assert_eq!(read32(&mut client, CONFIG, 0), 0x1234_1b36);
 }
 

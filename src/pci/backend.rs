@@ -59,6 +59,7 @@ impl<'a> Backend<'a> {
         let vectors = u32::from(self.config.identity().vectors);
         let irq = |index| {
             let count = match index {
+                VFIO_PCI_INTX_IRQ_INDEX => 1,
                 VFIO_PCI_MSI_IRQ_INDEX => vectors.min(32).next_power_of_two(),
                 VFIO_PCI_MSIX_IRQ_INDEX if self.config.msix_bar().is_some() => vectors,
                 // QEMU warns without it. It would stop the machine if it were signalled, so it never is.
@@ -66,6 +67,7 @@ impl<'a> Backend<'a> {
                 _ => 0,
             };
             let flags = match index {
+                VFIO_PCI_INTX_IRQ_INDEX => VFIO_IRQ_INFO_EVENTFD | VFIO_IRQ_INFO_MASKABLE | VFIO_IRQ_INFO_AUTOMASKED,
                 VFIO_PCI_MSI_IRQ_INDEX | VFIO_PCI_MSIX_IRQ_INDEX => VFIO_IRQ_INFO_EVENTFD | VFIO_IRQ_INFO_MASKABLE,
                 VFIO_PCI_ERR_IRQ_INDEX => VFIO_IRQ_INFO_EVENTFD,
                 _ => 0,
@@ -86,13 +88,13 @@ impl<'a> Backend<'a> {
         self.config.identity().bars.iter().find(|bar| u32::from(bar.index) == index).map(|bar| bar.size)
     }
 
-    /// Runs a method of the model. If it panics, the function is as if it were gone until the next reset: it reads as
-    /// ones and ignores writes.
     /// The BAR of the MSI-X table, if this is its region.
     fn msix_bar(&self, region: u32) -> Option<MsixBar> {
         self.config.msix_bar().filter(|msix| u32::from(msix.index) == region)
     }
 
+    /// Runs a method of the model. If it panics, the function is as if it were gone until the next reset: it reads as
+    /// ones and ignores writes.
     fn with<R>(&mut self, call: impl FnOnce(&mut dyn Function) -> R) -> Option<R> {
         let function = self.function.as_mut()?;
         let result = contained(&self.bus, || call(function.as_mut()));
@@ -112,9 +114,30 @@ impl<'a> Backend<'a> {
         }
         self.bus.door.set_bus_master(false);
         self.config.reset();
+        self.bus.interrupts.disable_pin(false);
         self.msix_table.fill(0);
         let endpoint = Some(self.bus.door.endpoint());
         self.bus.tracer.emit(Event::Reset { reset: ResetKind::Function, endpoint });
+    }
+
+    /// SET_IRQS of the interrupt pin.
+    fn set_pin(&self, flags: u32, start: u32, count: u32, fds: Vec<File>) -> io::Result<()> {
+        if start != 0 || count > 1 {
+            return Err(refused("no such interrupt pin"));
+        }
+        let interrupts = &self.bus.interrupts;
+        let fd = fds.into_iter().next();
+        match (flags & VFIO_IRQ_SET_ACTION_TYPE_MASK, flags & VFIO_IRQ_SET_DATA_TYPE_MASK) {
+            (VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_DATA_NONE) if count == 0 => interrupts.assign_pin(None),
+            (_, _) if count == 0 => return Err(refused("no interrupt pin was named")),
+            (VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_DATA_EVENTFD) => interrupts.assign_pin(fd),
+            (VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_DATA_NONE) => interrupts.trigger_pin(),
+            (VFIO_IRQ_SET_ACTION_MASK, VFIO_IRQ_SET_DATA_NONE) => interrupts.mask_pin(true),
+            (VFIO_IRQ_SET_ACTION_UNMASK, VFIO_IRQ_SET_DATA_NONE) => interrupts.mask_pin(false),
+            (VFIO_IRQ_SET_ACTION_UNMASK, VFIO_IRQ_SET_DATA_EVENTFD) => interrupts.unmask_pin_by(fd).map_err(refused)?,
+            _ => return Err(refused("no such action on the interrupt pin")),
+        }
+        Ok(())
     }
 
     fn trace_memory(&self, region: &Region, added: bool) {
@@ -153,7 +176,10 @@ enum Target {
 impl ServerBackend for Backend<'_> {
     fn region_read(&mut self, region: u32, offset: u64, data: &mut [u8]) -> io::Result<()> {
         match self.target(region, offset, data.len())? {
-            Target::Config => self.config.read(offset, data),
+            Target::Config => {
+                self.config.set_interrupt_status(self.bus.interrupts.pin_is_asserted());
+                self.config.read(offset, data);
+            }
             Target::Bar(bar) => {
                 if self.with(|function| function.bar_read(bar, offset, data)).is_none() {
                     data.fill(0xff);
@@ -181,6 +207,7 @@ impl ServerBackend for Backend<'_> {
                     self.reset_function();
                 } else {
                     self.bus.door.set_bus_master(effect.master && self.function.is_some());
+                    self.bus.interrupts.disable_pin(effect.pin_disabled);
                 }
             }
             Target::Bar(bar) => {
@@ -228,6 +255,7 @@ impl ServerBackend for Backend<'_> {
 
     fn set_irqs(&mut self, index: u32, flags: u32, start: u32, count: u32, fds: Vec<File>) -> io::Result<()> {
         let (kind, vectors) = match index {
+            VFIO_PCI_INTX_IRQ_INDEX => return self.set_pin(flags, start, count, fds),
             VFIO_PCI_MSI_IRQ_INDEX => (Kind::Msi, 32),
             VFIO_PCI_MSIX_IRQ_INDEX => (Kind::Msix, 2048),
             VFIO_PCI_ERR_IRQ_INDEX => return Ok(()),
@@ -260,6 +288,8 @@ impl Drop for Backend<'_> {
         let function = self.function.take();
         contained(&self.bus, || drop(function));
         self.bus.door.set_bus_master(false);
+        self.bus.interrupts.assign_pin(None);
+        self.bus.interrupts.disable_pin(false);
         self.bus.interrupts.disable(Kind::Msi);
         self.bus.interrupts.disable(Kind::Msix);
         let gone = self.memory.clear();

@@ -19,9 +19,14 @@ const EXPRESS: usize = 0x70;
 
 const COMMAND_MEMORY: u16 = 1 << 1;
 const COMMAND_MASTER: u16 = 1 << 2;
-/// Parity error response, SERR# and INTx disable: bits without an effect here, which drivers may set.
-const COMMAND_OTHER: u16 = 1 << 6 | 1 << 8 | 1 << 10;
+/// Parity error response and SERR#: bits without an effect here, which drivers may set.
+const COMMAND_OTHER: u16 = 1 << 6 | 1 << 8;
+const COMMAND_INTERRUPT_DISABLE: u16 = 1 << 10;
+const STATUS_INTERRUPT: u16 = 1 << 3;
 const STATUS_CAPABILITIES: u16 = 1 << 4;
+
+/// INTA.
+const PIN: u16 = 1;
 
 /// No_Soft_Reset: going back from D3hot to D0 keeps all state.
 const PM_NO_SOFT_RESET: u16 = 1 << 3;
@@ -55,6 +60,8 @@ pub(super) struct Effect {
     pub reset: bool,
     /// Whether the function may access memory now: bus mastering is on and the power state is D0.
     pub master: bool,
+    /// Whether the driver set Interrupt Disable.
+    pub pin_disabled: bool,
 }
 
 /// A function's configuration space.
@@ -121,7 +128,13 @@ impl Config {
             // The bit reads as zero, so it is not among the writable ones.
             reset |= at == EXPRESS + 9 && new & (DEVCTL_FLR >> 8) as u8 != 0;
         }
-        Effect { reset, master: self.master() }
+        let pin_disabled = self.get16(COMMAND) & COMMAND_INTERRUPT_DISABLE != 0;
+        Effect { reset, master: self.master(), pin_disabled }
+    }
+
+    /// Sets Interrupt Status: whether the pin is asserted, also while the driver has it disabled.
+    pub fn set_interrupt_status(&mut self, asserted: bool) {
+        self.set16(STATUS, STATUS_CAPABILITIES | if asserted { STATUS_INTERRUPT } else { 0 }, 0);
     }
 
     fn master(&self) -> bool {
@@ -132,7 +145,7 @@ impl Config {
         let identity = self.identity;
         self.set16(0x00, identity.vendor, 0);
         self.set16(0x02, identity.device, 0);
-        self.set16(COMMAND, 0, COMMAND_MEMORY | COMMAND_MASTER | COMMAND_OTHER);
+        self.set16(COMMAND, 0, COMMAND_MEMORY | COMMAND_MASTER | COMMAND_OTHER | COMMAND_INTERRUPT_DISABLE);
         self.set16(STATUS, STATUS_CAPABILITIES, 0);
         self.set32(0x08, identity.class << 8 | u32::from(identity.revision), 0);
         self.set16(0x0c, 0, 0xff);
@@ -145,8 +158,8 @@ impl Config {
         self.set16(0x2c, identity.subsystem_vendor, 0);
         self.set16(0x2e, identity.subsystem, 0);
         self.set16(CAPABILITIES, PM as u16, 0);
-        // Interrupt Line is the firmware's scratch byte; Interrupt Pin 0 says that there is no INTx.
-        self.set16(0x3c, 0, 0x00ff);
+        // Interrupt Line is the firmware's scratch byte.
+        self.set16(0x3c, PIN << 8, 0x00ff);
     }
 
     /// A memory BAR: the address bits above its size are writable.
@@ -256,7 +269,7 @@ mod tests {
         let mut at = u64::from(config.bytes[CAPABILITIES]);
         let mut ids = Vec::new();
         while at != 0 {
-            let header = read32(&config, at);
+            let header = read32(config, at);
             ids.push(header as u8);
             at = u64::from(header >> 8 & 0xff);
         }
@@ -276,6 +289,18 @@ mod tests {
         assert_eq!(read32(&config, 0x18), 0);
         // MSI with its most messages, 32.
         assert_eq!(read32(&config, MSI as u64) >> 17 & 7, 5);
+    }
+
+    #[test]
+    fn the_pin_is_inta_and_can_be_disabled() {
+        let mut config = config(false);
+        assert_eq!(read32(&config, 0x3c) >> 8, 1);
+        assert!(config.write(COMMAND as u64, &[0, 4]).pin_disabled);
+        assert!(!config.write(COMMAND as u64, &[0, 0]).pin_disabled);
+        config.set_interrupt_status(true);
+        assert_eq!(read32(&config, COMMAND as u64), 0x0018_0000);
+        config.set_interrupt_status(false);
+        assert_eq!(read32(&config, COMMAND as u64), 0x0010_0000);
     }
 
     #[test]

@@ -35,7 +35,8 @@ pub struct Identity {
     pub revision: u8,
     /// Its memory BARs.
     pub bars: &'static [Bar],
-    /// Interrupt vectors, at least 1; offered as MSI-X, and up to 32 as MSI.
+    /// Interrupt vectors, at least 1; offered as MSI-X unless its slot has none, up to 32 as MSI, and all in one as the pin
+    /// INTA.
     pub vectors: u16,
     /// Whether it is a root-complex integrated endpoint, and not one that may stand behind a root port.
     pub integrated: bool,

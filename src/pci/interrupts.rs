@@ -1,13 +1,14 @@
-//! The interrupts of a function: one event file descriptor of the client's for each vector.
+//! The interrupts of a function: one event file descriptor of the client's for each vector, or one for its pin.
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
+use super::pin::{Pin, PinSource, Unmasker};
 use crate::socket::set_nonblocking;
 use crate::trace::{Event, Tracer};
 
-/// Which kind of interrupt a vector is of.
+/// Which kind of message a vector is of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     Msi,
@@ -36,6 +37,7 @@ struct Shared {
     endpoint: u32,
     tracer: Tracer,
     lines: RwLock<Lines>,
+    pin: Pin,
 }
 
 /// Sends interrupts to the guest. Clones send the same ones; the default sends none.
@@ -44,14 +46,18 @@ pub struct Interrupts(Option<Arc<Shared>>);
 
 impl Interrupts {
     pub(super) fn new(endpoint: u32, tracer: Tracer) -> Self {
-        Interrupts(Some(Arc::new(Shared { endpoint, tracer, lines: RwLock::default() })))
+        Interrupts(Some(Arc::new(Shared { endpoint, tracer, lines: RwLock::default(), pin: Pin::default() })))
     }
 
     /// Sends vector `vector`; nothing happens while the guest has it disabled, and a masked one is sent when it is
     /// unmasked. With MSI, where the guest may have enabled fewer vectors than the function has, the number's low
-    /// bits count; nothing happens there while [`Interrupts::withhold`] is in effect for it.
+    /// bits count; nothing happens there while [`Interrupts::withhold`] is in effect for it. With the pin, the model's
+    /// reasons count and not the vector: see [`Interrupts::set_pin_source`].
     pub fn trigger(&self, vector: u16) {
         let Some(shared) = &self.0 else { return };
+        if shared.pin.is_assigned() {
+            return shared.pin_sent(shared.pin.update());
+        }
         let lines = shared.lines.read().unwrap_or_else(PoisonError::into_inner);
         let (line, vector) = if lines.msi.is_empty() {
             (lines.msix.get(usize::from(vector)), vector)
@@ -67,16 +73,73 @@ impl Interrupts {
     }
 
     /// Withholds those of the function's first 32 vectors whose bits are set, and no others, for a function that masks by
-    /// registers of its own. It comes before all that MSI does: vectors have the function's numbers, a triggered one does not
-    /// become pending, and none is sent after this returned. MSI-X is not affected.
+    /// registers of its own. It comes before all that MSI and the pin do: vectors have the function's numbers, a triggered
+    /// one does not become pending, and none is sent after this returned. MSI-X is not affected.
     ///
     /// Returns the vectors that were withheld and are not any more, none without MSI: the function is to trigger those
-    /// that still have a reason.
+    /// that still have a reason. The pin asks for itself.
     pub fn withhold(&self, vectors: u32) -> u32 {
         let Some(shared) = &self.0 else { return 0 };
+        shared.pin_sent(shared.pin.withhold(vectors));
         let mut lines = shared.lines.write().unwrap_or_else(PoisonError::into_inner);
         let before = std::mem::replace(&mut lines.withheld, vectors);
         if lines.msi.is_empty() { 0 } else { before & !vectors }
+    }
+
+    /// Sets who is asked for the level of the interrupt pin, as long as that lives. What it locks to answer must not be held
+    /// during any call of these interrupts.
+    pub fn set_pin_source(&self, source: Weak<dyn PinSource>) {
+        let Some(shared) = &self.0 else { return };
+        shared.pin.set_source(source);
+    }
+
+    /// The level of the pin may be another one than before, though there is no reason to send a message. Nothing is lost if a
+    /// level that fell is not told.
+    pub fn level_changed(&self) {
+        let Some(shared) = &self.0 else { return };
+        shared.pin_sent(shared.pin.update());
+    }
+
+    /// Whether interrupts go through the pin.
+    pub fn use_pin(&self) -> bool {
+        self.0.as_ref().is_some_and(|shared| shared.pin.is_used())
+    }
+
+    /// Whether the pin is asserted: Interrupt Status in the status register.
+    pub(super) fn pin_is_asserted(&self) -> bool {
+        self.0.as_ref().is_some_and(|shared| shared.pin.is_asserted())
+    }
+
+    /// Follows Interrupt Disable in the command register.
+    pub(super) fn disable_pin(&self, disabled: bool) {
+        let Some(shared) = &self.0 else { return };
+        shared.pin_sent(shared.pin.disable(disabled));
+    }
+
+    /// Masks or unmasks the pin.
+    pub(super) fn mask_pin(&self, masked: bool) {
+        let Some(shared) = &self.0 else { return };
+        shared.pin_sent(shared.pin.mask(masked));
+    }
+
+    /// Sets which event file descriptor the pin sends to; `None` takes it away.
+    pub(super) fn assign_pin(&self, sink: Option<File>) {
+        let Some(shared) = &self.0 else { return };
+        shared.pin_sent(shared.pin.assign(sink));
+    }
+
+    /// Has the pin send an event, whatever its level is.
+    pub(super) fn trigger_pin(&self) {
+        let Some(shared) = &self.0 else { return };
+        shared.pin_sent(shared.pin.trigger());
+    }
+
+    /// Unmasks the pin whenever `event` is signalled; `None` ends that.
+    pub(super) fn unmask_pin_by(&self, event: Option<File>) -> io::Result<()> {
+        let Some(shared) = &self.0 else { return Ok(()) };
+        let unmasker = event.map(|event| Unmasker::start(self.clone(), event)).transpose()?;
+        shared.pin.set_unmasker(unmasker);
+        Ok(())
     }
 
     /// Sets which event file descriptors vectors `start..` of a kind send to; `None` takes one away.
@@ -133,6 +196,13 @@ impl Interrupts {
 }
 
 impl Shared {
+    /// Traces an event of the pin.
+    fn pin_sent(&self, sent: bool) {
+        if sent {
+            self.tracer.emit(Event::Interrupt { endpoint: Some(self.endpoint), vector: 0 });
+        }
+    }
+
     fn send(&self, line: &mut Line, vector: u16) {
         if line.masked {
             line.pending = true;

@@ -9,8 +9,10 @@ mod config;
 pub mod function;
 mod interrupts;
 mod memory;
+mod pin;
 mod server;
 
 pub use function::{Bar, Bus, Function, Identity};
 pub use interrupts::Interrupts;
+pub use pin::PinSource;
 pub use server::{Server, Slot};

@@ -28,12 +28,23 @@ impl Served {
         make: impl Fn(Bus) -> Box<dyn Function> + Send + 'static,
         on_reset: impl Fn() + Send + 'static,
     ) -> Self {
+        Served::in_slot(endpoint, tracer, |slot| slot, make, on_reset)
+    }
+
+    /// The same in a slot that `slot` changes.
+    pub fn in_slot(
+        endpoint: u32,
+        tracer: Tracer,
+        slot: impl FnOnce(Slot) -> Slot,
+        make: impl Fn(Bus) -> Box<dyn Function> + Send + 'static,
+        on_reset: impl Fn() + Send + 'static,
+    ) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let endpoints = vec![EndpointSettings { id: endpoint, reserved: Vec::new() }];
         let iommu = Iommu::new(Settings { endpoints, ..Settings::default() }, tracer.clone());
         let shutdown = EventFd::new(0).unwrap();
         let server = Server::bind(&dir.path().join("function.sock")).unwrap();
-        let slot = Slot::new(&iommu, endpoint, tracer);
+        let slot = slot(Slot::new(&iommu, endpoint, tracer));
         let stop = shutdown.try_clone().unwrap();
         let thread = thread::spawn(move || server.serve(&slot, &stop, make, on_reset));
         Served { iommu, dir, shutdown, thread: Some(thread) }

@@ -13,6 +13,7 @@ mod ends;
 mod events;
 mod hostile;
 mod masks;
+mod pin;
 mod queues;
 mod traced;
 

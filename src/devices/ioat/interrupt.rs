@@ -1,6 +1,9 @@
 //! When the channel's interrupt is sent.
 
-use crate::pci::Interrupts;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::pci::{Interrupts, PinSource};
 
 /// Software takes interrupts. Reading INTRCTRL clears it, so that a handler that has begun is not disturbed.
 const MASTER: u8 = 1 << 0;
@@ -13,21 +16,36 @@ const VECTOR_PER_CHANNEL: u8 = 1 << 3;
 
 /// The interrupt: sent once each time that software armed it. One that is due before is kept until then.
 ///
-/// Either bit of INTRCTRL lets it through: on hardware the master enable is for INTx and MSI, where one handler serves
-/// all channels, and drivers that use a vector per channel leave it off.
+/// Either bit of INTRCTRL lets a message through: on hardware the master enable is for INTx and MSI, where one handler
+/// serves all channels, and drivers that use a vector per channel leave it off. The pin is asserted while INTRCTRL says so:
+/// there is an interrupt, and the master enable is on.
 #[derive(Default)]
 pub struct Interrupt {
     interrupts: Interrupts,
+    pin: Arc<Pin>,
     enable: u8,
     sent: bool,
     due: bool,
     attention: bool,
 }
 
+/// Whether the pin is asserted, for who asks without the channel's lock.
+#[derive(Default)]
+struct Pin(AtomicBool);
+
+impl PinSource for Pin {
+    fn reasons(&self) -> u32 {
+        u32::from(self.0.load(Ordering::SeqCst))
+    }
+}
+
 impl Interrupt {
     /// Armed, but not enabled.
     pub fn new(interrupts: Interrupts) -> Self {
-        Interrupt { interrupts, ..Interrupt::default() }
+        let pin = Arc::<Pin>::default();
+        let source: Arc<dyn PinSource> = pin.clone();
+        interrupts.set_pin_source(Arc::downgrade(&source));
+        Interrupt { interrupts, pin, ..Interrupt::default() }
     }
 
     /// As it was at first.
@@ -74,6 +92,7 @@ impl Interrupt {
     /// INTRCTRL was read.
     pub fn control_was_read(&mut self) {
         self.enable &= !MASTER;
+        self.set_pin();
     }
 
     /// ATTNSTATUS.
@@ -84,15 +103,27 @@ impl Interrupt {
     /// ATTNSTATUS was read.
     pub fn attention_was_read(&mut self) {
         self.attention = false;
+        self.set_pin();
     }
 
     fn send(&mut self) {
-        if self.due && !self.sent && self.enable != 0 {
+        let now = self.due && !self.sent && self.enable != 0;
+        if now {
             self.due = false;
             self.sent = true;
             self.attention = true;
-            self.interrupts.trigger(0);
         }
+        self.set_pin();
+        if now {
+            self.interrupts.trigger(0);
+        } else {
+            // The master enable may be on again.
+            self.interrupts.level_changed();
+        }
+    }
+
+    fn set_pin(&self) {
+        self.pin.0.store(self.control() & INTERRUPT != 0, Ordering::SeqCst);
     }
 }
 
@@ -149,5 +180,26 @@ mod tests {
         assert!(!interrupt.is_disarmed());
         interrupt.write_control(MASTER | STATUS | INTERRUPT);
         assert!(interrupt.is_disarmed());
+    }
+
+    #[test]
+    fn the_pin_is_asserted_until_the_handler_takes_over() {
+        let mut interrupt = enabled();
+        interrupt.raise();
+        assert_eq!(interrupt.pin.reasons(), 0, "the master enable is off");
+        interrupt.write_control(MASTER);
+        assert_eq!(interrupt.pin.reasons(), 1);
+        interrupt.control_was_read();
+        assert_eq!(interrupt.pin.reasons(), 0);
+        // One that came meanwhile, of which the handler does not know yet.
+        interrupt.write_control(MASTER);
+        assert_eq!(interrupt.pin.reasons(), 1);
+        interrupt.attention_was_read();
+        assert_eq!(interrupt.pin.reasons(), 0);
+        interrupt.arm();
+        interrupt.raise();
+        assert_eq!(interrupt.pin.reasons(), 1);
+        interrupt.reset();
+        assert_eq!(interrupt.pin.reasons(), 0);
     }
 }

@@ -211,17 +211,26 @@ impl Admin {
             admin::GET_LOG_PAGE => self.get_log_page(sqe),
             admin::DELETE_CQ => self.delete_cq(sqe),
             admin::CREATE_CQ => self.create_cq(sqe),
-            admin::IDENTIFY => identify(&self.shared.disk, sqe).and_then(|page| self.send(sqe, &page)),
+            admin::IDENTIFY => {
+                let page = identify(&self.shared.disk, sqe, self.offers_shadow_doorbells());
+                page.and_then(|page| self.send(sqe, &page))
+            }
             admin::ABORT => return self.abort(sqe).map(Some),
             admin::SET_FEATURES => return self.set_features(sqe).map(Some),
             admin::GET_FEATURES => return self.get_features(sqe).map(Some),
             // It completes when there is an event.
             admin::ASYNC_EVENT_REQUEST if self.waiting.len() < AER_LIMIT => return Ok(None),
             admin::ASYNC_EVENT_REQUEST => Err(Status::AER_LIMIT_EXCEEDED),
-            admin::DOORBELL_BUFFER_CONFIG => self.doorbell_buffer_config(sqe),
+            admin::DOORBELL_BUFFER_CONFIG if self.offers_shadow_doorbells() => self.doorbell_buffer_config(sqe),
             _ => Err(Status::INVALID_OPCODE),
         };
         done.map(|()| Some(0))
+    }
+
+    /// With the interrupt pin, the controller must know at once up to where completions are acknowledged: it lowers the pin
+    /// then. What the host writes to memory it would not see in time.
+    fn offers_shadow_doorbells(&self) -> bool {
+        !self.shared.bus.interrupts.use_pin()
     }
 
     /// Gives data to the host.

@@ -23,14 +23,14 @@ const SIZE: usize = 4096;
 /// Asynchronous Event Requests that may wait at once.
 pub(super) const AER_LIMIT: usize = 4;
 
-/// The structure that a command asks for.
-pub(super) fn identify(disk: &Disk, sqe: &Sqe) -> Result<Vec<u8>, Status> {
+/// The structure that a command asks for; whether the controller offers shadow doorbells is in that of the controller.
+pub(super) fn identify(disk: &Disk, sqe: &Sqe, shadow_doorbells: bool) -> Result<Vec<u8>, Status> {
     let nsid = sqe.nsid.get();
     // The only command set is NVM, 0.
     let command_set = sqe.cdw11.get() >> 24;
     match sqe.cdw10.get() as u8 {
         cns::NAMESPACE => namespace_id(nsid).map(|()| namespace(disk)),
-        cns::CONTROLLER => Ok(controller(disk)),
+        cns::CONTROLLER => Ok(controller(disk, shadow_doorbells)),
         cns::ACTIVE_NAMESPACES => active_namespaces(nsid),
         cns::NAMESPACE_DESCRIPTORS => namespace_id(nsid).map(|()| descriptors(disk)),
         // What the NVM command set adds: nothing, but zeros must be said.
@@ -67,7 +67,7 @@ fn descriptors(disk: &Disk) -> Vec<u8> {
 }
 
 /// Identify controller (figure 247).
-fn controller(disk: &Disk) -> Vec<u8> {
+fn controller(disk: &Disk, shadow_doorbells: bool) -> Vec<u8> {
     let mut page = vec![0; SIZE];
     let mut set = |at: usize, bytes: &[u8]| put(&mut page, at, bytes);
     set(0, &VENDOR.to_le_bytes());
@@ -79,7 +79,7 @@ fn controller(disk: &Disk) -> Vec<u8> {
     set(77, &[MDTS]);
     set(80, &VERSION.to_le_bytes());
     set(111, &[1]); // CNTRLTYPE: I/O controller
-    set(256, &(1u16 << 8).to_le_bytes()); // OACS: doorbell buffer config
+    set(256, &(u16::from(shadow_doorbells) << 8).to_le_bytes()); // OACS: doorbell buffer config
     set(258, &[3, AER_LIMIT as u8 - 1]); // ACL, AERL
     set(260, &[0b11]); // FRMW: one slot, read only
     set(261, &[0b110]); // LPA: commands supported and effects, extended data

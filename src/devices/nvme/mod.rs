@@ -25,7 +25,7 @@ use std::thread::JoinHandle;
 pub use disk::{Counters, Disk, NvmeConfig, OpenError};
 
 use crate::dma::Dma;
-use crate::pci::{Bar, Bus, Function, Identity};
+use crate::pci::{Bar, Bus, Function, Identity, PinSource};
 use admin::{Admin, Orders};
 use shared::{Shared, lock};
 use spec::{
@@ -81,6 +81,8 @@ impl Nvme {
         bus.interrupts.withhold(0);
         let dma = bus.door.open();
         let shared = Arc::new(Shared::new(bus, disk));
+        let source: Arc<dyn PinSource> = shared.clone();
+        shared.bus.interrupts.set_pin_source(Arc::downgrade(&source));
         Nvme { shared, aqa: 0, asq: 0, acq: 0, interrupt_mask: 0, dma, enabled: None }
     }
 
@@ -133,7 +135,9 @@ impl Nvme {
     fn mask_interrupts(&mut self, mask: u32) {
         self.interrupt_mask = mask;
         let unmasked = self.shared.bus.interrupts.withhold(mask);
-        for cq in lock(&self.shared.cqs).iter() {
+        // Not locked any more when one interrupts, since the pin asks for all of them then.
+        let cqs = lock(&self.shared.cqs).clone();
+        for cq in &cqs {
             if cq.unmasked(&mut self.dma, &self.shared, unmasked).is_err() {
                 self.shared.fatal();
             }

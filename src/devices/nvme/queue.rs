@@ -156,11 +156,21 @@ impl CompletionQueue {
     /// entries that the host has not acknowledged (section 7.5.1). What is posted at the same time is either seen here, or
     /// its interrupt comes after the change of the mask.
     pub fn unmasked(&self, dma: &mut Dma, shared: &Shared, vectors: u32) -> Result<(), DmaError> {
-        let bit = self.vector.and_then(|vector| 1u32.checked_shl(u32::from(vector))).unwrap_or(0);
-        if vectors & bit != 0 && self.host_head(dma, shared)? != lock(&self.state).tail {
+        if vectors & self.vector_bit() != 0 && self.host_head(dma, shared)? != lock(&self.state).tail {
             self.interrupt(shared);
         }
         Ok(())
+    }
+
+    /// The bit of its vector, if there are entries that the host has not acknowledged by the register. With the interrupt
+    /// pin there are no shadow doorbells.
+    pub fn reason(&self, shared: &Shared) -> u32 {
+        let head = self.doorbells(shared).map_or(0, |doorbells| doorbells.head.value());
+        if head != lock(&self.state).tail { self.vector_bit() } else { 0 }
+    }
+
+    fn vector_bit(&self) -> u32 {
+        self.vector.and_then(|vector| 1u32.checked_shl(u32::from(vector))).unwrap_or(0)
     }
 
     /// Posts what fits without wrapping.

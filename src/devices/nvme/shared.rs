@@ -11,7 +11,7 @@ use super::features::Features;
 use super::log::ErrorLog;
 use super::queue::CompletionQueue;
 use super::spec::{CSTS_FATAL, Status};
-use crate::pci::Bus;
+use crate::pci::{Bus, PinSource};
 use crate::trace::Event;
 use crate::trace::event::Model;
 
@@ -229,4 +229,10 @@ impl Shared {
 /// Locks; what a panicking thread left is whole, since all that is done under these locks is plain assignments.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+impl PinSource for Shared {
+    fn reasons(&self) -> u32 {
+        lock(&self.cqs).iter().fold(0, |bits, cq| bits | cq.reason(self))
+    }
+}
+
 }

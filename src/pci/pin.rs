@@ -1,0 +1,196 @@
+//! The interrupt pin (INTx), which is level-triggered, over an event file descriptor, which is not.
+//!
+//! As VFIO defines it, the pin masks itself when it has sent an event, and the client unmasks it when the guest has
+//! served the interrupt, or may have. Whether there is still a reason then is asked of the model anew: no state of before
+//! counts, so that no interrupt is lost and none is sent in vain.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
+use std::thread::JoinHandle;
+
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::Interrupts;
+use crate::socket::{set_nonblocking, wait_readable};
+
+/// A model's reasons to assert the pin.
+pub trait PinSource: Send + Sync {
+    /// The vectors, of the first 32, for which there is something that the driver has not acknowledged, a bit each. It is
+    /// asked by any thread that triggers an interrupt or unmasks the pin.
+    fn reasons(&self) -> u32;
+}
+
+/// A pin.
+#[derive(Default)]
+pub(super) struct Pin {
+    /// Whether there is a descriptor: a client gives one for the pin or some for messages, and not both.
+    assigned: AtomicBool,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    sink: Option<File>,
+    /// By the client, or since the last event.
+    masked: bool,
+    /// By Interrupt Disable in the command register.
+    disabled: bool,
+    /// Vectors that the model withholds.
+    withheld: u32,
+    source: Option<Weak<dyn PinSource>>,
+    unmasker: Option<Unmasker>,
+}
+
+impl State {
+    /// Whether the model asserts the pin.
+    fn level(&self) -> bool {
+        let source = self.source.as_ref().and_then(Weak::upgrade);
+        source.is_some_and(|source| source.reasons() & !self.withheld != 0)
+    }
+
+    /// Sends an event if the pin is asserted and may be. Returns whether it was sent.
+    fn update(&mut self) -> bool {
+        if self.sink.is_none() || self.masked || self.disabled || !self.level() {
+            return false;
+        }
+        self.masked = true;
+        self.send()
+    }
+
+    fn send(&mut self) -> bool {
+        let Some(sink) = &mut self.sink else { return false };
+        match sink.write(&1u64.to_ne_bytes()) {
+            Ok(_) => true,
+            // A full counter: the client has not seen an event of before.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => false,
+            Err(error) => {
+                log::warn!("The interrupt pin's event was not sent: {error}");
+                self.sink = None;
+                false
+            }
+        }
+    }
+}
+
+impl Pin {
+    /// Whether it has a descriptor.
+    pub fn is_assigned(&self) -> bool {
+        self.assigned.load(Ordering::Acquire)
+    }
+
+    /// Whether the driver can get interrupts of it.
+    pub fn is_used(&self) -> bool {
+        self.is_assigned() && !self.lock().disabled
+    }
+
+    /// Whether it is asserted, be it masked or not.
+    pub fn is_asserted(&self) -> bool {
+        self.is_assigned() && self.lock().level()
+    }
+
+    /// Sets the model that is asked. The caller must hold no lock that the model takes to answer; the same holds for all
+    /// that follows, which return whether an event was sent.
+    pub fn set_source(&self, source: Weak<dyn PinSource>) {
+        self.lock().source = Some(source);
+    }
+
+    /// The model's reasons may be others than before.
+    pub fn update(&self) -> bool {
+        self.is_assigned() && self.lock().update()
+    }
+
+    /// The model withholds these vectors, and no others.
+    pub fn withhold(&self, vectors: u32) -> bool {
+        let mut state = self.lock();
+        state.withheld = vectors;
+        state.update()
+    }
+
+    /// Follows Interrupt Disable in the command register.
+    pub fn disable(&self, disabled: bool) -> bool {
+        let mut state = self.lock();
+        state.disabled = disabled;
+        state.update()
+    }
+
+    /// The client masks or unmasks it.
+    pub fn mask(&self, masked: bool) -> bool {
+        let mut state = self.lock();
+        state.masked = masked;
+        state.update()
+    }
+
+    /// The client has it send an event.
+    pub fn trigger(&self) -> bool {
+        self.lock().send()
+    }
+
+    /// Sets the descriptor that it sends to; `None` takes it away, and all that the client set.
+    pub fn assign(&self, sink: Option<File>) -> bool {
+        let sink = sink.filter(|sink| {
+            set_nonblocking(sink).inspect_err(|e| log::warn!("The interrupt pin is not usable: {e}")).is_ok()
+        });
+        let mut state = self.lock();
+        self.assigned.store(sink.is_some(), Ordering::Release);
+        let gone = sink.is_none().then(|| state.unmasker.take());
+        state.masked &= sink.is_some() && state.sink.is_some();
+        state.sink = sink;
+        let sent = state.update();
+        drop(state);
+        // Its thread may want the lock.
+        drop(gone);
+        sent
+    }
+
+    /// Sets what unmasks it besides the client's messages.
+    pub fn set_unmasker(&self, unmasker: Option<Unmasker>) {
+        let before = std::mem::replace(&mut self.lock().unmasker, unmasker);
+        // Its thread may want the lock.
+        drop(before);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A thread that unmasks the pin whenever an event file descriptor is signalled. KVM does that when the guest has served
+/// an interrupt.
+pub(super) struct Unmasker {
+    stop: EventFd,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Unmasker {
+    /// Begins to wait.
+    pub fn start(interrupts: Interrupts, mut event: File) -> io::Result<Unmasker> {
+        set_nonblocking(&event)?;
+        let stop = EventFd::new(EFD_NONBLOCK)?;
+        let stopped = stop.try_clone()?;
+        let wait = move || {
+            while let Ok(true) = wait_readable(event.as_raw_fd(), stopped.as_raw_fd()) {
+                match event.read(&mut [0; 8]) {
+                    Ok(1..) => interrupts.mask_pin(false),
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    // It is none, or cannot be signalled any more.
+                    Ok(0) | Err(_) => break,
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("intx-unmask".into()).spawn(wait)?;
+        Ok(Unmasker { stop, thread: Some(thread) })
+    }
+}
+
+impl Drop for Unmasker {
+    fn drop(&mut self) {
+        // A counter that is full is signalled.
+        let _ = self.stop.write(1);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
