@@ -71,21 +71,22 @@ pub struct Door {
 }
 
 impl Door {
-    /// The door of the endpoint `id` to `memory`. Bus mastering is off.
+    /// The door of the endpoint `id` to `memory`. Bus mastering is off, unless another door of the endpoint's set it.
     pub fn new(iommu: &Arc<Iommu>, id: u32, memory: Memory, tracer: Tracer) -> Self {
-        Door {
-            iommu: iommu.clone(),
-            endpoint: iommu.endpoint(id),
-            memory,
-            bus_master: Arc::default(),
-            counters: Arc::default(),
-            tracer,
-        }
+        let endpoint = iommu.endpoint(id);
+        let bus_master = endpoint.bus_master().clone();
+        Door { iommu: iommu.clone(), endpoint, memory, bus_master, counters: Arc::default(), tracer }
     }
 
     /// The endpoint id.
     pub fn endpoint(&self) -> u32 {
         self.endpoint.id()
+    }
+
+    /// Whether accesses are possible: the last [`Door::set_bus_master`] of any door of the endpoint's, or a reset of the machine
+    /// since, which takes it.
+    pub fn is_bus_master(&self) -> bool {
+        self.bus_master.load(Ordering::Acquire)
     }
 
     /// Follows the Bus Master Enable bit of the PCI command register.
@@ -194,11 +195,11 @@ impl Dma {
         flags: libc::c_int,
     ) -> bool {
         let Dma { door, reader } = self;
+        let memory = door.memory.memory();
+        let guard = reader.enter();
         if !door.bus_master.load(Ordering::Acquire) {
             return false;
         }
-        let memory = door.memory.memory();
-        let guard = reader.enter();
         let Some(runs) = door.runs(&guard, ranges, access) else { return false };
         let Some(parts) = parts(&memory, &runs, access) else { return false };
         let (fd, count, at) = (file.as_raw_fd(), parts.len() as libc::c_int, offset as libc::off_t);
@@ -237,11 +238,11 @@ impl Dma {
         copy: impl FnOnce(&GuestMemoryMmap, GuestAddress, usize) -> vm_memory::guest_memory::Result<()>,
     ) -> Result<Run, DmaError> {
         let door = &self.door;
+        let memory = door.memory.memory();
+        let guard = self.reader.enter();
         if !door.bus_master.load(Ordering::Acquire) {
             return Err(DmaError::BusMasterOff);
         }
-        let memory = door.memory.memory();
-        let guard = self.reader.enter();
         let found = match door.endpoint.translate(&guard, iova, access) {
             Ok(found) => found,
             Err(refused) => {

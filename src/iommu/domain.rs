@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::address_space::{AddressSpace, PAGE};
 use super::endpoint::Endpoint;
@@ -91,6 +92,13 @@ impl Domains {
         self.retire(old);
         self.attached.remove(&endpoint.id());
         Ok(self.leave(endpoint.id(), id))
+    }
+
+    /// Takes bus mastering from all whose addresses are not guest-physical ones.
+    pub(super) fn silence(&self) {
+        for entry in self.by_id.values().filter(|entry| entry.domain.space.is_some()) {
+            entry.members.iter().for_each(|member| member.bus_master().store(false, Ordering::Release));
+        }
     }
 
     /// Detaches everything.

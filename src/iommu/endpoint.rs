@@ -43,6 +43,7 @@ pub struct Endpoint {
     managed: Option<Managed>,
     pub(super) domain: Slot<Domain>,
     grace: Arc<Grace>,
+    bus_master: Arc<AtomicBool>,
 }
 
 /// What holds for an endpoint in any domain and in none.
@@ -58,17 +59,24 @@ impl Endpoint {
     pub(super) fn new(id: u32, mut reserved: Vec<Reserved>, bypass: Arc<AtomicBool>, grace: Arc<Grace>) -> Self {
         reserved.sort_by_key(|region| region.start);
         let managed = Managed { reserved: reserved.into_boxed_slice(), bypass };
-        Endpoint { id, managed: Some(managed), domain: Slot::empty(), grace }
+        Endpoint { managed: Some(managed), ..Endpoint::unknown(id, grace) }
     }
 
     /// An endpoint that the device does not manage: all its accesses fault.
     pub(super) fn unknown(id: u32, grace: Arc<Grace>) -> Self {
-        Endpoint { id, managed: None, domain: Slot::empty(), grace }
+        Endpoint { id, managed: None, domain: Slot::empty(), grace, bus_master: Arc::default() }
     }
 
     /// The endpoint id.
     pub fn id(&self) -> u32 {
         self.id
+    }
+
+    /// Whether its function may access memory at all: Bus Master Enable of the PCI command register, which the function
+    /// follows. A reset of the machine clears it here for an endpoint that is attached, before what the endpoint uses as I/O
+    /// virtual addresses becomes something else. To be read by who has a [`Guard`].
+    pub fn bus_master(&self) -> &Arc<AtomicBool> {
+        &self.bus_master
     }
 
     /// The reserved regions, in the order of their addresses.

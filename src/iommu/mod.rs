@@ -199,8 +199,12 @@ impl Iommu {
         self.settle();
     }
 
-    /// The machine was reset: as [`Iommu::device_reset`], and `bypass` has its boot value again.
+    /// The machine was reset: as [`Iommu::device_reset`], and `bypass` has its boot value again. Functions that were not reset
+    /// yet would go on with I/O virtual addresses that nothing translates any more, and in bypass reach any memory with them:
+    /// so before that, those that are attached lose bus mastering, as their own reset takes it.
     pub fn system_reset(&self) {
+        self.domains().silence();
+        self.grace.synchronize();
         self.bypass.store(self.settings.boot_bypass, Ordering::Release);
         self.device_reset();
     }

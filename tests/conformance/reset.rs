@@ -1,13 +1,18 @@
 //! What of the state survives what: see `src/vhost/reset.rs`.
 
 use std::os::unix::net::UnixListener;
+use std::sync::mpsc;
+use std::thread;
 
+use viommu::dma::{DmaError, Door};
 use viommu::iommu::{Iommu, Settings};
 use viommu::socket::SocketError;
 use viommu::trace::Tracer;
 use viommu::vhost::{Server, ServerError};
+use viommu::wire::trace::Kind;
 
 use crate::common::frontend::*;
+use crate::common::trace::Recorder;
 
 /// A driver with [`EP`] attached to domain 1, a mapping there, and `bypass` 0.
 fn busy(device: &Device) -> Driver {
@@ -108,7 +113,7 @@ fn a_reset_of_the_machine_is_seen_before_the_next_driver_comes() {
     // Firmware now drives the function with addresses of memory.
     driver.write(0x1000, b"boot");
     let mut data = [0; 4];
-    dma.read(0x1000, &mut data).unwrap();
+    driver.dma(&device, EP).read(0x1000, &mut data).unwrap();
     assert_eq!(&data, b"boot");
     assert_eq!(device.iommu.counters().mappings_live, 0);
     driver.start_over();
@@ -201,4 +206,61 @@ fn a_server_stops_with_and_without_a_frontend() {
     let driver = busy(&device);
     drop(device);
     drop(driver);
+}
+
+/// A function that is not reset yet goes on with I/O virtual addresses when the IOMMU is in bypass again.
+#[test]
+fn who_was_attached_when_the_machine_is_reset_reaches_nothing() {
+    let device = Device::new();
+    let mut driver = Driver::new(&device);
+    assert_eq!(driver.attach(1, EP), OK);
+    assert_eq!(driver.map(1, 0x1000, 0x1fff, 0x5000, READ), OK);
+    assert_eq!(driver.attach_bypass(2, EP2), OK);
+    let doors = [EP, EP2, BARE].map(|id| {
+        let door = Door::new(&device.iommu, id, driver.ram.clone(), Tracer::default());
+        door.set_bus_master(true);
+        door
+    });
+    let read = |door: &Door| door.open().read(0x1000, &mut [0]);
+    assert_eq!(doors.each_ref().map(read), [Ok(()); 3]);
+    driver.stop_queues();
+    assert_eq!(doors.each_ref().map(read), [Ok(()); 3], "it may be a pause");
+    device.control.function_reset();
+    // For the others addresses are what they were.
+    assert_eq!(doors.each_ref().map(read), [Err(DmaError::BusMasterOff), Ok(()), Ok(())]);
+    assert_eq!(doors.each_ref().map(Door::is_bus_master), [false, true, true]);
+    // Firmware sets Bus Master Enable anew.
+    doors[0].set_bus_master(true);
+    assert_eq!(read(&doors[0]), Ok(()));
+}
+
+#[test]
+fn who_is_attached_when_the_frontend_leaves_reaches_nothing() {
+    let (recorder, tracer) = Recorder::start(&[Kind::Dma, Kind::Fault]);
+    let device = Device::traced(|_| {}, tracer.clone());
+    // Far above the memory, so that what goes past the IOMMU shows.
+    const IOVA: u64 = 0xffff_f000;
+    for _ in 0..100 {
+        let mut driver = Driver::new(&device);
+        assert_eq!(driver.attach(1, EP), OK);
+        assert_eq!(driver.map(1, IOVA, IOVA + 0xfff, 0x5000, READ), OK);
+        let door = Door::new(&device.iommu, EP, driver.ram.clone(), tracer.clone());
+        door.set_bus_master(true);
+        let (begun, begins) = mpsc::channel();
+        let poller = thread::spawn(move || {
+            let mut dma = door.open();
+            let mut polled = Ok(0);
+            let _ = begun.send(dma.poll(IOVA, 0));
+            while polled.is_ok() {
+                polled = dma.poll(IOVA, 0);
+            }
+            polled
+        });
+        begins.recv().unwrap().unwrap();
+        drop(driver);
+        assert_eq!(poller.join().unwrap(), Err(DmaError::BusMasterOff));
+    }
+    drop(device);
+    drop(tracer);
+    assert_eq!(recorder.end(), [], "polls that find nothing new are not traced");
 }
