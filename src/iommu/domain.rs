@@ -76,6 +76,7 @@ impl Domains {
         let entry = self.by_id.entry(id).or_insert_with(make);
         entry.members.push(endpoint.clone());
         let old = endpoint.domain.replace(Some(entry.domain.clone()));
+        endpoint.set_settled(true);
         self.retire(old);
         match self.attached.insert(endpoint.id(), id) {
             Some(left) => self.leave(endpoint.id(), left),

@@ -44,27 +44,38 @@ pub struct Endpoint {
     pub(super) domain: Slot<Domain>,
     grace: Arc<Grace>,
     bus_master: Arc<AtomicBool>,
+    /// It was attached since the machine was reset, or the user was told that it was not.
+    settled: AtomicBool,
 }
 
 /// What holds for an endpoint in any domain and in none.
 struct Managed {
     /// In the order of their addresses.
     reserved: Box<[Reserved]>,
+    /// What the device knows for all of them.
+    common: Arc<Common>,
+}
+
+/// What holds for all endpoints that the device manages.
+pub(super) struct Common {
     /// `bypass` of the device's configuration.
-    bypass: Arc<AtomicBool>,
+    pub bypass: AtomicBool,
+    /// A driver is there.
+    pub driver: AtomicBool,
 }
 
 impl Endpoint {
-    /// An endpoint that the device manages, attached to nothing. `bypass` is that of the device's configuration.
-    pub(super) fn new(id: u32, mut reserved: Vec<Reserved>, bypass: Arc<AtomicBool>, grace: Arc<Grace>) -> Self {
+    /// An endpoint that the device manages, attached to nothing.
+    pub(super) fn new(id: u32, mut reserved: Vec<Reserved>, common: Arc<Common>, grace: Arc<Grace>) -> Self {
         reserved.sort_by_key(|region| region.start);
-        let managed = Managed { reserved: reserved.into_boxed_slice(), bypass };
+        let managed = Managed { reserved: reserved.into_boxed_slice(), common };
         Endpoint { managed: Some(managed), ..Endpoint::unknown(id, grace) }
     }
 
     /// An endpoint that the device does not manage: all its accesses fault.
     pub(super) fn unknown(id: u32, grace: Arc<Grace>) -> Self {
-        Endpoint { id, managed: None, domain: Slot::empty(), grace, bus_master: Arc::default() }
+        let (bus_master, settled) = Default::default();
+        Endpoint { id, managed: None, domain: Slot::empty(), grace, bus_master, settled }
     }
 
     /// The endpoint id.
@@ -77,6 +88,23 @@ impl Endpoint {
     /// virtual addresses becomes something else. To be read by who has a [`Guard`].
     pub fn bus_master(&self) -> &Arc<AtomicBool> {
         &self.bus_master
+    }
+
+    /// It was attached, or the machine was reset.
+    pub(super) fn set_settled(&self, settled: bool) {
+        self.settled.store(settled, Ordering::Relaxed);
+    }
+
+    /// The endpoint is in bypass for want of a domain. That is as it should be as long as there is no driver.
+    fn unattached(&self, common: &Common) {
+        if common.driver.load(Ordering::Relaxed) && !self.settled.swap(true, Ordering::Relaxed) {
+            log::warn!(
+                "Endpoint {:#x} accesses memory untranslated: the guest has a driver for this IOMMU, which did not attach the \
+                 endpoint. Another IOMMU of the machine (-device intel-iommu) may have taken it, its driver may have come \
+                 before the IOMMU's, or its bus number is not that of the topology",
+                self.id
+            );
+        }
     }
 
     /// The reserved regions, in the order of their addresses.
@@ -122,10 +150,11 @@ impl Endpoint {
 
         let bypass = Translation { gpa: iova, len: limit, route: Route::Bypass, domain: id.unwrap_or(0), tag: 0 };
         let Some(domain) = domain else {
-            return match managed.bypass.load(Ordering::Acquire) {
-                true => Ok(bypass),
-                false => refused(FaultReason::Domain),
-            };
+            if !managed.common.bypass.load(Ordering::Acquire) {
+                return refused(FaultReason::Domain);
+            }
+            self.unattached(&managed.common);
+            return Ok(bypass);
         };
         let Some(space) = &domain.space else { return Ok(bypass) };
         let needed = match access {
@@ -197,7 +226,11 @@ mod tests {
     const HOLE: Reserved = Reserved { kind: ResvMemKind::Reserved, start: 0x8000, end: 0x8fff };
 
     fn endpoint(bypass: bool, grace: &Arc<Grace>) -> Endpoint {
-        Endpoint::new(8, vec![MSI, HOLE], Arc::new(AtomicBool::new(bypass)), grace.clone())
+        Endpoint::new(8, vec![MSI, HOLE], common(bypass), grace.clone())
+    }
+
+    fn common(bypass: bool) -> Arc<Common> {
+        Arc::new(Common { bypass: bypass.into(), driver: false.into() })
     }
 
     #[test]
@@ -221,8 +254,24 @@ mod tests {
         let grace = Grace::new();
         let mut reader = grace.reader();
         let guard = reader.enter();
-        let endpoint = Endpoint::new(8, Vec::new(), Arc::new(AtomicBool::new(true)), grace.clone());
+        let endpoint = Endpoint::new(8, Vec::new(), common(true), grace.clone());
         assert_eq!(endpoint.translate(&guard, 0, Access::Read).map(|found| found.len), Ok(u64::MAX));
+    }
+
+    #[test]
+    fn who_is_not_attached_though_there_is_a_driver_is_told_of_once() {
+        let grace = Grace::new();
+        let mut reader = grace.reader();
+        let guard = reader.enter();
+        let common = common(true);
+        let endpoint = Endpoint::new(8, Vec::new(), common.clone(), grace.clone());
+        let access = || endpoint.translate(&guard, 0, Access::Read).map(drop).unwrap();
+        let is_told = || endpoint.settled.load(Ordering::Relaxed);
+        access();
+        assert!(!is_told(), "firmware may do that");
+        common.driver.store(true, Ordering::Relaxed);
+        access();
+        assert!(is_told());
     }
 
     #[test]

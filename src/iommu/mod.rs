@@ -17,13 +17,14 @@ mod split;
 mod sync;
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use address_space::{AddressSpace, Budget};
 pub use counters::Counters;
 use counters::Counts;
 use domain::{Domain, Domains, Entry};
+use endpoint::Common;
 pub use endpoint::{Endpoint, Translation};
 pub use fault::Fault;
 use fault::{FaultListener, FaultQueue};
@@ -44,8 +45,8 @@ pub struct Iommu {
     /// Fixed at the start, so that no request can make the device manage more.
     endpoints: HashMap<u32, Arc<Endpoint>>,
     domains: Mutex<Domains>,
-    /// `bypass` of the configuration, which every endpoint reads.
-    bypass: Arc<AtomicBool>,
+    /// What every endpoint reads.
+    common: Arc<Common>,
     /// What the driver accepted.
     features: AtomicU64,
     faults: FaultQueue,
@@ -64,10 +65,10 @@ impl Iommu {
     /// A device as it is at power-on.
     pub fn new(settings: Settings, tracer: Tracer) -> Arc<Iommu> {
         let grace = grace::Grace::new();
-        let bypass = Arc::new(AtomicBool::new(settings.boot_bypass));
+        let common = Arc::new(Common { bypass: settings.boot_bypass.into(), driver: false.into() });
         let endpoints = settings.endpoints.iter().map(|endpoint| {
             let id = endpoint.id;
-            (id, Arc::new(Endpoint::new(id, endpoint.reserved.clone(), bypass.clone(), grace.clone())))
+            (id, Arc::new(Endpoint::new(id, endpoint.reserved.clone(), common.clone(), grace.clone())))
         });
         Arc::new(Iommu {
             endpoints: endpoints.collect(),
@@ -75,7 +76,7 @@ impl Iommu {
             budget: Budget::new(settings.limits.table_bytes),
             tracer,
             domains: Mutex::default(),
-            bypass,
+            common,
             features: AtomicU64::new(0),
             faults: FaultQueue::new(settings.limits.pending_faults),
             counts: Counts::default(),
@@ -133,7 +134,7 @@ impl Iommu {
             input_range: [input_range.0.into(), input_range.1.into()],
             domain_range: [domain_range.0.into(), domain_range.1.into()],
             probe_size: (self.probe_size() as u32).into(),
-            bypass: u8::from(self.bypass.load(Ordering::Acquire)),
+            bypass: u8::from(self.common.bypass.load(Ordering::Acquire)),
             reserved: [0; 3],
         }
     }
@@ -158,6 +159,7 @@ impl Iommu {
     pub fn set_features(&self, accepted: u64) {
         let useless = if accepted & feature::MAP_UNMAP == 0 { F_SPLIT_MAP } else { 0 };
         self.features.store(accepted & self.offered() & !useless, Ordering::Release);
+        self.common.driver.store(accepted & self.offered() != 0, Ordering::Release);
     }
 
     /// The device type's features that the driver accepted.
@@ -171,7 +173,7 @@ impl Iommu {
         if value > 1 || self.features() & feature::BYPASS_CONFIG == 0 {
             return false;
         }
-        self.bypass.store(value == 1, Ordering::Release);
+        self.common.bypass.store(value == 1, Ordering::Release);
         self.grace.synchronize();
         true
     }
@@ -203,9 +205,11 @@ impl Iommu {
     /// yet would go on with I/O virtual addresses that nothing translates any more, and in bypass reach any memory with them:
     /// so before that, those that are attached lose bus mastering, as their own reset takes it.
     pub fn system_reset(&self) {
+        self.common.driver.store(false, Ordering::Release);
         self.domains().silence();
         self.grace.synchronize();
-        self.bypass.store(self.settings.boot_bypass, Ordering::Release);
+        self.endpoints.values().for_each(|endpoint| endpoint.set_settled(false));
+        self.common.bypass.store(self.settings.boot_bypass, Ordering::Release);
         self.device_reset();
     }
 
