@@ -1,45 +1,95 @@
-//! A controller that is plugged in while the guest runs.
+//! A controller that is plugged in while the guest runs, and unplugged.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
 use serde_json::json;
 
 use crate::results::Results;
-use crate::{blockdev, nvme_io, report, sysfs};
+use crate::{blockdev, nvme_io, pci, report, sysfs};
 
-/// How long the host may take to plug it in.
-const LIMIT: Duration = Duration::from_secs(30);
+/// How long the host may take to plug it in or out.
+const LIMIT: Duration = Duration::from_secs(60);
 /// How much is written and read back on it.
 const BYTES: u64 = 8 << 20;
+/// Where the slots are that hot-plugging knows.
+const SLOTS: &str = "/sys/bus/pci/slots";
 
-/// The workload. Emits a `marker` when the host may plug the controller in, and one `result`.
+/// How often, and who unplugs it in between.
+#[derive(clap::Args)]
+pub struct Args {
+    /// After it was used, this one unplugs it, and it is plugged in again; several times if given several times.
+    #[arg(long)]
+    unplug: Vec<Who>,
+}
+
+/// Who unplugs a controller.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Who {
+    /// The host, by device_del.
+    Host,
+    /// The guest, by switching the slot's power off.
+    Guest,
+}
+
+/// The workload. Emits a `marker` whenever the host may plug the controller in, one whenever it is to unplug it, and one
+/// `result`.
 ///
 /// # Errors
-/// If none comes, or it does not work.
-pub fn run(results: &mut Results) -> Result<()> {
+/// If none comes or goes, or it does not work.
+pub fn run(args: &Args, results: &mut Results) -> Result<()> {
     let before = controllers();
-    results.emit("marker", json!({ "name": "hotplug-ready" }));
-    let end = Instant::now() + LIMIT;
-    let bdf = loop {
-        if let Some(bdf) = controllers().into_iter().find(|bdf| !before.contains(bdf)) {
-            break bdf;
+    let mut bdf = use_next(&before, 0, results)?;
+    for (round, who) in (1..).zip(&args.unplug) {
+        match who {
+            Who::Host => results.emit("marker", json!({ "name": "hotplug-unplug", "round": round })),
+            Who::Guest => power_off(&bdf)?,
         }
-        if Instant::now() >= end {
-            bail!("No further NVMe controller appeared within {LIMIT:?}; there are {before:?}");
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    };
-    let namespace = blockdev::wait_for_namespace(&bdf, LIMIT)?;
-    nvme_io::exercise(&namespace.node(), BYTES, 1)?;
+        wait(|| !pci::folder(&bdf).exists()).with_context(|| format!("{bdf} is still there"))?;
+        bdf = use_next(&before, round, results)?;
+    }
     results.emit(
         "result",
         json!({
-            "workload": "hotplug-wait", "verified": true, "bytes": BYTES,
-            "dev": namespace.node(), "function": report::pci_function(&bdf),
+            "workload": "hotplug-wait", "verified": true, "bytes": BYTES, "times": args.unplug.len() + 1,
+            "function": report::pci_function(&bdf),
         }),
     );
     Ok(())
+}
+
+/// Waits for a controller that was not there before, and uses it.
+fn use_next(before: &[String], round: u64, results: &mut Results) -> Result<String> {
+    results.emit("marker", json!({ "name": "hotplug-ready", "round": round }));
+    let new = || controllers().into_iter().find(|bdf| !before.contains(bdf));
+    wait(|| new().is_some()).with_context(|| format!("No further NVMe controller; there are {before:?}"))?;
+    let bdf = new().context("The new NVMe controller went away")?;
+    let namespace = blockdev::wait_for_namespace(&bdf, LIMIT)?;
+    nvme_io::exercise(&namespace.node(), BYTES, round + 1)?;
+    Ok(bdf)
+}
+
+fn wait(until: impl Fn() -> bool) -> Result<()> {
+    let end = Instant::now() + LIMIT;
+    while !until() {
+        if Instant::now() >= end {
+            bail!("It took more than {LIMIT:?}");
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}
+
+/// Switches the power of a function's slot off, which unplugs what is in it.
+fn power_off(bdf: &str) -> Result<()> {
+    let device = bdf.split('.').next().unwrap_or(bdf);
+    let slots = sysfs::names(SLOTS);
+    let is_its = |slot: &&String| sysfs::text(Path::new(SLOTS).join(slot).join("address")).as_deref() == Some(device);
+    let slot = slots.iter().find(is_its).with_context(|| format!("No slot of {slots:?} has {device}"))?;
+    let power = Path::new(SLOTS).join(slot).join("power");
+    std::fs::write(&power, "0").with_context(|| format!("Cannot write to {}", power.display()))
 }
 
 /// The PCI functions that have an NVMe controller, as the driver sees it.

@@ -82,8 +82,8 @@ enum Workload {
     Reboot,
     /// Read on while the guest ends; the last workload.
     BusyEnd,
-    /// Wait for another NVMe controller to be plugged in, and use it.
-    HotplugWait,
+    /// Wait for another NVMe controller to be plugged in, and use it; have it unplugged and plugged in again.
+    HotplugWait(hotplug::Args),
     /// Let the kernel's ioatdma bind to the DMA engine; it copies memory as a self-test.
     IoatSelftest,
     /// Let the kernel series' own tests of the two-step DMA API use the DMA engine.
@@ -120,7 +120,7 @@ impl Workload {
             Self::Set(args) => set::run(args, results),
             Self::Reboot => reboot::run(results),
             Self::BusyEnd => busy_end::run(),
-            Self::HotplugWait => hotplug::run(results),
+            Self::HotplugWait(args) => hotplug::run(args, results),
             Self::IoatSelftest => ioat_selftest::run(results),
             Self::IovaTest => iova_test::run(results),
             Self::VfioDma => vfio_dma::run(results),

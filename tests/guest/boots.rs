@@ -32,6 +32,7 @@ fn stock_kernel() {
     }
     let kicks = outcome.events("kick").count() as u64;
     assert_eq!(kicks, outcome.count("kicks"));
+    assert_eq!(outcome.warnings(), Vec::<&str>::new());
 }
 
 #[test]
@@ -53,6 +54,7 @@ fn passthrough() {
     assert_eq!(endpoint(&outcome, "0000:00:04.0")["iommu_type"], "identity");
     assert_eq!((outcome.count("faults"), outcome.requests("map")), (0, 0));
     assert!(outcome.events("dma").all(|dma| dma["route"] == "bypass"));
+    assert_eq!(outcome.warnings(), Vec::<&str>::new(), "what is in bypass was attached");
 }
 
 #[test]
@@ -120,6 +122,7 @@ fn firmware_boots_from_the_controller() {
     let outcome = guest.end();
     assert!(outcome.events("dma").any(|dma| dma["route"] == "bypass"), "firmware read the disk untranslated");
     assert_eq!(outcome.count("faults"), 0);
+    assert_eq!(outcome.warnings(), Vec::<&str>::new());
 }
 
 /// A hexadecimal string of the trace as a number.

@@ -21,6 +21,7 @@ pub struct Guest {
     boot_sector: Option<Vec<u8>>,
     guest_trace: bool,
     inject: Vec<String>,
+    qemu: Vec<String>,
 }
 
 impl Guest {
@@ -34,6 +35,7 @@ impl Guest {
             boot_sector: None,
             guest_trace: false,
             inject: Vec::new(),
+            qemu: Vec::new(),
         }
     }
 
@@ -64,6 +66,12 @@ impl Guest {
     /// Requests that the device answers wrongly, as `--inject` takes them; may be called several times.
     pub fn inject(mut self, injection: &str) -> Guest {
         self.inject.push(injection.into());
+        self
+    }
+
+    /// More arguments for QEMU.
+    pub fn qemu(mut self, words: &[&str]) -> Guest {
+        self.qemu.extend(words.iter().map(|word| word.to_string()));
         self
     }
 
@@ -108,6 +116,7 @@ impl Guest {
         }
         command
             .args(["--", "-qmp", "unix:test-qmp.sock,server=on,wait=off"])
+            .args(&self.qemu)
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log);
@@ -241,6 +250,11 @@ impl Outcome {
     /// The number of requests of a type.
     pub fn requests(&self, name: &str) -> u64 {
         self.summary["requests"][name].as_u64().unwrap_or_else(|| panic!("{name} is not in {}", self.summary))
+    }
+
+    /// What the daemon warned of.
+    pub fn warnings(&self) -> Vec<&str> {
+        self.log.lines().filter(|line| line.starts_with("[WARN") || line.starts_with("[ERROR")).collect()
     }
 
     /// What every healthy run with I/O through translation shows.

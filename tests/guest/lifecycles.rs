@@ -7,7 +7,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use crate::harness::{Guest, Outcome, Process, Qmp, guest_files};
+use crate::harness::{Guest, Outcome, Process, guest_files};
 use crate::{NVME, nvme_in};
 
 /// I/O that goes on for some seconds.
@@ -39,27 +39,6 @@ fn stop_and_cont_under_io() {
     outcome.assert_translated();
     let resets: Vec<_> = outcome.events("reset").filter_map(|reset| reset["reset"].as_str()).collect();
     assert!(resets.iter().filter(|reset| **reset == "resume").count() >= 3, "{resets:?}");
-}
-
-#[test]
-fn hot_add() {
-    let topology = "[[root-port]]\nname = \"rp1\"\naddress = \"06.0\"\n\
-                    [[root-port]]\nname = \"rp2\"\naddress = \"07.0\"\n\
-                    [[nvme]]\naddress = \"00.0\"\nbehind = \"rp1\"\nimage = \"nvme0.img\"\n\
-                    [[nvme]]\naddress = \"00.0\"\nbehind = \"rp2\"\nimage = \"nvme1.img\"\nhotplug = true\n";
-    let guest = Guest::new(topology, "hotplug-wait").start();
-    guest.wait_for_result("the marker", |result| result["name"] == "hotplug-ready");
-    let arguments = Command::new(env!("CARGO_BIN_EXE_viommu"))
-        .current_dir(guest.path("."))
-        .args(["args", "--topology", "topology.toml", "--hotplug", "nvme1", "--socket-path"])
-        .arg(guest.path("viommu.sock").canonicalize().unwrap())
-        .output()
-        .unwrap();
-    assert!(arguments.status.success(), "{}", String::from_utf8_lossy(&arguments.stderr));
-    guest.qmp().execute("device_add", serde_json::from_slice(&arguments.stdout).unwrap());
-    let outcome = guest.wait();
-    outcome.assert_translated();
-    assert!(outcome.events("dma").any(|dma| dma["endpoint"] == 0x200 && dma["route"] == "mapped"));
 }
 
 #[test]
@@ -241,13 +220,4 @@ fn sigterm_ends_run_and_its_qemu() {
     let outcome = guest.end();
     assert!(outcome.status.success(), "{}", outcome.status);
     assert!(outcome.count("events") > 0, "a summary is left");
-}
-
-#[test]
-fn quitting_qemu_ends_run() {
-    let guest = Guest::new(NVME, BUSY).start();
-    guest.wait_for_result("the boot report", |result| result["event"] == "boot");
-    Qmp::connect(&guest.path("test-qmp.sock")).execute("quit", json!({}));
-    let outcome = guest.end();
-    assert!(outcome.status.success(), "{}", outcome.status);
 }

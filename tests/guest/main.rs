@@ -6,11 +6,14 @@
 mod api;
 mod boots;
 mod file_system;
+mod functions;
 mod guest_trace;
 mod harness;
+mod hotplug;
 mod lifecycles;
 mod observers;
 mod patched;
+mod resets;
 mod sgl;
 
 /// One NVMe controller.
