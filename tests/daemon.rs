@@ -407,6 +407,26 @@ fn what_the_log_leaves_out_is_counted_though_nothing_more_happens() {
     );
 }
 
+/// VERSION with a wrong type of a megabyte, which the error repeats.
+#[test]
+fn what_the_log_repeats_of_a_message_is_cut() {
+    const LENGTH: usize = 1 << 20;
+    let folder = folder();
+    let daemon = serve(folder.path());
+    let mut client = UnixStream::connect(folder.path().join("dma0.sock")).unwrap();
+    let json = format!("{{\"capabilities\":{{\"max_msg_fds\":\"{}\"}}}}\0", "a".repeat(LENGTH));
+    let size = 16 + 4 + json.len() as u32;
+    let message = [&[1, 0, 1, 0][..], &size.to_le_bytes(), &[0; 8], &[0, 0, 1, 0], json.as_bytes()].concat();
+    client.write_all(&message).unwrap();
+    // An answer, or the end of the connection.
+    let _ = client.read(&mut [0; 16]).unwrap();
+    drop(client);
+    let said = end(daemon);
+    assert!(said.contains("aaaaaaaa") && said.len() < 3000, "{} bytes", said.len());
+    let cut = said.split_once("... (").unwrap().1.split_once(" bytes more)").unwrap().0.parse::<usize>().unwrap();
+    assert!((LENGTH - 1024..LENGTH + 1024).contains(&cut), "{said}");
+}
+
 /// DMA_MAP of a page of a file that is open for reading only, to be written.
 #[test]
 fn a_refusal_is_logged_with_its_causes() {

@@ -8,6 +8,7 @@ use anyhow::{Result, bail};
 
 use super::qemu;
 use super::run::Accel;
+use super::short::short;
 
 /// What is remembered of a KVM that runs the kernel.
 const WORKS: &str = "ok\n";
@@ -38,12 +39,12 @@ pub fn choose(wish: Accel, qemu: &Path, kernel: Option<&Path>) -> Result<Chosen>
         (Accel::Kvm, None) => Ok(Chosen::Kvm),
         (Accel::Kvm, Some(kernel)) => match probe(qemu, kernel) {
             Ok(()) => Ok(Chosen::Kvm),
-            Err(why) => bail!("KVM was asked for, but {why}. Use --accel tcg"),
+            Err(why) => bail!("KVM was asked for, but {}. Use --accel tcg", short(&why)),
         },
         (Accel::Auto, Some(kernel)) => match probe(qemu, kernel) {
             Ok(()) => Ok(Chosen::Kvm),
             Err(why) => {
-                eprintln!("viommu: using TCG: {why}");
+                eprintln!("viommu: using TCG: {}", short(&why));
                 Ok(Chosen::Tcg)
             }
         },

@@ -1,17 +1,19 @@
 //! What is said on the standard error output, and how often.
 //!
 //! Guests and clients can make the same thing go wrong as often as they like. Each place in the code says its first few
-//! warnings and then counts them, and the count is said when some seconds are over; the trace has every one.
+//! warnings and then counts them, and the count is said when some seconds are over; the trace has every one. What is said
+//! is cut to about a kilobyte, as it may repeat what a peer has sent.
 
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::collections::HashMap;
-use std::fmt::Display;
 use std::panic::PanicHookInfo;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
+
+use super::short::short;
 
 /// Warnings and errors that one place in the code may say in a [`WINDOW`].
 const BURST: u32 = 5;
@@ -38,7 +40,7 @@ fn log_panic(info: &PanicHookInfo<'_>) {
     let thread = thread::current();
     let name = thread.name().unwrap_or("without a name");
     let backtrace = Backtrace::capture();
-    let mut text = format!("Thread {name} {info}");
+    let mut text = short(&format_args!("Thread {name} {info}"));
     if backtrace.status() == BacktraceStatus::Captured {
         text += &format!("\n{backtrace}");
     }
@@ -98,17 +100,36 @@ impl Limited {
         }
     }
 
+    /// Says `message` in place of what the record says.
+    fn say(&self, record: &Record<'_>, message: &str) {
+        self.inner.log(
+            &Record::builder()
+                .metadata(record.metadata().clone())
+                .module_path(record.module_path())
+                .file(record.file())
+                .line(record.line())
+                .args(format_args!("{message}"))
+                .build(),
+        );
+    }
+
     fn log(self: &Arc<Self>, record: &Record<'_>) {
         if !self.inner.matches(record) {
             return;
         }
-        // Who asks for more than warnings wants all of it.
+        // Not under the lock: what formats the message is others' code, and if it panics, that is logged too.
+        let message = match record.target() {
+            // It is short where it has to be, and a backtrace is not.
+            target if target == module_path!() => record.args().to_string(),
+            _ => short(record.args()),
+        };
+        let say = || self.say(record, &message);
+        // Who asks for more than warnings wants all of them.
         if record.level() > Level::Warn {
-            return self.inner.log(record);
+            return say();
         }
         let place = (record.file().unwrap_or_default().to_string(), record.line().unwrap_or(0));
-        // Not under the lock: what formats the message is others' code, and if it panics, that is logged too.
-        let like = excerpt(record.args());
+        let like = excerpt(&message);
         if record.target() == "vfio_user" && like.contains("Error from backend") {
             // The backend is ours and has said it, in words.
             return;
@@ -121,7 +142,7 @@ impl Limited {
         };
         self.say_left_out(&left_out);
         if admitted {
-            self.inner.log(record);
+            say();
         }
         if !attended {
             self.attend();
@@ -213,9 +234,8 @@ impl Window {
 }
 
 /// The first line of a message, and no more than a little of it.
-fn excerpt(message: &impl Display) -> String {
-    let text = message.to_string();
-    let line = text.lines().next().unwrap_or_default();
+fn excerpt(message: &str) -> String {
+    let line = message.lines().next().unwrap_or_default();
     line.chars().take(EXCERPT).collect()
 }
 

@@ -11,6 +11,7 @@ mod qemu;
 mod qmp;
 mod run;
 mod serve;
+mod short;
 mod source;
 mod stop;
 mod summary;

@@ -1,12 +1,18 @@
 //! What a run did, in numbers.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use super::daemon::Counts;
+use super::short::short;
+
+/// Bytes of results that are read: a guest may write as much as it likes, and says little.
+const RESULTS_MAX: u64 = 4 << 20;
 
 /// The files of a run.
 pub struct Files {
@@ -167,8 +173,12 @@ fn bytes(count: u64) -> String {
 }
 
 /// The guest's results; lines that are none are the guest's own noise.
-fn read_results(path: &PathBuf) -> Vec<Value> {
-    let text = std::fs::read(path).unwrap_or_default();
+fn read_results(path: &Path) -> Vec<Value> {
+    let mut text = Vec::new();
+    if let Ok(file) = File::open(path) {
+        // What was read before an error is what the guest said.
+        let _ = file.take(RESULTS_MAX).read_to_end(&mut text);
+    }
     let text = String::from_utf8_lossy(&text);
     text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
 }
@@ -177,7 +187,7 @@ fn failure(results: &[Value]) -> Option<String> {
     let error = results.iter().find(|value| value["event"] == "error");
     let failed = results.iter().any(|value| value["event"] == "end" && value["ok"] == false);
     let message = error.and_then(|value| value["message"].as_str());
-    message.map(String::from).or_else(|| failed.then(|| "a workload failed".to_string()))
+    message.map(|message| short(&message)).or_else(|| failed.then(|| "a workload failed".to_string()))
 }
 
 fn workload(value: &Value) -> Option<Workload> {
@@ -194,6 +204,7 @@ fn workload(value: &Value) -> Option<Workload> {
     if let Some(error) = value["error"].as_str() {
         text += &format!(": {error}");
     }
+    let text = short(&text);
     Some(Workload { text, verified: value["verified"].as_bool() })
 }
 
@@ -223,5 +234,15 @@ mod tests {
     fn what_the_guest_says_went_wrong_is_kept() {
         let text = "{\"event\":\"error\",\"message\":\"no disk\"}\n{\"event\":\"end\",\"ok\":false}\n";
         assert_eq!(summary(text).failure(), Some("no disk"));
+    }
+
+    #[test]
+    fn a_guest_that_says_much_is_cut_short() {
+        let much = "a".repeat(1 << 20);
+        let error = format!("{{\"event\":\"error\",\"message\":\"{much}\"}}\n");
+        let result = format!("{{\"event\":\"result\",\"workload\":\"{much}\"}}\n");
+        let summary = summary(&(error + &result.repeat(2)));
+        assert!(summary.failure().unwrap().ends_with(" bytes more)"));
+        assert!((2000..8000).contains(&summary.to_string().len()));
     }
 }
