@@ -5,12 +5,13 @@ use std::fs::{self, File, Metadata, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 
 /// How long a server waits after a connection that failed, before the next. What failed may be the acceptance, for want
 /// of descriptors; then the connection still waits, and would be tried again without end.
@@ -58,6 +59,17 @@ pub enum SocketError {
         /// The file that is locked.
         lock: PathBuf,
     },
+    /// What is to be locked meanwhile is no file that this process would have made.
+    #[error(
+        "{} is not a regular file, but who makes the socket {} has to lock one there; remove it, or choose another path",
+        .lock.display(), .path.display()
+    )]
+    NoLock {
+        /// The socket's path.
+        path: PathBuf,
+        /// What is no file.
+        lock: PathBuf,
+    },
     /// The operating system refuses the file that is locked meanwhile.
     #[error("Cannot lock {}, as who makes the socket {} has to", .lock.display(), .path.display())]
     Lock {
@@ -81,10 +93,39 @@ pub enum SocketError {
 /// A listening socket; its file goes with it.
 #[derive(Debug)]
 pub struct Socket {
+    entry: Entry,
     listener: UnixListener,
+}
+
+/// A file that this process made and holds open, by its name. It goes with this, unless another process has put a file
+/// of its own there since.
+#[derive(Debug)]
+pub(crate) struct Entry {
     path: PathBuf,
-    /// Device and inode: another process may have put a file of its own there since.
+    /// Device and inode. As long as the file is open nobody else's can have the same.
     identity: (u64, u64),
+}
+
+impl Entry {
+    /// The file that was just made at `path`.
+    pub(crate) fn new(path: PathBuf) -> io::Result<Entry> {
+        let identity = fs::symlink_metadata(&path).map(identity)?;
+        Ok(Entry { path, identity })
+    }
+
+    /// Removes it now, if it is still there.
+    pub(crate) fn remove(&self) {
+        if fs::symlink_metadata(&self.path).is_ok_and(|found| identity(found) == self.identity) {
+            // Nothing to do about a failure: the next one to make a file there replaces this one.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        self.remove();
+    }
 }
 
 impl Socket {
@@ -99,8 +140,8 @@ impl Socket {
         let _turn = Turn::take(path)?;
         make_room(path)?;
         let listener = UnixListener::bind(path).map_err(failed)?;
-        let identity = fs::symlink_metadata(path).map(identity).map_err(failed)?;
-        Ok(Socket { listener, path: path.to_owned(), identity })
+        let entry = Entry::new(path.to_owned()).map_err(failed)?;
+        Ok(Socket { entry, listener })
     }
 
     /// The listening end.
@@ -110,16 +151,12 @@ impl Socket {
 
     /// The socket's path.
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.entry.path
     }
-}
 
-impl Drop for Socket {
-    fn drop(&mut self) {
-        if fs::symlink_metadata(&self.path).is_ok_and(|found| identity(found) == self.identity) {
-            // Nothing to do about a failure: the next one to listen there replaces the file.
-            let _ = fs::remove_file(&self.path);
-        }
+    /// Removes its file, if it is still there: nobody else is to connect.
+    pub(crate) fn remove(&self) {
+        self.entry.remove();
     }
 }
 
@@ -142,13 +179,21 @@ fn make_room(path: &Path) -> Result<(), SocketError> {
         Ok(found) if !found.file_type().is_socket() => return Err(SocketError::NotASocket(path.to_owned())),
         Ok(_) => {}
     }
-    match UnixStream::connect(path) {
-        Ok(_) => Err(SocketError::InUse(path.to_owned())),
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path).map_err(failed),
+    match try_connect(path) {
+        // Whose backlog is full is alive, though it may not look after it.
+        Ok(()) | Err(Errno::EAGAIN) => Err(SocketError::InUse(path.to_owned())),
+        Err(Errno::ECONNREFUSED) => fs::remove_file(path).map_err(failed),
         // Who listened has ended meanwhile, and taken it along.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(failed(error)),
+        Err(Errno::ENOENT) => Ok(()),
+        Err(error) => Err(failed(error.into())),
     }
+}
+
+/// Connects and disconnects, without waiting for anybody.
+fn try_connect(path: &Path) -> nix::Result<()> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let end = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    connect(end.as_raw_fd(), &UnixAddr::new(path)?)
 }
 
 /// The turn to make the socket at a path: a locked file beside it, which goes with the turn. One that a killed process
@@ -166,11 +211,21 @@ impl Turn {
         let path = PathBuf::from(path);
         let failed = |source| SocketError::Lock { path: socket.to_owned(), lock: path.clone(), source };
         let mut options = OpenOptions::new();
-        // Nothing is ever written, least of all to where somebody's symbolic link leads.
-        options.write(true).create(true).truncate(false).mode(0o600).custom_flags(libc::O_NOFOLLOW);
+        // Nothing is ever written, least of all to where somebody's symbolic link leads; and nobody is waited for, which
+        // who opens a FIFO otherwise does.
+        let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY;
+        options.write(true).create(true).truncate(false).mode(0o600).custom_flags(flags);
         let deadline = Instant::now() + TURN_MAX;
         loop {
-            let file = options.open(&path).map_err(failed)?;
+            let no_lock = || SocketError::NoLock { path: socket.to_owned(), lock: path.clone() };
+            let file = options.open(&path).map_err(|error| match error.raw_os_error() {
+                // A link; a FIFO that nobody reads, or a socket; a folder.
+                Some(libc::ELOOP | libc::ENXIO | libc::EISDIR) => no_lock(),
+                _ => failed(error),
+            })?;
+            if !file.metadata().map_err(failed)?.is_file() {
+                return Err(no_lock());
+            }
             match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
                 Ok(file) => {
                     let locked = file.metadata().map(identity).map_err(failed)?;
@@ -230,6 +285,7 @@ pub(crate) fn set_nonblocking(file: &File) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::net::UnixStream;
     use std::sync::Barrier;
     use std::sync::atomic::{AtomicBool, Ordering};
     use std::thread;
@@ -270,7 +326,7 @@ mod tests {
             });
             assert_eq!(made.len(), 1, "round {round}");
             assert!(refused.iter().all(|result| matches!(result, Err(SocketError::InUse(_)))), "{refused:?}");
-            assert_eq!(made[0].as_ref().unwrap().identity, identity(fs::symlink_metadata(&path).unwrap()));
+            assert_eq!(made[0].as_ref().unwrap().entry.identity, identity(fs::symlink_metadata(&path).unwrap()));
             drop(made);
             assert_eq!(fs::read_dir(&folder).unwrap().count(), 0, "nothing is left behind");
         }
@@ -304,8 +360,40 @@ mod tests {
         drop(socket);
         // Not through a link, to a file that would be made.
         std::os::unix::fs::symlink("elsewhere", &lock).unwrap();
-        assert!(matches!(Socket::bind(&path), Err(SocketError::Lock { .. })));
+        assert!(matches!(Socket::bind(&path), Err(SocketError::NoLock { .. })));
         assert!(!folder.path().join("elsewhere").exists());
+    }
+
+    #[test]
+    fn a_lock_that_is_no_file_is_an_error_and_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let lock = folder.path().join("socket.viommu-lock");
+        let refused = || {
+            assert!(matches!(Socket::bind(&path), Err(SocketError::NoLock { .. })));
+            assert!(fs::symlink_metadata(&lock).is_ok() && !path.exists());
+        };
+        nix::unistd::mkfifo(&lock, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        // That nobody has open, and that somebody reads.
+        refused();
+        let reader = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&lock).unwrap();
+        refused();
+        drop(reader);
+        fs::remove_file(&lock).unwrap();
+        fs::create_dir(&lock).unwrap();
+        refused();
+    }
+
+    #[test]
+    fn a_socket_whose_backlog_is_full_is_alive() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        // SAFETY: the call takes a descriptor that `listener` keeps open, and no pointer.
+        assert_eq!(unsafe { libc::listen(listener.as_raw_fd(), 0) }, 0);
+        let _waits = UnixStream::connect(&path).unwrap();
+        assert_eq!(try_connect(&path), Err(Errno::EAGAIN));
+        assert!(matches!(Socket::bind(&path), Err(SocketError::InUse(_))));
     }
 
     #[test]
