@@ -3,12 +3,13 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 
 use crate::trace::event::Access;
@@ -111,13 +112,14 @@ impl Disk {
         if !(1..=64).contains(&config.queues) {
             return Err(OpenError::Queues(config.queues));
         }
-        let file = match OpenOptions::new().read(true).write(!config.read_only).open(&config.image) {
+        let file = match open(&config.image, !config.read_only) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(OpenError::Missing(path())),
             Err(source) => return Err(OpenError::Open { path: path(), source }),
         };
         let bytes = size(&file).map_err(|source| OpenError::Open { path: path(), source })?;
         let Some(bytes) = bytes else { return Err(OpenError::NotAFile(path())) };
+        wait_for_data(&file).map_err(|source| OpenError::Open { path: path(), source })?;
         lock(&file, config.read_only).map_err(|source| match source.kind() {
             io::ErrorKind::WouldBlock => OpenError::Locked(path()),
             _ => OpenError::Open { path: path(), source },
@@ -211,6 +213,17 @@ impl Disk {
     pub(super) fn count(&self, counter: impl FnOnce(&Counters) -> &AtomicU64, by: u64) {
         counter(&self.counters).fetch_add(by, Ordering::Relaxed);
     }
+}
+
+/// Opens what is at `path`, without waiting: it may be no image but a FIFO, whose other end nobody has opened.
+fn open(path: &Path, write: bool) -> io::Result<File> {
+    OpenOptions::new().read(true).write(write).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)
+}
+
+/// Takes back that nothing is waited for.
+fn wait_for_data(file: &File) -> io::Result<()> {
+    fcntl(file, FcntlArg::F_SETFL(OFlag::empty()))?;
+    Ok(())
 }
 
 /// The bytes of a regular file or a block device.
