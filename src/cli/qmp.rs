@@ -23,6 +23,9 @@ pub enum MachineEvent {
 /// How often a socket that does not listen yet is tried.
 const RETRY: Duration = Duration::from_millis(100);
 
+/// Bytes of a line that are looked at. The greeting and the events have some hundred, and nothing else is asked for.
+const LINE_MAX: usize = 64 << 10;
+
 /// Connects to the QMP socket at `path`, again whenever it is lost, and tells of events until `stop`.
 pub fn watch(path: PathBuf, stop: Stop, tell: impl Fn(MachineEvent) + Send + 'static) -> std::io::Result<()> {
     std::thread::Builder::new().name("qmp".into()).spawn(move || {
@@ -38,9 +41,10 @@ pub fn watch(path: PathBuf, stop: Stop, tell: impl Fn(MachineEvent) + Send + 'st
 }
 
 fn follow(mut stream: UnixStream, tell: &impl Fn(MachineEvent)) -> std::io::Result<()> {
-    let lines = BufReader::new(stream.try_clone()?).lines();
-    for line in lines {
-        let Ok(message) = serde_json::from_str::<Value>(&line?) else { continue };
+    let mut reader = BufReader::new(stream.try_clone()?);
+    let mut line = Vec::new();
+    while next_line(&mut reader, &mut line)? {
+        let Ok(message) = serde_json::from_slice::<Value>(&line) else { continue };
         if message.get("QMP").is_some() {
             stream.write_all(b"{\"execute\":\"qmp_capabilities\"}\n")?;
         }
@@ -52,4 +56,45 @@ fn follow(mut stream: UnixStream, tell: &impl Fn(MachineEvent)) -> std::io::Resu
         }
     }
     Ok(())
+}
+
+/// Reads a line, and keeps no more of it than [`LINE_MAX`] bytes; `false` at the end.
+fn next_line(reader: &mut impl BufRead, line: &mut Vec<u8>) -> std::io::Result<bool> {
+    line.clear();
+    loop {
+        let bytes = reader.fill_buf()?;
+        if bytes.is_empty() {
+            return Ok(!line.is_empty());
+        }
+        let end = bytes.iter().position(|byte| *byte == b'\n');
+        let part = &bytes[..end.unwrap_or(bytes.len())];
+        line.extend(&part[..part.len().min(LINE_MAX - line.len())]);
+        let used = part.len() + usize::from(end.is_some());
+        reader.consume(used);
+        if end.is_some() {
+            return Ok(true);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_without_an_end_is_kept_in_part_and_those_behind_it_are_read() {
+        let long = "a".repeat(LINE_MAX + 7);
+        let text = format!("{{}}\n{long}\n\n{long}{long}\nlast");
+        // Smaller than a line, and larger.
+        for size in [100, 1 << 20] {
+            let mut reader = BufReader::with_capacity(size, text.as_bytes());
+            let mut line = Vec::new();
+            let mut lengths = Vec::new();
+            while next_line(&mut reader, &mut line).unwrap() {
+                lengths.push(line.len());
+                assert!(line.capacity() <= 2 * LINE_MAX);
+            }
+            assert_eq!(lengths, [2, LINE_MAX, 0, LINE_MAX, 4]);
+        }
+    }
 }
