@@ -1,5 +1,6 @@
 //! The parts, put together: one IOMMU, a server for each endpoint, the trace.
 
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -7,17 +8,18 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::qmp::{self, MachineEvent};
 use super::stop::Stop;
+use super::table::Table;
 use crate::devices::ioat::Ioat;
 use crate::devices::nvme::{Disk, Nvme, NvmeConfig};
 use crate::dma::DmaCounters;
 use crate::iommu::{Counters, Iommu};
 use crate::pci::{self, Function, Slot};
 use crate::topology::qemu::Paths;
-use crate::topology::{Endpoint, Model, Size, Topology, viot};
+use crate::topology::{Endpoint, Model, Size, Topology};
 use crate::trace::{self, Tracer};
 use crate::vhost::{self, Injection};
 
@@ -68,6 +70,22 @@ pub struct Counts {
     pub events_lost: u64,
 }
 
+/// The open images of a topology's endpoints, in their order; `None` for one that has none.
+pub type Images = Vec<Option<Arc<Disk>>>;
+
+/// A daemon that has all its files and sockets, and no thread yet: who connects waits. What it made goes with it.
+pub struct Bound<'t> {
+    topology: &'t Topology,
+    iommu: Arc<Iommu>,
+    tracer: Tracer,
+    trace: Option<trace::Bound>,
+    server: vhost::Server,
+    sockets: Vec<pci::Server>,
+    images: Images,
+    qmp: Option<PathBuf>,
+    table: Table,
+}
+
 /// A running daemon.
 pub struct Daemon {
     iommu: Arc<Iommu>,
@@ -76,50 +94,60 @@ pub struct Daemon {
     vhost_thread: JoinHandle<()>,
     endpoints: Vec<Served>,
     trace: Option<trace::TraceHandle>,
-    _viot: Viot,
+    _table: Table,
 }
 
 /// An endpoint that is served.
 struct Served {
-    socket: PathBuf,
+    server: Arc<pci::Server>,
     end: EventFd,
     thread: JoinHandle<()>,
     dma: Arc<DmaCounters>,
     disk: Option<Arc<Disk>>,
 }
 
-impl Daemon {
-    /// Starts everything; all sockets listen when it returns.
-    pub fn start(topology: &Topology, options: &Options, stop: &Stop) -> Result<Daemon> {
-        let disks = topology.endpoints.iter().map(|endpoint| open_disk(endpoint, options.create_images));
-        let disks: Vec<_> = disks.collect::<Result<_>>()?;
+impl Bound<'_> {
+    /// Makes the sockets and the table; waits for nobody.
+    pub fn new<'t>(topology: &'t Topology, options: &Options, images: Images) -> Result<Bound<'t>> {
         let (tracer, trace) = match &options.trace_socket {
             // Without a way to see them, events are not even made.
             None => (Tracer::default(), None),
             Some(socket) => {
                 let options = trace::Options { socket: Some(socket.clone()), ..trace::Options::default() };
-                let (tracer, handle) = trace::start(options).context("Cannot start the trace")?;
-                (tracer, Some(handle))
+                let (tracer, bound) = trace::bind(options).context("Cannot start the trace")?;
+                (tracer, Some(bound))
             }
         };
         let iommu = Iommu::new(topology.settings(), tracer.clone());
         let server = vhost::Server::bind(&options.paths.iommu, iommu.clone(), tracer.clone());
-        let mut server = server.context("Cannot serve the IOMMU")?;
-        // Before any thread: what was made goes again if something else cannot be.
+        let server = server.context("Cannot serve the IOMMU")?;
         let bind = |endpoint| {
             let socket = pci::Server::bind(&options.paths.endpoint(endpoint));
             socket.with_context(|| format!("Cannot serve the endpoint {}", endpoint.name))
         };
-        let sockets: Vec<_> = topology.endpoints.iter().map(bind).collect::<Result<_>>()?;
-        let viot = Viot::write(options.paths.viot(), topology)?;
-        let control = server.control();
+        let sockets = topology.endpoints.iter().map(bind).collect::<Result<_>>()?;
+        let table = Table::publish(&options.paths.viot(), topology)?;
         if !options.inject.is_empty() {
             log::warn!("Some requests are answered wrongly on purpose (--inject)");
-            control.inject(&options.inject);
+            server.control().inject(&options.inject);
         }
+        Ok(Bound { topology, iommu, tracer, trace, server, sockets, images, qmp: options.qmp.clone(), table })
+    }
+
+    /// A connection to the trace; there must be one.
+    pub fn connect_to_trace(&mut self) -> Result<UnixStream> {
+        let trace = self.trace.as_mut().context("There is no trace")?;
+        trace.connect().context("Cannot connect to the trace")
+    }
+
+    /// Starts the threads.
+    pub fn start(self, stop: &Stop) -> Result<Daemon> {
+        let Bound { topology, iommu, tracer, trace, mut server, sockets, images, qmp, table } = self;
+        let trace = trace.map(trace::Bound::start).transpose().context("Cannot start the trace")?;
+        let control = server.control();
         let vhost_end = server.shutdown();
         let mut endpoints = Vec::new();
-        for ((endpoint, disk), socket) in topology.endpoints.iter().zip(disks).zip(sockets) {
+        for ((endpoint, disk), socket) in topology.endpoints.iter().zip(images).zip(sockets) {
             let mut slot = Slot::new(&iommu, endpoint.bdf.id(), tracer.clone());
             if topology.iommu.polling {
                 slot = slot.with_duty(Arc::new(control.clone()));
@@ -138,18 +166,20 @@ impl Daemon {
                 }
             })
             .context("Cannot start a thread")?;
-        if let Some(path) = &options.qmp {
+        if let Some(path) = qmp {
             let control = control.clone();
             let tell = move |event| match event {
                 MachineEvent::Stop => control.machine_paused(),
                 MachineEvent::Resume => control.machine_resumed(),
                 MachineEvent::Reset => control.machine_reset(),
             };
-            qmp::watch(path.clone(), stop.clone(), tell).context("Cannot start a thread")?;
+            qmp::watch(path, stop.clone(), tell).context("Cannot start a thread")?;
         }
-        Ok(Daemon { iommu, control, vhost_end, vhost_thread, endpoints, trace, _viot: viot })
+        Ok(Daemon { iommu, control, vhost_end, vhost_thread, endpoints, trace, _table: table })
     }
+}
 
+impl Daemon {
     /// Records events from now on, or none.
     pub fn record(&self, on: bool) {
         if let Some(trace) = &self.trace {
@@ -181,7 +211,7 @@ impl Daemon {
             }
             if !endpoint.thread.is_finished() {
                 // A client that stays is left to the end of the process; nobody else is to connect.
-                let _ = std::fs::remove_file(&endpoint.socket);
+                endpoint.server.stop_listening();
             }
             endpoint.add_to(&mut counts);
         }
@@ -198,22 +228,6 @@ impl Daemon {
     }
 }
 
-/// The file with the VIOT; it goes with its daemon.
-struct Viot(PathBuf);
-
-impl Viot {
-    fn write(path: PathBuf, topology: &Topology) -> Result<Viot> {
-        std::fs::write(&path, viot::table(topology)).with_context(|| format!("Cannot write {}", path.display()))?;
-        Ok(Viot(path))
-    }
-}
-
-impl Drop for Viot {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
-    }
-}
-
 impl Served {
     fn add_to(&self, counts: &mut Counts) {
         counts.dma_read_bytes += self.dma.read.load(Ordering::Relaxed);
@@ -225,6 +239,11 @@ impl Served {
             counts.io_bytes += done.bytes_read.load(Ordering::Relaxed) + done.bytes_written.load(Ordering::Relaxed);
         }
     }
+}
+
+/// Opens the images of a topology; those that do not exist are made if a size is given for them.
+pub fn open_images(topology: &Topology, create: Option<Size>) -> Result<Images> {
+    topology.endpoints.iter().map(|endpoint| open_disk(endpoint, create)).collect()
 }
 
 /// Opens what an endpoint needs; `None` for one that needs nothing.
@@ -254,12 +273,12 @@ fn serve(
     slot: Slot,
     control: &vhost::Control,
 ) -> Result<Served> {
-    let socket = server.path().to_owned();
-    let end = EventFd::new(EFD_NONBLOCK).context("Cannot make an event")?;
+    let server = Arc::new(server);
+    let end = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).context("Cannot make an event")?;
     let dma = slot.bus().door.counters().clone();
     let shutdown = end.try_clone().context("Cannot copy an event")?;
     let control = control.clone();
-    let model = disk.clone();
+    let (model, listening) = (disk.clone(), server.clone());
     let run = move || {
         let make = |bus| -> Box<dyn Function> {
             match &model {
@@ -267,10 +286,10 @@ fn serve(
                 None => Box::new(Ioat::new(bus)),
             }
         };
-        if let Err(error) = server.serve(&slot, &shutdown, make, || control.function_reset()) {
-            log::error!("{} is served no more: {error}", server.path().display());
+        if let Err(error) = listening.serve(&slot, &shutdown, make, || control.function_reset()) {
+            log::error!("{} is served no more: {error}", listening.path().display());
         }
     };
     let thread = std::thread::Builder::new().name(endpoint.name.clone()).spawn(run).context("Cannot start a thread")?;
-    Ok(Served { socket, end, thread, dma, disk })
+    Ok(Served { server, end, thread, dma, disk })
 }

@@ -4,6 +4,7 @@ mod accel;
 mod args;
 mod check;
 mod daemon;
+mod files;
 mod generate;
 mod logger;
 mod merge;
@@ -15,6 +16,7 @@ mod short;
 mod source;
 mod stop;
 mod summary;
+mod table;
 pub mod trace;
 mod viot;
 

@@ -1,23 +1,23 @@
 //! `viommu run`: the daemon and a QEMU, from one topology.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, BufWriter, ErrorKind, Write};
+use std::io::{BufRead, BufReader, BufWriter, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Error, Result, bail};
 use clap::ValueEnum;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::daemon::{Daemon, Options};
+use super::daemon::{Bound, Options, open_images};
 use super::source::Source;
-use super::stop::Stop;
+use super::stop::{Caught, Stop};
 use super::summary::{Files, Summary};
-use super::{accel, qemu, say};
+use super::{accel, files, qemu, say};
 use crate::topology::qemu::{self as arguments, Paths};
 use crate::topology::{Size, Topology};
 use crate::vhost::Injection;
@@ -135,23 +135,26 @@ pub fn main(args: &Args) -> Result<()> {
         create_images: args.create_images,
         inject: args.inject.clone(),
     };
-    forget(&files.results)?;
-    // Until here a signal ends the process as it ends any other.
+    // Until the images are open a signal ends the process as it ends any other: QEMU and a file system may take their time.
     let accel = accel::choose(args.accel, &args.qemu, args.kernel.as_deref())?;
-    let stop = Stop::on_signals().context("Cannot wait for signals")?;
-    let daemon = Daemon::start(&topology, &options, &stop)?;
-    let recorder = match args.trace_file.as_deref().map(|file| record(&trace_socket, file)).transpose() {
-        Ok(recorder) => recorder,
-        Err(error) => {
-            daemon.end();
-            return Err(error);
-        }
+    let images = open_images(&topology, options.create_images)?;
+    let signals = Caught::new().context("Cannot wait for signals")?;
+    let mut bound = Bound::new(&topology, &options, images)?;
+    let outputs = Outputs::open(args, &files)?;
+    let recording = match outputs.trace {
+        Some(file) => Some((bound.connect_to_trace()?, file)),
+        None => None,
     };
     let started = Instant::now();
-    let ended = start_qemu(args, &topology, &sockets, &files, accel).and_then(|mut child| {
-        let ended = wait(&mut child, &stop, args.timeout.map(Duration::from_secs));
-        ended.context("Cannot wait for QEMU")
-    });
+    // Before there are threads: what it connects to waits for them.
+    let mut qemu = start_qemu(args, &topology, &sockets, &files, accel)?;
+    let start = || {
+        let stop = signals.watch().context("Cannot wait for signals")?;
+        let recorder = recording.map(|(stream, file)| record(stream, file)).transpose()?;
+        Ok::<_, Error>((bound.start(&stop)?, stop, recorder))
+    };
+    let (daemon, stop, recorder) = start().inspect_err(|_| drop(end(&mut qemu)))?;
+    let ended = wait(&mut qemu, &stop, args.timeout.map(Duration::from_secs)).context("Cannot wait for QEMU");
     stop.set();
     let elapsed = started.elapsed();
     let mut counts = daemon.end();
@@ -160,11 +163,11 @@ pub fn main(args: &Args) -> Result<()> {
         lost.context("Cannot write the trace")
     });
     counts.events_lost += recorded.as_ref().copied().unwrap_or(0);
-    let summary = Summary::new(&counts, &files, elapsed);
+    let summary = Summary::new(&counts, &files, outputs.results, elapsed);
     say(&summary)?;
-    if let Some(path) = &args.summary {
-        std::fs::write(path, summary.to_json())
-            .with_context(|| format!("Cannot write the summary to {}", path.display()))?;
+    if let Some((mut file, path)) = outputs.summary.zip(args.summary.as_ref()) {
+        let written = files::truncate(&file).and_then(|()| file.write_all(summary.to_json().as_bytes()));
+        written.with_context(|| format!("Cannot write the summary to {}", path.display()))?;
     }
     recorded?;
     match ended? {
@@ -177,6 +180,34 @@ pub fn main(args: &Args) -> Result<()> {
         Ended::Timeout(limit) => {
             bail!("The guest did not end within {} s; its console is in {}", limit.as_secs(), files.console.display())
         }
+    }
+}
+
+/// The files of a run that are open from its beginning: afterwards none is opened.
+struct Outputs {
+    trace: Option<File>,
+    summary: Option<File>,
+    results: File,
+}
+
+impl Outputs {
+    /// Opens them, and empties those that are written from the beginning.
+    fn open(args: &Args, files: &Files) -> Result<Outputs> {
+        let open = |path: Option<&PathBuf>, what: &str| {
+            let open = |path: &PathBuf| {
+                files::open(path).with_context(|| format!("Cannot write the {what} to {}", path.display()))
+            };
+            path.map(open).transpose()
+        };
+        let trace = open(args.trace_file.as_ref(), "trace")?;
+        let summary = open(args.summary.as_ref(), "summary")?;
+        if let Some(trace) = &trace {
+            files::truncate(trace).context("Cannot empty the trace file")?;
+        }
+        if args.console.is_none() {
+            files::replace(&files.console)?;
+        }
+        Ok(Outputs { trace, summary, results: files::replace(&files.results)? })
     }
 }
 
@@ -263,11 +294,9 @@ fn end(child: &mut Child) -> std::io::Result<()> {
     child.wait().map(drop)
 }
 
-/// Copies the trace from its socket to a file, from now until the socket closes; returns how many events the file lacks
-/// because writing it was too slow.
-fn record(socket: &Path, file: &Path) -> Result<JoinHandle<std::io::Result<u64>>> {
-    let out = File::create(file).with_context(|| format!("Cannot write the trace to {}", file.display()))?;
-    let mut stream = UnixStream::connect(socket).with_context(|| format!("Cannot connect to {}", socket.display()))?;
+/// Copies the trace to a file, from now until its connection closes; returns how many events the file lacks because
+/// writing it was too slow.
+fn record(mut stream: UnixStream, out: File) -> Result<JoinHandle<std::io::Result<u64>>> {
     stream.write_all(b"{\"format\":\"json\",\"backlog\":\"all\"}\n").context("Cannot ask for the trace")?;
     let copy = move || {
         let mut out = BufWriter::with_capacity(1 << 20, out);
@@ -293,16 +322,6 @@ fn lost_here(line: &str) -> u64 {
     }
     let event: serde_json::Value = serde_json::from_str(line).unwrap_or_default();
     if event["kind"] == "lost" && event["place"] == "client" { event["count"].as_u64().unwrap_or(0) } else { 0 }
-}
-
-/// Removes what the guest of an earlier run in the same folder said.
-fn forget(results: &Path) -> Result<()> {
-    match std::fs::remove_file(results) {
-        Err(error) if error.kind() != ErrorKind::NotFound => {
-            Err(error).with_context(|| format!("Cannot remove {}", results.display()))
-        }
-        _ => Ok(()),
-    }
 }
 
 /// The folder of a run. A temporary one stays, with what the guest said in it.

@@ -6,10 +6,10 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde_json::json;
 
-use super::daemon::{Daemon, Options};
+use super::daemon::{Bound, Daemon, Options, open_images};
 use super::say;
 use super::source::Source;
-use super::stop::Stop;
+use super::stop::{Caught, Stop};
 use crate::topology::Size;
 use crate::topology::qemu::Paths;
 use crate::trace::now_ns;
@@ -55,7 +55,6 @@ pub struct Args {
 /// Serves until a signal.
 pub fn main(args: &Args) -> Result<()> {
     let topology = args.source.load()?;
-    let stop = Stop::on_signals().context("Cannot wait for signals")?;
     let options = Options {
         paths: Paths { iommu: args.socket_path.clone() },
         trace_socket: args.trace_socket.clone(),
@@ -63,7 +62,12 @@ pub fn main(args: &Args) -> Result<()> {
         create_images: args.create_images,
         inject: args.inject.clone(),
     };
-    let daemon = Daemon::start(&topology, &options, &stop)?;
+    // A file system may keep whoever opens a file waiting; until here a signal ends the process as it ends any other.
+    let images = open_images(&topology, options.create_images)?;
+    let signals = Caught::new().context("Cannot wait for signals")?;
+    let bound = Bound::new(&topology, &options, images)?;
+    let stop = signals.watch().context("Cannot wait for signals")?;
+    let daemon = bound.start(&stop)?;
     say(format_args!("viommu: serving on {}\n", args.socket_path.display()))?;
     let turns = match args.trace_turns {
         Some(ms) => trace_by_turns(&daemon, Duration::from_millis(ms), &stop),

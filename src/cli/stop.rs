@@ -10,20 +10,29 @@ use signal_hook::iterator::Signals;
 #[derive(Clone, Default)]
 pub struct Stop(Arc<(Mutex<bool>, Condvar)>);
 
-impl Stop {
-    /// One that SIGINT and SIGTERM set.
-    pub fn on_signals() -> std::io::Result<Stop> {
+/// SIGINT and SIGTERM, which end the process no more by themselves.
+pub struct Caught(Signals);
+
+impl Caught {
+    /// From now on.
+    pub fn new() -> std::io::Result<Caught> {
+        Signals::new([SIGINT, SIGTERM]).map(Caught)
+    }
+
+    /// Has a thread wait for them, those that came meanwhile too; they set what is returned.
+    pub fn watch(mut self) -> std::io::Result<Stop> {
         let stop = Stop::default();
-        let mut signals = Signals::new([SIGINT, SIGTERM])?;
         let set = stop.clone();
         std::thread::Builder::new().name("signals".into()).spawn(move || {
-            for _ in signals.forever() {
+            for _ in self.0.forever() {
                 set.set();
             }
         })?;
         Ok(stop)
     }
+}
 
+impl Stop {
     /// Asks everybody to end.
     pub fn set(&self) {
         let (flag, changed) = &*self.0;

@@ -68,6 +68,11 @@ impl Server {
         self.socket.path()
     }
 
+    /// Removes the socket's file, if it is still there: nobody else is to connect.
+    pub fn stop_listening(&self) {
+        self.socket.remove();
+    }
+
     /// Serves one client after the other until `shutdown` is readable; a client that is connected then is served until
     /// it leaves. Each client finds a function as `make` makes it. `on_device_reset` is called when the client itself
     /// resets the device, as QEMU does when the machine is reset, and not when the guest does.

@@ -18,6 +18,7 @@ mod ring;
 mod server;
 mod tracer;
 
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -63,6 +64,12 @@ pub enum StartError {
     Collector(#[source] std::io::Error),
 }
 
+/// A trace that takes events and connections, and that nobody serves yet.
+pub struct Bound {
+    shared: Arc<tracer::Shared>,
+    server: server::Server,
+}
+
 /// Keeps the collector running until it is stopped or dropped.
 pub struct TraceHandle {
     shared: Arc<tracer::Shared>,
@@ -71,13 +78,33 @@ pub struct TraceHandle {
 
 /// Starts tracing.
 pub fn start(options: Options) -> Result<(Tracer, TraceHandle), StartError> {
+    let (tracer, bound) = bind(options)?;
+    Ok((tracer, bound.start()?))
+}
+
+/// Prepares to trace: from now on there are events, and who connects waits. Starts no thread.
+pub fn bind(options: Options) -> Result<(Tracer, Bound), StartError> {
     let socket = options.socket.as_deref().map(Socket::bind).transpose()?;
     let ring = options.ring.max(2).next_power_of_two();
     let shared = tracer::Shared::new(ring).map_err(StartError::Collector)?;
     let server = server::Server::new(shared.clone(), socket, options.backlog).map_err(StartError::Collector)?;
-    let thread =
-        std::thread::Builder::new().name("trace".into()).spawn(move || server.run()).map_err(StartError::Collector)?;
-    Ok((Tracer::new(shared.clone()), TraceHandle { shared, thread: Some(thread) }))
+    Ok((Tracer::new(shared.clone()), Bound { shared, server }))
+}
+
+impl Bound {
+    /// A connection to the trace, as its socket gives them; it is the first, however many wait for another.
+    pub fn connect(&mut self) -> std::io::Result<UnixStream> {
+        let (client, server) = UnixStream::pair()?;
+        self.server.add(server)?;
+        Ok(client)
+    }
+
+    /// Starts the collector.
+    pub fn start(self) -> Result<TraceHandle, StartError> {
+        let Bound { shared, server } = self;
+        let collector = std::thread::Builder::new().name("trace".into()).spawn(move || server.run());
+        Ok(TraceHandle { shared, thread: Some(collector.map_err(StartError::Collector)?) })
+    }
 }
 
 impl TraceHandle {

@@ -160,7 +160,8 @@ impl Server {
         }
     }
 
-    fn add(&mut self, stream: UnixStream) -> io::Result<()> {
+    /// Serves a client.
+    pub fn add(&mut self, stream: UnixStream) -> io::Result<()> {
         let mut client = Client::new(stream, self.backlog.end(), self.collector.next())?;
         if self.clients.len() >= self.clients_max {
             client.refuse(&format!("{} clients are served already, which is the limit", self.clients_max));
