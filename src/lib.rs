@@ -15,6 +15,7 @@
 //! * [`devices`]: the device models; they see a [`pci::Function`] to implement and a [`dma::Dma`] to use.
 //! * [`cli`]: the `viommu` command, one file a subcommand.
 //! * [`merge`]: one trace of the device's events and the guest's, on one clock.
+//! * [`sandbox`]: what the process gives up once everything is open.
 //! * [`socket`]: how all of them make their listening sockets.
 //! * [`duty`]: what a thread that is awake does for one that sleeps.
 //! * [`topology`]: one TOML file from which endpoints, the VIOT and QEMU's arguments are made.
@@ -32,6 +33,7 @@ pub mod duty;
 pub mod iommu;
 pub mod merge;
 pub mod pci;
+pub mod sandbox;
 pub mod socket;
 pub mod topology;
 pub mod trace;

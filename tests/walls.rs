@@ -6,9 +6,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// What a module may import of the crate besides itself. `cli` may all.
-const MAY_IMPORT: [(&str, &[&str]); 11] = [
+const MAY_IMPORT: [(&str, &[&str]); 12] = [
     ("wire", &[]),
     ("socket", &[]),
+    ("sandbox", &[]),
     ("duty", &[]),
     ("trace", &["wire", "socket"]),
     ("iommu", &["wire", "trace"]),
@@ -21,13 +22,15 @@ const MAY_IMPORT: [(&str, &[&str]); 11] = [
 ];
 
 /// Crates that one module alone knows.
-const ONLY_IN: [(&str, &str); 6] = [
+const ONLY_IN: [(&str, &str); 8] = [
     ("vhost", "vhost"),
     ("vhost_user_backend", "vhost"),
     ("virtio_queue", "vhost"),
     ("vfio_user", "pci"),
     ("vfio_bindings", "pci"),
     ("epoll", "trace"),
+    ("landlock", "sandbox"),
+    ("seccompiler", "sandbox"),
 ];
 
 /// The source files below a path.

@@ -11,6 +11,7 @@ mod merge;
 mod qemu;
 mod qmp;
 mod run;
+mod sandbox;
 mod serve;
 mod short;
 mod source;

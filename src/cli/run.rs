@@ -14,6 +14,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::daemon::{Bound, Options, open_images};
+use super::sandbox::Sandbox;
 use super::source::Source;
 use super::stop::{Caught, Stop};
 use super::summary::{Files, Summary};
@@ -98,6 +99,9 @@ pub struct Args {
     #[arg(long, value_name = "SIZE")]
     create_images: Option<Size>,
 
+    #[command(flatten)]
+    sandbox: Sandbox,
+
     /// For tests of drivers: answer requests wrongly (see CONTRIBUTING.md)
     #[arg(long, value_name = "REQUEST=ANSWER[:KEY=NUMBER]...", hide = true)]
     inject: Vec<Injection>,
@@ -146,8 +150,9 @@ pub fn main(args: &Args) -> Result<()> {
         None => None,
     };
     let started = Instant::now();
-    // Before there are threads: what it connects to waits for them.
+    // Outside of the sandbox, and before there are threads: what it connects to waits for them.
     let mut qemu = start_qemu(args, &topology, &sockets, &files, accel)?;
+    args.sandbox.enter(&options, Some(qemu.id()));
     let start = || {
         let stop = signals.watch().context("Cannot wait for signals")?;
         let recorder = recording.map(|(stream, file)| record(stream, file)).transpose()?;

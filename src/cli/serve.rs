@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use serde_json::json;
 
 use super::daemon::{Bound, Daemon, Options, open_images};
+use super::sandbox::Sandbox;
 use super::say;
 use super::source::Source;
 use super::stop::{Caught, Stop};
@@ -43,6 +44,9 @@ pub struct Args {
     #[arg(long, value_name = "SIZE")]
     create_images: Option<Size>,
 
+    #[command(flatten)]
+    sandbox: Sandbox,
+
     /// For tests of drivers: answer requests wrongly (see CONTRIBUTING.md)
     #[arg(long, value_name = "REQUEST=ANSWER[:KEY=NUMBER]...", hide = true)]
     inject: Vec<Injection>,
@@ -66,6 +70,7 @@ pub fn main(args: &Args) -> Result<()> {
     let images = open_images(&topology, options.create_images)?;
     let signals = Caught::new().context("Cannot wait for signals")?;
     let bound = Bound::new(&topology, &options, images)?;
+    args.sandbox.enter(&options, None);
     let stop = signals.watch().context("Cannot wait for signals")?;
     let daemon = bound.start(&stop)?;
     say(format_args!("viommu: serving on {}\n", args.socket_path.display()))?;

@@ -1,0 +1,52 @@
+//! Files and the network, by Landlock.
+
+use std::path::Path;
+
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, BitFlags, PathBeneath, PathFd, PathFdError, RestrictSelfAttr, Ruleset,
+    RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
+};
+
+use super::Policy;
+
+/// The newest rights that are asked for. What an older kernel does not know is left out.
+const NEWEST: ABI = ABI::V10;
+
+/// Why Landlock does nothing.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("this kernel has no Landlock, or it is not enabled (CONFIG_SECURITY_LANDLOCK, and `landlock` in lsm=)")]
+    Missing,
+    #[error(transparent)]
+    Rules(#[from] RulesetError),
+    #[error(transparent)]
+    Folder(#[from] PathFdError),
+}
+
+/// Allows nothing that is to be opened, made, run, connected to or bound, but what the policy says.
+pub fn restrict(policy: &Policy) -> Result<(), Error> {
+    let mut rules = Ruleset::default()
+        .handle_access(AccessFs::from_all(NEWEST))?
+        .handle_access(AccessNet::from_all(NEWEST))?
+        .scope(Scope::AbstractUnixSocket)?
+        .create()?;
+    for folder in &policy.folders {
+        rules = allow(rules, folder, AccessFs::RemoveFile.into())?;
+    }
+    if let Some(folder) = &policy.connects_in {
+        rules = allow(rules, folder, AccessFs::ResolveUnix.into())?;
+    }
+    let status = rules.all_threads(true)?.restrict_self()?;
+    match status.ruleset {
+        RulesetStatus::NotEnforced => return Err(Error::Missing),
+        // Newer rights come with nearly each kernel; what they are about the filter of system calls refuses as well.
+        RulesetStatus::PartiallyEnforced => log::info!("The file system is closed as far as {:?} can", status.landlock),
+        RulesetStatus::FullyEnforced => log::info!("The file system is closed"),
+    }
+    Ok(())
+}
+
+/// Allows `rights` below a folder.
+fn allow(rules: RulesetCreated, folder: &Path, rights: BitFlags<AccessFs>) -> Result<RulesetCreated, Error> {
+    Ok(rules.add_rule(PathBeneath::new(PathFd::new(folder)?, rights))?)
+}
