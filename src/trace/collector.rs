@@ -1,11 +1,13 @@
 //! Merges the threads' rings in the order of the sequence numbers.
 
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 use std::sync::Arc;
 
 use crate::trace::Event;
 use crate::trace::event::LossPlace;
 use crate::trace::ring::Consumer;
-use crate::trace::tracer::{Shared, WORDS, now_ns};
+use crate::trace::tracer::{Lane, Shared, WORDS, now_ns};
 use crate::wire::trace::Record;
 
 /// Which word of a record is its sequence number.
@@ -33,6 +35,10 @@ pub enum Drained {
 pub struct Collector {
     shared: Arc<Shared>,
     rings: Vec<Consumer<WORDS>>,
+    /// The number of the oldest event of each ring that is not empty, and which ring that is. Made anew in each turn.
+    oldest: BinaryHeap<Reverse<(u64, usize)>>,
+    /// Where the collector's own events go: it must have a ring when all others are taken, to say what is lost.
+    own: Lane,
     /// The sequence number of the next event to take. A number is taken only when there is room for its event, so
     /// every number arrives.
     next: u64,
@@ -41,7 +47,8 @@ pub struct Collector {
 impl Collector {
     /// Has taken nothing yet.
     pub fn new(shared: Arc<Shared>) -> Self {
-        Collector { shared, rings: Vec::new(), next: 0 }
+        let own = shared.own_lane();
+        Collector { shared, rings: Vec::new(), oldest: BinaryHeap::new(), own, next: 0 }
     }
 
     /// The sequence number of the next event.
@@ -63,7 +70,6 @@ impl Collector {
                 if self.report_losses() {
                     continue;
                 }
-                self.rings.retain_mut(|ring| !ring.is_finished());
                 return Drained::All;
             }
             if left == before {
@@ -79,48 +85,58 @@ impl Collector {
     /// Takes all events up to the first whose number is missing, but no more than `left`.
     fn drain_once(&mut self, left: &mut usize, take: &mut impl FnMut(Record)) {
         self.rings.extend(self.shared.new_rings());
-        for ring in &mut self.rings {
+        self.oldest.clear();
+        for (index, ring) in self.rings.iter_mut().enumerate() {
             ring.refresh();
+            self.oldest.extend(number(ring).map(|number| Reverse((number, index))));
         }
-        let mut progress = true;
-        while progress && *left > 0 {
-            progress = false;
-            for ring in &mut self.rings {
-                let before = *left;
-                while *left > 0 && ring.peek(SEQ_WORD).map(u64::from_le) == Some(self.next) {
-                    let Some(words) = ring.pop() else { break };
-                    take(zerocopy::transmute!(words));
-                    self.next += 1;
-                    *left -= 1;
-                }
-                if *left != before {
-                    progress = true;
-                    ring.release();
-                }
+        while let Some(Reverse((oldest, index))) = self.oldest.pop()
+            && oldest == self.next
+            && *left > 0
+        {
+            let ring = &mut self.rings[index];
+            while *left > 0 && number(ring) == Some(self.next) {
+                let Some(words) = ring.pop() else { break };
+                take(zerocopy::transmute!(words));
+                self.next += 1;
+                *left -= 1;
             }
+            ring.release();
+            self.oldest.extend(number(ring).map(|number| Reverse((number, index))));
         }
     }
 
     /// Emits what threads lost that have not emitted since: a thread reports its losses itself with its next event.
     /// Whether there was any.
     fn report_losses(&mut self) -> bool {
+        let Collector { shared, rings, own, .. } = self;
         let mut any = false;
-        for ring in &mut self.rings {
+        let mut report = |count, since| {
+            own.emit(shared, &Event::Lost { place: LossPlace::Ring, count, since });
+            any = true;
+            own.has_room()
+        };
+        // What finds no space is reported when this was taken.
+        for ring in rings {
             ring.refresh();
-            if ring.peek(SEQ_WORD).is_none()
+            if number(ring).is_none()
                 && let Some(loss) = ring.take_loss()
+                && !report(loss.count, loss.since)
             {
-                self.shared.emit(&Event::Lost { place: LossPlace::Ring, count: loss.count, since: loss.since });
-                any = true;
+                return true;
             }
         }
-        let late = self.shared.take_late();
-        if late > 0 {
-            self.shared.emit(&Event::Lost { place: LossPlace::Ring, count: late, since: now_ns() });
-            any = true;
+        let unreported = shared.take_unreported();
+        if unreported > 0 {
+            report(unreported, now_ns());
         }
         any
     }
+}
+
+/// The number of the oldest event in a ring.
+fn number(ring: &Consumer<WORDS>) -> Option<u64> {
+    ring.peek(SEQ_WORD).map(u64::from_le)
 }
 
 #[cfg(test)]
@@ -165,9 +181,56 @@ mod tests {
             let mine = records.iter().filter(|record| record.endpoint.get() == endpoint);
             assert!(mine.map(|record| record.args[0].get()).eq(0..1000));
         }
-        assert!(collector.rings.is_empty(), "the rings of threads that ended are gone");
         let counters = shared.counters();
         assert_eq!((counters.emitted(), counters.of(Kind::Interrupt), counters.lost), (4000, 4000, 0));
+    }
+
+    #[test]
+    fn a_thread_that_ends_leaves_its_ring_to_the_next() {
+        let shared = Shared::new(1 << 12).unwrap();
+        let mut collector = Collector::new(shared.clone());
+        let emit = |endpoint| {
+            let shared = shared.clone();
+            std::thread::spawn(move || shared.emit(&Event::Panic { endpoint })).join().unwrap();
+        };
+        // Whether their events are taken in between or not.
+        (0..1000).for_each(emit);
+        let mut records = all(&mut collector);
+        for endpoint in 1000..2000 {
+            emit(endpoint);
+            records.extend(all(&mut collector));
+        }
+        assert_eq!(collector.rings.len(), 2, "the collector's and one more");
+        assert!(records.iter().map(|record| record.endpoint.get()).eq(0..2000));
+        assert_eq!((shared.counters().emitted(), shared.counters().lost), (2000, 0));
+    }
+
+    /// As long as all rings that there may be have a thread, others lose their events, and that is said; the next thread
+    /// that ends makes a place.
+    #[test]
+    fn rings_have_a_limit() {
+        // A quarter of all that rings may have; the collector's own is one.
+        let shared = Shared::new(1 << 20).unwrap();
+        let mut collector = Collector::new(shared.clone());
+        let (begin, end) = (std::sync::Barrier::new(6), std::sync::Barrier::new(6));
+        std::thread::scope(|scope| {
+            for endpoint in 0..5 {
+                let (shared, begin, end) = (&shared, &begin, &end);
+                scope.spawn(move || {
+                    shared.emit(&Event::Panic { endpoint });
+                    begin.wait();
+                    end.wait();
+                });
+            }
+            begin.wait();
+            let records = all(&mut collector);
+            assert_eq!((collector.rings.len(), add_up(&records)), (4, (3, 2)));
+            end.wait();
+        });
+        shared.emit(&Event::Panic { endpoint: 5 });
+        assert_eq!(add_up(&all(&mut collector)), (1, 0));
+        let counters = shared.counters();
+        assert_eq!((counters.emitted(), counters.lost), (6, 2));
     }
 
     #[test]

@@ -6,9 +6,9 @@
 use std::sync::Arc;
 
 #[cfg(loom)]
-use loom::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use loom::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 #[cfg(not(loom))]
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 /// Keeps what different threads write on different cache lines (two, because processors fetch lines in pairs).
 #[repr(align(128))]
@@ -25,11 +25,9 @@ struct Ring<const WORDS: usize> {
     lost: Apart<AtomicU64>,
     /// When the first of them was lost.
     lost_since: AtomicU64,
-    /// The producer is gone; what it wrote is still there.
-    closed: AtomicBool,
 }
 
-/// The writing end, owned by one thread.
+/// The writing end, owned by one thread at a time.
 pub struct Producer<const WORDS: usize> {
     ring: Arc<Ring<WORDS>>,
     tail: usize,
@@ -63,7 +61,6 @@ pub fn ring<const WORDS: usize>(slots: usize) -> (Producer<WORDS>, Consumer<WORD
         tail: Apart(AtomicUsize::new(0)),
         lost: Apart(AtomicU64::new(0)),
         lost_since: AtomicU64::new(0),
-        closed: AtomicBool::new(false),
     });
     (Producer { ring: ring.clone(), tail: 0, head: 0 }, Consumer { ring, head: 0, tail: 0 })
 }
@@ -143,18 +140,6 @@ impl<const WORDS: usize> Producer<WORDS> {
     pub fn take_loss(&mut self) -> Option<Loss> {
         self.ring.take_loss()
     }
-
-    /// Whether the consumer is gone.
-    pub fn is_orphan(&self) -> bool {
-        Arc::strong_count(&self.ring) == 1
-    }
-}
-
-impl<const WORDS: usize> Drop for Producer<WORDS> {
-    fn drop(&mut self) {
-        // Release: whoever sees that the producer is gone sees all that it wrote.
-        self.ring.closed.store(true, Ordering::Release);
-    }
 }
 
 impl<const WORDS: usize> Consumer<WORDS> {
@@ -191,15 +176,6 @@ impl<const WORDS: usize> Consumer<WORDS> {
     /// empty: otherwise the events in it are older than the loss.
     pub fn take_loss(&mut self) -> Option<Loss> {
         self.ring.take_loss()
-    }
-
-    /// Whether the producer is gone and all that it wrote has been taken.
-    pub fn is_finished(&mut self) -> bool {
-        if !self.ring.closed.load(Ordering::Acquire) {
-            return false;
-        }
-        self.refresh();
-        self.head == self.tail && self.ring.lost.0.load(Ordering::Relaxed) == 0
     }
 }
 
@@ -299,30 +275,12 @@ mod tests {
         producer.push([0]);
         assert!(!producer.is_filling());
     }
-
-    #[test]
-    fn a_ring_is_finished_when_the_producer_is_gone_and_all_is_read() {
-        let (mut producer, mut consumer) = ring::<1>(2);
-        producer.push([1]);
-        assert!(!consumer.is_finished());
-        drop(producer);
-        assert!(!consumer.is_finished());
-        assert_eq!(consumer.pop(), Some([1]));
-        assert!(consumer.is_finished());
-    }
-
-    #[test]
-    fn a_dead_collector_makes_orphans() {
-        let (producer, consumer) = ring::<1>(2);
-        assert!(!producer.is_orphan());
-        drop(consumer);
-        assert!(producer.is_orphan());
-    }
 }
 
 #[cfg(all(test, loom))]
 mod loom_tests {
     use super::*;
+    use loom::sync::Mutex;
     use loom::sync::atomic::AtomicBool;
     use loom::thread;
 
@@ -356,7 +314,6 @@ mod loom_tests {
             assert!(received.is_sorted_by(|a, b| a < b));
             let lost = consumer.take_loss().map_or(0, |loss| loss.count);
             assert_eq!(received.len() as u64 + lost, 3);
-            assert!(consumer.is_finished());
         });
     }
 
@@ -374,6 +331,46 @@ mod loom_tests {
             taken += sender.join().unwrap();
             taken += consumer.take_loss().map_or(0, |loss| loss.count);
             assert_eq!(taken, 2);
+        });
+    }
+
+    /// A thread that ends hands its end on to the next: the consumer sees one sequence of numbers that ascend, and all of it.
+    #[test]
+    fn loom_a_ring_is_handed_on() {
+        loom::model(|| {
+            let sequence = Arc::new(Sequence::new());
+            let (producer, mut consumer) = ring::<2>(2);
+            let idle = Arc::new(Mutex::new(Some(producer)));
+            let threads: Vec<_> = (0..2)
+                .map(|_| {
+                    let (sequence, idle) = (sequence.clone(), idle.clone());
+                    thread::spawn(move || {
+                        // Whoever comes while the other has it goes without, as a thread does that finds no ring.
+                        let Some(mut producer) = idle.lock().unwrap().take() else { return 0 };
+                        let mut emitted = 0;
+                        if producer.room(1) {
+                            let (number, _) = sequence.take();
+                            producer.push([number, !number]);
+                            emitted = 1;
+                        }
+                        *idle.lock().unwrap() = Some(producer);
+                        emitted
+                    })
+                })
+                .collect();
+            let mut received = Vec::new();
+            let mut drain = || {
+                consumer.refresh();
+                while let Some([number, check]) = consumer.pop() {
+                    assert_eq!(check, !number, "a torn event");
+                    received.push(number);
+                }
+                consumer.release();
+            };
+            drain();
+            let emitted: u64 = threads.into_iter().map(|thread| thread.join().unwrap()).sum();
+            drain();
+            assert_eq!(received, (0..emitted).collect::<Vec<_>>());
         });
     }
 

@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -14,6 +14,9 @@ use crate::wire::trace::Kind;
 
 /// 64-bit words of a record.
 pub const WORDS: usize = 8;
+
+/// Bytes that the rings of a trace may have together. One that nobody wrote to yet takes addresses but no memory.
+const RINGS_MAX: usize = 256 << 20;
 
 /// One more than the highest number of a kind.
 const KINDS: usize = Kind::ALL.len() + 1;
@@ -44,7 +47,7 @@ impl Counters {
     }
 }
 
-/// One thread's counters. Only that thread writes, so adding is a load and a store.
+/// The counters of the threads that wrote to one ring. Only the one that has it writes, so adding is a load and a store.
 #[derive(Default)]
 struct Counts {
     kinds: [AtomicU64; KINDS],
@@ -78,8 +81,8 @@ pub struct Shared {
     slots: usize,
     /// When the trace was started.
     pub start_ns: u64,
-    /// Events that were lost because their threads were at their ends, and that are not reported yet.
-    late: AtomicU64,
+    /// Events that were lost because their threads had no ring, and that are not reported yet.
+    unreported: AtomicU64,
     threads: Mutex<Threads>,
 }
 
@@ -87,21 +90,54 @@ pub struct Shared {
 struct Threads {
     /// Rings that the collector does not know yet.
     new: Vec<Consumer<WORDS>>,
+    /// Of each ring that there is.
     counts: Vec<Arc<Counts>>,
-    /// Counts of threads that ended.
-    ended: Counters,
+    /// What no thread has now, for the next that comes; what its last one wrote may still be in it.
+    idle: Vec<Lane>,
+    /// Events of threads that had no ring.
+    ringless: Counters,
+}
+
+impl Threads {
+    fn add_lane(&mut self, slots: usize) -> Lane {
+        let (producer, consumer) = ring(slots);
+        let counts = Arc::new(Counts::default());
+        self.new.push(consumer);
+        self.counts.push(counts.clone());
+        Lane { producer, counts }
+    }
+}
+
+/// The writing end of a ring and the counters that go with it. One thread has it at a time: a thread that ends hands it on,
+/// so there are never more rings than there were threads at once. The collector sees no difference: the numbers of the next
+/// thread's events are higher.
+pub struct Lane {
+    producer: Producer<WORDS>,
+    counts: Arc<Counts>,
 }
 
 /// A thread's part in one trace.
 struct Local {
     trace: u64,
-    producer: Producer<WORDS>,
-    counts: Arc<Counts>,
+    shared: Weak<Shared>,
+    lane: Lane,
+}
+
+/// The traces that a thread emits to; nearly always one.
+struct Locals(Vec<Local>);
+
+impl Drop for Locals {
+    fn drop(&mut self) {
+        for Local { shared, lane, .. } in self.0.drain(..) {
+            if let Some(shared) = shared.upgrade() {
+                shared.threads().idle.push(lane);
+            }
+        }
+    }
 }
 
 thread_local! {
-    /// The traces that this thread emits to; nearly always one.
-    static LOCALS: RefCell<Vec<Local>> = const { RefCell::new(Vec::new()) };
+    static LOCALS: RefCell<Locals> = const { RefCell::new(Locals(Vec::new())) };
 }
 
 /// `CLOCK_MONOTONIC` in nanoseconds.
@@ -166,38 +202,44 @@ impl Shared {
             recording: AtomicBool::new(true),
             slots,
             start_ns: now_ns(),
-            late: AtomicU64::new(0),
+            unreported: AtomicU64::new(0),
             threads: Mutex::default(),
         }))
     }
 
     /// Emits to the calling thread's ring.
-    pub fn emit(&self, event: &Event) {
+    pub fn emit(self: &Arc<Self>, event: &Event) {
         let emitted = LOCALS.try_with(|locals| {
-            let mut locals = locals.try_borrow_mut().ok()?;
+            let locals = &mut locals.try_borrow_mut().ok()?.0;
             if let Some(local) = locals.iter_mut().find(|local| local.trace == self.id) {
-                local.emit(self, event);
+                local.lane.emit(self, event);
                 return Some(());
             }
-            locals.retain(|local| !local.producer.is_orphan());
-            let mut local = self.register();
-            local.emit(self, event);
-            locals.push(local);
+            locals.retain(|local| local.shared.strong_count() > 0);
+            let mut lane = self.lane()?;
+            lane.emit(self, event);
+            locals.push(Local { trace: self.id, shared: Arc::downgrade(self), lane });
             Some(())
         });
         if !matches!(emitted, Ok(Some(()))) {
-            self.lose_late(event.kind());
+            self.lose(event.kind());
         }
     }
 
+    /// A ring to write to: one that no thread has any more, or a new one; `None` if all that there may be have a thread.
     #[cold]
-    fn register(&self) -> Local {
-        let (producer, consumer) = ring(self.slots);
-        let counts = Arc::new(Counts::default());
+    fn lane(&self) -> Option<Lane> {
         let mut threads = self.threads();
-        threads.new.push(consumer);
-        threads.counts.push(counts.clone());
-        Local { trace: self.id, producer, counts }
+        if let Some(lane) = threads.idle.pop() {
+            return Some(lane);
+        }
+        let bytes = (threads.counts.len() + 1) * self.slots * WORDS * size_of::<u64>();
+        (bytes <= RINGS_MAX).then(|| threads.add_lane(self.slots))
+    }
+
+    /// A ring for the collector, whatever there may be.
+    pub fn own_lane(&self) -> Lane {
+        self.threads().add_lane(self.slots)
     }
 
     fn threads(&self) -> MutexGuard<'_, Threads> {
@@ -205,44 +247,39 @@ impl Shared {
         self.threads.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The rings of threads that emitted their first event since the last call.
+    /// The rings that were made since the last call.
     pub fn new_rings(&self) -> Vec<Consumer<WORDS>> {
         std::mem::take(&mut self.threads().new)
     }
 
     /// What was emitted so far.
     pub fn counters(&self) -> Counters {
-        let mut threads = self.threads();
-        let Threads { counts, ended, .. } = &mut *threads;
-        counts.retain_mut(|counts| match Arc::get_mut(counts) {
-            // The thread is gone.
-            Some(counts) => {
-                counts.add_to(ended);
-                false
-            }
-            None => true,
-        });
-        let mut sum = *ended;
-        for counts in counts {
-            counts.add_to(&mut sum);
-        }
+        let threads = self.threads();
+        let mut sum = threads.ringless;
+        threads.counts.iter().for_each(|counts| counts.add_to(&mut sum));
         sum
     }
 
-    /// Counts an event of a thread that is at its end and has no locals any more.
+    /// Counts an event of a thread that has no ring: it is at its end, or there are too many of its kind.
     #[cold]
-    fn lose_late(&self, kind: Kind) {
-        let mut threads = self.threads();
-        threads.ended.kinds[kind as usize] += 1;
-        threads.ended.lost += 1;
-        self.late.fetch_add(1, Ordering::Relaxed);
+    fn lose(&self, kind: Kind) {
+        {
+            let mut threads = self.threads();
+            threads.ringless.kinds[kind as usize] += 1;
+            threads.ringless.lost += 1;
+        }
+        self.unreported.fetch_add(1, Ordering::Relaxed);
+        // The event has no number with which the collector would be woken.
+        if self.sequence.end_sleep() {
+            self.wake();
+        }
     }
 
-    /// Takes the number of events that were lost because their threads were at their ends.
-    pub fn take_late(&self) -> u64 {
-        match self.late.load(Ordering::Relaxed) {
+    /// Takes the number of events that were lost because their threads had no ring.
+    pub fn take_unreported(&self) -> u64 {
+        match self.unreported.load(Ordering::Relaxed) {
             0 => 0,
-            _ => self.late.swap(0, Ordering::Relaxed),
+            _ => self.unreported.swap(0, Ordering::Relaxed),
         }
     }
 
@@ -270,8 +307,14 @@ impl Shared {
     }
 }
 
-impl Local {
-    fn emit(&mut self, shared: &Shared, event: &Event) {
+impl Lane {
+    /// Whether there is space for an event now.
+    pub fn has_room(&mut self) -> bool {
+        self.producer.room(1)
+    }
+
+    /// Writes an event; it is counted as lost if there is no space for it.
+    pub fn emit(&mut self, shared: &Shared, event: &Event) {
         let kind = event.kind();
         if kind != Kind::Lost {
             increment(&self.counts.kinds[kind as usize]);
