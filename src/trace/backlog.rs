@@ -2,7 +2,8 @@
 
 use crate::wire::trace::Record;
 
-/// A ring of records. Positions count all records ever pushed, from 0.
+/// A ring of records. Positions count all records ever pushed, from 0: they are the records' sequence numbers, as the
+/// collector leaves none out.
 pub struct Backlog {
     records: Vec<Record>,
     capacity: usize,

@@ -35,6 +35,8 @@ const ROUNDS: usize = 4;
 enum State {
     /// It may send a line.
     Greeting { line: Vec<u8>, deadline: Instant },
+    /// It chose. It gets events once the backlog has all that happened before it connected.
+    Chosen(Choice),
     /// It gets events.
     Streaming { format: Format, filter: Filter },
     /// It gets what is ready, and then its connection is closed.
@@ -69,23 +71,24 @@ pub enum Progress {
 pub struct Client {
     stream: UnixStream,
     state: State,
-    /// Where in the backlog it is.
+    /// Where in the backlog it is. The backlog may end before, as long as the client gets nothing.
     position: u64,
-    /// The number of the first event after it connected.
-    seq: u64,
     missed: Option<Missed>,
     out: Vec<u8>,
     /// Bytes of `out` that the socket took.
     sent: usize,
     blocked: bool,
+    /// What its socket is waited for.
+    awaited: Events,
 }
 
 impl Client {
-    /// A client that connected when the backlog ended at `position` and the next event was to have the number `seq`.
-    pub fn new(stream: UnixStream, position: u64, seq: u64) -> io::Result<Self> {
+    /// A client that connected when the next event was to have the position `position`.
+    pub fn new(stream: UnixStream, position: u64) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
         let state = State::Greeting { line: Vec::new(), deadline: Instant::now() + GRACE };
-        Ok(Client { stream, state, position, seq, missed: None, out: Vec::new(), sent: 0, blocked: false })
+        let (out, awaited) = (Vec::new(), Events::empty());
+        Ok(Client { stream, state, position, missed: None, out, sent: 0, blocked: false, awaited })
     }
 
     /// Turns the client away.
@@ -99,20 +102,22 @@ impl Client {
         self.stream.as_raw_fd()
     }
 
-    /// What to wait for on the socket. That the client hangs up is always reported.
-    pub fn interest(&self) -> Events {
-        match self.state {
+    /// What to wait for on the socket from now on, if that is something else than the last call said. That the client
+    /// hangs up is always reported; what it sends when it has chosen is left unread, and must wake nobody.
+    pub fn new_interest(&mut self) -> Option<Events> {
+        let interest = match self.state {
             State::Greeting { .. } => Events::EPOLLIN | Events::EPOLLRDHUP,
             _ if self.blocked => Events::EPOLLOUT,
             _ => Events::empty(),
-        }
+        };
+        (interest != std::mem::replace(&mut self.awaited, interest)).then_some(interest)
     }
 
     /// When [`Client::expire`] is to be called.
     pub fn deadline(&self) -> Option<Instant> {
         match self.state {
             State::Greeting { deadline, .. } | State::Closing { deadline } => Some(deadline),
-            State::Streaming { .. } => None,
+            State::Chosen(_) | State::Streaming { .. } => None,
         }
     }
 
@@ -126,19 +131,22 @@ impl Client {
         self.blocked
     }
 
-    /// The number of the first event after it connected.
-    pub fn seq(&self) -> u64 {
-        self.seq
-    }
-
     /// Where in the backlog it is.
     pub fn position(&self) -> u64 {
         self.position
     }
 
-    /// Reads what the client sent before it gets events. The result is its choice once it has made one.
-    pub fn receive(&mut self) -> Option<Choice> {
-        let State::Greeting { line, deadline } = &mut self.state else { return None };
+    /// Its choice, if it made one and the backlog, which ends at `end`, has all that happened before it connected.
+    pub fn choice(&self, end: u64) -> Option<&Choice> {
+        match &self.state {
+            State::Chosen(choice) if self.position <= end => Some(choice),
+            _ => None,
+        }
+    }
+
+    /// Reads what the client sent before it gets events.
+    pub fn receive(&mut self) {
+        let State::Greeting { line, deadline } = &mut self.state else { return };
         let mut buffer = [0; 1024];
         loop {
             match self.stream.read(&mut buffer) {
@@ -154,38 +162,34 @@ impl Client {
                     }
                     if line.len() > LINE_MAX {
                         self.refuse(&format!("The first line has more than {LINE_MAX} bytes"));
-                        return None;
+                        return;
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(_) => {
                     self.state = State::Closing { deadline: Instant::now() };
-                    return None;
+                    return;
                 }
             }
         }
         let line = line.split(|byte| *byte == b'\n').next().unwrap_or_default();
         match Choice::parse(line) {
-            Ok(choice) => Some(choice),
-            Err(message) => {
-                self.refuse(&message);
-                None
-            }
+            Ok(choice) => self.state = State::Chosen(choice),
+            Err(message) => self.refuse(&message),
         }
     }
 
-    /// The time that [`Client::deadline`] gave has come: a silent client gets the default, an unfinished line ends the
-    /// connection.
-    pub fn expire(&mut self) -> Option<Choice> {
+    /// The time that [`Client::deadline`] gave has come: a silent client gets the default, an unfinished line is refused.
+    /// Whether the connection is to end now.
+    pub fn expire(&mut self) -> bool {
         match &self.state {
-            State::Greeting { line, .. } if line.is_empty() => Some(Choice::default()),
-            State::Greeting { .. } => {
-                self.refuse("The first line did not end with a newline in time");
-                None
-            }
-            _ => None,
+            State::Greeting { line, .. } if line.is_empty() => self.state = State::Chosen(Choice::default()),
+            State::Greeting { .. } => self.refuse("The first line did not end with a newline in time"),
+            State::Chosen(_) | State::Streaming { .. } => {}
+            State::Closing { .. } => return true,
         }
+        false
     }
 
     /// Begins the stream.
@@ -216,6 +220,7 @@ impl Client {
         self.position += 1;
         let wanted = match &self.state {
             State::Greeting { .. } => true,
+            State::Chosen(choice) => choice.filter().passes(record),
             State::Streaming { filter, .. } => filter.passes(record),
             State::Closing { .. } => false,
         };

@@ -13,7 +13,7 @@ use crate::socket::Socket;
 use crate::trace::backlog::Backlog;
 use crate::trace::client::{Client, Progress};
 use crate::trace::collector::{Collector, Drained};
-use crate::trace::filter::{Choice, Filter};
+use crate::trace::filter::Filter;
 use crate::trace::tracer::{Shared, now_ns, realtime_ns};
 use crate::wire::trace::{Header, MAGIC, Record, VERSION};
 
@@ -28,6 +28,10 @@ const STRAGGLER: Duration = Duration::from_millis(1);
 
 /// How long to leave connections waiting when the process has no descriptor left for them.
 const NO_DESCRIPTOR: Duration = Duration::from_millis(100);
+
+/// Connections that are accepted in one turn, so that whoever connects again and again holds up neither the rings, nor other
+/// clients, nor the end.
+const ACCEPTS: usize = 16;
 
 /// How long clients have to take the last events.
 const STOP: Duration = Duration::from_millis(500);
@@ -94,6 +98,7 @@ impl Server {
                 self.handle(event);
             }
             self.expire();
+            self.begin();
             let more = self.pump();
             timeout = self.timeout(drained, more);
         }
@@ -127,8 +132,7 @@ impl Server {
                 let events = Events::from_bits_truncate(event.events);
                 let Some(client) = self.clients.get_mut(&id) else { return };
                 if events.intersects(Events::EPOLLIN | Events::EPOLLRDHUP) {
-                    let choice = client.receive();
-                    self.begin(id, choice);
+                    client.receive();
                 }
                 if events.intersects(Events::EPOLLHUP | Events::EPOLLERR) {
                     self.clients.remove(&id);
@@ -137,8 +141,9 @@ impl Server {
         }
     }
 
+    /// Accepts some of those that wait; the rest keep the listening socket readable.
     fn accept(&mut self) {
-        loop {
+        for _ in 0..ACCEPTS {
             let Some(socket) = &self.socket else { return };
             match socket.listener().accept() {
                 Ok((stream, _)) => {
@@ -162,24 +167,29 @@ impl Server {
 
     /// Serves a client.
     pub fn add(&mut self, stream: UnixStream) -> io::Result<()> {
-        let mut client = Client::new(stream, self.backlog.end(), self.collector.next())?;
+        // What has its number now happened before, though the backlog need not have it yet.
+        let mut client = Client::new(stream, self.shared.sequence.count())?;
         if self.clients.len() >= self.clients_max {
             client.refuse(&format!("{} clients are served already, which is the limit", self.clients_max));
             // What the socket does not take at once is lost with the connection.
             client.pump(&self.backlog);
             return Ok(());
         }
-        self.epoll.add(client.fd(), client.interest(), self.next_client)?;
+        self.epoll.add(client.fd(), client.new_interest().unwrap_or(Events::empty()), self.next_client)?;
         self.clients.insert(self.next_client, client);
         self.next_client += 1;
         Ok(())
     }
 
-    /// Begins a client's stream if it has made its choice.
-    fn begin(&mut self, id: u64, choice: Option<Choice>) {
-        let (Some(choice), Some(client)) = (choice, self.clients.get_mut(&id)) else { return };
-        let header = header(&self.shared, &choice.filter(), client.seq());
-        client.begin(&choice, &header, &self.backlog);
+    /// Begins the streams of those that chose, as soon as the backlog has all that happened before they connected.
+    fn begin(&mut self) {
+        let Server { shared, backlog, clients, .. } = self;
+        for client in clients.values_mut() {
+            if let Some(choice) = client.choice(backlog.end()).cloned() {
+                let header = header(shared, &choice.filter(), client.position());
+                client.begin(&choice, &header, backlog);
+            }
+        }
     }
 
     /// Does what is due.
@@ -191,17 +201,8 @@ impl Server {
             self.no_accept = None;
             let _ = self.epoll.change(socket.listener().as_raw_fd(), Events::EPOLLIN, LISTENER);
         }
-        let due = self.clients.iter().filter(|(_, client)| client.deadline().is_some_and(|deadline| deadline <= now));
-        let due: Vec<u64> = due.map(|(id, _)| *id).collect();
-        for id in due {
-            let Some(client) = self.clients.get_mut(&id) else { continue };
-            match client.expire() {
-                Some(choice) => self.begin(id, Some(choice)),
-                // Refused just now: its new deadline is ahead.
-                None if client.deadline().is_some_and(|deadline| deadline > now) => {}
-                None => drop(self.clients.remove(&id)),
-            }
-        }
+        let is_due = |client: &Client| client.deadline().is_some_and(|deadline| deadline <= now);
+        self.clients.retain(|_, client| !(is_due(client) && client.expire()));
     }
 
     /// Sends to all clients what they can take, within limits. Whether some could take more.
@@ -209,11 +210,10 @@ impl Server {
         let Server { clients, backlog, epoll, .. } = self;
         let mut more = false;
         clients.retain(|id, client| {
-            let before = client.interest();
             let progress = client.pump(backlog);
-            let after = client.interest();
             more |= progress == Progress::More;
-            progress != Progress::Gone && (after == before || epoll.change(client.fd(), after, *id).is_ok())
+            let change = client.new_interest();
+            progress != Progress::Gone && change.is_none_or(|events| epoll.change(client.fd(), events, *id).is_ok())
         });
         more
     }
@@ -243,14 +243,11 @@ impl Server {
         let end = Instant::now() + STOP;
         self.socket = None;
         while self.drain() != Drained::All && Instant::now() < end {}
-        let greeting: Vec<u64> =
-            self.clients.iter().filter(|(_, client)| !client.is_streaming()).map(|(id, _)| *id).collect();
-        for id in greeting {
-            if let Some(client) = self.clients.get_mut(&id) {
-                let choice = client.receive().or_else(|| client.expire());
-                self.begin(id, choice);
-            }
+        for client in self.clients.values_mut() {
+            client.receive();
+            client.expire();
         }
+        self.begin();
         loop {
             let more = self.pump();
             let left = end.saturating_duration_since(Instant::now());

@@ -3,6 +3,9 @@
 use std::io::{BufReader, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -176,6 +179,55 @@ fn clients_that_vanish_hang_or_talk_hurt_nobody() {
     }
     let counters = fixture.stop();
     assert_eq!(received.join().unwrap(), Sum { received: counters.emitted(), ring: 0, client: 0 });
+}
+
+/// Threads that connect and leave as fast as they can, until this is dropped.
+struct Flood {
+    ended: Arc<AtomicBool>,
+    threads: Vec<thread::JoinHandle<()>>,
+}
+
+impl Flood {
+    fn new(socket: &Path) -> Self {
+        let ended = Arc::new(AtomicBool::new(false));
+        let threads = (0..8).map(|_| {
+            let (ended, socket) = (ended.clone(), socket.to_path_buf());
+            thread::spawn(move || {
+                while !ended.load(Ordering::Relaxed) {
+                    drop(UnixStream::connect(&socket));
+                }
+            })
+        });
+        Flood { threads: threads.collect(), ended }
+    }
+}
+
+impl Drop for Flood {
+    fn drop(&mut self) {
+        self.ended.store(true, Ordering::Relaxed);
+        self.threads.drain(..).for_each(|thread| thread.join().unwrap());
+    }
+}
+
+#[test]
+fn connecting_again_and_again_stops_neither_the_trace_nor_its_end() {
+    const LONG: Duration = Duration::from_secs(60);
+    let fixture = Fixture::new();
+    let mut watcher = fixture.json("{}\n");
+    watcher.0.get_ref().set_read_timeout(Some(LONG)).unwrap();
+    let flood = Flood::new(&fixture.socket);
+    for vector in 0..300 {
+        fixture.interrupts(1, vector..vector + 1);
+        let event = watcher.next().unwrap();
+        assert_eq!((&event["kind"], event["vector"].as_u64()), (&"interrupt".into(), Some(vector.into())));
+    }
+    let handle = fixture.handle;
+    let (ended, end) = mpsc::channel();
+    thread::spawn(move || ended.send(handle.stop()));
+    let counters = end.recv_timeout(LONG).expect("the trace ends while there are connections to accept");
+    assert_eq!((counters.emitted(), counters.lost), (300, 0));
+    assert!(watcher.rest().is_empty());
+    drop(flood);
 }
 
 #[test]

@@ -10,3 +10,4 @@ mod documentation;
 mod losses;
 mod recipes;
 mod server;
+mod threads;

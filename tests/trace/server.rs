@@ -1,5 +1,7 @@
 //! Begin, end and idleness of the server.
 
+use std::io::{BufReader, Write};
+use std::net::Shutdown;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::thread;
@@ -109,15 +111,49 @@ fn a_watched_event_arrives_soon_and_a_quiet_collector_sleeps() {
     assert!(switches <= 5, "the collector polls: {switches} switches in 500 ms");
 }
 
+/// What a client sends, or that it sends no more, when it gets events already: the collector waits for it to hang up, and
+/// for nothing else.
+#[test]
+fn a_client_that_talks_or_closes_its_side_keeps_nobody_busy() {
+    let fixture = Fixture::new();
+    let mut talker = fixture.json("{}\n");
+    talker.0.get_mut().write_all(b"and more\n").unwrap();
+    let mut closer = fixture.json("{}\n");
+    closer.0.get_ref().shutdown(Shutdown::Write).unwrap();
+    let mut late = JsonClient(BufReader::new(fixture.raw(b"")));
+    assert_eq!(late.next().unwrap()["kind"], "hello");
+    late.0.get_mut().write_all(b"{}\n").unwrap();
+    fixture.interrupts(1, 0..1);
+    for client in [&mut talker, &mut closer, &mut late] {
+        assert_eq!(client.next().unwrap()["kind"], "interrupt");
+    }
+    thread::sleep(Duration::from_millis(200));
+    let before = processor_time();
+    thread::sleep(Duration::from_millis(800));
+    let time = processor_time() - before;
+    assert!(time < Duration::from_millis(20), "{time:?} of 800 ms");
+}
+
+/// How long the collector's thread ran.
+fn processor_time() -> Duration {
+    let schedstat = std::fs::read_to_string(collector().join("schedstat")).unwrap();
+    Duration::from_nanos(schedstat.split(' ').next().unwrap().parse().unwrap())
+}
+
 /// How often the collector's thread went to sleep.
 fn switches() -> u64 {
+    let status = std::fs::read_to_string(collector().join("status")).unwrap();
+    let count = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:")).unwrap();
+    count.trim().parse().unwrap()
+}
+
+/// The collector's thread.
+fn collector() -> PathBuf {
     for task in std::fs::read_dir("/proc/self/task").unwrap() {
         let path = task.unwrap().path();
         // Threads of the test runner come and go.
-        let Ok(status) = std::fs::read_to_string(path.join("status")) else { continue };
-        let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim().to_string();
-        if field("Name:") == "trace" {
-            return field("voluntary_ctxt_switches:").parse().unwrap();
+        if std::fs::read_to_string(path.join("comm")).is_ok_and(|name| name == "trace\n") {
+            return path;
         }
     }
     panic!("There is no thread with the collector's name");
