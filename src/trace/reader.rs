@@ -38,6 +38,9 @@ pub enum ReadError {
     /// The server said so.
     #[error("The trace's server refused: {0}")]
     Refused(String),
+    /// The server took us for a client that sends no line: it waits for one for a tenth of a second only.
+    #[error("The trace's server began before it had read what was asked of it: this machine is too busy")]
+    Late,
     /// The other end closed before it sent a header.
     #[error("The connection ended before the trace began")]
     NoHeader,
@@ -57,6 +60,9 @@ pub enum ReadError {
     Read(#[from] io::Error),
 }
 
+/// How often to connect to a server that does not wait until it is told what is wanted.
+const ATTEMPTS: usize = 5;
+
 /// Reads a binary trace.
 pub struct Reader<R> {
     input: BufReader<R>,
@@ -66,6 +72,16 @@ pub struct Reader<R> {
 impl Reader<UnixStream> {
     /// Connects to a trace socket. The choice's format is not asked: it is binary.
     pub fn connect(path: &Path, choice: &Choice) -> Result<Self, ReadError> {
+        for _ in 1..ATTEMPTS {
+            match Self::connect_once(path, choice) {
+                Err(ReadError::Late) => {}
+                result => return result,
+            }
+        }
+        Self::connect_once(path, choice)
+    }
+
+    fn connect_once(path: &Path, choice: &Choice) -> Result<Self, ReadError> {
         socket::check_length(path)?;
         let mut stream = UnixStream::connect(path).map_err(|source| match source.kind() {
             io::ErrorKind::NotFound => ReadError::NoSocket(path.to_path_buf()),
@@ -147,15 +163,16 @@ fn read_or_end(input: &mut impl Read, buffer: &mut [u8]) -> io::Result<bool> {
     }
 }
 
-/// The error that a server's error line stands for; its first byte is read already.
+/// The error that a server's line of JSON stands for; its first byte is read already.
 fn refusal(input: impl Read) -> ReadError {
     let mut line = b"{".to_vec();
-    if let Err(error) = input.take(64 << 10).read_to_end(&mut line) {
+    if let Err(error) = BufReader::new(input.take(64 << 10)).read_until(b'\n', &mut line) {
         return error.into();
     }
-    let value: Option<serde_json::Value> = serde_json::from_slice(&line).ok();
-    match value.as_ref().and_then(|value| value["error"].as_str()) {
+    let value: serde_json::Value = serde_json::from_slice(&line).unwrap_or_default();
+    match value["error"].as_str() {
         Some(message) => ReadError::Refused(message.into()),
+        None if value["kind"] == "hello" => ReadError::Late,
         None => ReadError::Refused(String::from_utf8_lossy(&line).trim_end().into()),
     }
 }
