@@ -1,6 +1,7 @@
 //! `viommu merge`: the device's events and the guest's in one trace.
 
-use std::io::{self, BufWriter};
+use std::fs::File;
+use std::io::{self, BufWriter, Cursor, Read, Seek};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -10,7 +11,8 @@ use crate::merge::{self, MergeError};
 /// Merge a trace and the guest's own trace into one, on one clock
 ///
 /// Prints JSON lines in the order of time. The guest's clock is tied to the host's by events that must be in one order;
-/// each event of the guest says how far its time may be off. Both traces are read into memory.
+/// each event of the guest says how far its time may be off. Files are read twice; what comes through a pipe is kept in
+/// memory.
 #[derive(clap::Args)]
 pub struct Args {
     /// The trace, as `viommu run --trace-file` or `viommu trace --format json` wrote it
@@ -24,9 +26,9 @@ pub struct Args {
 
 /// Prints the merged trace to the standard output, and what it is made of to the standard error output.
 pub fn main(args: &Args) -> Result<()> {
-    let (host, guest) = (read(&args.trace)?, read(&args.guest_trace)?);
+    let (host, guest) = (open(&args.trace)?, open(&args.guest_trace)?);
     let mut out = BufWriter::with_capacity(64 << 10, io::stdout().lock());
-    let report = match merge::merge(&host, &guest, &mut out) {
+    let report = match merge::merge(host, guest, &mut out) {
         // Whoever read our output has seen enough.
         Err(MergeError::Write(error)) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
         result => result?,
@@ -54,8 +56,18 @@ pub fn main(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// The text of a trace. What a guest wrote need not be UTF-8.
-fn read(path: &Path) -> Result<String> {
-    let bytes = std::fs::read(path).with_context(|| format!("Cannot read the trace {}", path.display()))?;
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
+/// What a trace is read from, any number of times.
+trait Input: Read + Seek {}
+
+impl<T: Read + Seek> Input for T {}
+
+fn open(path: &Path) -> Result<Box<dyn Input>> {
+    let failed = || format!("Cannot read the trace {}", path.display());
+    let mut file = File::open(path).with_context(failed)?;
+    if file.metadata().with_context(failed)?.is_file() {
+        return Ok(Box::new(file));
+    }
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes).with_context(failed)?;
+    Ok(Box::new(Cursor::new(bytes)))
 }

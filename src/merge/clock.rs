@@ -39,15 +39,17 @@ pub struct Offset {
 
 /// The smallest and the largest offset that the bounds allow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Interval {
-    least: Option<i64>,
-    most: Option<i64>,
+pub struct Interval {
+    pub least: Option<i64>,
+    pub most: Option<i64>,
 }
 
 impl Interval {
-    const ALL: Self = Self { least: None, most: None };
+    /// Nothing is known.
+    pub const ALL: Self = Self { least: None, most: None };
 
-    fn of(bound: &Bound) -> Self {
+    /// What one bound says at its moment.
+    pub fn of(bound: &Bound) -> Self {
         match bound.side {
             Side::AtLeast => Self { least: Some(bound.offset), most: None },
             Side::AtMost => Self { least: None, most: Some(bound.offset) },
@@ -55,7 +57,7 @@ impl Interval {
     }
 
     /// What is left of it so many nanoseconds away.
-    fn away(self, distance: u64) -> Self {
+    pub fn away(self, distance: u64) -> Self {
         let slack = slack(distance);
         Self {
             least: self.least.map(|least| least.saturating_sub(slack)),
@@ -63,7 +65,8 @@ impl Interval {
         }
     }
 
-    fn and(self, other: Self) -> Self {
+    /// What both leave.
+    pub fn and(self, other: Self) -> Self {
         let tighter = |one: Option<i64>, other: Option<i64>, choose: fn(i64, i64) -> i64| match (one, other) {
             (Some(one), Some(other)) => Some(choose(one, other)),
             (one, other) => one.or(other),
@@ -71,7 +74,8 @@ impl Interval {
         Self { least: tighter(self.least, other.least, i64::max), most: tighter(self.most, other.most, i64::min) }
     }
 
-    fn is_empty(self) -> bool {
+    /// Whether nothing is left.
+    pub fn is_empty(self) -> bool {
         matches!((self.least, self.most), (Some(least), Some(most)) if least > most)
     }
 

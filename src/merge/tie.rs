@@ -1,0 +1,567 @@
+//! Which operations of the guest and of the device are the same, and what follows for their clocks.
+//!
+//! Both sides say a key of each, which comes back in the course of a trace. Those whose key occurs once are the same. From
+//! there the clock is followed, forwards and backwards: what is tied already leaves so little open that only one
+//! operation of the device with the right key is possible. Where nothing is tied, the first clock is searched: a queue that
+//! is kept full with the same commands again and again looks alike wherever one lays it, but for how long each took.
+
+use std::cmp::Reverse;
+use std::collections::HashSet;
+use std::ops::Range;
+use std::ptr;
+
+use super::clock::{Bound, Clock, Interval};
+use super::spans::{GuestSpan, HostSpan, HostSpans, Key, bounds};
+
+/// After so many operations without a possible partner the clock is taken for lost.
+const LOST: usize = 64;
+
+/// Operations in a row without a partner among which a clock is searched.
+const STRETCH: usize = 32;
+
+/// How often the part in which a clock is searched is cut in two.
+const CUTS: u32 = 4;
+
+/// Operations that vote, at most.
+const VOTERS: usize = 256;
+
+/// Votes that are counted at once, at most.
+const VOTES: usize = 200_000;
+
+/// Clocks that are tried, at most.
+const CANDIDATES: usize = 4096;
+
+/// How many pairs were found in a life of the guest, and the clock that follows.
+pub struct Tied {
+    pub pairs: usize,
+    pub clock: Clock,
+}
+
+/// Finds the clock of each life of the guest; `None` for one in which nothing could be tied. The operations of each are
+/// in the order of their times.
+pub fn tie(lives: &[Vec<GuestSpan>], host: &HostSpans) -> Vec<Option<Tied>> {
+    let mut keys: Vec<Key> = lives.iter().flatten().map(|span| span.key).collect();
+    keys.sort_unstable();
+    let is_unique = |key: &Key| keys.get(keys.partition_point(|other| other < key) + 1) != Some(key);
+    lives.iter().map(|spans| tie_life(spans, host, is_unique)).collect()
+}
+
+fn tie_life(spans: &[GuestSpan], host: &HostSpans, is_unique: impl Fn(&Key) -> bool) -> Option<Tied> {
+    let unique = |span: &GuestSpan| match host.of(&span.key) {
+        [(_, one)] if is_unique(&span.key) => Some(one),
+        _ => None,
+    };
+    let mut life = Life { spans, host, partners: spans.iter().map(unique).collect() };
+    life.follow();
+    life.search(0..spans.len(), CUTS);
+    let pairs = spans.iter().zip(&life.partners).filter_map(|(span, partner)| Some((span, (*partner)?)));
+    let clock = Clock::new(pairs.clone().flat_map(|(span, partner)| bounds(span, partner)).collect())?;
+    Some(Tied { pairs: pairs.count(), clock })
+}
+
+/// When the guest was about to have it done.
+fn begin(span: &GuestSpan) -> u64 {
+    span.before.or(span.after).unwrap_or(0)
+}
+
+/// Whether both its begin and its end are known, so that its partner can be told by the time.
+fn is_whole(span: &GuestSpan) -> bool {
+    span.before.is_some() && span.after.is_some()
+}
+
+/// What the offset can be at a moment of the guest's clock.
+#[derive(Clone, Copy, Debug)]
+struct Cursor {
+    at: u64,
+    interval: Interval,
+}
+
+/// What of the device may be the same as an operation of the guest.
+enum Possible<'a> {
+    None,
+    One(&'a HostSpan),
+    Several,
+}
+
+impl Cursor {
+    /// What two that are the same say.
+    fn new(span: &GuestSpan, partner: &HostSpan) -> Self {
+        let start = Cursor { at: begin(span), interval: Interval::ALL };
+        start.with(span, partner).unwrap_or(start)
+    }
+
+    fn at(&self, time: u64) -> Interval {
+        self.interval.away(time.abs_diff(self.at))
+    }
+
+    /// Moved to this operation, and tightened by what it says; `None` if that contradicts.
+    fn with(&self, span: &GuestSpan, partner: &HostSpan) -> Option<Self> {
+        let at = begin(span);
+        let alone = |bound: Bound| Interval::of(&bound).away(bound.at.abs_diff(at));
+        let interval = bounds(span, partner).fold(self.at(at), |interval, bound| interval.and(alone(bound)));
+        (!interval.is_empty()).then_some(Cursor { at, interval })
+    }
+
+    /// Which of these, all with its key, an operation can be.
+    fn possible<'a>(&self, span: &GuestSpan, several: &'a [(Key, HostSpan)]) -> Possible<'a> {
+        let (Some(before), Some(after)) = (span.before, span.after) else { return Possible::Several };
+        let (Some(least), Some(most)) = (self.at(before).least, self.at(after).most) else { return Possible::Several };
+        let earliest = i128::from(before) + i128::from(least);
+        let latest = i128::from(after) + i128::from(most);
+        let first = several.partition_point(|(_, host)| i128::from(host.start) < earliest);
+        let mut possible = several[first..]
+            .iter()
+            .map(|(_, host)| host)
+            .take_while(|host| i128::from(host.start) <= latest)
+            .filter(|host| i128::from(host.end) <= latest);
+        match (possible.next(), possible.next()) {
+            (None, _) => Possible::None,
+            (Some(one), None) => Possible::One(one),
+            _ => Possible::Several,
+        }
+    }
+}
+
+/// A life of the guest, and what of it is tied.
+struct Life<'a> {
+    spans: &'a [GuestSpan],
+    host: &'a HostSpans,
+    partners: Vec<Option<&'a HostSpan>>,
+}
+
+impl<'a> Life<'a> {
+    /// Finds the partners of those near others that have one.
+    fn follow(&mut self) {
+        for backwards in [false, true] {
+            let mut found = Vec::new();
+            let all = 0..self.spans.len();
+            let note = |index, partner| found.push((index, partner));
+            match backwards {
+                false => self.walk(all, None, note),
+                true => self.walk(all.rev(), None, note),
+            };
+            self.tie(found);
+        }
+    }
+
+    fn tie(&mut self, found: Vec<(usize, &'a HostSpan)>) {
+        for (index, partner) in found {
+            self.partners[index] = Some(partner);
+        }
+    }
+
+    /// Goes from one operation to the next with what the clock can be, and finds partners. Returns what it can be in the end.
+    fn walk(
+        &self,
+        order: impl Iterator<Item = usize>,
+        mut cursor: Option<Cursor>,
+        mut found: impl FnMut(usize, &'a HostSpan),
+    ) -> Option<Cursor> {
+        let mut missed = 0;
+        for index in order {
+            let span = &self.spans[index];
+            if let Some(partner) = self.partners[index] {
+                // What contradicts begins anew: the clock was set, or stood still.
+                let next = cursor.and_then(|cursor| cursor.with(span, partner));
+                cursor = next.or_else(|| Some(Cursor::new(span, partner)));
+                missed = 0;
+                continue;
+            }
+            let Some(known) = cursor else { continue };
+            match known.possible(span, self.host.of(&span.key)) {
+                Possible::One(partner) => {
+                    if let Some(next) = known.with(span, partner) {
+                        found(index, partner);
+                        cursor = Some(next);
+                        missed = 0;
+                    }
+                }
+                Possible::None => missed += 1,
+                Possible::Several => {}
+            }
+            if missed > LOST {
+                cursor = None;
+            }
+        }
+        cursor
+    }
+
+    /// Searches a clock where nothing is tied.
+    fn search(&mut self, within: Range<usize>, cuts: u32) {
+        for stretch in self.untied(within) {
+            if let Some((middle, seed)) = self.seed(&stretch) {
+                let mut found = Vec::new();
+                self.walk(middle..stretch.end, Some(seed), |index, partner| found.push((index, partner)));
+                self.walk((stretch.start..middle).rev(), Some(seed), |index, partner| found.push((index, partner)));
+                if self.are_free(&found) {
+                    self.tie(found);
+                    self.follow();
+                }
+            }
+            if cuts > 0 {
+                let middle = stretch.start + stretch.len() / 2;
+                self.search(stretch.start..middle, cuts - 1);
+                self.search(middle..stretch.end, cuts - 1);
+            }
+        }
+    }
+
+    /// Whether most of these are not the partners of others yet. Where the device's trace lacks what the guest did, something
+    /// that it did before may look the same.
+    fn are_free(&self, found: &[(usize, &HostSpan)]) -> bool {
+        let taken: HashSet<*const HostSpan> =
+            self.partners.iter().flatten().map(|partner| ptr::from_ref(*partner)).collect();
+        found.iter().filter(|(_, partner)| taken.contains(&ptr::from_ref(*partner))).count() * 2 < found.len()
+    }
+
+    /// Where many in a row have no partner.
+    fn untied(&self, within: Range<usize>) -> Vec<Range<usize>> {
+        let mut stretches = Vec::new();
+        let (mut start, mut count) = (within.start, 0);
+        for index in within.start..=within.end {
+            if index < within.end && self.partners[index].is_none() {
+                count += usize::from(is_whole(&self.spans[index]));
+                continue;
+            }
+            if count >= STRETCH {
+                stretches.push(start..index);
+            }
+            (start, count) = (index + 1, 0);
+        }
+        stretches
+    }
+
+    /// What the offset can be in the middle of a stretch, and where that is. Each operation there votes for all offsets that
+    /// would put it together with one of the device; then those with nearly as many votes as the best are followed.
+    fn seed(&self, stretch: &Range<usize>) -> Option<(usize, Cursor)> {
+        let middle = stretch.start + stretch.len() / 2;
+        let at = begin(&self.spans[middle]);
+        let votes = self.votes(stretch, middle);
+        let rivals = candidates(votes).into_iter().map(|interval| Cursor { at, interval }).collect();
+        Some((middle, self.best(stretch, middle, rivals)?))
+    }
+
+    /// For each of some operations around the middle, the offsets that would put it together with another, apart from each other.
+    fn votes(&self, stretch: &Range<usize>, middle: usize) -> Vec<Vec<(i64, i64)>> {
+        let at = begin(&self.spans[middle]);
+        let nearest =
+            (0..stretch.len()).flat_map(|distance| [middle.checked_sub(distance + 1), Some(middle + distance)]);
+        let nearest = nearest.flatten().filter(|index| stretch.contains(index));
+        let mut votes: Vec<Vec<(i64, i64)>> = Vec::new();
+        let mut count = 0;
+        for span in nearest.map(|index| &self.spans[index]).filter(|span| is_whole(span)) {
+            let mut possible: Vec<(i64, i64)> = self
+                .host
+                .of(&span.key)
+                .iter()
+                .filter_map(|(_, host)| {
+                    let Cursor { interval, .. } = Cursor { at, interval: Interval::ALL }.with(span, host)?;
+                    let interval = interval.away(begin(span).abs_diff(at));
+                    interval.least.zip(interval.most)
+                })
+                .collect();
+            possible.sort_unstable();
+            possible.dedup_by(|next, last| {
+                let touches = next.0 <= last.1;
+                last.1 = if touches { last.1.max(next.1) } else { last.1 };
+                touches
+            });
+            count += possible.len();
+            votes.push(possible);
+            if votes.len() >= VOTERS || count >= VOTES {
+                break;
+            }
+        }
+        votes
+    }
+
+    /// The one of several with which the times that passed between operations fit best, and which ties the most, if there is
+    /// one that is clearly better than all others.
+    fn best(&self, stretch: &Range<usize>, middle: usize, mut rivals: Vec<Cursor>) -> Option<Cursor> {
+        let mut reach = 1 << 10;
+        loop {
+            let (first, last) = (stretch.start.max(middle.saturating_sub(reach)), stretch.end.min(middle + reach));
+            let mut fits: Vec<Fit> = rivals.iter().map(|seed| self.fit(*seed, first, middle, last)).collect();
+            let most = fits.iter().map(|fit| fit.pairs).max()?;
+            fits.retain(|fit| fit.pairs >= STRETCH / 2 && fit.pairs * 4 >= most);
+            let (misfit, pairs) = fits.iter().map(|fit| (fit.misfit, fit.pairs)).min()?;
+            // Five times what chance makes of a median.
+            let limit = misfit.saturating_add(misfit.saturating_mul(5) / pairs.isqrt() as u64);
+            fits.retain(|fit| fit.misfit <= limit);
+            let most = fits.iter().map(|fit| fit.pairs).max()?;
+            fits.retain(|fit| fit.pairs * 10 > most * 9);
+            // Two that came together are one.
+            fits.dedup_by(|one, other| match (one.end, other.end) {
+                (Some(one), Some(other)) => !one.at(other.at).and(other.interval).is_empty(),
+                _ => false,
+            });
+            match fits[..] {
+                [Fit { seed, .. }] => return Some(seed),
+                _ if first == stretch.start && last == stretch.end => return None,
+                _ => rivals = fits.into_iter().map(|fit| fit.seed).collect(),
+            }
+            reach *= 8;
+        }
+    }
+
+    /// Follows a clock from the middle to both ends.
+    fn fit(&self, seed: Cursor, first: usize, middle: usize, last: usize) -> Fit {
+        let mut misfits = Vec::new();
+        let mut previous: Option<(u64, u64)> = None;
+        let mut note = |index: usize, partner: &HostSpan| {
+            let Some(after) = self.spans[index].after else { return };
+            if let Some((last_after, last_end)) = previous {
+                let (guest, host) =
+                    (i128::from(after) - i128::from(last_after), i128::from(partner.end) - i128::from(last_end));
+                misfits.push(u64::try_from((guest - host).abs()).unwrap_or(u64::MAX));
+            }
+            previous = Some((after, partner.end));
+        };
+        let end = self.walk(middle..last, Some(seed), &mut note);
+        self.walk((first..middle).rev(), Some(seed), &mut note);
+        let pairs = misfits.len();
+        let misfit = if pairs == 0 { u64::MAX } else { *misfits.select_nth_unstable(pairs / 2).1 };
+        Fit { seed, pairs, misfit, end }
+    }
+}
+
+/// How well a clock fits.
+struct Fit {
+    seed: Cursor,
+    /// How many it ties.
+    pairs: usize,
+    /// By how much the time that passes from the end of one to the end of the next differs between the guest and the device,
+    /// ns: the median.
+    misfit: u64,
+    /// Where the clock was at the last operation.
+    end: Option<Cursor>,
+}
+
+/// The offsets for which nearly as many vote as for the best, if that is at least half of all.
+fn candidates(votes: Vec<Vec<(i64, i64)>>) -> Vec<Interval> {
+    let voters = votes.len();
+    // What ends at an offset still counts there.
+    let mut edges: Vec<(i64, bool)> =
+        votes.into_iter().flatten().flat_map(|(least, most)| [(least, false), (most, true)]).collect();
+    edges.sort_unstable();
+    let counts = || {
+        edges.iter().scan(0_usize, |count, &(offset, ends)| {
+            *count = if ends { *count - 1 } else { *count + 1 };
+            Some((offset, *count))
+        })
+    };
+    let most = counts().map(|(_, count)| count).max().unwrap_or(0);
+    if most < 2 || most * 2 < voters {
+        return Vec::new();
+    }
+    let mut found: Vec<(usize, Interval)> = Vec::new();
+    let mut open: Option<(usize, i64)> = None;
+    for (offset, count) in counts() {
+        let is_high = count * 10 >= most * 9;
+        match open {
+            None if is_high => open = Some((count, offset)),
+            Some((high, least)) if is_high => open = Some((high.max(count), least)),
+            Some((high, least)) => {
+                found.push((high, Interval { least: Some(least), most: Some(offset) }));
+                open = None;
+            }
+            None => {}
+        }
+    }
+    // Too many that are as good as the best: any choice would be a guess.
+    if found.iter().filter(|(high, _)| *high == most).count() > CANDIDATES {
+        return Vec::new();
+    }
+    found.sort_by_key(|(high, _)| Reverse(*high));
+    found.truncate(CANDIDATES);
+    found.into_iter().map(|(_, interval)| interval).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::spans::{GuestEvent, guest_spans};
+    use super::*;
+
+    /// A world in which the host's clock is 1 s ahead. Each I/O takes 100 µs and uses the same tag, address and command
+    /// identifier; blocks differ, but for the first two.
+    fn lines(count: u64) -> (Vec<String>, Vec<String>) {
+        let (mut host, mut guest) = (Vec::new(), Vec::new());
+        for n in 0..count {
+            let t = 1_000_000 + n * 100_000;
+            let (tag, iova, block) = ("0x100000000000007", "0xfffd0000", if n < 2 { 0 } else { n * 8 });
+            let mut say =
+                |after: u64, text: String| guest.push(format!("{{\"t\":{},\"kind\":\"guest\",{text}}}", t + after));
+            say(
+                0,
+                format!(
+                    "\"event\":\"nvme:nvme_setup_cmd\",\"endpoint\":32,\"qid\":1,\"cid\":9,\"opcode\":2,\"slba\":{block}"
+                ),
+            );
+            let range = format!("\"cpu\":0,\"iova\":\"{iova}\",\"size\":8192,\"tag\":\"{tag}\"");
+            say(5_000, format!("\"event\":\"dma_iova:dma_iova_link\",{range},\"ret\":0"));
+            say(9_000, format!("\"event\":\"dma_iova:dma_iova_sync\",{range},\"ret\":0"));
+            say(60_000, "\"event\":\"nvme:nvme_complete_rq\",\"endpoint\":32,\"qid\":1,\"cid\":9".into());
+            say(70_000, format!("\"event\":\"dma_iova:dma_iova_destroy\",{range}"));
+            let mut say =
+                |after: u64, text: String| host.push(format!("{{\"t\":{},{text}}}", t + 1_000_000_000 + after));
+            let range =
+                format!("\"kind\":\"request\",\"virt_start\":\"{iova}\",\"virt_end\":\"0xfffd1fff\",\"tag\":\"{tag}\"");
+            say(8_000, format!("{range},\"type\":\"LINK\",\"duration_ns\":2000"));
+            say(
+                50_000,
+                format!(
+                    "\"kind\":\"command\",\"endpoint\":32,\"model\":\"nvme\",\"queue\":1,\"cid\":9,\"opcode\":\"read\",\"slba\":{block},\"duration_ns\":30000"
+                ),
+            );
+            say(90_000, format!("{range},\"type\":\"RELEASE\",\"duration_ns\":1000"));
+        }
+        (host, guest)
+    }
+
+    fn tied(host: &[String], guest: &[String]) -> Option<Tied> {
+        let mut spans = HostSpans::new();
+        host.iter().for_each(|line| spans.add(&serde_json::from_str(line).unwrap()));
+        spans.sort();
+        let events = guest.iter().filter_map(|line| GuestEvent::new(&serde_json::from_str(line).unwrap()));
+        tie(&[guest_spans(events)], &spans).pop().unwrap()
+    }
+
+    #[test]
+    fn unique_pairs_make_a_clock_with_which_the_others_are_found() {
+        let (host, guest) = lines(20);
+        let Tied { pairs, clock } = tied(&host, &guest).unwrap();
+        // 18 commands are unique; with them 2 commands and 20 LINKs. A RELEASE has no later bound.
+        assert_eq!(pairs, 18 + 2 + 20);
+        assert_eq!(clock.breaks().count(), 0);
+        // From 1 µs after the link to 1 µs before the sync's return, and some for the drift.
+        let offset = clock.offset(1_000_000 + 10 * 100_000 + 5_000);
+        assert!(offset.value.abs_diff(1_000_000_000) <= 10 && offset.error.unwrap() <= 1_010, "{offset:?}");
+    }
+
+    #[test]
+    fn a_tag_that_is_unique_is_enough_and_without_anything_there_is_no_clock() {
+        let (host, guest) = lines(1);
+        let is_dma = |line: &&String| line.contains("tag");
+        let only = |lines: &[String]| lines.iter().filter(is_dma).cloned().collect::<Vec<_>>();
+        let Tied { pairs, clock } = tied(&only(&host), &only(&guest)).unwrap();
+        assert_eq!(pairs, 2);
+        assert_eq!(clock.offset(1_005_000).error, Some(1_002));
+        assert!(tied(&host, &[]).is_none());
+        let (other, _) = lines(3);
+        assert!(tied(&other[3..6], &only(&guest)).is_some());
+        let untagged: Vec<_> = only(&guest).iter().map(|line| line.replace("0x100000000000007", "0x0")).collect();
+        assert!(tied(&host, &untagged).is_none());
+    }
+
+    #[test]
+    fn a_link_that_another_processor_may_have_posted_bounds_one_side_only() {
+        let (host, guest) = lines(1);
+        let guest: Vec<_> = guest
+            .iter()
+            .filter(|line| line.contains("link") || line.contains("sync"))
+            .map(|line| if line.contains("sync") { line.replace("\"cpu\":0", "\"cpu\":1") } else { line.clone() })
+            .collect();
+        assert_eq!(tied(&host, &guest).unwrap().clock.offset(1_005_000).error, None);
+    }
+
+    /// What the host's clock is ahead in the steady worlds, at the guest's time 0.
+    const AHEAD: u64 = 5_000_000_000;
+
+    /// The host's time: its clock runs 200 ppm faster.
+    fn on_host(at: u64) -> u64 {
+        at + AHEAD + at / 5_000
+    }
+
+    /// A queue that is kept full with commands on few blocks: each has its lines, `jitter` ns apart from the others at most.
+    /// Linux counts in the upper four bits of an identifier how often it was used.
+    fn steady(count: usize, depth: usize, blocks: usize, jitter: u64) -> (Vec<String>, Vec<String>) {
+        let mut random = 1_u64;
+        let mut some = || {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            if jitter == 0 { 0 } else { (random >> 33) % jitter }
+        };
+        let (mut host, mut guest) = (Vec::new(), Vec::new());
+        // When each tag is free again.
+        let mut free = vec![1_000_000_u64; depth];
+        let (mut device, mut uses) = (0, vec![0_usize; depth]);
+        for n in 0..count {
+            let tag = (0..depth).min_by_key(|tag| free[*tag]).unwrap();
+            let (cid, block) = (tag | (uses[tag] % 16) << 12, n % blocks * 8);
+            uses[tag] += 1;
+            let setup = free[tag] + 1_000 + some();
+            let start = device.max(setup + 2_000);
+            let end = start + 8_000 + some();
+            let done = end + 5_000 + some();
+            (device, free[tag]) = (end, done);
+            let what = format!("\"endpoint\":32,\"qid\":1,\"cid\":{cid}");
+            guest.push((setup, format!("{{\"t\":{setup},\"kind\":\"guest\",\"event\":\"nvme:nvme_setup_cmd\",{what},\"opcode\":2,\"slba\":{block}}}")));
+            guest.push((
+                done,
+                format!("{{\"t\":{done},\"kind\":\"guest\",\"event\":\"nvme:nvme_complete_rq\",{what}}}"),
+            ));
+            let (t, duration) = (on_host(end), on_host(end) - on_host(start));
+            host.push(format!(
+                "{{\"t\":{t},\"kind\":\"command\",\"endpoint\":32,\"model\":\"nvme\",\"queue\":1,\"cid\":{cid},\"opcode\":\"read\",\"slba\":{block},\"duration_ns\":{duration}}}"
+            ));
+        }
+        guest.sort();
+        (host, guest.into_iter().map(|(_, line)| line).collect())
+    }
+
+    fn assert_true(clock: &Clock, at: u64) {
+        let found = clock.offset(at);
+        let error = found.error.unwrap();
+        assert!(found.value.abs_diff((on_host(at) - at) as i64) <= error + 1 && error < 200_000, "{found:?} at {at}");
+    }
+
+    #[test]
+    fn a_long_steady_trace_in_which_every_key_comes_back_is_tied() {
+        for (depth, blocks, jitter) in [(32, 64, 4_000), (32, 1, 4_000), (8, 512, 20_000), (1, 1, 2_000)] {
+            let (host, guest) = steady(10_000, depth, blocks, jitter);
+            let Tied { pairs, clock } = tied(&host, &guest).unwrap_or_else(|| panic!("{depth} {blocks} {jitter}"));
+            assert!(pairs > 9_900, "{pairs} of depth {depth}, {blocks} blocks, jitter {jitter}");
+            assert_eq!(clock.breaks().count(), 0);
+            (1..50).for_each(|n| assert_true(&clock, 1_000_000 + n * 1_000_000));
+        }
+    }
+
+    #[test]
+    fn neither_side_need_have_it_all() {
+        let (host, guest) = steady(10_000, 32, 64, 4_000);
+        // The guest's tracing began late, and the device's ended early, and lost one in ten.
+        let host: Vec<_> =
+            host.iter().take(7_000).enumerate().filter(|(n, _)| n % 10 != 3).map(|(_, line)| line.clone()).collect();
+        let Tied { pairs, clock } = tied(&host, &guest[8_000..]).unwrap();
+        assert!((2_500..2_701).contains(&pairs), "{pairs}");
+        assert_eq!(clock.breaks().count(), 0);
+        assert_true(&clock, 50_000_000);
+        assert_true(&clock, 60_000_000);
+    }
+
+    #[test]
+    fn a_clock_that_is_set_in_a_steady_trace_is_tied_anew() {
+        let (host, guest) = steady(10_000, 32, 64, 4_000);
+        const SET: u64 = 60_000_000;
+        let set = guest.iter().map(|line| {
+            let (t, rest) = line.strip_prefix("{\"t\":").unwrap().split_once(',').unwrap();
+            let t: u64 = t.parse().unwrap();
+            format!("{{\"t\":{},{rest}", if t < SET { t } else { t + 1_000_000_000 })
+        });
+        let Tied { pairs, clock } = tied(&host, &set.collect::<Vec<_>>()).unwrap();
+        assert!(pairs > 9_800, "{pairs}");
+        assert_eq!(clock.breaks().count(), 1);
+        assert_true(&clock, SET - 10_000_000);
+        let after = clock.offset(SET + 10_000_000 + 1_000_000_000);
+        assert!(
+            after.value.abs_diff((on_host(SET + 10_000_000) - SET - 10_000_000) as i64 - 1_000_000_000) < 200_000,
+            "{after:?}"
+        );
+    }
+
+    /// Nobody can say which of many that are exactly alike is which.
+    #[test]
+    fn what_is_too_regular_is_not_guessed() {
+        let (host, guest) = steady(4_000, 1, 1, 0);
+        assert!(tied(&host, &guest[2_000..4_000]).is_none());
+    }
+}
