@@ -122,9 +122,13 @@ impl Interrupts {
         shared.pin_sent(shared.pin.mask(masked));
     }
 
-    /// Sets which event file descriptor the pin sends to; `None` takes it away.
+    /// Sets which event file descriptor the pin sends to; `None` takes it away. Who gives one has no use for messages any
+    /// more.
     pub(super) fn assign_pin(&self, sink: Option<File>) {
         let Some(shared) = &self.0 else { return };
+        if sink.is_some() {
+            [Kind::Msi, Kind::Msix].map(|kind| self.disable(kind));
+        }
         shared.pin_sent(shared.pin.assign(sink));
     }
 
@@ -142,9 +146,14 @@ impl Interrupts {
         Ok(())
     }
 
-    /// Sets which event file descriptors vectors `start..` of a kind send to; `None` takes one away.
+    /// Sets which event file descriptors vectors `start..` of a kind send to; `None` takes one away. Who gives some has no use
+    /// for the pin any more.
     pub(super) fn assign(&self, kind: Kind, start: usize, sinks: impl Iterator<Item = Option<File>>) {
         let Some(shared) = &self.0 else { return };
+        let mut sinks = sinks.peekable();
+        if let Some(Some(_)) = sinks.peek() {
+            self.assign_pin(None);
+        }
         let mut lines = shared.lines.write().unwrap_or_else(PoisonError::into_inner);
         let lines = lines.of(kind);
         for (number, sink) in (start..).zip(sinks) {

@@ -26,7 +26,7 @@ pub trait PinSource: Send + Sync {
 /// A pin.
 #[derive(Default)]
 pub(super) struct Pin {
-    /// Whether there is a descriptor: a client gives one for the pin or some for messages, and not both.
+    /// Whether the client gave a descriptor.
     assigned: AtomicBool,
     state: Mutex<State>,
 }

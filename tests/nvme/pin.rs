@@ -300,6 +300,26 @@ fn the_next_client_has_a_pin_that_is_not_masked_and_sends_to_nobody() {
     wait_for_event(&third);
 }
 
+/// As drivers do that try one after the other.
+#[test]
+fn what_the_client_gave_last_counts() {
+    let setup = Setup::new();
+    let mut driver = ready(&setup);
+    let set = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER;
+    let (pin, message) = (driver.events[0].as_raw_fd(), driver.events[1].as_raw_fd());
+    driver.client.set_irqs(VFIO_PCI_MSI_IRQ_INDEX, set, 0, 1, &[message]).unwrap();
+    complete(&mut driver);
+    assert_eq!(driver.delete_sq(1), 0);
+    assert!(driver.events[1].read().is_ok());
+    unmask(&mut driver);
+    assert!(!came(&driver));
+    driver.client.set_irqs(VFIO_PCI_INTX_IRQ_INDEX, set, 0, 1, &[pin]).unwrap();
+    assert!(came(&driver), "the entry still waits");
+    unmask(&mut driver);
+    assert!(came(&driver));
+    assert!(driver.events[1].read().is_err());
+}
+
 #[test]
 fn wrong_calls_are_refused_and_change_nothing() {
     let setup = Setup::new();
