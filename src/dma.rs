@@ -5,18 +5,13 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use vm_memory::{
-    Address, Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap,
-    GuestMemoryRegion,
-};
+use vm_memory::VolatileSlice;
 
 use crate::iommu::grace::{Guard, Reader};
 use crate::iommu::{Endpoint, Fault, Iommu, Translation};
+use crate::memory::{Memory, NoAccess, Regions};
 use crate::trace::event::{Access, Route};
 use crate::trace::{Event, Tracer};
-
-/// The guest's memory as its vfio-user client maps it; it may change at any time.
-pub type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 
 /// The most bytes that are copied in one read-side section, so that an UNMAP waits for microseconds and not for a
 /// whole transfer.
@@ -140,7 +135,7 @@ impl Dma {
         let mut done = 0;
         while done < data.len() {
             done += self.run(iova.wrapping_add(done as u64), Access::Read, data.len() - done, |memory, gpa, len| {
-                memory.read_slice(&mut data[done..done + len], gpa)
+                memory.read(gpa, &mut data[done..done + len])
             })?;
         }
         Ok(())
@@ -152,10 +147,7 @@ impl Dma {
         while done < data.len() {
             done +=
                 self.run(iova.wrapping_add(done as u64), Access::Write, data.len() - done, |memory, gpa, len| {
-                    if !writable(memory, gpa, len as u64) {
-                        return Err(vm_memory::GuestMemoryError::InvalidGuestAddress(gpa));
-                    }
-                    memory.write_slice(&data[done..done + len], gpa)
+                    memory.write(gpa, &data[done..done + len])
                 })?;
         }
         Ok(())
@@ -167,7 +159,7 @@ impl Dma {
     pub fn poll(&mut self, iova: u64, known: u32) -> Result<u32, DmaError> {
         let mut bytes = [0; 4];
         let run =
-            self.reach(iova, Access::Read, bytes.len(), |memory, gpa, len| memory.read_slice(&mut bytes[..len], gpa))?;
+            self.reach(iova, Access::Read, bytes.len(), |memory, gpa, len| memory.read(gpa, &mut bytes[..len]))?;
         let value = u32::from_le_bytes(bytes);
         if run.len as usize == bytes.len() && run.result.is_ok() && value == known {
             return Ok(value);
@@ -195,7 +187,7 @@ impl Dma {
         flags: libc::c_int,
     ) -> bool {
         let Dma { door, reader } = self;
-        let memory = door.memory.memory();
+        let memory = door.memory.load();
         let guard = reader.enter();
         if !door.bus_master.load(Ordering::Acquire) {
             return false;
@@ -213,8 +205,10 @@ impl Dma {
             }
         };
         drop(guard);
+        // Another thread may have found a page missing, and something else in its place.
+        let sound = runs.iter().all(|run| memory.is_sound(run.found.gpa, run.len));
         let wanted: usize = parts.iter().map(|part| part.iov_len).sum();
-        usize::try_from(moved) == Ok(wanted) && runs.into_iter().all(|run| self.tell(run, access).is_ok())
+        sound && usize::try_from(moved) == Ok(wanted) && runs.into_iter().all(|run| self.tell(run, access).is_ok())
     }
 
     /// Does the first contiguous run of an access of `want` bytes and returns its length.
@@ -223,7 +217,7 @@ impl Dma {
         iova: u64,
         access: Access,
         want: usize,
-        copy: impl FnOnce(&GuestMemoryMmap, GuestAddress, usize) -> vm_memory::guest_memory::Result<()>,
+        copy: impl FnOnce(&Regions, u64, usize) -> Result<(), NoAccess>,
     ) -> Result<usize, DmaError> {
         let run = self.reach(iova, access, want, copy)?;
         self.tell(run, access)
@@ -235,10 +229,10 @@ impl Dma {
         iova: u64,
         access: Access,
         want: usize,
-        copy: impl FnOnce(&GuestMemoryMmap, GuestAddress, usize) -> vm_memory::guest_memory::Result<()>,
+        copy: impl FnOnce(&Regions, u64, usize) -> Result<(), NoAccess>,
     ) -> Result<Run, DmaError> {
         let door = &self.door;
-        let memory = door.memory.memory();
+        let memory = door.memory.load();
         let guard = self.reader.enter();
         if !door.bus_master.load(Ordering::Acquire) {
             return Err(DmaError::BusMasterOff);
@@ -267,8 +261,8 @@ impl Dma {
             }
         }
         let result = match found.route {
-            Route::Msi => Err(()),
-            Route::Mapped | Route::Bypass => copy(&memory, GuestAddress(found.gpa), len as usize).map_err(drop),
+            Route::Msi => Err(NoAccess),
+            Route::Mapped | Route::Bypass => copy(&memory, found.gpa, len as usize),
         };
         drop(guard);
         Ok(Run { iova, found, len, result })
@@ -290,6 +284,7 @@ impl Dma {
             tag: found.tag,
         });
         if result.is_err() {
+            door.memory.explain(found.gpa, len);
             return Err(DmaError::NoMemory { iova, gpa: found.gpa });
         }
         let moved = match (found.route, access) {
@@ -307,7 +302,7 @@ struct Run {
     iova: u64,
     found: Translation,
     len: u64,
-    result: Result<(), ()>,
+    result: Result<(), NoAccess>,
 }
 
 /// Whether the `len` bytes at `found` and those at `next` are one access: they lie one behind the other in guest memory.
@@ -316,33 +311,14 @@ fn continues(found: &Translation, len: u64, next: &Translation) -> bool {
 }
 
 /// Where runs are in this process; `None` if some of it is no memory, or not writable but to be written.
-fn parts(memory: &GuestMemoryMmap, runs: &[Run], access: Access) -> Option<Vec<libc::iovec>> {
+fn parts(memory: &Regions, runs: &[Run], access: Access) -> Option<Vec<libc::iovec>> {
     let mut parts = Vec::with_capacity(runs.len());
     for run in runs {
-        let gpa = GuestAddress(run.found.gpa);
-        if access == Access::Write && !writable(memory, gpa, run.len) {
-            return None;
-        }
-        for slice in GuestMemoryBackend::get_slices(memory, gpa, run.len as usize) {
-            let slice = slice.ok()?;
+        let part = |slice: VolatileSlice<'_>| {
             parts.push(libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() });
-        }
+            Ok(())
+        };
+        memory.each(run.found.gpa, run.len, access == Access::Write, part).ok()?;
     }
     Some(parts)
-}
-
-/// Whether all of a range is in memory that the client let us write; to try would be a SIGSEGV.
-fn writable(memory: &GuestMemoryMmap, gpa: GuestAddress, len: u64) -> bool {
-    let Some(last) = gpa.checked_add(len.saturating_sub(1)) else { return false };
-    let mut at = gpa;
-    loop {
-        let Some(region) = memory.find_region(at) else { return false };
-        if region.prot() & libc::PROT_WRITE == 0 {
-            return false;
-        }
-        if region.last_addr() >= last {
-            return true;
-        }
-        at = region.last_addr().unchecked_add(1);
-    }
 }

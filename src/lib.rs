@@ -10,6 +10,7 @@
 //! * [`trace`]: events, the per-thread rings they go into, and the socket that serves them.
 //! * [`iommu`]: the vIOMMU itself: endpoints, domains, address spaces. It knows no socket, no queue and no thread.
 //! * [`dma`]: the one door to guest memory: translate, copy, trace, fault.
+//! * [`memory`]: the guest's memory: regions, the files behind them, and pages that cannot be had.
 //! * [`vhost`]: the only place that knows vhost-user and virtqueues.
 //! * [`pci`]: the only place that knows vfio-user: configuration space, BARs, interrupts.
 //! * [`devices`]: the device models; they see a [`pci::Function`] to implement and a [`dma::Dma`] to use.
@@ -31,6 +32,7 @@ pub mod devices;
 pub mod dma;
 pub mod duty;
 pub mod iommu;
+pub mod memory;
 pub mod merge;
 pub mod pci;
 pub mod sandbox;

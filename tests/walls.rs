@@ -6,16 +6,17 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// What a module may import of the crate besides itself. `cli` may all.
-const MAY_IMPORT: [(&str, &[&str]); 12] = [
+const MAY_IMPORT: [(&str, &[&str]); 13] = [
     ("wire", &[]),
     ("socket", &[]),
     ("sandbox", &[]),
     ("duty", &[]),
     ("trace", &["wire", "socket"]),
     ("iommu", &["wire", "trace"]),
-    ("dma", &["iommu", "trace"]),
-    ("vhost", &["wire", "trace", "iommu", "dma", "duty", "socket"]),
-    ("pci", &["trace", "iommu", "dma", "duty", "socket"]),
+    ("memory", &[]),
+    ("dma", &["iommu", "trace", "memory"]),
+    ("vhost", &["wire", "trace", "iommu", "memory", "duty", "socket"]),
+    ("pci", &["trace", "iommu", "dma", "memory", "duty", "socket"]),
     ("devices", &["trace", "dma", "duty", "pci"]),
     ("topology", &["wire", "iommu", "vhost"]),
     ("merge", &["wire", "trace"]),

@@ -11,7 +11,7 @@ use vfio_user::{DmaMapFlags, DmaUnmapFlags, IrqInfo, ServerBackend, ServerRegion
 use super::config::{self, Config, MsixBar};
 use super::function::{Bus, Function};
 use super::interrupts::Kind;
-use super::memory::{MemoryMap, Region};
+use crate::memory::{MemoryMap, Region};
 use crate::trace::Event;
 use crate::trace::event::{Channel, ResetKind};
 
@@ -207,6 +207,9 @@ impl ServerBackend for Backend<'_> {
                     self.reset_function();
                 } else {
                     self.bus.door.set_bus_master(effect.master && self.function.is_some());
+                    if effect.master && self.memory.is_unshared() {
+                        self.memory.memory().tell_unshared(0);
+                    }
                     self.bus.interrupts.disable_pin(effect.pin_disabled);
                 }
             }
@@ -233,7 +236,7 @@ impl ServerBackend for Backend<'_> {
     ) -> io::Result<()> {
         let file = fd.filter(|_| flags.contains(DmaMapFlags::READ)).map(|file| (file, offset));
         let region = self.memory.map(address, size, flags.contains(DmaMapFlags::WRITE), file);
-        self.trace_memory(&region.map_err(refused)?, true);
+        self.trace_memory(&*region.map_err(refused)?, true);
         Ok(())
     }
 

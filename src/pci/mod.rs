@@ -8,7 +8,6 @@ mod backend;
 mod config;
 pub mod function;
 mod interrupts;
-mod memory;
 mod pin;
 mod server;
 

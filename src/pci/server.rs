@@ -10,10 +10,10 @@ use vmm_sys_util::eventfd::EventFd;
 use super::backend::{Backend, Make, contained};
 use super::function::{Bus, Function};
 use super::interrupts::Interrupts;
-use super::memory::MemoryMap;
-use crate::dma::{Door, Memory};
+use crate::dma::Door;
 use crate::duty::Duty;
 use crate::iommu::Iommu;
+use crate::memory::{Memory, MemoryMap};
 use crate::socket::{self, RETRY, Socket, SocketError};
 use crate::trace::event::Channel;
 use crate::trace::{Event, Tracer};
@@ -28,7 +28,7 @@ pub struct Slot {
 impl Slot {
     /// The slot of endpoint `endpoint`.
     pub fn new(iommu: &Arc<Iommu>, endpoint: u32, tracer: Tracer) -> Self {
-        let memory = Memory::new(vm_memory::GuestMemoryMmap::default());
+        let memory = Memory::default();
         let door = Door::new(iommu, endpoint, memory.clone(), tracer.clone());
         let interrupts = Interrupts::new(endpoint, tracer.clone());
         Slot { bus: Bus { door, interrupts, tracer, duty: None }, memory, msix: true }

@@ -1,5 +1,6 @@
 //! The device, as vhost-user-backend drives it: messages of the frontend on one thread, the queues on another.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,8 +21,8 @@ use zerocopy::IntoBytes;
 use super::inject::Fault;
 use super::queue::{self, BadChain, Buffers, Popped};
 use super::ring::Ring;
-use super::{EVENTS, QUEUES, REQUESTS, Shared, config};
-use crate::dma::Memory;
+use super::table::{Table, TableError};
+use super::{EVENTS, Memory, QUEUES, REQUESTS, Shared, config};
 use crate::iommu::{NotARequest, Request};
 use crate::trace::Event;
 use crate::trace::event::Channel;
@@ -54,7 +55,7 @@ const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
 /// One connection's device.
 pub(super) struct Backend {
     shared: Arc<Shared>,
-    memory: Memory,
+    table: Table,
     /// The queues, once the worker has seen them.
     rings: OnceLock<Vec<Ring>>,
     /// What only the thread that serves the queues uses.
@@ -66,7 +67,7 @@ pub(super) struct Backend {
     /// Ends the worker. The crate takes the consumer and never closes it: see [`Backend::end`].
     exit: Mutex<Option<RawFd>>,
     /// Guest memory as it was traced last: address and length of each region.
-    traced_memory: Mutex<Vec<(u64, u64)>>,
+    traced_memory: Mutex<BTreeSet<(u64, u64)>>,
 }
 
 /// The worker's own state.
@@ -96,11 +97,11 @@ struct Answer {
 }
 
 impl Backend {
-    pub(super) fn new(shared: Arc<Shared>, memory: Memory) -> io::Result<Arc<Self>> {
+    pub(super) fn new(shared: Arc<Shared>) -> io::Result<Arc<Self>> {
         let wake = new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC)?;
         Ok(Arc::new(Backend {
             shared,
-            memory,
+            table: Table::new(),
             rings: OnceLock::new(),
             worker: Mutex::default(),
             wake,
@@ -123,7 +124,8 @@ impl Backend {
     /// The connection and all the crate's threads are gone. To be called once.
     pub(super) fn end(&self) {
         (0..QUEUES).for_each(|index| self.stop(index));
-        self.trace_memory(Vec::new());
+        // Never an error without a region.
+        let _ = self.use_memory(&GuestMemoryMmap::new());
         if let Some(fd) = lock(&self.exit).take() {
             // SAFETY: the crate took the consumer apart into this descriptor, registered it with an epoll that is
             // closed by now, and dropped every trace of it.
@@ -141,13 +143,13 @@ impl Backend {
 
     /// Somebody polls a queue from now on, which is not kicked meanwhile. `false` if it is not served.
     pub(super) fn begin_polling(&self, index: usize) -> bool {
-        self.ring(index).is_some_and(|ring| ring.begin_polling(&self.memory.memory()))
+        self.ring(index).is_some_and(|ring| ring.begin_polling(&self.table.memory().memory()))
     }
 
     /// Does what the worker would if a queue that has something were kicked. Returns whether that was anything.
     pub(super) fn poll(&self, index: usize) -> bool {
         let Some(rings) = self.rings.get() else { return false };
-        if !rings.get(index).is_some_and(|ring| ring.has_more(&self.memory.memory())) {
+        if !rings.get(index).is_some_and(|ring| ring.has_more(&self.table.memory().memory())) {
             return false;
         }
         let served = &self.shared.counts.batches;
@@ -159,7 +161,7 @@ impl Backend {
 
     /// Nobody polls the queue any more: the worker is kicked, or is woken now.
     pub(super) fn end_polling(&self, index: usize) {
-        if self.ring(index).is_some_and(|ring| ring.end_polling(&self.memory.memory())) {
+        if self.ring(index).is_some_and(|ring| ring.end_polling(&self.table.memory().memory())) {
             self.leave_requests();
         }
     }
@@ -180,7 +182,7 @@ impl Backend {
     fn serve_contained(&self, event: u16, rings: &[Ring]) {
         let whole = self.contained(|| {
             self.serve(event, rings);
-            true
+            !self.lost_memory()
         });
         if !whole {
             lock(&self.worker).sound = [false; QUEUES];
@@ -191,7 +193,7 @@ impl Backend {
     /// The worker was woken.
     fn serve(&self, event: u16, rings: &[Ring]) {
         let rings = self.rings.get_or_init(|| rings.to_vec());
-        let memory = self.memory.memory();
+        let memory = self.table.memory().memory();
         let mut worker = lock(&self.worker);
         for (index, ring) in rings.iter().enumerate() {
             if ring.take_started() {
@@ -219,7 +221,7 @@ impl Backend {
         let (base, size, valid) = {
             let state = ring.get_ref();
             let queue = state.get_queue();
-            (queue.next_avail(), queue.size(), ring.has_size() && queue.is_valid(memory))
+            (queue.next_avail(), queue.size(), ring.has_size() && queue.is_valid(memory) && !self.table.is_lost())
         };
         self.shared.queue_started(index, base);
         self.shared.tracer.emit(Event::Queue { queue: index as u8, started: true, index: base, size });
@@ -238,16 +240,32 @@ impl Backend {
         }
     }
 
-    /// Traces how guest memory, as address and length of each region, differs from what was traced last.
-    fn trace_memory(&self, new: Vec<(u64, u64)>) {
+    /// Uses this memory from now on, and traces how it differs from what was used before.
+    fn use_memory(&self, memory: &GuestMemoryMmap) -> Result<(), TableError> {
+        self.table.replace(memory)?;
+        let new: BTreeSet<(u64, u64)> = memory.iter().map(|region| (region.start_addr().0, region.len())).collect();
         let mut old = lock(&self.traced_memory);
         let trace = |added, &(gpa, len): &(u64, u64)| {
             let channel = Channel::VhostUser;
             self.shared.tracer.emit(Event::Memory { channel, endpoint: None, added, gpa, len, writable: true });
         };
-        old.iter().filter(|region| !new.contains(region)).for_each(|region| trace(false, region));
-        new.iter().filter(|region| !old.contains(region)).for_each(|region| trace(true, region));
+        old.difference(&new).for_each(|region| trace(false, region));
+        new.difference(&old).for_each(|region| trace(true, region));
         *old = new;
+        Ok(())
+    }
+
+    /// Whether a page with a queue or a request could not be had, and that was not said before.
+    fn lost_memory(&self) -> bool {
+        let lost = self.table.is_newly_lost();
+        if lost {
+            log::error!(
+                "Guest memory that the virtqueues use cannot be had (SIGBUS): its file was cut short, its file system is \
+                 full, or no huge page is left. They are ignored until the driver resets the device and QEMU hands over \
+                 its memory anew"
+            );
+        }
+        lost
     }
 
     /// Something impossible was found in a queue: it is left alone until it is set up anew. The specification's way to
@@ -511,7 +529,10 @@ impl VhostUserBackend for Backend {
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
-        VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::REPLY_ACK
+        VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
     }
 
     fn set_event_idx(&self, _enabled: bool) {
@@ -529,8 +550,10 @@ impl VhostUserBackend for Backend {
     }
 
     fn update_memory(&self, memory: Memory) -> io::Result<()> {
-        self.trace_memory(memory.memory().iter().map(|region| (region.start_addr().0, region.len())).collect());
-        Ok(())
+        self.use_memory(&memory.memory()).map_err(|error| {
+            log::warn!("Refused the frontend's memory: {error}");
+            io::Error::new(io::ErrorKind::InvalidInput, error)
+        })
     }
 
     fn exit_event(&self, _thread_index: usize) -> Option<(EventConsumer, EventNotifier)> {
@@ -574,7 +597,7 @@ mod tests {
         let (lifecycle, counts, poller, injector) = Default::default();
         let shared = Shared { iommu, tracer, lifecycle, counts, poller, injector };
         let memory = Memory::new(GuestMemoryMmap::new());
-        let backend = Backend::new(Arc::new(shared), memory.clone()).unwrap();
+        let backend = Backend::new(Arc::new(shared)).unwrap();
         let ring = Ring::new(memory, 256).unwrap();
         let mut state = ring.get_mut();
         let sound = backend.contained(|| {

@@ -13,6 +13,7 @@ mod queue;
 mod reset;
 mod ring;
 mod server;
+mod table;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -27,6 +28,9 @@ pub use server::{Server, ServerError, Shutdown};
 use crate::iommu::Iommu;
 use crate::trace::event::{Channel, ResetKind};
 use crate::trace::{Event, Tracer};
+
+/// The guest's memory as the frontend's messages describe it, which virtqueues are in.
+type Memory = vm_memory::GuestMemoryAtomic<vm_memory::GuestMemoryMmap>;
 
 /// The request queue and the event queue (virtio specification, section 5.13.2).
 pub const QUEUES: usize = 2;

@@ -10,10 +10,10 @@ use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutG
 use virtio_queue::{Error, QueueT};
 use vm_memory::GuestMemoryMmap;
 
+use super::Memory;
 use super::backend::is_served;
 use super::kicks::Kicks;
 use super::queue::{self, Taken};
-use crate::dma::Memory;
 use crate::socket::set_nonblocking;
 
 /// A virtqueue that knows whether it was just started, whether it was kicked, and that never ends a connection for

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::thread;
 
 use vhost::vhost_user::{Error as VhostUserError, Listener};
@@ -13,8 +13,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::backend::Backend;
-use super::{Control, Counts, Shared};
-use crate::dma::Memory;
+use super::{Control, Counts, Memory, Shared};
 use crate::iommu::Iommu;
 use crate::socket::{self, RETRY, Socket, SocketError};
 use crate::trace::event::Channel;
@@ -40,6 +39,7 @@ pub enum ServerError {
 #[derive(Clone)]
 pub struct Shutdown {
     event: Arc<EventFd>,
+    socket: Weak<Socket>,
 }
 
 impl Shutdown {
@@ -48,12 +48,20 @@ impl Shutdown {
         // The only error is a counter that is full, that is, triggered.
         let _ = self.event.write(1);
     }
+
+    /// Removes the socket's file, if it is still there, though the server does not end.
+    pub fn stop_listening(&self) {
+        if let Some(socket) = self.socket.upgrade() {
+            socket.remove();
+        }
+    }
 }
 
 /// The device's socket.
 pub struct Server {
     listener: Listener,
-    _socket: Socket,
+    /// Its file is removed when this is dropped.
+    _socket: Arc<Socket>,
     shared: Arc<Shared>,
     shutdown: Shutdown,
 }
@@ -62,7 +70,7 @@ impl Server {
     /// Listens on `path`. A stale socket there is replaced, a live one is an error. The socket is removed when the
     /// server is dropped.
     pub fn bind(path: &Path, iommu: Arc<Iommu>, tracer: Tracer) -> Result<Server, ServerError> {
-        let socket = Socket::bind(path)?;
+        let socket = Arc::new(Socket::bind(path)?);
         let listener = socket.listener().try_clone();
         let listener = listener.map_err(|source| ServerError::System { what: "copy the listening socket", source })?;
         let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
@@ -77,9 +85,9 @@ impl Server {
         });
         Ok(Server {
             listener: Listener::from(listener),
+            shutdown: Shutdown { event: Arc::new(event), socket: Arc::downgrade(&socket) },
             _socket: socket,
             shared,
-            shutdown: Shutdown { event: Arc::new(event) },
         })
     }
 
@@ -113,7 +121,7 @@ impl Server {
     /// Serves the frontend that waits to be accepted.
     fn serve_one(&mut self) -> Result<(), BackendError> {
         let memory = Memory::new(GuestMemoryMmap::new());
-        let backend = Backend::new(self.shared.clone(), memory.clone()).map_err(BackendError::StartDaemon)?;
+        let backend = Backend::new(self.shared.clone()).map_err(BackendError::StartDaemon)?;
         self.shared.tracer.emit(Event::Session { channel: Channel::VhostUser, endpoint: None, connected: true });
         let served = self.serve_backend(&backend, memory);
         // Also after a failure, or each would leave a descriptor behind.

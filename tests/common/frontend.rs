@@ -12,12 +12,13 @@ use tempfile::TempDir;
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
-use viommu::dma::{Dma, Door, Memory};
+use viommu::dma::{Dma, Door};
 use viommu::iommu::{EndpointSettings, Iommu, Reserved, Settings};
+use viommu::memory::{Memory, MemoryMap};
 use viommu::trace::Tracer;
 use viommu::vhost::{Control, Server, Shutdown};
 use viommu::wire::virtio_iommu::*;
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -192,8 +193,10 @@ impl Queue {
 /// A driver with its machine: frontend, memory and queues.
 pub struct Driver {
     pub frontend: Frontend,
-    pub ram: Memory,
-    file: File,
+    pub ram: GuestMemoryAtomic<GuestMemoryMmap>,
+    pub file: File,
+    /// The same, as devices access it.
+    pub memory: Memory,
     pub queues: [Queue; 2],
     pub offered: u64,
     accepted: u64,
@@ -233,9 +236,12 @@ impl Driver {
         let file = memfd(RAM);
         let mapping = FileOffset::new(file.try_clone().unwrap(), 0);
         let ranges = [(GuestAddress(0), RAM as usize, Some(mapping))];
-        let ram = Memory::new(GuestMemoryMmap::from_ranges_with_files(ranges).unwrap());
+        let ram = GuestMemoryAtomic::new(GuestMemoryMmap::from_ranges_with_files(ranges).unwrap());
+        let mut map = MemoryMap::new(Memory::default());
+        map.map(0, RAM, true, Some((file.try_clone().unwrap(), 0))).unwrap();
+        let memory = map.memory().clone();
         let queues = QUEUE_BASES.map(Queue::new);
-        Driver { frontend, ram, file, queues, offered, accepted: 0, next_buffer: BUFFERS.start }
+        Driver { frontend, ram, file, memory, queues, offered, accepted: 0, next_buffer: BUFFERS.start }
     }
 
     /// Accepts those of the offered features that are in `features`.
@@ -507,7 +513,7 @@ impl Driver {
 
     /// An endpoint's access to this driver's memory.
     pub fn dma(&self, device: &Device, endpoint: u32) -> Dma {
-        let door = Door::new(&device.iommu, endpoint, self.ram.clone(), Tracer::default());
+        let door = Door::new(&device.iommu, endpoint, self.memory.clone(), Tracer::default());
         door.set_bus_master(true);
         door.open()
     }

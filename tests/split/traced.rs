@@ -49,7 +49,7 @@ fn a_reservation_from_its_first_step_to_its_last() {
         // It goes on in memory where the first ends, but is another operation.
         driver.transact(&link(page(2), &[(0x20_2000, 1), (0x30_0000, 1)], SECOND));
         driver.map(1, 0, 0xfff, 0x20_0000, READ);
-        let door = Door::new(&device.iommu, EP, driver.ram.clone(), tracer);
+        let door = Door::new(&device.iommu, EP, driver.memory.clone(), tracer);
         door.set_bus_master(true);
         let mut dma = door.open();
         dma.read(START, &mut [0; 4 * PAGE as usize]).unwrap();

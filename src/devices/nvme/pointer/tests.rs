@@ -1,11 +1,12 @@
 use std::sync::Arc;
 
 use proptest::prelude::*;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
 use super::*;
-use crate::dma::{Door, Memory};
+use crate::dma::Door;
 use crate::iommu::{EndpointSettings, Iommu, Settings};
+use crate::memory::{Memory, MemoryMap};
 use crate::trace::Tracer;
 
 const PAGE: u64 = 4096;
@@ -13,10 +14,15 @@ const PAGES: u64 = 64;
 
 /// Memory of some pages from address 0 on, and a way to it past the IOMMU.
 fn guest() -> (Arc<GuestMemoryMmap>, Dma) {
-    let memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), (PAGE * PAGES) as usize)]).unwrap());
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(PAGE * PAGES).unwrap();
+    let mut map = MemoryMap::new(Memory::default());
+    map.map(0, PAGE * PAGES, true, Some((file.try_clone().unwrap(), 0))).unwrap();
+    let range = (GuestAddress(0), (PAGE * PAGES) as usize, Some(FileOffset::new(file, 0)));
+    let memory = Arc::new(GuestMemoryMmap::from_ranges_with_files([range]).unwrap());
     let endpoints = vec![EndpointSettings { id: 1, reserved: Vec::new() }];
     let iommu = Iommu::new(Settings { endpoints, ..Settings::default() }, Tracer::default());
-    let door = Door::new(&iommu, 1, Memory::from(memory.clone()), Tracer::default());
+    let door = Door::new(&iommu, 1, map.memory().clone(), Tracer::default());
     door.set_bus_master(true);
     let dma = door.open();
     (memory, dma)

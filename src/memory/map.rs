@@ -1,0 +1,301 @@
+//! The client's memory, as its DMA_MAP and DMA_UNMAP messages describe it.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::sync::{Arc, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::mapping::{Identity, Mapping};
+use super::{Backing, Memory, Region};
+
+/// The most regions that a client may have mapped at once: what the Linux kernel's VFIO allows by default. QEMU makes some
+/// tens, and one for each block of memory that virtio-mem plugs.
+pub const REGIONS_MAX: usize = 65_535;
+
+/// After so long an UNMAP that waits for an access says so.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Why a DMA_MAP or DMA_UNMAP was refused. Nothing changed.
+#[derive(Debug, thiserror::Error)]
+pub enum RegionError {
+    /// There is no such range.
+    #[error("The range {gpa:#x} + {len:#x} is empty or ends past 2^64")]
+    Range {
+        /// The first address.
+        gpa: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// Part of the range is taken.
+    #[error("The range {gpa:#x} + {len:#x} overlaps the region at {other:#x}, which is mapped already")]
+    Overlap {
+        /// The first address.
+        gpa: u64,
+        /// Bytes.
+        len: u64,
+        /// The first address of the other.
+        other: u64,
+    },
+    /// There are [`REGIONS_MAX`].
+    #[error("{REGIONS_MAX} regions are mapped, which is the most that a client may have")]
+    TooMany,
+    /// The file does not have as many bytes.
+    #[error("The file has {have:#x} bytes, and the region needs {offset:#x} + {len:#x}")]
+    PastEnd {
+        /// The file's bytes.
+        have: u64,
+        /// Where in the file the region begins.
+        offset: u64,
+        /// The region's bytes.
+        len: u64,
+    },
+    /// The operating system refuses.
+    #[error("The file cannot be mapped")]
+    Map(#[source] io::Error),
+    /// Only a part of a region would be removed.
+    #[error("The range {gpa:#x} + {len:#x} would split the region at {other:#x}")]
+    Splits {
+        /// The first address.
+        gpa: u64,
+        /// Bytes.
+        len: u64,
+        /// The region's first address.
+        other: u64,
+    },
+}
+
+/// Makes a [`Memory`] what the client wants it to be.
+pub struct MemoryMap {
+    memory: Memory,
+    /// The files that regions are in.
+    files: HashMap<Identity, Weak<Mapping>>,
+}
+
+impl MemoryMap {
+    /// Takes charge of `memory`, which is empty.
+    pub fn new(memory: Memory) -> Self {
+        MemoryMap { memory, files: HashMap::new() }
+    }
+
+    /// The memory.
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// Adds a region: `len` bytes of `file` from `offset` on, or without a file a range that is known but cannot be
+    /// accessed.
+    pub fn map(
+        &mut self,
+        gpa: u64,
+        len: u64,
+        writable: bool,
+        file: Option<(File, u64)>,
+    ) -> Result<Arc<Region>, RegionError> {
+        let last = last(gpa, len)?;
+        let regions = self.memory.load();
+        if regions.len() >= REGIONS_MAX {
+            return Err(RegionError::TooMany);
+        }
+        if let Some(other) = regions.touching(gpa, last).next() {
+            return Err(RegionError::Overlap { gpa, len, other: other.gpa });
+        }
+        let backing = file.map(|(file, offset)| self.backing(&file, offset, len, writable)).transpose()?;
+        let region = Arc::new(Region { gpa, len, writable, backing });
+        self.memory.0.regions.store(Arc::new(regions.with(region.clone())));
+        Ok(region)
+    }
+
+    /// Removes all regions inside a range, and returns them. When it returns, no access to them is in progress.
+    pub fn unmap(&mut self, gpa: u64, len: u64) -> Result<Vec<Arc<Region>>, RegionError> {
+        let last = last(gpa, len)?;
+        let inside: Vec<Arc<Region>> = self.memory.load().touching(gpa, last).cloned().collect();
+        if let Some(region) = inside.iter().find(|region| region.gpa < gpa || region.last() > last) {
+            return Err(RegionError::Splits { gpa, len, other: region.gpa });
+        }
+        Ok(self.remove(inside))
+    }
+
+    /// Removes everything: the client is gone, or wants it so.
+    pub fn clear(&mut self) -> Vec<Arc<Region>> {
+        let all = self.memory.load().iter().cloned().collect();
+        self.remove(all)
+    }
+
+    /// Whether there are regions, but none with memory behind it: then no access of a device can succeed.
+    pub fn is_unshared(&self) -> bool {
+        let regions = self.memory.load();
+        !regions.is_empty() && regions.iter().all(|region| !region.is_backed())
+    }
+
+    fn remove(&mut self, mut gone: Vec<Arc<Region>>) -> Vec<Arc<Region>> {
+        let addresses: Vec<u64> = gone.iter().map(|region| region.gpa).collect();
+        let rest = if addresses.is_empty() { return gone } else { self.memory.load().without(&addresses) };
+        if rest.is_empty() {
+            self.memory.0.told.store(false, std::sync::atomic::Ordering::Release);
+        }
+        self.memory.0.regions.store(Arc::new(rest));
+        wait_until_unused(&mut gone);
+        gone
+    }
+
+    /// A part of a file. One that is mapped already is not mapped again, unless a page of it could not be had.
+    fn backing(&mut self, file: &File, offset: u64, len: u64, writable: bool) -> Result<Backing, RegionError> {
+        // An access to a page past the end of the file would fail.
+        let have = file.metadata().map_err(RegionError::Map)?.len();
+        let end = offset.checked_add(len).filter(|end| *end <= have);
+        let end = end.ok_or(RegionError::PastEnd { have, offset, len })?;
+        let identity = Identity::of(file, writable).map_err(RegionError::Map)?;
+        let known = self.files.get(&identity).and_then(Weak::upgrade);
+        if let Some(file) = known.filter(|file| file.len() >= end && !file.watch().is_bad()) {
+            return Ok(Backing { file, offset });
+        }
+        let mapping = Arc::new(Mapping::new(file, writable).map_err(RegionError::Map)?);
+        // It may have been cut short in between.
+        if mapping.len() < end {
+            return Err(RegionError::PastEnd { have: mapping.len(), offset, len });
+        }
+        self.files.retain(|_, file| file.strong_count() > 0);
+        self.files.insert(identity, Arc::downgrade(&mapping));
+        Ok(Backing { file: mapping, offset })
+    }
+}
+
+/// Waits until nobody uses these regions, which new accesses do not find any more. Each access holds what it found for one
+/// bounded copy; it takes long only if a page of the memory takes long to come. Accesses cannot crash either way, since
+/// they keep the mappings alive; waiting is for the client, which may give the memory to something else as soon as it has
+/// the reply. So there is no end to it but the access's: a reply before would be a lie.
+fn wait_until_unused(regions: &mut [Arc<Region>]) {
+    let begun = Instant::now();
+    let mut told = false;
+    for region in regions {
+        while Arc::get_mut(region).is_none() {
+            if begun.elapsed() < Duration::from_millis(1) {
+                thread::yield_now();
+                continue;
+            }
+            thread::sleep(Duration::from_micros(200));
+            if !told && begun.elapsed() > PATIENCE {
+                told = true;
+                log::warn!(
+                    "An access to removed guest memory at {:#x} has been in progress for {PATIENCE:?}; the client waits for \
+                     its end",
+                    region.gpa
+                );
+            }
+        }
+    }
+}
+
+/// The last address of a range.
+fn last(gpa: u64, len: u64) -> Result<u64, RegionError> {
+    match len {
+        0 => None,
+        _ => gpa.checked_add(len).map(|end| end - 1),
+    }
+    .ok_or(RegionError::Range { gpa, len })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn file(len: u64) -> File {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(len).unwrap();
+        file
+    }
+
+    fn map() -> MemoryMap {
+        MemoryMap::new(Memory::default())
+    }
+
+    #[test]
+    fn what_is_mapped_can_be_accessed_until_it_is_unmapped() {
+        let mut map = map();
+        map.map(0x10000, 0x2000, true, Some((file(0x4000), 0x1000))).unwrap();
+        let memory = map.memory.clone();
+        memory.load().write(0x11000, b"hello").unwrap();
+        assert_eq!(map.unmap(0, 0x100000).unwrap().len(), 1);
+        assert!(memory.load().write(0x11000, b"hello").is_err());
+    }
+
+    #[test]
+    fn a_region_without_a_file_is_known_but_no_memory() {
+        let mut map = map();
+        map.map(0xc0000, 0x1000, false, None).unwrap();
+        assert!(map.memory.load().read(0xc0000, &mut [0]).is_err());
+        assert!(matches!(map.map(0xc0000, 0x1000, true, None), Err(RegionError::Overlap { .. })));
+        assert_eq!(map.unmap(0xc0000, 0x1000).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn odd_ranges_are_refused_and_change_nothing() {
+        let mut map = map();
+        map.map(0x1000, 0x2000, true, Some((file(0x2000), 0))).unwrap();
+        assert!(matches!(map.map(0, 0, true, None), Err(RegionError::Range { .. })));
+        assert!(matches!(map.map(u64::MAX, 2, true, None), Err(RegionError::Range { .. })));
+        assert!(matches!(map.map(0, u64::MAX, true, None), Err(RegionError::Overlap { .. })));
+        assert!(matches!(map.map(0x10000, 1 << 60, true, Some((file(0x1000), 0))), Err(RegionError::PastEnd { .. })));
+        assert!(matches!(
+            map.map(0x10000, 0x1000, true, Some((file(0x1000), u64::MAX))),
+            Err(RegionError::PastEnd { .. })
+        ));
+        assert!(matches!(map.unmap(0x2000, 0x1000), Err(RegionError::Splits { .. })));
+        assert!(matches!(map.unmap(0, 0), Err(RegionError::Range { .. })));
+        assert_eq!(map.memory.load().len(), 1);
+    }
+
+    #[test]
+    fn an_unmap_waits_for_an_access_in_progress() {
+        let mut map = map();
+        map.map(0x1000, 0x1000, true, Some((file(0x1000), 0))).unwrap();
+        let held = map.memory.load();
+        let released = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let held = held;
+                std::thread::sleep(Duration::from_millis(50));
+                released.store(true, std::sync::atomic::Ordering::SeqCst);
+                drop(held);
+            });
+            map.unmap(0x1000, 0x1000).unwrap();
+            assert!(released.load(std::sync::atomic::Ordering::SeqCst));
+        });
+    }
+
+    proptest! {
+        /// Against a set of pages: what the map says is what the set says.
+        #[test]
+        fn agrees_with_a_set_of_pages(steps in prop::collection::vec((any::<bool>(), 0u64..24, 1u64..8), 1..60)) {
+            let mut map = map();
+            let mut regions: Vec<(u64, u64)> = Vec::new();
+            for (add, start, len) in steps {
+                let overlaps = |r: &(u64, u64)| r.0 < start + len && start < r.0 + r.1;
+                if add {
+                    let expected = !regions.iter().any(overlaps);
+                    let done = map.map(start << 12, len << 12, true, Some((file(len << 12), 0))).is_ok();
+                    prop_assert_eq!(done, expected);
+                    if done {
+                        regions.push((start, len));
+                    }
+                } else {
+                    let inside = |r: &(u64, u64)| r.0 >= start && r.0 + r.1 <= start + len;
+                    let expected = regions.iter().all(|r| !overlaps(r) || inside(r));
+                    let result = map.unmap(start << 12, len << 12);
+                    prop_assert_eq!(result.is_ok(), expected);
+                    if expected {
+                        regions.retain(|r| !inside(r));
+                    }
+                }
+                let memory = map.memory.load();
+                for page in 0..32u64 {
+                    let expected = regions.iter().any(|r| r.0 <= page && page < r.0 + r.1);
+                    prop_assert_eq!(memory.read(page << 12, &mut [0]).is_ok(), expected);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,98 @@
+//! A file of guest memory, mapped whole.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+use std::ptr::{self, NonNull};
+
+use super::sigbus::{PAGE, Watch};
+
+/// A file, from its start to the end that it has at the time. Whole, since a client may describe its memory in many small
+/// pieces of one file: they cost one mapping together, no descriptor, and offsets that are no multiple of the file's page
+/// size do no harm.
+pub(super) struct Mapping {
+    // In this order: the handler must not take for guest memory what is mapped there next.
+    watch: Watch,
+    memory: Mapped,
+    len: u64,
+}
+
+/// Bytes of this process's address space, unmapped when dropped.
+struct Mapped {
+    start: NonNull<libc::c_void>,
+    len: usize,
+}
+
+// SAFETY: the memory is shared with other processes anyway, and accessed in ways that allow for that.
+unsafe impl Send for Mapped {}
+// SAFETY: as above.
+unsafe impl Sync for Mapped {}
+
+/// Which file it is, and whether it is mapped for writing: what two descriptors of one file have in common.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Identity {
+    device: u64,
+    inode: u64,
+    writable: bool,
+}
+
+impl Identity {
+    /// That of `file`. It is unique as long as the file is mapped.
+    pub(super) fn of(file: &File, writable: bool) -> io::Result<Identity> {
+        let metadata = file.metadata()?;
+        Ok(Identity { device: metadata.dev(), inode: metadata.ino(), writable })
+    }
+}
+
+impl Mapping {
+    /// Maps a file, which must not be empty.
+    pub(super) fn new(file: &File, writable: bool) -> io::Result<Mapping> {
+        let metadata = file.metadata()?;
+        let block = block(&metadata);
+        // For huge pages munmap(2) wants whole ones.
+        let len = usize::try_from(metadata.len()).ok().and_then(|len| len.checked_next_multiple_of(block));
+        let len = len.ok_or_else(|| io::Error::other("it does not fit in the address space"))?;
+        let prot = if writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
+        let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+        // SAFETY: the kernel chooses an address that nothing else uses.
+        let start = unsafe { libc::mmap(ptr::null_mut(), len, prot, flags, file.as_raw_fd(), 0) };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let start = NonNull::new(start).ok_or_else(|| io::Error::other("it was mapped at 0"))?;
+        let memory = Mapped { start, len };
+        let watch = Watch::new(start.as_ptr().expose_provenance(), len, block);
+        Ok(Mapping { watch, memory, len: metadata.len() })
+    }
+
+    /// Bytes of the file.
+    pub(super) fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Where a byte of the file is, which must be one.
+    pub(super) fn at(&self, offset: u64) -> *mut u8 {
+        assert!(offset < self.len);
+        self.memory.start.as_ptr().cast::<u8>().wrapping_add(offset as usize)
+    }
+
+    /// The state of its pages.
+    pub(super) fn watch(&self) -> &Watch {
+        &self.watch
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `Mapping::new`, and used by nobody any more: who accesses it holds the `Mapping`.
+        if unsafe { libc::munmap(self.start.as_ptr(), self.len) } != 0 {
+            log::error!("Guest memory cannot be unmapped: {}", io::Error::last_os_error());
+        }
+    }
+}
+
+/// The unit in which a file's pages come and go: for huge pages their size.
+pub fn block(metadata: &std::fs::Metadata) -> usize {
+    usize::try_from(metadata.blksize()).unwrap_or(PAGE).max(PAGE).next_multiple_of(PAGE)
+}

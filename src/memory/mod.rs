@@ -1,0 +1,188 @@
+//! The guest's memory as the client of a PCI function describes it: regions of guest-physical addresses, each a part of a
+//! file.
+//!
+//! [`MemoryMap`] takes the client's messages, [`Memory`] is what accesses go through. An access works on the [`Regions`]
+//! that it finds when it begins; a region that is removed goes when the last access to it is over, and until then its
+//! removal is not answered. A page that cannot be had fails the access: see [`sigbus`].
+
+mod map;
+mod mapping;
+mod regions;
+pub mod sigbus;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use arc_swap::{ArcSwap, Guard};
+pub use map::{MemoryMap, REGIONS_MAX, RegionError};
+use mapping::Mapping;
+pub use mapping::block;
+pub use regions::Regions;
+use vm_memory::{Bytes, VolatileSlice};
+
+/// Guest memory, which may change at any time. Clones are the same memory.
+#[derive(Clone, Default)]
+pub struct Memory(Arc<Shared>);
+
+#[derive(Default)]
+struct Shared {
+    regions: ArcSwap<Regions>,
+    /// It was said that memory is not shared.
+    told: AtomicBool,
+}
+
+/// A range of guest-physical addresses.
+pub struct Region {
+    /// Its first address.
+    pub gpa: u64,
+    /// Its bytes, at least one; the end fits in 64 bits.
+    pub len: u64,
+    /// Whether the client lets a device write to it.
+    pub writable: bool,
+    /// `None`: ROM, device memory or RAM that is not shared come without a file.
+    backing: Option<Backing>,
+}
+
+/// The memory of a region: from an offset of a file on.
+struct Backing {
+    file: Arc<Mapping>,
+    offset: u64,
+}
+
+/// There is no memory in all of a range, or it is not to be written, or it could not be had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NoAccess;
+
+impl Memory {
+    /// The regions as they are now. Those that are removed meanwhile stay accessible until this is dropped.
+    #[inline]
+    pub fn load(&self) -> Guard<Arc<Regions>> {
+        self.0.regions.load()
+    }
+
+    /// Says in the log, once, why an access to what begins at `gpa` failed, if that is not the guest's own doing.
+    pub fn explain(&self, gpa: u64, len: u64) {
+        let regions = self.load();
+        for region in regions.touching(gpa, gpa.saturating_add(len - 1)) {
+            match &region.backing {
+                None => self.tell_unshared(region.gpa),
+                Some(backing) if backing.file.watch().is_bad() && backing.file.watch().is_to_be_told() => {
+                    log::error!(
+                        "Guest memory at {gpa:#x} + {len:#x} cannot be had (SIGBUS): its file was cut short, its file system \
+                         is full, or no huge page is left. Accesses to such pages fail until the client maps the file anew"
+                    );
+                }
+                Some(_) => {}
+            }
+        }
+    }
+
+    /// Says in the log, once for each client, that there is memory that is not shared.
+    pub fn tell_unshared(&self, gpa: u64) {
+        if !self.0.told.swap(true, Ordering::AcqRel) {
+            log::warn!(
+                "A device cannot access guest memory at {gpa:#x}: QEMU gave no file for it. If that is RAM it must be \
+                 shared: share=on is missing, as in -object memory-backend-memfd,id=mem,size=...,share=on -machine \
+                 memory-backend=mem"
+            );
+        }
+    }
+}
+
+impl Region {
+    /// The last address.
+    pub fn last(&self) -> u64 {
+        self.gpa + (self.len - 1)
+    }
+
+    /// Whether there is memory behind it.
+    pub fn is_backed(&self) -> bool {
+        self.backing.is_some()
+    }
+
+    /// Its memory from an address of it on, up to `len` bytes.
+    #[inline]
+    fn slice(&self, gpa: u64, len: u64) -> Option<VolatileSlice<'_>> {
+        let backing = self.backing.as_ref()?;
+        let (at, len) = (gpa - self.gpa, len.min(self.last() - gpa + 1));
+        // SAFETY: that a region lies in its file was checked when it was made, and as long as the region lives the file is
+        // mapped. There are no references into the memory, and a page that cannot be had is replaced.
+        Some(unsafe { VolatileSlice::new(backing.file.at(backing.offset + at), len as usize) })
+    }
+
+    /// Whether a page could not be had with some of `len` bytes from an address of it on, as far as they are in it.
+    #[inline]
+    fn is_bad(&self, gpa: u64, len: u64) -> bool {
+        let Some(backing) = self.backing.as_ref().filter(|backing| backing.file.watch().is_bad()) else { return false };
+        let first = gpa.max(self.gpa);
+        let last = gpa.saturating_add(len - 1).min(self.last());
+        let at = backing.file.at(backing.offset + (first - self.gpa)).expose_provenance();
+        backing.file.watch().is_bad_at(at, (last - first + 1) as usize)
+    }
+}
+
+impl Regions {
+    /// Reads memory from `gpa` on.
+    pub fn read(&self, gpa: u64, data: &mut [u8]) -> Result<(), NoAccess> {
+        let mut done = 0;
+        self.each(gpa, data.len() as u64, false, |slice| {
+            let now = slice.len();
+            slice.read_slice(&mut data[done..done + now], 0).map_err(|_| NoAccess)?;
+            done += now;
+            Ok(())
+        })
+    }
+
+    /// Writes memory from `gpa` on; nothing, if not all of it can be written.
+    pub fn write(&self, gpa: u64, data: &[u8]) -> Result<(), NoAccess> {
+        let mut done = 0;
+        self.each(gpa, data.len() as u64, true, |slice| {
+            let now = slice.len();
+            slice.write_slice(&data[done..done + now], 0).map_err(|_| NoAccess)?;
+            done += now;
+            Ok(())
+        })
+    }
+
+    /// Hands out the memory at `len` bytes from `gpa` on, piece by piece; none of it if not all is there, or not all is
+    /// writable though it is to be written. An error also if some of it turns out not to be had.
+    pub fn each<'r>(
+        &'r self,
+        gpa: u64,
+        len: u64,
+        write: bool,
+        mut access: impl FnMut(VolatileSlice<'r>) -> Result<(), NoAccess>,
+    ) -> Result<(), NoAccess> {
+        let piece = |done: u64| {
+            let at = gpa.checked_add(done).ok_or(NoAccess)?;
+            let region = self.find(at).filter(|region| region.writable || !write).ok_or(NoAccess)?;
+            let slice = region.slice(at, len - done).filter(|_| !region.is_bad(at, len - done)).ok_or(NoAccess)?;
+            Ok((region, slice))
+        };
+        let mut seen = 0;
+        while seen < len {
+            let (region, slice) = piece(seen)?;
+            if slice.len() as u64 == len {
+                // All in one region, as nearly always.
+                access(slice)?;
+                return if region.is_bad(gpa, len) { Err(NoAccess) } else { Ok(()) };
+            }
+            seen += slice.len() as u64;
+        }
+        let mut done = 0;
+        while done < len {
+            let (region, slice) = piece(done)?;
+            done += slice.len() as u64;
+            access(slice)?;
+            if region.is_bad(gpa, len) {
+                return Err(NoAccess);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether all pages of a range, which is memory, could be had so far.
+    pub fn is_sound(&self, gpa: u64, len: u64) -> bool {
+        !sigbus::any() || !self.touching(gpa, gpa.saturating_add(len - 1)).any(|region| region.is_bad(gpa, len))
+    }
+}
