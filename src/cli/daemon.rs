@@ -26,6 +26,10 @@ use crate::vhost::{self, Injection};
 /// How long clients that are still connected may take to leave when the daemon ends.
 const SESSION_END: Duration = Duration::from_millis(300);
 
+/// How long the virtqueues' thread may take. It ends after its turn, and takes longer only if an access of an endpoint that
+/// it waits for does not end: one to memory whose page does not come.
+const QUEUES_END: Duration = Duration::from_secs(2);
+
 /// How often that is looked at.
 const TICK: Duration = Duration::from_millis(5);
 
@@ -201,15 +205,17 @@ impl Daemon {
             let _ = endpoint.end.write(1);
         }
         let deadline = Instant::now() + SESSION_END;
-        if self.vhost_thread.join().is_err() {
+        if !finishes(&self.vhost_thread, Instant::now() + QUEUES_END) {
+            log::warn!(
+                "The IOMMU still waits for an access to guest memory that does not end; it is left to the end of the process"
+            );
+            self.vhost_end.stop_listening();
+        } else if self.vhost_thread.join().is_err() {
             log::error!("The thread that served the IOMMU panicked");
         }
         let mut counts = Counts { iommu: self.iommu.counters(), ..Counts::default() };
         for endpoint in &self.endpoints {
-            while !endpoint.thread.is_finished() && Instant::now() < deadline {
-                std::thread::sleep(TICK);
-            }
-            if !endpoint.thread.is_finished() {
+            if !finishes(&endpoint.thread, deadline) {
                 // A client that stays is left to the end of the process; nobody else is to connect.
                 endpoint.server.stop_listening();
             }
@@ -226,6 +232,14 @@ impl Daemon {
         }
         counts
     }
+}
+
+/// Waits until a thread has ended, but not beyond `deadline`; whether it has.
+fn finishes(thread: &JoinHandle<()>, deadline: Instant) -> bool {
+    while !thread.is_finished() && Instant::now() < deadline {
+        std::thread::sleep(TICK);
+    }
+    thread.is_finished()
 }
 
 impl Served {

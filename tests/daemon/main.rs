@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "../common/mod.rs"]
+mod common;
 mod sandbox;
 mod startup;
 
@@ -447,4 +449,52 @@ fn a_refusal_is_logged_with_its_causes() {
     drop(client);
     let said = end(daemon);
     assert!(said.contains("The file cannot be mapped: Permission denied"), "{said}");
+}
+
+/// A request that takes long stands for an access to memory that does not end: either keeps the thread of the virtqueues.
+#[test]
+fn sigterm_ends_it_though_the_virtqueues_are_stuck() {
+    use common::frontend::{Driver, EP2, Part, REQUESTS, attach, eventually};
+    let folder = folder();
+    let arguments = ["--inject", "attach=late:ms=3600000", "--trace-socket", "trace.sock"];
+    let (mut child, _) = serve_with(folder.path(), &arguments);
+    let mut trace = UnixStream::connect(folder.path().join("trace.sock")).unwrap();
+    trace.write_all(b"{\"format\":\"json\"}\n").unwrap();
+    let mut driver = Driver::connect(&folder.path().join("viommu.sock"));
+    driver.negotiate(u64::MAX);
+    driver.set_memory();
+    driver.start_queue(REQUESTS, 0);
+    driver.add(REQUESTS, &[Part::R(zerocopy::IntoBytes::as_bytes(&attach(1, EP2, 0)).to_vec()), Part::W(4)]);
+    driver.kick(REQUESTS);
+    let stuck = BufReader::new(trace).lines().any(|line| line.unwrap().contains("\"kind\":\"injected\""));
+    assert!(stuck, "the request was not met");
+    kill(Pid::from_raw(child.id() as i32), Signal::SIGTERM).unwrap();
+    eventually("the end", || child.try_wait().unwrap().is_some());
+    assert!(!folder.path().join("viommu.sock").exists());
+}
+
+#[test]
+fn memory_that_is_not_shared_is_said_once() {
+    let folder = folder();
+    let (child, _) = serve_with(folder.path(), &[]);
+    let mut client = UnixStream::connect(folder.path().join("dma0.sock")).unwrap();
+    let mut call = |command: u16, body: &[u8]| {
+        let size = 16 + body.len() as u32;
+        let header = [&[1, 0][..], &command.to_le_bytes(), &size.to_le_bytes(), &[0; 8]].concat();
+        client.write_all(&[&header[..], body].concat()).unwrap();
+        let mut header = [0; 16];
+        client.read_exact(&mut header).unwrap();
+        let size = u32::from_le_bytes(header[4..8].try_into().unwrap());
+        client.read_exact(&mut vec![0; size as usize - 16]).unwrap();
+    };
+    // DMA_MAP without a descriptor: what QEMU sends of `memory-backend-ram` without share=on.
+    let words = [0_u64, 0, 1 << 30].map(u64::to_le_bytes).concat();
+    call(2, &[&32_u32.to_le_bytes()[..], &3_u32.to_le_bytes(), &words].concat());
+    // REGION_WRITE of the command register: memory space and bus mastering, twice.
+    for _ in 0..2 {
+        let place = [&4_u64.to_le_bytes()[..], &7_u32.to_le_bytes(), &2_u32.to_le_bytes()].concat();
+        call(10, &[&place[..], &[6, 0]].concat());
+    }
+    let said = end(child);
+    assert_eq!(said.matches("share=on is missing").count(), 1, "{said}");
 }
