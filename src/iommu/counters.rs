@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::domain::Ended;
 use super::request::Request;
+use super::reservation::Reservations;
 use crate::wire::virtio_iommu::Status;
 
 /// Requests of one type.
@@ -136,10 +137,11 @@ impl Counts {
         self.linked_bytes.fetch_sub(bytes, Ordering::Relaxed);
     }
 
-    pub(super) fn ended(&self, domain: Ended) {
+    pub(super) fn ended(&self, domain: &Ended) {
         self.unmapped(domain.mappings);
         self.unlinked(domain.linked_bytes);
-        self.reservations_live.fetch_sub(domain.reservations, Ordering::Relaxed);
+        let reservations = domain.reservations.as_ref().map_or(0, Reservations::count);
+        self.reservations_live.fetch_sub(reservations, Ordering::Relaxed);
     }
 
     pub(super) fn all_ended(&self) {

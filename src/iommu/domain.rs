@@ -31,12 +31,12 @@ impl Entry {
     }
 }
 
-/// What died with a domain.
-#[derive(Clone, Copy, Debug, Default)]
+/// What died with a domain. To be dropped once the domains are not locked any more: millions of reservations take time.
+#[derive(Default)]
 pub(super) struct Ended {
     /// Mappings that MAP made.
     pub(super) mappings: u64,
-    pub(super) reservations: u64,
+    pub(super) reservations: Option<Reservations>,
     /// Bytes that were linked.
     pub(super) linked_bytes: u64,
 }
@@ -102,16 +102,20 @@ impl Domains {
         }
     }
 
-    /// Detaches everything.
-    pub(super) fn clear(&mut self) {
+    /// Detaches everything. Returns the reservations, which are to be dropped once the domains are not locked any more.
+    #[must_use]
+    pub(super) fn clear(&mut self) -> Vec<Reservations> {
+        let mut reservations = Vec::with_capacity(self.by_id.len());
         for (_, entry) in self.by_id.drain() {
             for endpoint in entry.members {
                 self.retired.extend(endpoint.domain.replace(None));
             }
             self.retired.push(entry.domain);
+            reservations.push(entry.reservations);
         }
         self.attached.clear();
         self.removed = true;
+        reservations
     }
 
     /// Notes that a translation that readers may still be using was removed.
@@ -135,7 +139,7 @@ impl Domains {
         // Each linked page is a mapping of the address space.
         let (all, pages) = (entry.domain.space.as_ref().map_or(0, AddressSpace::mappings), entry.reservations.linked);
         self.retired.push(entry.domain);
-        Ended { mappings: all - pages, reservations: entry.reservations.count(), linked_bytes: pages * PAGE }
+        Ended { mappings: all - pages, reservations: Some(entry.reservations), linked_bytes: pages * PAGE }
     }
 
     fn retire(&mut self, domain: Option<Arc<Domain>>) {

@@ -192,7 +192,8 @@ impl Iommu {
     /// stays. When it returns, no access uses what was removed. What the next driver accepted stays too: over vhost-user it is known
     /// before the reset is.
     pub fn device_reset(&self) {
-        self.domains().clear();
+        let reservations = self.domains().clear();
+        drop(reservations);
         self.counts.all_ended();
         self.faults.clear(|count| {
             self.counts.undelivered(count as u64);

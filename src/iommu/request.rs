@@ -195,7 +195,8 @@ impl Iommu {
         // Attaching again to the same domain changes nothing; above all it does not end the domain.
         if domains.of(endpoint.id()) != Some(id) {
             let died = domains.attach(endpoint, id, || self.new_domain(id, bypass));
-            self.counts.ended(died);
+            drop(domains);
+            self.counts.ended(&died);
         }
         Ok(())
     }
@@ -204,7 +205,7 @@ impl Iommu {
     fn detach(&self, request: &Detach) -> Done {
         let endpoint = self.endpoints.get(&request.endpoint.get()).ok_or(Status::NoEnt)?;
         let died = self.domains().detach(endpoint, request.domain.get())?;
-        self.counts.ended(died);
+        self.counts.ended(&died);
         Ok(())
     }
 
