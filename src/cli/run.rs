@@ -106,6 +106,13 @@ pub struct Args {
     #[arg(long, value_name = "REQUEST=ANSWER[:KEY=NUMBER]...", hide = true)]
     inject: Vec<Injection>,
 
+    /// Leave the machine, its memory and its processors to the arguments after --
+    ///
+    /// For memory that a topology does not describe: huge pages, NUMA nodes, DIMMs, virtio-mem. Each memory backend needs
+    /// share=on.
+    #[arg(long)]
+    no_machine: bool,
+
     /// End QEMU after this many seconds, and fail
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u64>,
@@ -237,7 +244,10 @@ fn start_qemu(
     accel: accel::Chosen,
 ) -> Result<Child> {
     let mut command = Command::new(&args.qemu);
-    command.args(arguments::machine(topology)).args(accel.arguments());
+    if !args.no_machine {
+        command.args(arguments::machine(topology));
+    }
+    command.args(accel.arguments());
     command.args(["-no-user-config", "-nodefaults", "-display", "none"]);
     if files.console.as_os_str() == "-" {
         command.args(["-serial", "mon:stdio"]);

@@ -27,6 +27,7 @@ mod ioat_selftest;
 mod iova_test;
 mod kmsg;
 mod map_cost;
+mod memory;
 mod nvme_cli;
 mod nvme_io;
 mod pattern;
@@ -68,6 +69,8 @@ enum Workload {
     NvmeIo(nvme_io::Args),
     /// What mapping costs the guest in raw I/O: processor time, atomic allocations, memory held.
     MapCost(map_cost::Args),
+    /// I/O into nearly all of the guest's memory.
+    Memory(memory::Args),
     /// A file system with real files on an NVMe namespace.
     Fs(fs::Args),
     /// Reads that may fail: which error comes when, and what is left behind.
@@ -102,6 +105,7 @@ impl Workload {
             Self::VfioDma => &["vfio_pci", "vfio_iommu_type1"],
             Self::IoatSelftest | Self::IovaTest => &["ioatdma"],
             Self::Fs(_) => &["crc32c_generic", "ext4"],
+            Self::Memory(_) => &["virtio_mem"],
             _ => &[],
         }
     }
@@ -113,6 +117,7 @@ impl Workload {
             Self::Shell => shell::run(),
             Self::NvmeIo(args) => nvme_io::run(args, results),
             Self::MapCost(args) => map_cost::run(args, results),
+            Self::Memory(args) => memory::run(args, results),
             Self::Fs(args) => fs::run(args, results),
             Self::IoErrors(args) => io_errors::run(args, results),
             Self::NvmeCli => nvme_cli::run(results),

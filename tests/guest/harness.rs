@@ -21,6 +21,7 @@ pub struct Guest {
     boot_sector: Option<Vec<u8>>,
     guest_trace: bool,
     inject: Vec<String>,
+    machine: Vec<String>,
     qemu: Vec<String>,
 }
 
@@ -35,6 +36,7 @@ impl Guest {
             boot_sector: None,
             guest_trace: false,
             inject: Vec::new(),
+            machine: Vec::new(),
             qemu: Vec::new(),
         }
     }
@@ -66,6 +68,12 @@ impl Guest {
     /// Requests that the device answers wrongly, as `--inject` takes them; may be called several times.
     pub fn inject(mut self, injection: &str) -> Guest {
         self.inject.push(injection.into());
+        self
+    }
+
+    /// These arguments for QEMU make the machine and its memory, in the place of the topology's.
+    pub fn machine<'a>(mut self, arguments: impl IntoIterator<Item = &'a str>) -> Guest {
+        self.machine.extend(arguments.into_iter().map(String::from));
         self
     }
 
@@ -114,8 +122,12 @@ impl Guest {
                 disk.set_len(64 << 20).unwrap();
             }
         }
+        if !self.machine.is_empty() {
+            command.arg("--no-machine");
+        }
         command
             .args(["--", "-qmp", "unix:test-qmp.sock,server=on,wait=off"])
+            .args(&self.machine)
             .args(&self.qemu)
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())

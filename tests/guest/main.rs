@@ -11,6 +11,7 @@ mod guest_trace;
 mod harness;
 mod hotplug;
 mod lifecycles;
+mod memory;
 mod observers;
 mod patched;
 mod resets;

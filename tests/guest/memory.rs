@@ -1,0 +1,165 @@
+//! Guest memory in other forms than one piece of small pages: a device must reach all of it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::NVME;
+use crate::harness::{Guest, Outcome};
+
+/// The regions of at least `len` bytes that QEMU gave the controller, each with the numbers of accesses to it: reads and
+/// writes through a mapping.
+fn regions(outcome: &Outcome, len: u64) -> Vec<(u64, u64, [u32; 2])> {
+    let number = |event: &Value, key: &str| u64::from_str_radix(&event[key].as_str().unwrap()[2..], 16).unwrap();
+    let added = outcome.events("memory").filter(|event| event["channel"] == "vfio-user" && event["added"] == true);
+    let mut regions: Vec<(u64, u64, [u32; 2])> = added
+        .map(|event| (number(event, "gpa"), event["len"].as_u64().unwrap(), [0, 0]))
+        .filter(|region| region.1 >= len)
+        .collect();
+    regions.sort_unstable();
+    // Firmware has some of them mapped anew.
+    regions.dedup_by_key(|region| region.0);
+    for dma in outcome.events("dma").filter(|dma| dma["route"] == "mapped" && dma["failed"] == false) {
+        let gpa = number(dma, "gpa");
+        let at = regions.partition_point(|region| region.0 <= gpa);
+        if let Some((start, len, counts)) = at.checked_sub(1).map(|at| &mut regions[at])
+            && gpa - *start < *len
+        {
+            counts[usize::from(dma["access"] == "write")] += 1;
+        }
+    }
+    regions
+}
+
+fn assert_sound(outcome: &Outcome, bytes: u64) {
+    outcome.assert_translated();
+    let result = outcome.results_of("memory").next().expect("a result");
+    println!("{result}");
+    assert!(result["bytes"].as_u64().unwrap() >= bytes, "{result}");
+    assert!(!outcome.log.contains("Refused"), "{}", outcome.log);
+}
+
+/// I/O through all of the machine's parts of memory, of at least `len` bytes each; there are `count` or more.
+fn assert_all_reached(outcome: &Outcome, count: usize, len: u64) {
+    let regions = regions(outcome, len);
+    assert!(regions.len() >= count, "{regions:x?}");
+    for (gpa, len, [reads, writes]) in regions {
+        assert!(reads > 0 && writes > 0, "{gpa:#x} + {len:#x}: {reads} reads, {writes} writes");
+    }
+}
+
+#[test]
+fn virtio_mem() {
+    let machine = [
+        "-machine",
+        "q35",
+        "-m",
+        "1G,maxmem=16G",
+        "-smp",
+        "2",
+        "-object",
+        "memory-backend-memfd,id=ram,size=1G,share=on",
+        "-machine",
+        "memory-backend=ram",
+        "-object",
+        "memory-backend-memfd,id=plugged,size=4G,share=on",
+        "-device",
+        "virtio-mem-pci,id=vm0,memdev=plugged,requested-size=4G,block-size=2M,addr=08.0",
+    ];
+    let guest = Guest::new(NVME, "memory --wait 4800M").machine(machine).append("memhp_default_state=online_kernel");
+    let outcome = guest.run();
+    assert_sound(&outcome, 4 << 30);
+    let plugged: Vec<_> =
+        regions(&outcome, 2 << 20).into_iter().filter(|region| region.0 >= 1 << 32 && region.1 == 2 << 20).collect();
+    assert_eq!(plugged.len(), 2048, "QEMU gives each block by itself");
+    // The kernel keeps some for itself, such as the descriptions of all these pages.
+    let reached = plugged.iter().filter(|(_, _, [reads, writes])| *reads > 0 && *writes > 0).count();
+    assert!(reached > 2048 * 3 / 4, "{reached} blocks of 2048");
+}
+
+/// Pages of `size` KiB, reserved for a test and given back after it.
+struct HugePages {
+    path: PathBuf,
+    before: u64,
+}
+
+impl HugePages {
+    /// Makes sure that `wanted` are free. `None` if they cannot be had and the user said so.
+    fn reserve(size: u64, wanted: u64) -> Option<HugePages> {
+        let folder = Path::new("/sys/kernel/mm/hugepages").join(format!("hugepages-{size}kB"));
+        let read = |name: &str| fs::read_to_string(folder.join(name)).ok().and_then(|text| text.trim().parse().ok());
+        let path = folder.join("nr_hugepages");
+        let pages = HugePages { before: read("nr_hugepages").unwrap_or(0), path };
+        let free = || read("free_hugepages").unwrap_or(0_u64);
+        for _ in 0..5 {
+            if free() >= wanted {
+                return Some(pages);
+            }
+            // Only root may; the page cache gives way, and what is left is moved together.
+            let _ = fs::write("/proc/sys/vm/drop_caches", "1");
+            let _ = fs::write("/proc/sys/vm/compact_memory", "1");
+            let _ = fs::write(&pages.path, (read("nr_hugepages").unwrap_or(0) + wanted - free()).to_string());
+        }
+        let (free, path) = (free(), pages.path.display().to_string());
+        assert!(
+            free >= wanted || std::env::var_os("VIOMMU_NO_HUGE").is_some_and(|value| value == "1"),
+            "{wanted} free huge pages of {size} KiB were expected and {free} found: as root, write their number to {path} \
+             (soon after boot, while memory is in one piece), or set VIOMMU_NO_HUGE=1 to do without this test"
+        );
+        (free >= wanted).then_some(pages)
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        let _ = fs::write(&self.path, self.before.to_string());
+    }
+}
+
+fn huge_pages(name: &str, size: u64) {
+    let Some(_pages) = HugePages::reserve(size, (1 << 20) / size) else { return };
+    let backend = format!("memory-backend-memfd,id=ram,size=1G,share=on,hugetlb=on,hugetlbsize={name}");
+    let machine = ["-machine", "q35,memory-backend=ram", "-m", "1G", "-object", &backend];
+    let outcome = Guest::new(NVME, "memory").machine(machine).run();
+    assert_sound(&outcome, 512 << 20);
+    assert_all_reached(&outcome, 1, 64 << 20);
+}
+
+#[test]
+fn huge_pages_of_2_mib() {
+    huge_pages("2M", 2 << 10);
+}
+
+#[test]
+fn huge_pages_of_1_gib() {
+    huge_pages("1G", 1 << 20);
+}
+
+#[test]
+fn sixteen_numa_nodes() {
+    let nodes = (0..16).flat_map(|node| {
+        let backend = format!("memory-backend-memfd,id=n{node},size=128M,share=on");
+        ["-object".to_owned(), backend, "-numa".to_owned(), format!("node,nodeid={node},memdev=n{node}")]
+    });
+    let arguments: Vec<String> = ["-machine", "q35", "-m", "2G"].map(String::from).into_iter().chain(nodes).collect();
+    let outcome = Guest::new(NVME, "memory --leave 256M").machine(arguments.iter().map(String::as_str)).run();
+    assert_sound(&outcome, 1 << 30);
+    assert_eq!(outcome.results_of("memory").next().unwrap()["nodes"], 16);
+    assert_all_reached(&outcome, 16, 64 << 20);
+}
+
+#[test]
+fn sixteen_dimms() {
+    let dimms = (0..16).flat_map(|dimm| {
+        let backend = format!("memory-backend-memfd,id=d{dimm},size=128M,share=on");
+        ["-object".to_owned(), backend, "-device".to_owned(), format!("pc-dimm,id=dimm{dimm},memdev=d{dimm}")]
+    });
+    let ram = "memory-backend-memfd,id=ram,size=512M,share=on";
+    let machine = ["-machine", "q35,memory-backend=ram", "-m", "512M,slots=16,maxmem=4G", "-object", ram];
+    let arguments: Vec<String> = machine.map(String::from).into_iter().chain(dimms).collect();
+    let guest = Guest::new(NVME, "memory --wait 2400M").append("memhp_default_state=online_kernel");
+    let outcome = guest.machine(arguments.iter().map(String::as_str)).run();
+    assert_sound(&outcome, 2 << 30);
+    assert_all_reached(&outcome, 17, 128 << 20);
+}
