@@ -127,7 +127,8 @@ impl Interrupts {
     pub(super) fn assign_pin(&self, sink: Option<File>) {
         let Some(shared) = &self.0 else { return };
         if sink.is_some() {
-            [Kind::Msi, Kind::Msix].map(|kind| self.disable(kind));
+            self.disable(Kind::Msi);
+            self.disable(Kind::Msix);
         }
         shared.pin_sent(shared.pin.assign(sink));
     }

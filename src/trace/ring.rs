@@ -97,6 +97,12 @@ impl<const WORDS: usize> Producer<WORDS> {
         slots - self.tail.wrapping_sub(self.head) >= wanted
     }
 
+    /// How many more events the ring can take now.
+    pub fn free(&mut self) -> usize {
+        self.head = self.ring.head.0.load(Ordering::Acquire);
+        self.ring.slots.len() - self.tail.wrapping_sub(self.head)
+    }
+
     /// Writes one event. Only after [`Producer::room`] said that there is room for it.
     #[inline]
     pub fn push(&mut self, event: [u64; WORDS]) {

@@ -226,15 +226,19 @@ impl Shared {
         }
     }
 
-    /// A ring to write to: one that no thread has any more, or a new one; `None` if all that there may be have a thread.
+    /// A ring to write to; `None` if all that there may be have a thread. One that no thread has any more, if half of it is
+    /// free: what its last thread wrote would cost the next one events. Else a new one, while there may be more.
     #[cold]
     fn lane(&self) -> Option<Lane> {
         let mut threads = self.threads();
-        if let Some(lane) = threads.idle.pop() {
-            return Some(lane);
-        }
         let bytes = (threads.counts.len() + 1) * self.slots * WORDS * size_of::<u64>();
-        (bytes <= RINGS_MAX).then(|| threads.add_lane(self.slots))
+        let wanted = if bytes <= RINGS_MAX { self.slots / 2 } else { 0 };
+        let idle = threads.idle.iter_mut().map(|lane| lane.producer.free()).enumerate();
+        match idle.max_by_key(|(_, free)| *free) {
+            Some((at, free)) if free >= wanted => Some(threads.idle.swap_remove(at)),
+            _ if bytes <= RINGS_MAX => Some(threads.add_lane(self.slots)),
+            _ => None,
+        }
     }
 
     /// A ring for the collector, whatever there may be.

@@ -217,7 +217,7 @@ fn who_was_attached_when_the_machine_is_reset_reaches_nothing() {
     assert_eq!(driver.map(1, 0x1000, 0x1fff, 0x5000, READ), OK);
     assert_eq!(driver.attach_bypass(2, EP2), OK);
     let doors = [EP, EP2, BARE].map(|id| {
-        let door = Door::new(&device.iommu, id, driver.ram.clone(), Tracer::default());
+        let door = Door::new(&device.iommu, id, driver.memory.clone(), Tracer::default());
         door.set_bus_master(true);
         door
     });
@@ -244,7 +244,7 @@ fn who_is_attached_when_the_frontend_leaves_reaches_nothing() {
         let mut driver = Driver::new(&device);
         assert_eq!(driver.attach(1, EP), OK);
         assert_eq!(driver.map(1, IOVA, IOVA + 0xfff, 0x5000, READ), OK);
-        let door = Door::new(&device.iommu, EP, driver.ram.clone(), tracer.clone());
+        let door = Door::new(&device.iommu, EP, driver.memory.clone(), tracer.clone());
         door.set_bus_master(true);
         let (begun, begins) = mpsc::channel();
         let poller = thread::spawn(move || {

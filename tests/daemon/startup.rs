@@ -134,7 +134,7 @@ fn the_files_of_a_run_replace_links_and_fifos() {
 fn two_daemons_in_one_folder() {
     let folder = folder();
     let viot = folder.path().join("viot.bin");
-    let other = ["--endpoint", "dma-engine,address=07.0,name=other", "--socket-path", "other.sock"];
+    let other = ["--endpoint", "dma-engine,address=07.0,name=other", "--socket-path", "second.sock"];
     let begin = || {
         let mut daemon = Command::new(env!("CARGO_BIN_EXE_viommu"))
             .arg("serve")
@@ -154,7 +154,7 @@ fn two_daemons_in_one_folder() {
     // What is the second's stays when the first ends.
     assert_eq!(end(first), "");
     assert_eq!(fs::read(&viot).unwrap(), table);
-    assert_eq!(names(folder.path()), ["other.sock", "viot.bin"]);
+    assert_eq!(names(folder.path()), ["other.sock", "second.sock", "viot.bin"]);
     let said = end(second);
     assert!(said.contains("viot.bin was the table of another viommu") && said.contains("its own folder"), "{said}");
     assert_eq!(names(folder.path()), [""; 0]);

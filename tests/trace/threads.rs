@@ -38,8 +38,9 @@ fn threads_that_come_and_go_leave_no_memory_behind() {
         in_turn(&fixture, 100, 8_000);
         let grown = (status_mib("VmRSS").saturating_sub(resident), status_mib("VmSize").saturating_sub(addresses));
         println!("watched: {watched}; MiB more: {grown:?}");
-        // The backlog is 8 MiB, a ring 1 MiB; and some for threads of the test runner.
-        assert!(grown.0 <= 16 && grown.1 <= 256, "{grown:?}");
+        // The backlog is 8 MiB, a ring 1 MiB, of which two threads take one if the collector has no processor all the time;
+        // and some for threads of the test runner.
+        assert!(grown.0 <= 80 && grown.1 <= 256, "{grown:?}");
         let counters = fixture.stop();
         assert_eq!((counters.emitted(), counters.lost), (100 + 400 + 800_000, 0));
         assert!(reader.is_none_or(|reader| reader.join().unwrap().is_empty()));
