@@ -89,7 +89,9 @@ fn run(time: Duration, acknowledge: impl Fn(&Grace) + Sync) -> Counts {
         // The generation of each page's mapping, 0 where there is none.
         let mut mapped = [0; PAGES as usize];
         for generation in 1.. {
-            if Instant::now() > end || counts.stale.load(SeqCst) + counts.wrong.load(SeqCst) > 0 {
+            let enough = || [&counts.pairs, &counts.hits, &counts.misses].iter().all(|count| count.load(SeqCst) > 100);
+            let over = Instant::now() > end && enough();
+            if over || counts.stale.load(SeqCst) + counts.wrong.load(SeqCst) > 0 {
                 break;
             }
             let page = (mix(generation) % PAGES) as usize;

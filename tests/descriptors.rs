@@ -67,9 +67,9 @@ fn who_connects_while_there_are_no_descriptors_is_served_when_there_are() {
     let mut device = vhost::Server::bind(&iommu_socket, iommu, Tracer::default()).unwrap();
     let shutdown = device.shutdown();
     let mut client = UnixStream::connect(&toy).unwrap();
-    client.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    client.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
     let frontend = UnixStream::connect(&iommu_socket).unwrap();
-    frontend.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    frontend.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
 
     // Descriptors 0 to 2 are in use, and poll(2) takes no more than the limit.
     let before = limit_descriptors(3);

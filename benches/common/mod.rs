@@ -14,7 +14,7 @@ use serde_json::Value;
 pub mod tandem;
 
 /// How long one guest may take.
-const LIMIT: Duration = Duration::from_secs(180);
+const LIMIT: Duration = Duration::from_secs(900);
 
 /// The folder with QEMU, kernel and initial RAM file system that `scripts/prepare-guest FLAVOUR` made.
 pub fn guest_files(flavour: &str) -> PathBuf {
@@ -51,7 +51,7 @@ impl Cores {
                 .flatten()
                 .find(|thread| fs::read_to_string(thread.path().join("comm")).is_ok_and(|name| name.contains("CPU")))
         };
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + Duration::from_secs(60);
         while Instant::now() < deadline {
             if let Some(thread) = processor() {
                 let id = thread.file_name().to_string_lossy().parse().unwrap();

@@ -25,7 +25,7 @@ const WARM_UP: Duration = Duration::from_millis(10);
 /// Turns of each guest in a round.
 const TURNS: usize = 24;
 /// How long guests have to boot.
-const LIMIT: Duration = Duration::from_secs(120);
+const LIMIT: Duration = Duration::from_secs(600);
 
 /// Seconds that no round takes.
 pub const ENDLESS_SECONDS: u32 = 100_000;

@@ -34,8 +34,8 @@ const QUEUE_BASES: [u64; 2] = [0x1_0000, 0x2_0000];
 pub const USER_BASE: u64 = 0x7f00_0000_0000;
 /// Entries of each queue.
 pub const SIZE: u16 = 256;
-/// How long anything may take.
-pub const PATIENCE: Duration = Duration::from_secs(10);
+/// How long anything may take: only a hang takes longer.
+pub const PATIENCE: Duration = Duration::from_secs(60);
 /// How long nothing must happen before it is taken for granted that nothing will.
 pub const QUIET: Duration = Duration::from_millis(50);
 

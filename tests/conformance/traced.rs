@@ -52,7 +52,7 @@ fn a_session_from_its_first_step_to_its_last() {
         device.control.function_reset();
         // One that ends in the middle; its one request is still there, and is done again.
         driver.start_queue(REQUESTS, 0);
-        thread::sleep(QUIET);
+        eventually("the request", || device.iommu.counters().attach.total == 4);
         device.control.machine_paused();
     });
     let queue = |queue, started, index| Event::Queue { queue, started, index, size: SIZE };

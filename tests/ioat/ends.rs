@@ -21,7 +21,7 @@ fn is_copying(setup: &Setup, wait: Duration) -> bool {
     true
 }
 
-const SOON: Duration = Duration::from_secs(10);
+const SOON: Duration = Duration::from_secs(60);
 const A_WHILE: Duration = Duration::from_millis(50);
 
 #[test]

@@ -12,6 +12,9 @@ use viommu::trace::event::LossPlace;
 use viommu::trace::{self, Choice, Counters, Event, Options, Reader, TraceHandle, Tracer};
 use viommu::wire::trace::Record;
 
+/// How long anything may take: only a hang takes longer.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
 /// One at a time: some tests measure time, and the machine may have two processors only.
 pub fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
@@ -42,7 +45,7 @@ impl Fixture {
     /// A client that sends this and whose reads do not wait for ever.
     pub fn raw(&self, line: &[u8]) -> UnixStream {
         let mut stream = UnixStream::connect(&self.socket).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.write_all(line).unwrap();
         stream
     }

@@ -1,7 +1,7 @@
 //! What is lost is counted.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,7 @@ use crate::fixture::*;
 fn a_slow_client_is_told_exactly_what_it_lost() {
     let fixture = Fixture::with(Options { backlog: 1024, ..Options::default() });
     let mut slow = fixture.binary(&Choice { kinds: vec![Kind::Interrupt], ..Choice::default() });
-    let slow_json = fixture.json("{}\n");
+    let mut slow_json = fixture.json("{}\n");
     let mut fast = fixture.binary(&Choice::default());
     const BATCH: u64 = 500;
     const BATCHES: u64 = 400;
@@ -41,9 +41,29 @@ fn a_slow_client_is_told_exactly_what_it_lost() {
     // Now the slow ones read, and get on from where there are events again.
     let first = slow.next_record().unwrap().unwrap();
     fixture.tracer.emit(Event::Interrupt { endpoint: None, vector: 9999 });
-    let json = thread::spawn(move || slow_json.rest());
-    let reader = thread::spawn(move || rest(slow));
-    thread::sleep(Duration::from_millis(200));
+    let (got_all, both_got_all) = mpsc::channel();
+    let of_json = got_all.clone();
+    let json = thread::spawn(move || {
+        let mut lines = Vec::new();
+        while let Some(line) = slow_json.next() {
+            if line["vector"] == 9999 {
+                of_json.send(()).unwrap();
+            }
+            lines.push(line);
+        }
+        lines
+    });
+    let reader = thread::spawn(move || {
+        let mut records = Vec::new();
+        while let Some(record) = slow.next_record().unwrap() {
+            if record.args[0].get() == 9999 {
+                got_all.send(()).unwrap();
+            }
+            records.push(record);
+        }
+        records
+    });
+    (0..2).for_each(|_| both_got_all.recv_timeout(PATIENCE).unwrap());
     fixture.stop();
     let records = reader.join().unwrap();
     let sum = add_up(std::iter::once(&first).chain(&records));

@@ -1,9 +1,10 @@
 //! Begin, end and idleness of the server.
 
-use std::io::{BufReader, Write};
+use std::io::{BufReader, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -15,26 +16,41 @@ use crate::fixture::*;
 
 #[test]
 fn at_the_end_clients_get_the_rest_and_the_socket_goes() {
+    // The server gives them half a second. On a busy machine a client may not have run for so long.
+    let tries = 20;
+    assert!((0..tries).any(|_| clients_get_the_rest()), "clients are cut off, even if they read at once");
+}
+
+/// Ends a server. Whether a client that reads got everything: it may be cut off only if it took too long.
+fn clients_get_the_rest() -> bool {
     let fixture = Fixture::new();
-    let client = fixture.json("\n");
+    let mut client = fixture.json("\n").0;
     let undecided = fixture.raw(b"");
     // More than the socket's buffer holds, so that the end has to wait for the reader.
     fixture.interrupts(1, 0..10_000);
-    let reader = thread::spawn(move || {
-        thread::sleep(Duration::from_millis(100));
-        client.rest()
-    });
     let hanging = fixture.json("{\"backlog\":\"all\"}\n");
     let Fixture { tracer, handle, socket, .. } = fixture;
     let begin = Instant::now();
+    let reader = thread::spawn(move || {
+        thread::sleep(Duration::from_millis(100));
+        let mut text = String::new();
+        let _ = client.read_to_string(&mut text);
+        (text, begin.elapsed())
+    });
     handle.stop();
-    let time = begin.elapsed();
-    assert!(time < Duration::from_secs(2), "a client that does not read held up the end for {time:?}");
+    assert!(begin.elapsed() < PATIENCE, "a client that does not read holds up the end");
     assert!(!socket.exists());
-    assert_eq!(vectors(&reader.join().unwrap()), (0..10_000).collect::<Vec<_>>());
+    let (text, time) = reader.join().unwrap();
+    let is_all = text.ends_with('\n') && text.lines().count() == 10_000;
+    assert!(is_all || time > Duration::from_millis(450), "cut off after {time:?}");
+    let lines = text.lines().map(|line| serde_json::from_str(line).unwrap_or_default());
+    if is_all {
+        assert_eq!(vectors(&lines.collect::<Vec<_>>()), (0..10_000).collect::<Vec<_>>());
+    }
     // Who emits now does so in vain, and harmlessly.
     (0..100_000).for_each(|_| tracer.emit(Event::Bypass { value: 0 }));
     drop((hanging, undecided));
+    is_all
 }
 
 #[test]
@@ -101,14 +117,41 @@ fn a_watched_event_arrives_soon_and_a_quiet_collector_sleeps() {
         .collect();
     times.sort_unstable();
     println!("from emit to the client: median {:?}, longest {:?}", times[times.len() / 2], times[times.len() - 1]);
-    assert!(times[times.len() / 2] < Duration::from_millis(5), "{times:?}");
+    let thread = median_wake_up();
+    println!("from one thread to another: median {thread:?}");
+    assert!(times[times.len() / 2] < Duration::from_millis(5) + 10 * thread, "{times:?}");
 
-    thread::sleep(Duration::from_millis(100));
-    let before = switches();
-    thread::sleep(Duration::from_millis(500));
-    let switches = switches() - before;
-    println!("{switches} switches in 500 ms without an event");
-    assert!(switches <= 5, "the collector polls: {switches} switches in 500 ms");
+    // On a busy machine it takes a while until it has nothing left to do.
+    let begin = Instant::now();
+    loop {
+        let before = switches();
+        thread::sleep(Duration::from_millis(500));
+        let switches = switches() - before;
+        println!("{switches} switches in 500 ms without an event");
+        if switches <= 5 {
+            break;
+        }
+        assert!(begin.elapsed() < PATIENCE, "the collector polls: {switches} switches in 500 ms");
+    }
+}
+
+/// How long this machine takes now to wake a thread that has slept, and to come back.
+fn median_wake_up() -> Duration {
+    let ((wake, woken), (answer, answered)) = (mpsc::channel::<()>(), mpsc::channel());
+    let echo = thread::spawn(move || woken.iter().for_each(|()| answer.send(()).unwrap()));
+    let mut times: Vec<Duration> = (0..20)
+        .map(|_| {
+            thread::sleep(Duration::from_millis(20));
+            let begin = Instant::now();
+            wake.send(()).unwrap();
+            answered.recv().unwrap();
+            begin.elapsed()
+        })
+        .collect();
+    drop(wake);
+    echo.join().unwrap();
+    times.sort_unstable();
+    times[times.len() / 2]
 }
 
 /// What a client sends, or that it sends no more, when it gets events already: the collector waits for it to hang up, and
