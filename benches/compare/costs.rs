@@ -49,6 +49,12 @@ pub fn measure(setup: Setup, cores: &Cores, all: &mut Value) {
         of["mapping_cpu_us_per_io"] = json!((sum(timed, "own") + sum(timed, "waiting")) / ticks_per_us);
         of["of_it_waiting_us_per_io"] = json!(sum(timed, "waiting") / ticks_per_us);
         of["mapping_instructions_per_io"] = json!(sum(counted, "own"));
+        // Of the calls whose time is in the median, how many are not.
+        let missed = timed["ticks"]["missed_calls"].as_u64().unwrap();
+        if missed > 0 {
+            eprintln!("{setup}, {}: {missed} calls went unseen by the guest's probes, and are left out", size.name);
+        }
+        of["missed_calls"] = missed.into();
         of["probe_us"] = json!(timed["probe_ticks"].as_f64().unwrap() / ticks_per_us);
         let allocations = &timed["allocations"];
         let ios = timed["traced_ios"].as_f64().unwrap();

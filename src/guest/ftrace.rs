@@ -2,6 +2,7 @@
 //!
 //! Documentation/trace/ftrace.rst, events.rst and kprobetrace.rst of the kernel.
 
+use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -31,6 +32,22 @@ impl Event {
     /// A member's value.
     pub fn member(&self, name: &str) -> Option<&str> {
         self.text.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('='))
+    }
+}
+
+/// What was traced, and what was not.
+pub struct Traced {
+    /// In the order of their times.
+    pub events: Vec<Event>,
+    /// How often each kprobe was met and made no event, by its event's name. The kernel leaves one out that is met in an
+    /// interrupt inside of another's handler.
+    missed: HashMap<String, u64>,
+}
+
+impl Traced {
+    /// How many calls of a function are without the event of their return, or without both.
+    pub fn missed_calls(&self, function: &str) -> u64 {
+        self.missed.get(&format!("{function}_out")).copied().unwrap_or(0)
     }
 }
 
@@ -81,21 +98,24 @@ impl Tracing {
     ///
     /// # Errors
     /// What `work` says, an event that there is not, or events that were lost.
-    pub fn run<T>(&self, events: &[&str], work: impl FnOnce() -> Result<T>) -> Result<(Vec<Event>, T)> {
+    pub fn run<T>(&self, events: &[&str], work: impl FnOnce() -> Result<T>) -> Result<(Traced, T)> {
         let probes = self.probes.iter().map(|name| format!("{GROUP}/{name}"));
         let enabled: Vec<String> =
             probes.chain(events.iter().map(ToString::to_string)).map(|name| format!("events/{name}/enable")).collect();
         self.write("trace", "")?;
         enabled.iter().try_for_each(|file| self.write(file, "1"))?;
         std::thread::sleep(SETTLE);
+        let before = misses()?;
         self.write("tracing_on", "1")?;
         let outcome = work();
         self.write("tracing_on", "0")?;
+        let mut missed = misses()?;
+        missed.iter_mut().for_each(|(name, count)| *count -= before.get(name).copied().unwrap_or(0).min(*count));
         enabled.iter().try_for_each(|file| self.write(file, "0"))?;
         let outcome = outcome?;
         self.check_for_lost_events()?;
         let text = fs::read_to_string(self.folder.join("trace")).context("Cannot read the trace")?;
-        Ok((text.lines().filter_map(parse).collect(), outcome))
+        Ok((Traced { events: text.lines().filter_map(parse).collect(), missed }, outcome))
     }
 
     fn check_for_lost_events(&self) -> Result<()> {
@@ -132,6 +152,20 @@ fn append(file: &str, line: &str) -> std::io::Result<()> {
     file.write_all(format!("{line}\n").as_bytes())
 }
 
+/// How often each kprobe was met without an event, from the file `kprobe_profile`: lines of a name, how many events there
+/// were, and how many were missed.
+fn misses() -> Result<HashMap<String, u64>> {
+    let file = Path::new(TRACING).join("kprobe_profile");
+    let text = fs::read_to_string(&file).with_context(|| format!("Cannot read {}", file.display()))?;
+    Ok(text.lines().filter_map(parse_misses).collect())
+}
+
+fn parse_misses(line: &str) -> Option<(String, u64)> {
+    let mut words = line.split_whitespace();
+    let (name, misses) = (words.next()?, words.nth(1)?);
+    Some((name.to_owned(), misses.parse().ok()?))
+}
+
 /// A line of the file `trace`: `COMMAND-PID [CPU] FLAGS TIME: NAME: TEXT`, where COMMAND may have blanks.
 fn parse(line: &str) -> Option<Event> {
     if line.starts_with('#') {
@@ -146,7 +180,7 @@ fn parse(line: &str) -> Option<Event> {
 
 #[cfg(test)]
 mod tests {
-    use super::parse;
+    use super::{parse, parse_misses};
 
     #[test]
     fn a_line_of_the_trace() {
@@ -158,5 +192,12 @@ mod tests {
         assert_eq!(parse("# tracer: nop"), None);
         let probe = parse(" kworker/0:1H-57 [000] d..2. 42: nvme_prep_rq_in: (nvme_prep_rq+0x4/0x3d0)").unwrap();
         assert_eq!((probe.time, probe.name.as_str()), (42, "nvme_prep_rq_in"));
+    }
+
+    #[test]
+    fn a_line_of_the_profile() {
+        let line = "  nvme_unmap_data_out                                      511               1";
+        assert_eq!(parse_misses(line), Some(("nvme_unmap_data_out".to_owned(), 1)));
+        assert_eq!(parse_misses(""), None);
     }
 }
