@@ -250,6 +250,11 @@ impl Driver {
         self.frontend.set_features(self.accepted).unwrap();
     }
 
+    /// The guest's memory, to be given to other devices.
+    pub fn file(&self) -> File {
+        self.file.try_clone().unwrap()
+    }
+
     /// Tells the device of the memory, in two regions as a machine with more than 2 GiB has them.
     pub fn set_memory(&mut self) {
         let region = |start: u64, len: u64| VhostUserMemoryRegionInfo {

@@ -83,16 +83,7 @@ impl Setup {
 
     /// A driver that has not touched the controller yet.
     pub fn driver(&self) -> Driver {
-        let mut client = self.served.client();
-        let ram = memfd(RAM);
-        client.dma_map(0, 0, RAM, ram.as_raw_fd()).unwrap();
-        client.region_write(VFIO_PCI_CONFIG_REGION_INDEX, 4, &[6, 0]).unwrap();
-        let events: Vec<EventFd> = (0..9).map(|_| EventFd::new(libc::EFD_NONBLOCK).unwrap()).collect();
-        for (vector, event) in (0..).zip(&events) {
-            let flags = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER;
-            client.set_irqs(VFIO_PCI_MSIX_IRQ_INDEX, flags, vector, 1, &[event.as_raw_fd()]).unwrap();
-        }
-        Driver { client, ram, events, queues: HashMap::new(), free: PAGE, cid: 0, shadow: None }
+        Driver::new(self.served.client(), memfd(RAM), PAGE)
     }
 
     /// A driver with an enabled controller and one I/O queue pair of 64 entries.
@@ -143,7 +134,8 @@ pub struct Driver {
     pub ram: File,
     pub events: Vec<EventFd>,
     pub queues: HashMap<u16, Pair>,
-    free: u64,
+    /// Where fresh pages of guest memory are.
+    pub free: u64,
     cid: u16,
     /// Shadow doorbells and event indexes, once they are configured.
     pub shadow: Option<(u64, u64)>,
@@ -163,6 +155,19 @@ pub mod register {
 pub const CC_ENABLED: u32 = 4 << 20 | 6 << 16 | 1;
 
 impl Driver {
+    /// A driver that has not touched the controller yet. It has all of `ram` as guest memory, whose pages it takes from
+    /// `free` on.
+    pub fn new(mut client: Client, ram: File, free: u64) -> Driver {
+        client.dma_map(0, 0, RAM, ram.as_raw_fd()).unwrap();
+        client.region_write(VFIO_PCI_CONFIG_REGION_INDEX, 4, &[6, 0]).unwrap();
+        let events: Vec<EventFd> = (0..9).map(|_| EventFd::new(libc::EFD_NONBLOCK).unwrap()).collect();
+        for (vector, event) in (0..).zip(&events) {
+            let flags = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER;
+            client.set_irqs(VFIO_PCI_MSIX_IRQ_INDEX, flags, vector, 1, &[event.as_raw_fd()]).unwrap();
+        }
+        Driver { client, ram, events, queues: HashMap::new(), free, cid: 0, shadow: None }
+    }
+
     /// Fresh pages of guest memory.
     pub fn pages(&mut self, count: u64) -> u64 {
         let at = self.free;

@@ -1,0 +1,63 @@
+//! Memory that comes and goes, and does not stay.
+
+use viommu::trace::{Choice, Reader};
+
+use crate::common::frontend;
+use crate::common::memfd;
+use crate::common::nvme::{self, io};
+use crate::daemon::*;
+
+/// What the daemon may grow by once everything has happened often enough.
+const GROWTH: u64 = 4 << 20;
+
+/// Does something `count` times, and looks at the memory after `warm` of them and at the end.
+fn stays_flat(daemon: &Daemon, warm: u64, count: u64, mut something: impl FnMut()) {
+    (0..warm).for_each(|_| something());
+    let before = daemon.resident();
+    (warm..count).for_each(|_| something());
+    let after = daemon.resident();
+    println!("{before} bytes after {warm}, {after} after {count}");
+    assert!(after <= before + GROWTH, "{before} bytes after {warm}, {after} after {count}");
+}
+
+#[test]
+fn controllers_that_are_enabled_and_disabled() {
+    let daemon = Daemon::start();
+    let mut driver = nvme::Driver::new(daemon.client("nvme0.sock"), memfd(nvme::RAM), nvme::PAGE);
+    stays_flat(&daemon, amount(200, 1000), amount(600, 30_000), || {
+        driver.free = nvme::PAGE;
+        driver.enable();
+        driver.create_pair(1, 64, 64);
+        let page = driver.pages(1);
+        assert_eq!(driver.command(1, io(2, 0, 8, [page, 0])).status, 0);
+        driver.disable();
+    });
+    drop(driver);
+    daemon.end();
+}
+
+#[test]
+fn clients_of_the_trace() {
+    let daemon = Daemon::start();
+    let socket = daemon.socket("trace.sock");
+    stays_flat(&daemon, amount(500, 1000), amount(2_000, 100_000), || {
+        drop(Reader::connect(&socket, &Choice::default()).unwrap());
+    });
+    daemon.end();
+}
+
+#[test]
+fn frontends_that_come_and_go() {
+    let daemon = Daemon::start();
+    let socket = daemon.socket("viommu.sock");
+    stays_flat(&daemon, amount(100, 1000), amount(400, 10_000), || {
+        let mut driver = frontend::Driver::connect(&socket);
+        driver.negotiate(u64::MAX);
+        driver.set_memory();
+        driver.start_queue(frontend::REQUESTS, 0);
+        driver.start_queue(frontend::EVENTS, 0);
+        assert_eq!(driver.attach(1, NVME[0]), frontend::OK);
+        assert_eq!(driver.map(1, 0, 0xfff, 0x5000, frontend::READ), frontend::OK);
+    });
+    daemon.end();
+}
