@@ -3,12 +3,15 @@
 # newest in trixie-backports) chooses the guest's kernel.
 KERNEL ?= patched
 
-.PHONY: help demo test miri bench bench-guest compare guest-kernel check-patches check-kernel-debug setup update clean
+.PHONY: help demo test miri asan fuzz soak bench bench-guest compare guest-kernel check-patches check-kernel-debug setup update clean
 
 help:
 	@echo 'make demo         the NVMe flow from end to end, and its summary'
 	@echo 'make test         format, lints, unit and integration tests, guest boots'
 	@echo 'make miri         the unit tests of what is lock-free, under Miri'
+	@echo 'make asan         unit and socket tests under the address sanitizer'
+	@echo 'make fuzz         each fuzz target, SECONDS=60 long'
+	@echo 'make soak         what must hold for hours: an hour of it'
 	@echo 'make bench        the address space beside a BTreeMap'
 	@echo 'make bench-guest  guest I/O here and on the devices inside QEMU'
 	@echo 'make compare      Linux without the series and with it, with the protocol off and on:'
@@ -32,7 +35,10 @@ test:
 	cargo fmt --check
 	cargo clippy --all-targets -- -D warnings
 	cargo clippy --test guest -- -D warnings
+	cargo fmt --manifest-path fuzz/Cargo.toml --check
+	cargo clippy --manifest-path fuzz/Cargo.toml --target-dir target -- -D warnings
 	VIOMMU_STRESS_SECONDS=60 cargo test
+	scripts/fuzz 20
 	RUSTFLAGS='--cfg loom' cargo test --release --target-dir target/loom --lib loom_
 	scripts/prepare-guest stock
 	scripts/prepare-guest backports
@@ -45,6 +51,19 @@ miri:
 	@cargo +nightly miri --version >/dev/null || \
 		{ echo 'Miri is missing; to do: rustup toolchain install nightly --component miri,rust-src' >&2; exit 1; }
 	MIRIFLAGS=-Zmiri-permissive-provenance cargo +nightly miri test --target-dir target/miri --lib -- iommu:: trace::ring
+
+# Ten minutes, nearly all of it building. RUSTC_BOOTSTRAP is for -Zsanitizer, whose
+# runtime is part of the stable toolchain.
+asan:
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address cargo test --target x86_64-unknown-linux-gnu --target-dir target/asan
+
+SECONDS ?= 60
+
+fuzz:
+	@scripts/fuzz $(SECONDS)
+
+soak:
+	VIOMMU_SOAK=1 cargo test --release --test soak -- --nocapture --test-threads=1
 
 bench:
 	@scripts/setup stock

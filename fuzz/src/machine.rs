@@ -1,0 +1,121 @@
+//! A small machine for a device model: memory, an IOMMU, and a driver's mappings in it.
+
+use std::sync::Arc;
+
+use viommu::dma::{Door, Memory};
+use viommu::iommu::{EndpointSettings, Iommu, Request, Settings};
+use viommu::pci::{Bus, Interrupts};
+use viommu::trace::Tracer;
+use viommu::wire::virtio_iommu::{Attach, Head, Map, MapFlags, Unmap, request_type};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
+use zerocopy::IntoBytes;
+
+use crate::Input;
+
+/// Bytes of a page.
+pub const PAGE: u64 = 4096;
+/// Pages of guest memory. All but the last two are mapped, each at its own address, the ones before them for reading
+/// only; the last two are nobody's.
+pub const PAGES: u64 = 32;
+const READ_ONLY: u64 = PAGES - 4;
+const UNMAPPED: u64 = PAGES - 2;
+
+const ENDPOINT: u32 = 0x20;
+const DOMAIN: u32 = 1;
+/// What memory that no device may write is filled with.
+const GUARD: u8 = 0xa5;
+
+/// Memory from address 0 on, and an endpoint that may use some of it.
+pub struct Machine {
+    iommu: Arc<Iommu>,
+    memory: Memory,
+    pub bus: Bus,
+}
+
+impl Machine {
+    #[allow(clippy::new_without_default, reason = "one is not like the other: it is a machine")]
+    pub fn new() -> Self {
+        let endpoints = vec![EndpointSettings { id: ENDPOINT, reserved: Vec::new() }];
+        let iommu = Iommu::new(Settings { endpoints, ..Settings::default() }, Tracer::default());
+        iommu.set_features(u64::MAX);
+        let size = (PAGES * PAGE) as usize;
+        let memory = Memory::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), size)]).unwrap());
+        let door = Door::new(&iommu, ENDPOINT, memory.clone(), Tracer::default());
+        door.set_bus_master(true);
+        let bus = Bus { door, interrupts: Interrupts::default(), tracer: Tracer::default(), duty: None };
+        let machine = Machine { iommu, memory, bus };
+        let head = Head { kind: request_type::ATTACH, reserved: [0; 3] };
+        let (domain, endpoint) = (DOMAIN.into(), ENDPOINT.into());
+        machine.request(Attach { head, domain, endpoint, ..Attach::default() }.as_bytes());
+        machine.map(0, READ_ONLY, MapFlags::READ | MapFlags::WRITE);
+        machine.map(READ_ONLY, UNMAPPED, MapFlags::READ);
+        machine.fill(READ_ONLY);
+        machine
+    }
+
+    fn request(&self, bytes: &[u8]) {
+        let request = Request::parse(bytes, self.iommu.features()).unwrap();
+        self.iommu.execute(&request, &mut []);
+        self.iommu.settle();
+    }
+
+    fn map(&self, first: u64, end: u64, flags: MapFlags) {
+        let head = Head { kind: request_type::MAP, reserved: [0; 3] };
+        let (virt_start, virt_end) = ((first * PAGE).into(), (end * PAGE - 1).into());
+        let flags = flags.bits().into();
+        self.request(
+            Map { head, domain: DOMAIN.into(), virt_start, virt_end, phys_start: virt_start, flags }.as_bytes(),
+        );
+    }
+
+    /// Takes all mappings away. Nothing is written any more when this has returned.
+    pub fn unmap_all(&self) {
+        let head = Head { kind: request_type::UNMAP, reserved: [0; 3] };
+        let virt_end = u64::MAX.into();
+        self.request(Unmap { head, domain: DOMAIN.into(), virt_end, ..Unmap::default() }.as_bytes());
+        self.fill(0);
+    }
+
+    /// Fills the pages from `first` on.
+    fn fill(&self, first: u64) {
+        let bytes = vec![GUARD; ((PAGES - first) * PAGE) as usize];
+        self.memory.memory().write_slice(&bytes, GuestAddress(first * PAGE)).unwrap();
+    }
+
+    /// Makes sure that nothing was written where nothing may be: on the pages from `first` on.
+    fn check_from(&self, first: u64) {
+        let mut bytes = vec![0; ((PAGES - first) * PAGE) as usize];
+        self.memory.memory().read_slice(&mut bytes, GuestAddress(first * PAGE)).unwrap();
+        let wrong = bytes.iter().position(|byte| *byte != GUARD);
+        assert_eq!(wrong.map(|at| first * PAGE + at as u64), None, "written without a mapping");
+    }
+
+    /// Makes sure that memory that the device may not write is as it was.
+    pub fn check_guards(&self) {
+        self.check_from(READ_ONLY);
+    }
+
+    /// Makes sure that nothing was written since [`Machine::unmap_all`].
+    pub fn check_unmapped(&self) {
+        self.check_from(0);
+    }
+
+    /// The driver writes; what lies outside of the memory that the device may write is left out.
+    pub fn write(&self, at: u64, bytes: &[u8]) {
+        if at.checked_add(bytes.len() as u64).is_some_and(|end| end <= READ_ONLY * PAGE) {
+            self.memory.memory().write_slice(bytes, GuestAddress(at)).unwrap();
+        }
+    }
+
+    /// An address: mostly one on a page that there is, sometimes any.
+    pub fn address(input: &mut Input) -> Option<u64> {
+        let page = input.u8()?;
+        if page == 0xff {
+            return input.u64();
+        }
+        let offset = input.u8()?;
+        // Mostly aligned.
+        let offset = if offset & 1 == 0 { u64::from(offset & 0xe0) << 4 } else { u64::from(offset) << 4 };
+        Some(u64::from(page) % PAGES * PAGE + (offset & (PAGE - 1)))
+    }
+}
