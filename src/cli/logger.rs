@@ -118,11 +118,9 @@ impl Limited {
             return;
         }
         // Not under the lock: what formats the message is others' code, and if it panics, that is logged too.
-        let message = match record.target() {
-            // It is short where it has to be, and a backtrace is not.
-            target if target == module_path!() => record.args().to_string(),
-            _ => short(record.args()),
-        };
+        // What this module says itself is short where it has to be, and a backtrace is not.
+        let own = record.target() == module_path!();
+        let message = if own { record.args().to_string() } else { short(record.args()) };
         let say = || self.say(record, &message);
         // Who asks for more than warnings wants all of them.
         if record.level() > Level::Warn {

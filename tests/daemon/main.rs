@@ -1,6 +1,6 @@
 //! The `viommu` command as a user starts it: what it says when it cannot, and how much when a peer misbehaves.
 
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
 #[path = "../common/mod.rs"]
 mod common;

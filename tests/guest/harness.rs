@@ -79,7 +79,7 @@ impl Guest {
 
     /// More arguments for QEMU.
     pub fn qemu(mut self, words: &[&str]) -> Guest {
-        self.qemu.extend(words.iter().map(|word| word.to_string()));
+        self.qemu.extend(words.iter().map(ToString::to_string));
         self
     }
 
