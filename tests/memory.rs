@@ -1,6 +1,6 @@
 //! Guest memory that changes, ends, does not come or comes in many pieces, over both kinds of socket.
 
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
 mod common;
 

@@ -1,16 +1,18 @@
 //! A small machine for a device model: memory, an IOMMU, and a driver's mappings in it.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use viommu::dma::{Door, Memory};
+use viommu::dma::Door;
 use viommu::iommu::{EndpointSettings, Iommu, Request, Settings};
+use viommu::memory::{Memory, MemoryMap};
 use viommu::pci::{Bus, Interrupts};
 use viommu::trace::Tracer;
 use viommu::wire::virtio_iommu::{Attach, Head, Map, MapFlags, Unmap, request_type};
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
 use zerocopy::IntoBytes;
 
-use crate::Input;
+use crate::{Input, memfd};
 
 /// Bytes of a page.
 pub const PAGE: u64 = 4096;
@@ -28,7 +30,8 @@ const GUARD: u8 = 0xa5;
 /// Memory from address 0 on, and an endpoint that may use some of it.
 pub struct Machine {
     iommu: Arc<Iommu>,
-    memory: Memory,
+    ram: File,
+    _map: MemoryMap,
     pub bus: Bus,
 }
 
@@ -38,12 +41,13 @@ impl Machine {
         let endpoints = vec![EndpointSettings { id: ENDPOINT, reserved: Vec::new() }];
         let iommu = Iommu::new(Settings { endpoints, ..Settings::default() }, Tracer::default());
         iommu.set_features(u64::MAX);
-        let size = (PAGES * PAGE) as usize;
-        let memory = Memory::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), size)]).unwrap());
-        let door = Door::new(&iommu, ENDPOINT, memory.clone(), Tracer::default());
+        let ram = memfd(PAGES * PAGE);
+        let mut map = MemoryMap::new(Memory::default());
+        map.map(0, PAGES * PAGE, true, Some((ram.try_clone().unwrap(), 0))).unwrap();
+        let door = Door::new(&iommu, ENDPOINT, map.memory().clone(), Tracer::default());
         door.set_bus_master(true);
         let bus = Bus { door, interrupts: Interrupts::default(), tracer: Tracer::default(), duty: None };
-        let machine = Machine { iommu, memory, bus };
+        let machine = Machine { iommu, ram, _map: map, bus };
         let head = Head { kind: request_type::ATTACH, reserved: [0; 3] };
         let (domain, endpoint) = (DOMAIN.into(), ENDPOINT.into());
         machine.request(Attach { head, domain, endpoint, ..Attach::default() }.as_bytes());
@@ -79,13 +83,13 @@ impl Machine {
     /// Fills the pages from `first` on.
     fn fill(&self, first: u64) {
         let bytes = vec![GUARD; ((PAGES - first) * PAGE) as usize];
-        self.memory.memory().write_slice(&bytes, GuestAddress(first * PAGE)).unwrap();
+        self.ram.write_all_at(&bytes, first * PAGE).unwrap();
     }
 
     /// Makes sure that nothing was written where nothing may be: on the pages from `first` on.
     fn check_from(&self, first: u64) {
         let mut bytes = vec![0; ((PAGES - first) * PAGE) as usize];
-        self.memory.memory().read_slice(&mut bytes, GuestAddress(first * PAGE)).unwrap();
+        self.ram.read_exact_at(&mut bytes, first * PAGE).unwrap();
         let wrong = bytes.iter().position(|byte| *byte != GUARD);
         assert_eq!(wrong.map(|at| first * PAGE + at as u64), None, "written without a mapping");
     }
@@ -103,7 +107,7 @@ impl Machine {
     /// The driver writes; what lies outside of the memory that the device may write is left out.
     pub fn write(&self, at: u64, bytes: &[u8]) {
         if at.checked_add(bytes.len() as u64).is_some_and(|end| end <= READ_ONLY * PAGE) {
-            self.memory.memory().write_slice(bytes, GuestAddress(at)).unwrap();
+            self.ram.write_all_at(bytes, at).unwrap();
         }
     }
 

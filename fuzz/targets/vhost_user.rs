@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::io::Read;
 use std::net::Shutdown;
-use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -15,7 +15,7 @@ use libfuzzer_sys::fuzz_target;
 use viommu::iommu::{EndpointSettings, Iommu, Settings};
 use viommu::trace::Tracer;
 use viommu::vhost::Server;
-use viommu_fuzz::Input;
+use viommu_fuzz::{Input, memfd};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
@@ -75,16 +75,6 @@ fn socket() -> &'static PathBuf {
         });
         path
     })
-}
-
-fn memfd(bytes: u64) -> File {
-    // SAFETY: the name is a C string.
-    let fd = unsafe { libc::memfd_create(c"fuzz".as_ptr(), libc::MFD_CLOEXEC) };
-    assert!(fd >= 0);
-    // SAFETY: it is new, and nobody else's.
-    let file = unsafe { File::from_raw_fd(fd) };
-    file.set_len(bytes).unwrap();
-    file
 }
 
 struct Frontend {
