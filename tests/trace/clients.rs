@@ -244,7 +244,9 @@ fn connecting_again_and_again_stops_neither_the_trace_nor_its_end() {
     }
     let handle = fixture.handle;
     let (ended, end) = mpsc::channel();
-    thread::spawn(move || drop(ended.send(handle.stop())));
+    thread::spawn(move || {
+        let _ = ended.send(handle.stop());
+    });
     let counters = end.recv_timeout(LONG).expect("the trace ends while there are connections to accept");
     assert_eq!((counters.emitted(), counters.lost), (300, 0));
     assert!(watcher.rest().is_empty());
