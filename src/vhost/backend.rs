@@ -5,14 +5,13 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::{VhostUserBackend, VringState, VringT};
 use virtio_bindings::bindings::virtio_config::{VIRTIO_F_IN_ORDER, VIRTIO_F_VERSION_1};
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use virtio_queue::QueueT;
+use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
@@ -351,7 +350,7 @@ impl Backend {
                 Popped::Chain(chain) => {
                     let (start, head) = (Instant::now(), chain.head_index());
                     let filled = worker.buffers.fill(chain, queue.size());
-                    let (used, event) = match filled.and_then(|()| self.answer(worker, memory)) {
+                    let (used, event) = match filled.and_then(|()| self.answer(worker, queue, memory)) {
                         Ok(Some((used, event))) => (used, Some(event)),
                         Ok(None) => {
                             worker.silent = true;
@@ -391,7 +390,12 @@ impl Backend {
 
     /// Does the request in the buffers and writes its answer. Returns the bytes written, and what to trace; `None` for
     /// a request that a test wants never to be answered.
-    fn answer(&self, worker: &mut Worker, memory: &GuestMemoryMmap) -> Result<Option<(u32, Event)>, BadChain> {
+    fn answer(
+        &self,
+        worker: &mut Worker,
+        queue: &Queue,
+        memory: &GuestMemoryMmap,
+    ) -> Result<Option<(u32, Event)>, BadChain> {
         let Worker { buffers, request, reply, .. } = worker;
         request.resize(Request::MAX_LEN, 0);
         let len = buffers.read(memory, request)?;
@@ -414,8 +418,8 @@ impl Backend {
         let outcome = match injected {
             None => iommu.execute(&request, properties),
             Some(Fault::Refused(status)) => iommu.refuse(&request, status),
-            Some(Fault::Late(time)) => {
-                thread::sleep(time);
+            Some(Fault::Late(wait)) => {
+                wait.wait(|| queue::available(queue, memory));
                 iommu.execute(&request, properties)
             }
             Some(Fault::Silent) => return Ok(None),

@@ -2,7 +2,8 @@
 
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::trace::event::Answer;
 use crate::trace::{Event, Tracer};
@@ -29,10 +30,34 @@ pub struct Injection {
 pub(super) enum Fault {
     /// It gets this status and is not done.
     Refused(Status),
-    /// It is done, and it and what is behind it in the queue answered, after this time.
-    Late(Duration),
+    /// It is done, and it and what is behind it in the queue answered, when the wait is over.
+    Late(Wait),
     /// Neither it nor what is behind it in the queue is answered before the driver resets the device.
     Silent,
+}
+
+/// How long an answer is late.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Wait {
+    /// At most so long,
+    time: Duration,
+    /// or until so many requests are behind it in the queue. A driver that waits for each answer adds none before it has
+    /// given up.
+    behind: Option<u16>,
+}
+
+impl Wait {
+    /// Between two looks at the queue.
+    const LOOK: Duration = Duration::from_millis(1);
+
+    /// Waits. `queued` says how many requests the queue has; `None`: that cannot be read any more.
+    pub(super) fn wait(self, queued: impl Fn() -> Option<u16>) {
+        let Some(behind) = self.behind else { return thread::sleep(self.time) };
+        let begin = Instant::now();
+        while begin.elapsed() < self.time && queued().is_some_and(|queued| queued < behind) {
+            thread::sleep(Self::LOOK);
+        }
+    }
 }
 
 impl Injection {
@@ -65,8 +90,15 @@ impl FromStr for Injection {
                 (Some(("after", number)), _) => injection.after = number,
                 (Some(("every", number)), _) if number > 0 => injection.every = number,
                 (Some(("until", number)), _) => injection.until = number,
-                (Some(("ms", number)), Fault::Late(time)) => *time = Duration::from_millis(number),
-                _ => return Err(format!("Expected after=N, every=N, until=N or, for late, ms=N, found {part:?}")),
+                (Some(("ms", number)), Fault::Late(wait)) => wait.time = Duration::from_millis(number),
+                (Some(("behind", number)), Fault::Late(wait)) if u16::try_from(number).is_ok() => {
+                    wait.behind = Some(number as u16);
+                }
+                _ => {
+                    return Err(format!(
+                        "Expected after=N, every=N, until=N or, for late, ms=N or behind=N, found {part:?}"
+                    ));
+                }
             }
         }
         Ok(injection)
@@ -91,7 +123,7 @@ fn parse_request(name: &str) -> Option<u8> {
 fn parse_fault(name: &str) -> Option<Fault> {
     Some(match name {
         "silent" => Fault::Silent,
-        "late" => Fault::Late(Duration::from_secs(1)),
+        "late" => Fault::Late(Wait { time: Duration::from_secs(1), behind: None }),
         "ioerr" => Fault::Refused(Status::IoErr),
         "unsupp" => Fault::Refused(Status::Unsupp),
         "deverr" => Fault::Refused(Status::DevErr),
@@ -155,9 +187,25 @@ mod tests {
     #[test]
     fn what_is_no_injection_is_refused() {
         let late: Injection = "unmap=late:ms=20:after=1".parse().unwrap();
-        assert_eq!(late.fault, Fault::Late(Duration::from_millis(20)));
+        assert_eq!(late.fault, Fault::Late(Wait { time: Duration::from_millis(20), behind: None }));
+        let held: Injection = "link=late:ms=20:behind=7".parse().unwrap();
+        assert_eq!(held.fault, Fault::Late(Wait { time: Duration::from_millis(20), behind: Some(7) }));
         for text in ["", "link", "lnk=nomem", "link=ok", "link=nomem:every=0", "link=nomem:ms=5", "link=nomem:after"] {
             assert!(text.parse::<Injection>().is_err(), "{text}");
         }
+        assert!("link=late:behind=65536".parse::<Injection>().is_err());
+    }
+
+    #[test]
+    fn a_wait_ends_with_what_is_behind_or_cannot_be_known() {
+        let forever = Wait { time: Duration::MAX, behind: Some(3) };
+        let queued = std::cell::Cell::new(0);
+        forever.wait(|| {
+            queued.set(queued.get() + 1);
+            Some(queued.get())
+        });
+        assert_eq!(queued.get(), 3);
+        forever.wait(|| None);
+        Wait { time: Duration::ZERO, behind: Some(3) }.wait(|| Some(0));
     }
 }
