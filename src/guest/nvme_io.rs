@@ -1,5 +1,6 @@
 //! Raw I/O on an NVMe namespace: measured, or written, read back and compared.
 
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -10,7 +11,7 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use crate::blockdev::{self, Device};
-use crate::buffers::Buffers;
+use crate::buffers::{Buffers, PAGE};
 use crate::engine::{self, Direction, Outcome, Stream};
 use crate::pattern::{self, Random};
 use crate::results::Results;
@@ -40,6 +41,9 @@ pub struct Args {
     /// Seconds to go on; not for verify.
     #[arg(long)]
     seconds: Option<f64>,
+    /// Go on until the host has written into the last page of the disk; not for verify.
+    #[arg(long, conflicts_with_all = ["total", "seconds"])]
+    until_marked: bool,
     /// Use buffers whose pages are scattered in physical memory.
     #[arg(long)]
     scatter: bool,
@@ -73,8 +77,8 @@ pub fn run(args: &Args, results: &mut Results) -> Result<()> {
     ensure!(args.bs > 0 && args.bs.is_multiple_of(512), "--bs: wanted a multiple of 512, found {}", args.bs);
     ensure!(args.bs <= device.bytes, "--bs: {} bytes, but {} has {}", args.bs, path.display(), device.bytes);
     ensure!(
-        args.seconds.is_none() || args.op != Op::Verify,
-        "--seconds: verify takes --total, as it has to read back what it wrote"
+        (args.seconds.is_none() && !args.until_marked) || args.op != Op::Verify,
+        "verify takes --total alone, as it has to read back what it wrote"
     );
     let mut buffers = Buffers::new(args.depth.into(), args.bs as usize, args.scatter)?;
     let mut result = json!({
@@ -96,15 +100,18 @@ pub fn run(args: &Args, results: &mut Results) -> Result<()> {
 
 fn measure(device: &Device, buffers: &mut Buffers, args: &Args, result: &mut Value) -> Result<()> {
     let direction = if matches!(args.op, Op::Read | Op::Randread) { Direction::Read } else { Direction::Write };
-    let blocks = device.bytes / args.bs;
+    let mark = if args.until_marked { Some(Mark::new(device)?) } else { None };
+    let endless = args.seconds.is_some() || mark.is_some();
     let mut stream = Measured {
         size: args.bs,
-        blocks,
+        blocks: mark.as_ref().map_or(device.bytes, |mark| mark.at) / args.bs,
         random: matches!(args.op, Op::Randread | Op::Randwrite).then(|| Random::new(1)),
         issued: 0,
-        limit: args.seconds.map_or(args.total.unwrap_or(DEFAULT_TOTAL) / args.bs, |_| u64::MAX),
+        limit: if endless { u64::MAX } else { args.total.unwrap_or(DEFAULT_TOTAL) / args.bs },
         end: args.seconds.map(|seconds| Instant::now() + Duration::from_secs_f64(seconds)),
+        mark,
     };
+    ensure!(stream.blocks > 0, "--bs: {} bytes do not fit before the last page", args.bs);
     let before = CpuTimes::now();
     let outcome = engine::run(device, direction, buffers, &mut stream)?;
     describe(result, outcome, &before);
@@ -182,25 +189,53 @@ pub fn exercise(path: &Path, bytes: u64, seed: u64) -> Result<()> {
     Ok(())
 }
 
+/// The last page of a disk, into which the host writes what is not zero to end a run.
+struct Mark<'a> {
+    device: &'a Device,
+    page: Buffers,
+    /// Its place, in bytes.
+    at: u64,
+}
+
+impl<'a> Mark<'a> {
+    /// How many I/Os there are between two looks at it.
+    const EVERY: u64 = 64;
+
+    fn new(device: &'a Device) -> Result<Self> {
+        let at = (device.bytes / PAGE as u64).checked_sub(1).context("The disk has no page")? * PAGE as u64;
+        Ok(Self { device, page: Buffers::new(1, PAGE, false)?, at })
+    }
+
+    fn is_there(&mut self) -> bool {
+        // SAFETY: this buffer is used by the call below alone, which has ended when it returns.
+        let page = unsafe { self.page.contents(0) };
+        self.device.file.read_exact_at(page, self.at).is_ok() && page.iter().any(|byte| *byte != 0)
+    }
+}
+
 /// I/O for its numbers: the data does not matter.
-pub struct Measured {
+pub struct Measured<'a> {
     size: u64,
     blocks: u64,
     random: Option<Random>,
     issued: u64,
     limit: u64,
     end: Option<Instant>,
+    mark: Option<Mark<'a>>,
 }
 
-impl Measured {
+impl Measured<'_> {
     /// `limit` I/Os of `size` bytes, block after block, from the device's start and round again at its end.
     pub fn in_order(device: &Device, size: u64, limit: u64) -> Self {
-        Self { size, blocks: device.bytes / size, random: None, issued: 0, limit, end: None }
+        Self { size, blocks: device.bytes / size, random: None, issued: 0, limit, end: None, mark: None }
     }
 }
 
-impl Stream for Measured {
+impl Stream for Measured<'_> {
     fn next(&mut self, _buffer: &mut [u8]) -> Option<u64> {
+        if self.issued.is_multiple_of(Mark::EVERY) && self.mark.as_mut().is_some_and(Mark::is_there) {
+            return None;
+        }
         if self.issued == self.limit || self.end.is_some_and(|end| Instant::now() >= end) {
             return None;
         }

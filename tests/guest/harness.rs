@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -10,7 +11,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 /// How long one guest may take, from start to power-off; under emulation on a busy machine.
-const LIMIT: Duration = Duration::from_secs(240);
+pub const LIMIT: Duration = Duration::from_secs(600);
 
 /// A guest to be booted.
 pub struct Guest {
@@ -18,7 +19,8 @@ pub struct Guest {
     kernel: &'static str,
     append: String,
     workload: String,
-    boot_sector: Option<Vec<u8>>,
+    disk: Option<Vec<u8>>,
+    boots_from_disk: bool,
     guest_trace: bool,
     inject: Vec<String>,
     machine: Vec<String>,
@@ -33,7 +35,8 @@ impl Guest {
             kernel: "stock",
             append: String::new(),
             workload: workload.into(),
-            boot_sector: None,
+            disk: None,
+            boots_from_disk: false,
             guest_trace: false,
             inject: Vec::new(),
             machine: Vec::new(),
@@ -47,10 +50,16 @@ impl Guest {
         self
     }
 
+    /// What the first disk begins with.
+    pub fn disk(mut self, contents: Vec<u8>) -> Guest {
+        self.disk = Some(contents);
+        self
+    }
+
     /// No kernel: firmware boots this sector of the first disk.
     pub fn boot_from_disk(mut self, sector: &[u8]) -> Guest {
-        self.boot_sector = Some(sector.to_vec());
-        self
+        self.boots_from_disk = true;
+        self.disk(sector.to_vec())
     }
 
     /// This kernel of those that `scripts/prepare-guest` knows, in place of `stock`.
@@ -111,16 +120,14 @@ impl Guest {
         for injection in &self.inject {
             command.args(["--inject", injection]);
         }
-        match &self.boot_sector {
-            None => {
-                command.arg("--kernel").arg(files.join("vmlinuz")).arg("--initrd").arg(files.join("initramfs"));
-                command.args(["--append", &append]);
-            }
-            Some(sector) => {
-                let mut disk = fs::File::create(path("nvme0.img")).unwrap();
-                disk.write_all(sector).unwrap();
-                disk.set_len(64 << 20).unwrap();
-            }
+        if let Some(contents) = &self.disk {
+            let mut disk = fs::File::create(path("nvme0.img")).unwrap();
+            disk.write_all(contents).unwrap();
+            disk.set_len(256 << 20).unwrap();
+        }
+        if !self.boots_from_disk {
+            command.arg("--kernel").arg(files.join("vmlinuz")).arg("--initrd").arg(files.join("initramfs"));
+            command.args(["--append", &append]);
         }
         if !self.machine.is_empty() {
             command.arg("--no-machine");
@@ -172,6 +179,23 @@ impl Running {
             assert!(self.started.elapsed() < LIMIT, "no result came: {what}");
             std::thread::sleep(Duration::from_millis(50));
         }
+    }
+
+    /// Waits until the trace has more events than now, which are written as they come.
+    pub fn wait_for_events(&self) {
+        let size = || fs::metadata(self.path("trace.jsonl")).map_or(0, |file| file.len());
+        let before = size();
+        while size() <= before {
+            assert!(self.started.elapsed() < LIMIT, "no event came");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Writes the mark for which `nvme-io --until-marked` looks into the first disk.
+    pub fn mark_disk(&self) {
+        let disk = fs::OpenOptions::new().write(true).open(self.path("nvme0.img")).unwrap();
+        let end = disk.metadata().unwrap().len();
+        disk.write_all_at(b"mark", end - 4096).unwrap();
     }
 
     /// A connection to QEMU's monitor.
@@ -341,7 +365,7 @@ pub struct Qmp {
 impl Qmp {
     /// Connects to a QMP socket that will soon be there.
     pub fn connect(path: &Path) -> Qmp {
-        let deadline = Instant::now() + Duration::from_secs(30);
+        let deadline = Instant::now() + LIMIT;
         let stream = loop {
             match UnixStream::connect(path) {
                 Ok(stream) => break stream,
@@ -349,7 +373,7 @@ impl Qmp {
             }
             std::thread::sleep(Duration::from_millis(20));
         };
-        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
         let mut qmp = Qmp { reader: BufReader::new(stream) };
         qmp.message();
         qmp.execute("qmp_capabilities", json!({}));

@@ -1,17 +1,14 @@
 //! What happens to a guest and to the daemon in the course of their lives.
 
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use crate::harness::{Guest, Outcome, Process, guest_files};
-use crate::{NVME, nvme_in};
-
-/// I/O that goes on for some seconds.
-const BUSY: &str = "nvme-io --op randwrite --bs 16k --depth 8 --seconds 8 + nvme-io --op verify --bs 64k --total 4M";
+use crate::harness::{Guest, LIMIT, Outcome, Process, guest_files};
+use crate::{BUSY, NVME, nvme_in};
 
 #[test]
 fn reboot() {
@@ -26,15 +23,18 @@ fn reboot() {
 
 #[test]
 fn stop_and_cont_under_io() {
-    let guest = Guest::new(NVME, BUSY).start();
+    let guest = Guest::new(NVME, &format!("{BUSY} + nvme-io --op verify --bs 64k --total 4M")).start();
     let mut qmp = guest.qmp();
-    guest.wait_for_result("the boot report", |result| result["event"] == "boot");
+    guest.wait_for_result("the beginning of the I/O", |result| result["event"] == "begin");
     for _ in 0..3 {
-        std::thread::sleep(Duration::from_millis(800));
+        guest.wait_for_events();
         qmp.execute("stop", json!({}));
+        // I/O that is under way ends, or waits.
         std::thread::sleep(Duration::from_millis(300));
         qmp.execute("cont", json!({}));
     }
+    guest.wait_for_events();
+    guest.mark_disk();
     let outcome = guest.wait();
     outcome.assert_translated();
     let resets: Vec<_> = outcome.events("reset").filter_map(|reset| reset["reset"].as_str()).collect();
@@ -129,13 +129,11 @@ impl Daemon {
             .unwrap();
         let daemon = Daemon { folder, child: Process(child) };
         for name in ["viommu.sock", "nvme0.sock", "trace.sock", "viot.bin"] {
-            for _ in 0..200 {
-                if daemon.folder.path().join(name).exists() {
-                    break;
-                }
+            let begun = Instant::now();
+            while !daemon.folder.path().join(name).exists() {
+                assert!(begun.elapsed() < LIMIT, "{name} did not appear");
                 std::thread::sleep(Duration::from_millis(20));
             }
-            assert!(daemon.folder.path().join(name).exists(), "{name} did not appear");
         }
         daemon
     }
@@ -164,7 +162,8 @@ impl Daemon {
     }
 
     fn wait_for(&self, results: &str, wanted: &str) {
-        for _ in 0..4800 {
+        let begun = Instant::now();
+        while begun.elapsed() < LIMIT {
             if std::fs::read_to_string(self.folder.path().join(results)).unwrap_or_default().contains(wanted) {
                 return;
             }
@@ -189,8 +188,8 @@ impl Drop for Daemon {
 #[test]
 fn a_killed_qemu_leaves_a_daemon_that_serves_the_next() {
     let daemon = Daemon::start();
-    let mut first = daemon.qemu("nvme-io --op randwrite --bs 16k --depth 8 --seconds 60", "first.jsonl");
-    daemon.wait_for("first.jsonl", "\"event\":\"boot\"");
+    let mut first = daemon.qemu(BUSY, "first.jsonl");
+    daemon.wait_for("first.jsonl", "\"event\":\"begin\"");
     std::thread::sleep(Duration::from_secs(2));
     first.kill();
     let mut second = daemon.qemu("nvme-io --op verify --bs 64k --depth 4 --total 4M", "second.jsonl");
@@ -202,7 +201,7 @@ fn a_killed_qemu_leaves_a_daemon_that_serves_the_next() {
 #[test]
 fn sigterm_ends_the_daemon_and_its_sockets() {
     let mut daemon = Daemon::start();
-    let qemu = daemon.qemu("nvme-io --op randwrite --bs 16k --depth 8 --seconds 60", "results.jsonl");
+    let qemu = daemon.qemu(BUSY, "results.jsonl");
     daemon.wait_for("results.jsonl", "\"event\":\"boot\"");
     kill(Pid::from_raw(daemon.child.0.id() as i32), Signal::SIGTERM).unwrap();
     daemon.child.end();

@@ -3,12 +3,9 @@
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
-use crate::NVME;
-use crate::harness::Guest;
-
-const BUSY: &str = "nvme-io --op randwrite --bs 16k --depth 8 --seconds 6";
+use crate::harness::{Guest, LIMIT};
+use crate::{BUSY, NVME};
 
 #[test]
 fn a_plain_client_follows_a_running_guest() {
@@ -16,7 +13,7 @@ fn a_plain_client_follows_a_running_guest() {
     guest.wait_for_result("the boot report", |result| result["event"] == "boot");
     // As `nc -U` would: connect and read.
     let stream = UnixStream::connect(guest.path("trace.sock")).unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    stream.set_read_timeout(Some(LIMIT)).unwrap();
     let mut kinds = std::collections::BTreeSet::new();
     for line in BufReader::new(stream).lines().take(5000) {
         let event: serde_json::Value = serde_json::from_str(&line.unwrap()).unwrap();
@@ -25,6 +22,7 @@ fn a_plain_client_follows_a_running_guest() {
     for kind in ["kick", "request", "dma", "command", "interrupt"] {
         assert!(kinds.contains(kind), "{kind} is not among {kinds:?}");
     }
+    guest.mark_disk();
     guest.wait();
 }
 
@@ -43,5 +41,6 @@ fn viommu_trace_prints_what_is_asked_for() {
     assert!(trace.wait().unwrap().success());
     assert!(text.lines().count() >= 20 && text.contains("MAP"), "{text}");
     assert!(!text.contains("dma"), "{text}");
+    guest.mark_disk();
     guest.wait();
 }
