@@ -12,7 +12,7 @@ use crate::sysfs;
 /// PCI class code of an NVM Express I/O controller (NVMe over PCIe Transport, 3.8.1: 01h, 08h, 02h).
 const NVME_CLASS: &str = "0x010802";
 /// How long a controller may take from its driver's loading to its namespace. Emulation is slow.
-const PROBE_LIMIT: Duration = Duration::from_secs(30);
+const PROBE_LIMIT: Duration = Duration::from_secs(300);
 
 /// A namespace's block device.
 #[derive(Clone, Debug, PartialEq, Eq)]

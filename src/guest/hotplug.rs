@@ -11,7 +11,7 @@ use crate::results::Results;
 use crate::{blockdev, nvme_io, pci, report, sysfs};
 
 /// How long the host may take to plug it in or out.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(300);
 /// How much is written and read back on it.
 const BYTES: u64 = 8 << 20;
 /// Where the slots are that hot-plugging knows.

@@ -32,7 +32,7 @@ const STATE_DONE: u64 = 1;
 const STATE_HALTED: u64 = 3;
 
 /// How long a copy may take.
-const LIMIT: Duration = Duration::from_secs(5);
+const LIMIT: Duration = Duration::from_secs(300);
 
 /// Error bits (`IOAT_CHANERR_*`).
 pub const ERROR_SOURCE: u32 = 1 << 0;

@@ -16,7 +16,7 @@ const DATA: &str = "/tmp/data";
 const OTHER_DATA: &str = "/tmp/other-data";
 const READ_BACK: &str = "/tmp/read-back";
 /// How long a controller may take to come back from a reset.
-const RESET_LIMIT: Duration = Duration::from_secs(30);
+const RESET_LIMIT: Duration = Duration::from_secs(300);
 
 /// What a command must come to.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -9,7 +9,7 @@ use crate::results::Results;
 use crate::{blockdev, nvme_io, pci};
 
 /// How long a driver may take to bring its device up.
-const LIMIT: Duration = Duration::from_secs(30);
+const LIMIT: Duration = Duration::from_secs(300);
 /// How much is written and read back after each time.
 const BYTES: u64 = 4 << 20;
 

@@ -119,11 +119,11 @@ mod patched {
         let maps: Vec<_> = since.collect();
         assert!(are_scattered(maps.len() as u64), "{} MAP", maps.len());
         // The queue holds 128 of them: then the device is notified, and again with what had to wait, but not at each look
-        // for an answer.
+        // for an answer. A device that is slow answers them in smaller batches.
         let seq = |event: &Value| event["seq"].as_u64().unwrap();
         let between = seq(maps[maps.len() - 1])..seq(requests[unmap]);
         let kicks = outcome.events("kick").filter(|kick| between.contains(&seq(kick))).count();
         println!("{} MAP and an UNMAP: {kicks} kicks", maps.len());
-        assert!((4..=12).contains(&kicks), "{kicks} kicks");
+        assert!((4..=maps.len() / 4).contains(&kicks), "{kicks} kicks");
     }
 }

@@ -32,7 +32,7 @@ const VERSION: u32 = 1;
 /// The name of the virtio-serial port that takes the lines.
 const PORT: &str = "viommu.guest-trace";
 /// How long the port may take to appear: its driver hears of it from the device.
-const PORT_LIMIT: Duration = Duration::from_secs(5);
+const PORT_LIMIT: Duration = Duration::from_secs(300);
 /// Where tracefs is.
 const TRACEFS: &str = "/sys/kernel/tracing";
 /// The agent's instance of ftrace.
