@@ -101,6 +101,37 @@ pub fn run(device: &Device, direction: Direction, buffers: &mut Buffers, stream:
     failure.map_or(Ok(outcome), Err)
 }
 
+/// Reads these blocks (units of the buffers' size) at once, each into a buffer of its own, and returns what came of each.
+/// All I/O has ended when this returns.
+///
+/// # Errors
+/// io_uring's.
+pub fn read_at_once(
+    ring: &mut IoUring,
+    device: &Device,
+    buffers: &mut Buffers,
+    blocks: impl Iterator<Item = u64>,
+) -> Result<Vec<std::io::Result<()>>> {
+    let mut lengths = Vec::new();
+    for (slot, block) in blocks.take(buffers.count()).enumerate() {
+        // SAFETY: no I/O is in flight on any buffer, and each is taken once.
+        let contents = unsafe { buffers.contents(slot) };
+        lengths.push(contents.len());
+        submit(ring, device, Direction::Read, slot, block * contents.len() as u64, contents)?;
+    }
+    ring.submit_and_wait(lengths.len()).context("io_uring_enter failed")?;
+    let mut results: Vec<_> = lengths.iter().map(|_| Ok(())).collect();
+    for completion in ring.completion() {
+        let slot = completion.user_data() as usize;
+        results[slot] = match completion.result() {
+            error if error < 0 => Err(std::io::Error::from_raw_os_error(-error)),
+            moved if moved as usize == lengths[slot] => Ok(()),
+            moved => Err(std::io::Error::other(format!("{moved} bytes of {}", lengths[slot]))),
+        };
+    }
+    Ok(results)
+}
+
 fn submit(
     ring: &mut IoUring,
     device: &Device,

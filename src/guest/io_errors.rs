@@ -1,17 +1,22 @@
 //! I/O that may fail: what an application gets, how long it waits for it, and what the kernel keeps of it.
 
 use std::collections::BTreeMap;
-use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use io_uring::IoUring;
 use nix::errno::Errno;
 use serde_json::{Value, json};
 
 use crate::blockdev::{self, Device};
 use crate::buffers::Buffers;
 use crate::results::Results;
-use crate::{size, sysfs};
+use crate::{engine, size, sysfs};
+
+/// From one read to the next, in blocks: the kernel would make one request of neighbours.
+const STRIDE: u64 = 3;
+/// Between one failure and the next attempt, if there is one.
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// What to do.
 #[derive(clap::Args)]
@@ -19,12 +24,15 @@ pub struct Args {
     /// Bytes an I/O: a multiple of 512.
     #[arg(long, default_value = "128k", value_parser = size::parse)]
     bs: u64,
-    /// How many reads, one after the other; their buffer's pages are scattered in physical memory.
+    /// How many reads; their buffers' pages are scattered in physical memory.
     #[arg(long, default_value_t = 100)]
     ios: u64,
-    /// Milliseconds between two of them.
-    #[arg(long, default_value_t = 0)]
-    pause_ms: u64,
+    /// How many of them at once; the next ones begin when all of these have ended.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=4096))]
+    depth: u16,
+    /// If the last ones failed go on, until no read fails any more.
+    #[arg(long)]
+    recover: bool,
 }
 
 /// The workload. Emits one `result`, whether reads fail or not: that they do is what it is for.
@@ -34,30 +42,40 @@ pub struct Args {
 pub fn run(args: &Args, results: &mut Results) -> Result<()> {
     let device = Device::open(&blockdev::choose(None)?)?;
     ensure!(args.bs > 0 && args.bs <= device.bytes, "--bs: wanted 1 to {}, found {}", device.bytes, args.bs);
-    let mut buffers = Buffers::new(1, args.bs as usize, true)?;
+    let mut buffers = Buffers::new(args.depth.into(), args.bs as usize, true)?;
+    let mut ring = IoUring::new(u32::from(args.depth).next_power_of_two()).context("The kernel has no io_uring")?;
     let before = Memory::now();
     let mut errors: BTreeMap<String, u64> = BTreeMap::new();
     let mut failed = Vec::new();
-    let mut slowest = Duration::ZERO;
-    for io in 0..args.ios {
-        // SAFETY: this buffer is used by the call below alone, which has ended when it returns.
-        let contents = unsafe { buffers.contents(0) };
+    let mut times_failed = Vec::new();
+    let (mut ios, mut slowest, mut trouble) = (0, Duration::ZERO, false);
+    while ios < args.ios || (args.recover && trouble) {
+        if args.recover && trouble {
+            std::thread::sleep(PAUSE);
+        }
+        let count = if ios < args.ios { (args.ios - ios).min(args.depth.into()) } else { args.depth.into() };
+        let blocks = (ios..ios + count).map(|io| io * STRIDE % (device.bytes / args.bs));
         let begin = Instant::now();
-        let read = device.file.read_exact_at(contents, io % (device.bytes / args.bs) * args.bs);
-        slowest = slowest.max(begin.elapsed());
-        if let Err(error) = read {
+        let reads = engine::read_at_once(&mut ring, &device, &mut buffers, blocks)?;
+        let time = begin.elapsed();
+        slowest = slowest.max(time);
+        trouble = reads.iter().any(Result::is_err);
+        for (io, error) in (ios..).zip(reads).filter_map(|(io, read)| Some((io, read.err()?))) {
             let name =
                 error.raw_os_error().map_or_else(|| error.to_string(), |code| format!("{:?}", Errno::from_raw(code)));
             *errors.entry(name).or_default() += 1;
             failed.push(io);
+            times_failed.push(time.as_millis() as u64);
         }
-        std::thread::sleep(Duration::from_millis(args.pause_ms));
+        ios += count;
     }
+    times_failed.sort_unstable();
     results.emit(
         "result",
         json!({
-            "workload": "io-errors", "bs": args.bs, "ios": args.ios, "failed": failed.len(), "errors": errors,
+            "workload": "io-errors", "bs": args.bs, "ios": ios, "failed": failed.len(), "errors": errors,
             "first_failed": failed.first(), "last_failed": failed.last(), "slowest_ms": slowest.as_millis() as u64,
+            "median_failed_ms": times_failed.get(times_failed.len() / 2),
             "memory_before": before.value(), "memory_after": Memory::now().value(),
         }),
     );
