@@ -97,10 +97,20 @@ pub fn power_off(results: &mut Results) -> ! {
 
 /// Starts the guest anew. Never returns.
 pub fn restart(results: &mut Results) -> ! {
+    leave(results, RebootMode::RB_AUTOBOOT)
+}
+
+/// Starts the kernel that was loaded. Never returns.
+pub fn kexec(results: &mut Results) -> ! {
+    leave(results, RebootMode::RB_KEXEC)
+}
+
+/// Ends this life of a guest that has another one.
+fn leave(results: &mut Results, mode: RebootMode) -> ! {
     if let Err(error) = agent::stop(results) {
         eprintln!("viommu-guest: {error:#}");
     }
-    end(results, RebootMode::RB_AUTOBOOT)
+    end(results, mode)
 }
 
 fn end(results: &mut Results, mode: RebootMode) -> ! {

@@ -25,6 +25,7 @@ mod io_errors;
 mod ioat;
 mod ioat_selftest;
 mod iova_test;
+mod kexec;
 mod kmsg;
 mod map_cost;
 mod memory;
@@ -39,6 +40,7 @@ mod results;
 mod set;
 mod shell;
 mod size;
+mod suspend;
 mod sysfs;
 mod unattached_dma;
 mod vfio;
@@ -83,8 +85,12 @@ enum Workload {
     Set(set::Args),
     /// Write, restart the guest, and find everything as it was.
     Reboot,
-    /// Read on while the guest ends; the last workload.
+    /// Read on in the background, until the guest ends.
     BusyEnd,
+    /// Start another kernel, which runs the workloads after this one.
+    Kexec(kexec::Args),
+    /// Suspend the devices and resume them, with I/O before and after.
+    Suspend(suspend::Args),
     /// Wait for another NVMe controller to be plugged in, and use it; have it unplugged and plugged in again.
     HotplugWait(hotplug::Args),
     /// Let the kernel's ioatdma bind to the DMA engine; it copies memory as a self-test.
@@ -125,6 +131,8 @@ impl Workload {
             Self::Set(args) => set::run(args, results),
             Self::Reboot => reboot::run(results),
             Self::BusyEnd => busy_end::run(),
+            Self::Kexec(args) => kexec::run(args, results),
+            Self::Suspend(args) => suspend::run(args, results),
             Self::HotplugWait(args) => hotplug::run(args, results),
             Self::IoatSelftest => ioat_selftest::run(results),
             Self::IovaTest => iova_test::run(results),

@@ -3,6 +3,7 @@
 
 mod boots;
 mod failures;
+mod power;
 mod qemu;
 
 use serde_json::Value;
