@@ -1,5 +1,6 @@
 //! Guest memory in other forms than one piece of small pages: a device must reach all of it.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -8,28 +9,33 @@ use serde_json::Value;
 use crate::NVME;
 use crate::harness::{Guest, Outcome};
 
-/// The regions of at least `len` bytes that QEMU gave the controller, each with the numbers of accesses to it: reads and
+/// The regions of at least `len` bytes that the controller had in the end, each with the numbers of accesses to it: reads and
 /// writes through a mapping.
 fn regions(outcome: &Outcome, len: u64) -> Vec<(u64, u64, [u32; 2])> {
     let number = |event: &Value, key: &str| u64::from_str_radix(&event[key].as_str().unwrap()[2..], 16).unwrap();
-    let added = outcome.events("memory").filter(|event| event["channel"] == "vfio-user" && event["added"] == true);
-    let mut regions: Vec<(u64, u64, [u32; 2])> = added
-        .map(|event| (number(event, "gpa"), event["len"].as_u64().unwrap(), [0, 0]))
-        .filter(|region| region.1 >= len)
-        .collect();
-    regions.sort_unstable();
-    // Firmware has some of them mapped anew.
-    regions.dedup_by_key(|region| region.0);
-    for dma in outcome.events("dma").filter(|dma| dma["route"] == "mapped" && dma["failed"] == false) {
-        let gpa = number(dma, "gpa");
-        let at = regions.partition_point(|region| region.0 <= gpa);
-        if let Some((start, len, counts)) = at.checked_sub(1).map(|at| &mut regions[at])
-            && gpa - *start < *len
-        {
-            counts[usize::from(dma["access"] == "write")] += 1;
+    let is_access = |event: &Value| event["kind"] == "dma" && event["route"] == "mapped" && event["failed"] == false;
+    // Behind the last access QEMU quits and takes all of them away. Before that, firmware has some mapped anew.
+    let end = outcome.trace.iter().rposition(is_access).expect("an access through a mapping") + 1;
+    let mut regions: BTreeMap<u64, (u64, [u32; 2])> = BTreeMap::new();
+    for event in &outcome.trace[..end] {
+        if event["kind"] == "memory" && event["channel"] == "vfio-user" {
+            let gpa = number(event, "gpa");
+            if event["added"] == true {
+                regions.insert(gpa, (event["len"].as_u64().unwrap(), [0, 0]));
+            } else {
+                regions.remove(&gpa);
+            }
+        } else if is_access(event) {
+            let gpa = number(event, "gpa");
+            if let Some((start, (len, counts))) = regions.range_mut(..=gpa).next_back()
+                && gpa - *start < *len
+            {
+                counts[usize::from(event["access"] == "write")] += 1;
+            }
         }
     }
-    regions
+    let found = regions.into_iter().map(|(gpa, (len, counts))| (gpa, len, counts));
+    found.filter(|region| region.1 >= len).collect()
 }
 
 fn assert_sound(outcome: &Outcome, bytes: u64) {
@@ -97,7 +103,7 @@ impl HugePages {
                 return Some(pages);
             }
             // Only root may; the page cache gives way, and what is left is moved together.
-            let _ = fs::write("/proc/sys/vm/drop_caches", "1");
+            let _ = fs::write("/proc/sys/vm/drop_caches", "3");
             let _ = fs::write("/proc/sys/vm/compact_memory", "1");
             let _ = fs::write(&pages.path, (read("nr_hugepages").unwrap_or(0) + wanted - free()).to_string());
         }
@@ -107,6 +113,9 @@ impl HugePages {
             "{wanted} free huge pages of {size} KiB were expected and {free} found: as root, write their number to {path} \
              (soon after boot, while memory is in one piece), or set VIOMMU_NO_HUGE=1 to do without this test"
         );
+        if free < wanted {
+            println!("left out, as VIOMMU_NO_HUGE says: {wanted} huge pages of {size} KiB cannot be had");
+        }
         (free >= wanted).then_some(pages)
     }
 }
