@@ -217,12 +217,17 @@ impl Backend {
 
     /// A queue was started. Returns where, and whether it can be used.
     fn start(&self, index: usize, ring: &Ring, memory: &GuestMemoryMmap) -> (u16, bool) {
-        let (base, size, valid) = {
-            let state = ring.get_ref();
-            let queue = state.get_queue();
-            (queue.next_avail(), queue.size(), ring.has_size() && queue.is_valid(memory) && !self.table.is_lost())
-        };
+        // Locked until the lifecycle knows: a frontend that stops the queue now stops one that is known to have started.
+        let state = ring.get_ref();
+        let queue = state.get_queue();
+        let (base, size) = (queue.next_avail(), queue.size());
+        if !queue.ready() {
+            // Stopped again before anybody saw it start.
+            return (base, false);
+        }
+        let valid = ring.has_size() && queue.is_valid(memory) && !self.table.is_lost();
         self.shared.queue_started(index, base);
+        drop(state);
         self.shared.tracer.emit(Event::Queue { queue: index as u8, started: true, index: base, size });
         if !valid {
             self.distrust(index);

@@ -50,7 +50,7 @@ mod loom_tests {
     use std::sync::Arc;
 
     use loom::sync::Mutex;
-    use loom::sync::atomic::{AtomicBool, AtomicU16, Ordering, fence};
+    use loom::sync::atomic::{AtomicU16, Ordering, fence};
     use loom::thread;
 
     use super::*;
@@ -60,7 +60,7 @@ mod loom_tests {
     struct Shared {
         index: AtomicU16,
         event: AtomicU16,
-        kick: AtomicBool,
+        kick: Mutex<bool>,
     }
 
     /// The device's side.
@@ -116,7 +116,7 @@ mod loom_tests {
         fence(Ordering::SeqCst);
         let event = shared.event.load(Ordering::Relaxed);
         if new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old) {
-            shared.kick.store(true, Ordering::Release);
+            *shared.kick.lock().unwrap() = true;
         }
     }
 
@@ -147,14 +147,20 @@ mod loom_tests {
                 })
             };
             // The worker, once: a kick that it took may have come before the other request.
-            if shared.kick.swap(false, Ordering::AcqRel) {
+            let kicked = std::mem::take(&mut *shared.kick.lock().unwrap());
+            if kicked {
                 queue.lock().unwrap().serve();
             }
             driver.join().unwrap();
             let woken = poller.join().unwrap();
             let queue = queue.lock().unwrap();
             let all = queue.next == shared.index.load(Ordering::Relaxed);
-            assert!(all || woken || shared.kick.load(Ordering::Relaxed), "a request is left, and nobody will look");
+            assert!(
+                all || woken || *shared.kick.lock().unwrap(),
+                "taken up to {}, and nobody will look; avail_event is {}",
+                queue.next,
+                shared.event.load(Ordering::Relaxed)
+            );
         });
     }
 }
