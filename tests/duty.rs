@@ -202,6 +202,16 @@ fn a_queue_that_is_stopped_or_reset_while_taken_is_served_when_it_runs_again() {
     assert!(!device.control.look());
     device.control.give_back();
     assert_eq!(driver.attach(1, EP), OK);
+
+    // What was the ring is the guest's again once the queue is stopped.
+    assert!(device.control.take());
+    driver.stop_queues();
+    let ring = driver.queues[REQUESTS].used;
+    driver.write(ring, &[0xa5; 0x1000]);
+    device.control.give_back();
+    assert_eq!(driver.read(ring, 0x1000), [0xa5; 0x1000]);
+    driver.start_over();
+    assert_eq!(driver.attach(1, EP), OK);
 }
 
 #[test]

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::Interrupts;
 use crate::socket::{set_nonblocking, wait_readable};
@@ -168,7 +168,7 @@ impl Unmasker {
     /// Begins to wait.
     pub fn start(interrupts: Interrupts, mut event: File) -> io::Result<Unmasker> {
         set_nonblocking(&event)?;
-        let stop = EventFd::new(EFD_NONBLOCK)?;
+        let stop = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let stopped = stop.try_clone()?;
         let wait = move || {
             while let Ok(true) = wait_readable(event.as_raw_fd(), stopped.as_raw_fd()) {

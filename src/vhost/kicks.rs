@@ -30,10 +30,11 @@ impl Kicks {
         queue.decline();
     }
 
-    /// Nobody polls the queue any more. Returns whether somebody has to look at it now, kick or not.
-    pub fn end_polling(&mut self, queue: &mut impl Available) -> bool {
+    /// Nobody polls the queue any more; `None` if it was stopped meanwhile, as its memory may be something else's by then.
+    /// Returns whether somebody has to look at it now, kick or not.
+    pub fn end_polling(&mut self, queue: Option<&mut impl Available>) -> bool {
         self.polled = false;
-        queue.ask().unwrap_or(true)
+        queue.is_some_and(|queue| queue.ask().unwrap_or(true))
     }
 
     /// All that was found was taken. Returns whether there is more now; if not, somebody will look when there is. `None` if
@@ -143,7 +144,7 @@ mod loom_tests {
                     queue.lock().unwrap().serve();
                     let mut queue = queue.lock().unwrap();
                     let (kicks, mut taken) = queue.split();
-                    kicks.end_polling(&mut taken)
+                    kicks.end_polling(Some(&mut taken))
                 })
             };
             // The worker, once: a kick that it took may have come before the other request.

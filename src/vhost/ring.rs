@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::{Error, QueueT};
 use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::event::EventConsumer;
 
 use super::Memory;
 use super::backend::is_served;
@@ -71,8 +72,9 @@ impl Ring {
     /// Nobody polls the queue any more. Returns whether the worker has to look at it now.
     pub(super) fn end_polling(&self, memory: &GuestMemoryMmap) -> bool {
         let mut state = self.get_mut();
-        let left = self.kicks().end_polling(&mut Taken { queue: state.get_queue_mut(), memory });
-        left && is_served(&state)
+        let served = is_served(&state);
+        let mut queue = Taken { queue: state.get_queue_mut(), memory };
+        self.kicks().end_polling(served.then_some(&mut queue))
     }
 
     /// All that was found in the queue, which is locked, was taken. Returns whether there is more; `None` if that cannot be
@@ -105,8 +107,14 @@ impl Ring {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => false,
             Err(error) => {
                 log::warn!("A virtqueue's kick descriptor cannot be read and is closed: {error}");
+                let broken = kick.as_raw_fd();
                 drop(state);
-                self.replace_kick(None);
+                let _turn = self.turn();
+                // The frontend may have given another one by now, while this one was still open.
+                let is_broken = |kick: &EventConsumer| kick.as_raw_fd() == broken;
+                if self.inner.get_ref().get_kick().as_ref().is_some_and(is_broken) {
+                    self.replace_kick(None);
+                }
                 false
             }
         }
