@@ -206,8 +206,10 @@ impl ServerBackend for Backend<'_> {
                 if effect.reset {
                     self.reset_function();
                 } else {
-                    self.bus.door.set_bus_master(effect.master && self.function.is_some());
-                    if effect.master && self.memory.is_unshared() {
+                    if let Some(master) = effect.master {
+                        self.bus.door.set_bus_master(master && self.function.is_some());
+                    }
+                    if effect.master == Some(true) && self.memory.is_unshared() {
                         self.memory.memory().tell_unshared(0);
                     }
                     self.bus.interrupts.disable_pin(effect.pin_disabled);

@@ -58,8 +58,9 @@ pub(super) struct MsixBar {
 pub(super) struct Effect {
     /// The driver set Initiate Function Level Reset.
     pub reset: bool,
-    /// Whether the function may access memory now: bus mastering is on and the power state is D0.
-    pub master: bool,
+    /// Whether the function may access memory now: bus mastering is on and the power state is D0. `None` if neither register
+    /// was written.
+    pub master: Option<bool>,
     /// Whether the driver set Interrupt Disable.
     pub pin_disabled: bool,
 }
@@ -128,8 +129,11 @@ impl Config {
             // The bit reads as zero, so it is not among the writable ones.
             reset |= at == EXPRESS + 9 && new & (DEVCTL_FLR >> 8) as u8 != 0;
         }
+        let end = offset.saturating_add(data.len() as u64);
+        let is_written = |register: usize| offset < register as u64 + 2 && end > register as u64;
+        let master = (is_written(COMMAND) || is_written(PM + 4)).then(|| self.master());
         let pin_disabled = self.get16(COMMAND) & COMMAND_INTERRUPT_DISABLE != 0;
-        Effect { reset, master: self.master(), pin_disabled }
+        Effect { reset, master, pin_disabled }
     }
 
     /// Sets Interrupt Status: whether the pin is asserted, also while the driver has it disabled.
@@ -320,11 +324,13 @@ mod tests {
     #[test]
     fn memory_is_accessible_with_bus_mastering_in_d0() {
         let mut config = config(false);
-        assert!(!config.write(COMMAND as u64, &[2, 0]).master);
-        assert!(config.write(COMMAND as u64, &[6, 4]).master);
+        assert_eq!(config.write(COMMAND as u64, &[2, 0]).master, Some(false));
+        assert_eq!(config.write(COMMAND as u64, &[6, 4]).master, Some(true));
+        // A reset of the machine may have taken bus mastering; this must not give it back.
+        assert_eq!(config.write(MSI as u64 + 2, &[1, 0]).master, None);
         assert_eq!(read32(&config, COMMAND as u64), 0x0010_0406);
-        assert!(!config.write(PM as u64 + 4, &[3]).master);
-        assert!(config.write(PM as u64 + 4, &[0]).master);
+        assert_eq!(config.write(PM as u64 + 4, &[3]).master, Some(false));
+        assert_eq!(config.write(PM as u64 + 4, &[0]).master, Some(true));
         config.reset();
         assert_eq!(read32(&config, COMMAND as u64), 0x0010_0000);
     }
