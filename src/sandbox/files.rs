@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use landlock::{
-    ABI, Access, AccessFs, AccessNet, BitFlags, PathBeneath, PathFd, PathFdError, RestrictSelfAttr, Ruleset,
-    RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
+    ABI, Access, AccessFs, AccessNet, BitFlags, PathBeneath, PathFd, RestrictSelfAttr, Ruleset, RulesetAttr,
+    RulesetCreated, RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
 };
 
 use super::Policy;
@@ -19,8 +19,6 @@ pub enum Error {
     Missing,
     #[error(transparent)]
     Rules(#[from] RulesetError),
-    #[error(transparent)]
-    Folder(#[from] PathFdError),
 }
 
 /// Allows nothing that is to be opened, made, run, connected to or bound, but what the policy says.
@@ -46,7 +44,14 @@ pub fn restrict(policy: &Policy) -> Result<(), Error> {
     Ok(())
 }
 
-/// Allows `rights` below a folder.
+/// Allows `rights` below a folder. One that is not there, as that of a QMP socket may be that QEMU makes later, costs its own
+/// rights and no more.
 fn allow(rules: RulesetCreated, folder: &Path, rights: BitFlags<AccessFs>) -> Result<RulesetCreated, Error> {
-    Ok(rules.add_rule(PathBeneath::new(PathFd::new(folder)?, rights))?)
+    match PathFd::new(folder) {
+        Ok(fd) => Ok(rules.add_rule(PathBeneath::new(fd, rights))?),
+        Err(error) => {
+            log::warn!("The sandbox keeps {} closed, as it cannot be opened now: {error}", folder.display());
+            Ok(rules)
+        }
+    }
 }

@@ -78,6 +78,14 @@ fn landlock_alone_closes_the_file_system() {
 }
 
 #[test]
+fn a_folder_that_is_not_there_costs_its_own_right_alone() {
+    alone("a_folder_that_is_not_there_costs_its_own_right_alone", |folder| {
+        files::restrict(&Policy { connects_in: Some(folder.join("none")), ..policy(folder) }).unwrap();
+        open_and_remove(folder);
+    });
+}
+
+#[test]
 fn the_filter_alone_refuses_calls_and_ends_nothing() {
     alone("the_filter_alone_refuses_calls_and_ends_nothing", |folder| {
         let (go, wait) = mpsc::channel::<PathBuf>();
