@@ -15,7 +15,7 @@ use super::{Backing, Memory, Region};
 pub const REGIONS_MAX: usize = 65_535;
 
 /// After so long an UNMAP that waits for an access says so.
-const PATIENCE: Duration = Duration::from_secs(5);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Why a DMA_MAP or DMA_UNMAP was refused. Nothing changed.
 #[derive(Debug, thiserror::Error)]
@@ -136,7 +136,12 @@ impl MemoryMap {
             self.memory.0.told.store(false, std::sync::atomic::Ordering::Release);
         }
         self.memory.0.regions.store(Arc::new(rest));
-        wait_until_unused(&mut gone);
+        wait_until_unused(&mut gone, |region| {
+            log::warn!(
+                "An access to removed guest memory at {:#x} has been in progress for {PATIENCE:?}; the client waits for its end",
+                region.gpa
+            );
+        });
         gone
     }
 
@@ -162,27 +167,24 @@ impl MemoryMap {
     }
 }
 
-/// Waits until nobody uses these regions, which new accesses do not find any more. Each access holds what it found for one
+/// Waits until nobody uses what was removed, which new accesses do not find any more. Each access holds what it found for one
 /// bounded copy; it takes long only if a page of the memory takes long to come. Accesses cannot crash either way, since
 /// they keep the mappings alive; waiting is for the client, which may give the memory to something else as soon as it has
-/// the reply. So there is no end to it but the access's: a reply before would be a lie.
-fn wait_until_unused(regions: &mut [Arc<Region>]) {
+/// the reply. So there is no end to it but the access's: a reply before would be a lie. `say` says what is waited for, once,
+/// if that has taken [`PATIENCE`].
+pub(crate) fn wait_until_unused<'a, T: 'a>(removed: impl IntoIterator<Item = &'a mut Arc<T>>, say: impl Fn(&T)) {
     let begun = Instant::now();
-    let mut told = false;
-    for region in regions {
-        while Arc::get_mut(region).is_none() {
+    let mut said = false;
+    for removed in removed {
+        while Arc::get_mut(removed).is_none() {
             if begun.elapsed() < Duration::from_millis(1) {
                 thread::yield_now();
                 continue;
             }
             thread::sleep(Duration::from_micros(200));
-            if !told && begun.elapsed() > PATIENCE {
-                told = true;
-                log::warn!(
-                    "An access to removed guest memory at {:#x} has been in progress for {PATIENCE:?}; the client waits for \
-                     its end",
-                    region.gpa
-                );
+            if !said && begun.elapsed() > PATIENCE {
+                said = true;
+                say(removed);
             }
         }
     }

@@ -4,22 +4,17 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::sys::statfs::HUGETLBFS_MAGIC;
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 
 use super::Memory;
-use crate::memory::block;
 use crate::memory::sigbus::{self, PAGE, Watch};
+use crate::memory::{PATIENCE, block, wait_until_unused};
 
 /// The most regions of a table: as many as the crate tells a frontend that asks (GET_MAX_MEM_SLOTS).
 const REGIONS_MAX: usize = 509;
-
-/// After so long a table that waits for the one before to be used no more says so.
-const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Why a table was refused. The one before is used on.
 #[derive(Debug, thiserror::Error)]
@@ -78,7 +73,10 @@ impl Table {
             Ok(guard) => guard.replace(new.clone()),
             Err(poisoned) => poisoned.into_inner().replace(new.clone()),
         }
-        wait_until_unused(&mut old);
+        // The worker uses it for a turn at most, unless a page of it takes long to come.
+        wait_until_unused([&mut old], |_| {
+            log::warn!("The memory table before has been in use for {PATIENCE:?}; the frontend waits for its end");
+        });
         // In this order: the handler must not take for guest memory what is mapped there next.
         drop(before);
         drop(old);
@@ -133,24 +131,6 @@ fn let_go(region: &GuestRegionMmap, block: usize) {
         let at = region.as_ptr();
         if libc::mmap(at.cast(), whole, libc::PROT_NONE, flags, -1, 0) != libc::MAP_FAILED {
             libc::munmap(at.add(left).cast(), whole - left);
-        }
-    }
-}
-
-/// Waits until nobody uses the table before: the worker does for a turn at most, unless a page of it takes long to come.
-/// Waiting is for the frontend, which may give the memory to something else when it has the reply.
-fn wait_until_unused(old: &mut Arc<GuestMemoryMmap>) {
-    let begun = Instant::now();
-    let mut told = false;
-    while Arc::get_mut(old).is_none() {
-        if begun.elapsed() < Duration::from_millis(1) {
-            thread::yield_now();
-            continue;
-        }
-        thread::sleep(Duration::from_micros(200));
-        if !told && begun.elapsed() > PATIENCE {
-            told = true;
-            log::warn!("The memory table before has been in use for {PATIENCE:?}; the frontend waits for its end");
         }
     }
 }
