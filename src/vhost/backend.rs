@@ -5,41 +5,27 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
 
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::{VhostUserBackend, VringState, VringT};
 use virtio_bindings::bindings::virtio_config::{VIRTIO_F_IN_ORDER, VIRTIO_F_VERSION_1};
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use virtio_queue::{Queue, QueueT};
+use virtio_queue::QueueT;
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
-use zerocopy::IntoBytes;
 
-use super::inject::Fault;
-use super::queue::{self, BadChain, Buffers, Popped};
+use super::queue::{self, Buffers};
+use super::requests::Answer;
 use super::ring::Ring;
 use super::table::{Table, TableError};
 use super::{EVENTS, Memory, QUEUES, REQUESTS, Shared, config};
-use crate::iommu::{NotARequest, Request};
 use crate::trace::Event;
 use crate::trace::event::Channel;
 use crate::wire::trace::NO_ENDPOINT;
-use crate::wire::virtio_iommu::{FaultRecord, Tail};
 
 /// The largest virtqueue that the device takes, for a QEMU that is told another size than [`super::QUEUE_SIZE`].
 const QUEUE_SIZE_MAX: usize = 1024;
-
-/// Requests that are answered together: one grace period, and one notification at most, for all of them.
-const BATCH_MAX: usize = 256;
-
-/// Batches after which the other queue, and the frontend, get their turn.
-const ROUNDS_MAX: usize = 8;
-
-/// After so long a batch takes no more requests, and there is no further one before the others' turn. A LINK of many
-/// pages alone may take longer; whoever waits, waits for no second one.
-const TURN: Duration = Duration::from_millis(2);
 
 /// What epoll says for [`Backend::wake`]: the numbers up to the count of queues are the crate's.
 const WAKE_TOKEN: u16 = QUEUES as u16 + 1;
@@ -53,7 +39,7 @@ const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
 
 /// One connection's device.
 pub(super) struct Backend {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     table: Table,
     /// The queues, once the worker has seen them.
     rings: OnceLock<Vec<Ring>>,
@@ -71,28 +57,19 @@ pub(super) struct Backend {
 
 /// The worker's own state.
 #[derive(Default)]
-struct Worker {
-    buffers: Buffers,
-    answers: Vec<Answer>,
+pub(super) struct Worker {
+    pub(super) buffers: Buffers,
+    pub(super) answers: Vec<Answer>,
     /// The device-readable part of a chain, as far as it is read.
-    request: Vec<u8>,
+    pub(super) request: Vec<u8>,
     /// Bytes that are written into a chain.
-    reply: Vec<u8>,
+    pub(super) reply: Vec<u8>,
     /// A queue that was set up rightly, and in which nothing impossible was found since.
-    sound: [bool; QUEUES],
+    pub(super) sound: [bool; QUEUES],
     /// The request queue is to be left alone until it is started anew, though nothing is wrong with it.
-    silent: bool,
+    pub(super) silent: bool,
     /// The index at which the queue was started.
     base: [u16; QUEUES],
-}
-
-/// A chain that is done and not given back yet.
-struct Answer {
-    head: u16,
-    used: u32,
-    start: Instant,
-    /// What is traced of the request, but for its duration.
-    event: Option<Event>,
 }
 
 impl Backend {
@@ -166,7 +143,7 @@ impl Backend {
     }
 
     /// Has the worker look at the request queue soon.
-    fn leave_requests(&self) {
+    pub(super) fn leave_requests(&self) {
         self.left.store(true, Ordering::Release);
         if let Err(error) = self.wake.1.notify() {
             log::warn!("The worker cannot be woken, requests wait for the next kick: {error}");
@@ -179,21 +156,22 @@ impl Backend {
 
     /// Never an error, and never a panic: either would end the worker for good.
     fn serve_contained(&self, event: u16, rings: &[Ring]) {
+        // Locked until it is said what came of it: nobody may see a queue start between the failure and that.
+        let mut worker = lock(&self.worker);
         let whole = self.contained(|| {
-            self.serve(event, rings);
+            self.serve(&mut worker, event, rings);
             !self.lost_memory()
         });
         if !whole {
-            lock(&self.worker).sound = [false; QUEUES];
+            worker.sound = [false; QUEUES];
             (0..QUEUES).for_each(|index| self.distrust(index));
         }
     }
 
     /// The worker was woken.
-    fn serve(&self, event: u16, rings: &[Ring]) {
+    fn serve(&self, worker: &mut Worker, event: u16, rings: &[Ring]) {
         let rings = self.rings.get_or_init(|| rings.to_vec());
         let memory = self.table.memory().memory();
-        let mut worker = lock(&self.worker);
         for (index, ring) in rings.iter().enumerate() {
             if ring.take_started() {
                 (worker.base[index], worker.sound[index]) = self.start(index, ring, &memory);
@@ -210,9 +188,9 @@ impl Backend {
             }
         }
         if usize::from(event) == REQUESTS || self.left.swap(false, Ordering::AcqRel) {
-            self.serve_requests(&mut worker, &rings[REQUESTS], &memory);
+            self.serve_requests(worker, &rings[REQUESTS], &memory);
         }
-        self.deliver_faults(&mut worker, &rings[EVENTS], &memory);
+        self.deliver_faults(worker, &rings[EVENTS], &memory);
     }
 
     /// A queue was started. Returns where, and whether it can be used.
@@ -274,14 +252,14 @@ impl Backend {
 
     /// Something impossible was found in a queue: it is left alone until it is set up anew. The specification's way to
     /// say so, DEVICE_NEEDS_RESET, does not exist in vhost-user.
-    fn distrust(&self, index: usize) {
+    pub(super) fn distrust(&self, index: usize) {
         log::warn!("Virtqueue {index} is not a virtqueue: it is ignored until the driver resets the device");
         self.trace_malformed(index, 0, 0, 0);
     }
 
     /// Runs what serves a queue; false, that is, not to be trusted any more, if it panics. A queue's lock is to be taken
     /// outside of it: a panic that came past the lock would poison it, and the crate would panic in its turn.
-    fn contained(&self, serve: impl FnOnce() -> bool) -> bool {
+    pub(super) fn contained(&self, serve: impl FnOnce() -> bool) -> bool {
         // What the call may have left half done is the queue, which is left alone, and the worker's buffers, which are
         // filled anew for each request.
         self.shared.tracer.contain(NO_ENDPOINT, serve).unwrap_or_else(|| {
@@ -305,7 +283,7 @@ impl Backend {
         self.shared.tracer.emit(Event::Kick { queue: index as u8, requests: u32::from(requests) });
     }
 
-    fn trace_malformed(&self, index: usize, head: u16, readable: usize, writable: usize) {
+    pub(super) fn trace_malformed(&self, index: usize, head: u16, readable: usize, writable: usize) {
         self.shared.counts.malformed.fetch_add(1, Ordering::Relaxed);
         self.shared.tracer.emit(Event::Malformed {
             queue: index as u8,
@@ -316,194 +294,8 @@ impl Backend {
         });
     }
 
-    /// Answers what is in the request queue, batch by batch.
-    fn serve_requests(&self, worker: &mut Worker, ring: &Ring, memory: &GuestMemoryMmap) {
-        let begun = Instant::now();
-        for round in 0..ROUNDS_MAX {
-            if round > 0 && begun.elapsed() >= TURN {
-                break;
-            }
-            // Held for a batch: who stops the queue waits for the batch, and so reads the right index.
-            let mut state = ring.get_mut();
-            if !is_served(&state) || !worker.sound[REQUESTS] || worker.silent {
-                return;
-            }
-            worker.sound[REQUESTS] = self.contained(|| self.serve_batch(worker, &mut state, memory));
-            if !worker.sound[REQUESTS] {
-                return self.distrust(REQUESTS);
-            }
-            match ring.rest(&mut state, memory) {
-                Some(true) => {}
-                Some(false) => return,
-                None => {
-                    worker.sound[REQUESTS] = false;
-                    return self.distrust(REQUESTS);
-                }
-            }
-        }
-        self.leave_requests();
-    }
-
-    /// Answers one batch. Returns false if the queue is not one.
-    fn serve_batch(&self, worker: &mut Worker, state: &mut VringState, memory: &GuestMemoryMmap) -> bool {
-        let queue = state.get_queue_mut();
-        let mut sound = queue.disable_notification(memory).is_ok();
-        let begun = Instant::now();
-        worker.answers.clear();
-        while sound && worker.answers.len() < BATCH_MAX && (worker.answers.is_empty() || begun.elapsed() < TURN) {
-            match queue::pop(queue, memory) {
-                Popped::Chain(chain) => {
-                    let (start, head) = (Instant::now(), chain.head_index());
-                    let filled = worker.buffers.fill(chain, queue.size());
-                    let (used, event) = match filled.and_then(|()| self.answer(worker, queue, memory)) {
-                        Ok(Some((used, event))) => (used, Some(event)),
-                        Ok(None) => {
-                            worker.silent = true;
-                            break;
-                        }
-                        Err(BadChain) => {
-                            let (readable, writable) = (worker.buffers.readable(), worker.buffers.writable());
-                            self.trace_malformed(REQUESTS, head, readable, writable);
-                            (0, None)
-                        }
-                    };
-                    worker.answers.push(Answer { head, used, start, event });
-                }
-                Popped::Empty => break,
-                Popped::Broken => sound = false,
-            }
-        }
-        if worker.answers.is_empty() {
-            return sound;
-        }
-        // The rule that all hangs on: the driver is not told of a removal while an access may still use what was
-        // removed.
-        self.shared.iommu.settle();
-        self.shared.counts.batches.fetch_add(1, Ordering::Relaxed);
-        for answer in worker.answers.drain(..) {
-            if let Some(event) = answer.event {
-                self.shared.tracer.emit(event.after(answer.start.elapsed()));
-            }
-            // A head outside of the queue cannot be given back.
-            if answer.head < queue.size() {
-                sound &= queue.add_used(memory, answer.head, answer.used).is_ok();
-            }
-        }
-        self.notify(REQUESTS, state, memory);
-        sound
-    }
-
-    /// Does the request in the buffers and writes its answer. Returns the bytes written, and what to trace; `None` for
-    /// a request that a test wants never to be answered.
-    fn answer(
-        &self,
-        worker: &mut Worker,
-        queue: &Queue,
-        memory: &GuestMemoryMmap,
-    ) -> Result<Option<(u32, Event)>, BadChain> {
-        let Worker { buffers, request, reply, .. } = worker;
-        request.resize(Request::MAX_LEN, 0);
-        let len = buffers.read(memory, request)?;
-        let iommu = &self.shared.iommu;
-        let bytes = &request[..len];
-        let request = Request::parse(bytes, iommu.features()).map_err(|error| {
-            if let NotARequest::UnknownType(_) = error {
-                self.shared.counts.unknown.fetch_add(1, Ordering::Relaxed);
-            }
-            BadChain
-        })?;
-        // The tail is the last four bytes of the device-writable part, however long that is.
-        let writable = buffers.writable();
-        let properties = writable.checked_sub(size_of::<Tail>()).ok_or(BadChain)?;
-        buffers.check_writable(memory)?;
-        reply.clear();
-        reply.resize(writable, 0);
-        let (properties, tail) = reply.split_at_mut(properties);
-        let injected = self.shared.injector.get().and_then(|injector| injector.decide(bytes[0], &self.shared.tracer));
-        let outcome = match injected {
-            None => iommu.execute(&request, properties),
-            Some(Fault::Refused(status)) => iommu.refuse(&request, status),
-            Some(Fault::Late(wait)) => {
-                wait.wait(|| queue::available(queue, memory));
-                iommu.execute(&request, properties)
-            }
-            Some(Fault::Silent) => return Ok(None),
-        };
-        tail[0] = outcome.status as u8;
-        buffers.write(memory, reply)?;
-        Ok(Some((writable as u32, request.event(outcome, iommu.granule()))))
-    }
-
-    /// Moves faults into the event queue's buffers, as far as there are any. What is left waits for the next wake.
-    fn deliver_faults(&self, worker: &mut Worker, ring: &Ring, memory: &GuestMemoryMmap) {
-        let mut state = ring.get_mut();
-        if !is_served(&state) || !worker.sound[EVENTS] {
-            return;
-        }
-        worker.sound[EVENTS] = self.contained(|| self.serve_faults(worker, &mut state, memory));
-        if !worker.sound[EVENTS] {
-            self.distrust(EVENTS);
-        }
-    }
-
-    /// Delivers what can be. Returns false if the queue is not one.
-    fn serve_faults(&self, worker: &mut Worker, state: &mut VringState, memory: &GuestMemoryMmap) -> bool {
-        let queue = state.get_queue_mut();
-        let (mut sound, mut used_any) = (true, false);
-        // No more than the ring holds, so that a driver that keeps adding useless buffers does not keep the worker.
-        for _ in 0..queue.size() {
-            if !sound || !self.shared.iommu.has_fault() {
-                break;
-            }
-            match queue::pop(queue, memory) {
-                Popped::Chain(chain) => {
-                    let head = chain.head_index();
-                    let filled = worker.buffers.fill(chain, queue.size());
-                    let used = match filled.and_then(|()| self.write_fault(&worker.buffers, memory)) {
-                        Ok(used) => used,
-                        Err(BadChain) => {
-                            let (readable, writable) = (worker.buffers.readable(), worker.buffers.writable());
-                            self.trace_malformed(EVENTS, head, readable, writable);
-                            0
-                        }
-                    };
-                    if head < queue.size() {
-                        sound &= queue.add_used(memory, head, used).is_ok();
-                        used_any = true;
-                    }
-                }
-                Popped::Empty => {
-                    // Ask for a kick, and look once more for a buffer that came meanwhile.
-                    match queue.enable_notification(memory) {
-                        Ok(true) => {}
-                        Ok(false) => break,
-                        Err(_) => sound = false,
-                    }
-                }
-                Popped::Broken => sound = false,
-            }
-        }
-        if used_any {
-            self.notify(EVENTS, state, memory);
-        }
-        sound
-    }
-
-    /// Writes the oldest fault into the buffers. Returns the bytes written.
-    fn write_fault(&self, buffers: &Buffers, memory: &GuestMemoryMmap) -> Result<u32, BadChain> {
-        if buffers.writable() < size_of::<FaultRecord>() {
-            return Err(BadChain);
-        }
-        buffers.check_writable(memory)?;
-        if let Some(record) = self.shared.iommu.next_fault() {
-            buffers.write(memory, record.as_bytes())?;
-            return Ok(size_of::<FaultRecord>() as u32);
-        }
-        Ok(0)
-    }
-
     /// Tells the driver of used entries that were just added, if it wants to know of one of them.
-    fn notify(&self, index: usize, state: &mut VringState, memory: &GuestMemoryMmap) {
+    pub(super) fn notify(&self, index: usize, state: &mut VringState, memory: &GuestMemoryMmap) {
         if !queue::needs_notification(state.get_queue_mut(), memory) || state.get_call().is_none() {
             return;
         }

@@ -7,9 +7,11 @@
 mod backend;
 mod config;
 mod duty;
+mod faults;
 mod inject;
 mod kicks;
 mod queue;
+mod requests;
 mod reset;
 mod ring;
 mod server;
@@ -129,7 +131,8 @@ pub struct Control {
 
 impl Control {
     /// A PCI function of the machine was reset over vfio-user (DEVICE_RESET). If the virtqueues are stopped and ran
-    /// before, the machine is being reset. To be called after the function has stopped its accesses.
+    /// before, the machine is being reset, unless QMP said that it is paused. To be called after the function has
+    /// stopped its accesses.
     pub fn function_reset(&self) {
         let mut lifecycle = self.shared.lifecycle();
         let action = lifecycle.function_reset();

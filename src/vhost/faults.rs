@@ -1,0 +1,82 @@
+//! The event queue: faults are written into the buffers that the driver gave for them.
+
+use vhost_user_backend::{VringState, VringT};
+use virtio_queue::QueueT;
+use vm_memory::GuestMemoryMmap;
+use zerocopy::IntoBytes;
+
+use super::EVENTS;
+use super::backend::{Backend, Worker, is_served};
+use super::queue::{self, BadChain, Buffers, Popped};
+use super::ring::Ring;
+use crate::wire::virtio_iommu::FaultRecord;
+
+impl Backend {
+    /// Moves faults into the event queue's buffers, as far as there are any. What is left waits for the next wake.
+    pub(super) fn deliver_faults(&self, worker: &mut Worker, ring: &Ring, memory: &GuestMemoryMmap) {
+        let mut state = ring.get_mut();
+        if !is_served(&state) || !worker.sound[EVENTS] {
+            return;
+        }
+        worker.sound[EVENTS] = self.contained(|| self.serve_faults(worker, &mut state, memory));
+        if !worker.sound[EVENTS] {
+            self.distrust(EVENTS);
+        }
+    }
+
+    /// Delivers what can be. Returns false if the queue is not one.
+    fn serve_faults(&self, worker: &mut Worker, state: &mut VringState, memory: &GuestMemoryMmap) -> bool {
+        let queue = state.get_queue_mut();
+        let (mut sound, mut used_any) = (true, false);
+        // No more than the ring holds, so that a driver that keeps adding useless buffers does not keep the worker.
+        for _ in 0..queue.size() {
+            if !sound || !self.shared.iommu.has_fault() {
+                break;
+            }
+            match queue::pop(queue, memory) {
+                Popped::Chain(chain) => {
+                    let head = chain.head_index();
+                    let filled = worker.buffers.fill(chain, queue.size());
+                    let used = match filled.and_then(|()| self.write_fault(&worker.buffers, memory)) {
+                        Ok(used) => used,
+                        Err(BadChain) => {
+                            let (readable, writable) = (worker.buffers.readable(), worker.buffers.writable());
+                            self.trace_malformed(EVENTS, head, readable, writable);
+                            0
+                        }
+                    };
+                    if head < queue.size() {
+                        sound &= queue.add_used(memory, head, used).is_ok();
+                        used_any = true;
+                    }
+                }
+                Popped::Empty => {
+                    // Ask for a kick, and look once more for a buffer that came meanwhile.
+                    match queue.enable_notification(memory) {
+                        Ok(true) => {}
+                        Ok(false) => break,
+                        Err(_) => sound = false,
+                    }
+                }
+                Popped::Broken => sound = false,
+            }
+        }
+        if used_any {
+            self.notify(EVENTS, state, memory);
+        }
+        sound
+    }
+
+    /// Writes the oldest fault into the buffers. Returns the bytes written.
+    fn write_fault(&self, buffers: &Buffers, memory: &GuestMemoryMmap) -> Result<u32, BadChain> {
+        if buffers.writable() < size_of::<FaultRecord>() {
+            return Err(BadChain);
+        }
+        buffers.check_writable(memory)?;
+        if let Some(record) = self.shared.iommu.next_fault() {
+            buffers.write(memory, record.as_bytes())?;
+            return Ok(size_of::<FaultRecord>() as u32);
+        }
+        Ok(0)
+    }
+}

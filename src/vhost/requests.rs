@@ -1,0 +1,156 @@
+//! The request queue: its chains are taken, executed and answered in batches.
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use vhost_user_backend::{VringState, VringT};
+use virtio_queue::{Queue, QueueT};
+use vm_memory::GuestMemoryMmap;
+
+use super::REQUESTS;
+use super::backend::{Backend, Worker, is_served};
+use super::inject::Fault;
+use super::queue::{self, BadChain, Popped};
+use super::ring::Ring;
+use crate::iommu::{NotARequest, Request};
+use crate::trace::Event;
+use crate::wire::virtio_iommu::Tail;
+
+/// Requests that are answered together: one grace period, and one notification at most, for all of them.
+const BATCH_MAX: usize = 256;
+
+/// Batches after which the other queue, and the frontend, get their turn.
+const ROUNDS_MAX: usize = 8;
+
+/// After so long a batch takes no more requests, and there is no further one before the others' turn. A LINK of many
+/// pages alone may take longer; whoever waits, waits for no second one.
+const TURN: Duration = Duration::from_millis(2);
+
+/// A chain that is done and not given back yet.
+pub(super) struct Answer {
+    head: u16,
+    used: u32,
+    start: Instant,
+    /// What is traced of the request, but for its duration.
+    event: Option<Event>,
+}
+
+impl Backend {
+    /// Answers what is in the request queue, batch by batch.
+    pub(super) fn serve_requests(&self, worker: &mut Worker, ring: &Ring, memory: &GuestMemoryMmap) {
+        let begun = Instant::now();
+        for round in 0..ROUNDS_MAX {
+            if round > 0 && begun.elapsed() >= TURN {
+                break;
+            }
+            // Held for a batch: who stops the queue waits for the batch, and so reads the right index.
+            let mut state = ring.get_mut();
+            if !is_served(&state) || !worker.sound[REQUESTS] || worker.silent {
+                return;
+            }
+            worker.sound[REQUESTS] = self.contained(|| self.serve_batch(worker, &mut state, memory));
+            if !worker.sound[REQUESTS] {
+                return self.distrust(REQUESTS);
+            }
+            match ring.rest(&mut state, memory) {
+                Some(true) => {}
+                Some(false) => return,
+                None => {
+                    worker.sound[REQUESTS] = false;
+                    return self.distrust(REQUESTS);
+                }
+            }
+        }
+        self.leave_requests();
+    }
+
+    /// Answers one batch. Returns false if the queue is not one.
+    fn serve_batch(&self, worker: &mut Worker, state: &mut VringState, memory: &GuestMemoryMmap) -> bool {
+        let queue = state.get_queue_mut();
+        let mut sound = queue.disable_notification(memory).is_ok();
+        let begun = Instant::now();
+        worker.answers.clear();
+        while sound && worker.answers.len() < BATCH_MAX && (worker.answers.is_empty() || begun.elapsed() < TURN) {
+            match queue::pop(queue, memory) {
+                Popped::Chain(chain) => {
+                    let (start, head) = (Instant::now(), chain.head_index());
+                    let filled = worker.buffers.fill(chain, queue.size());
+                    let (used, event) = match filled.and_then(|()| self.answer(worker, queue, memory)) {
+                        Ok(Some((used, event))) => (used, Some(event)),
+                        Ok(None) => {
+                            worker.silent = true;
+                            break;
+                        }
+                        Err(BadChain) => {
+                            let (readable, writable) = (worker.buffers.readable(), worker.buffers.writable());
+                            self.trace_malformed(REQUESTS, head, readable, writable);
+                            (0, None)
+                        }
+                    };
+                    worker.answers.push(Answer { head, used, start, event });
+                }
+                Popped::Empty => break,
+                Popped::Broken => sound = false,
+            }
+        }
+        if worker.answers.is_empty() {
+            return sound;
+        }
+        // The rule that all hangs on: the driver is not told of a removal while an access may still use what was
+        // removed.
+        self.shared.iommu.settle();
+        self.shared.counts.batches.fetch_add(1, Ordering::Relaxed);
+        for answer in worker.answers.drain(..) {
+            if let Some(event) = answer.event {
+                self.shared.tracer.emit(event.after(answer.start.elapsed()));
+            }
+            // A head outside of the queue cannot be given back.
+            if answer.head < queue.size() {
+                sound &= queue.add_used(memory, answer.head, answer.used).is_ok();
+            }
+        }
+        self.notify(REQUESTS, state, memory);
+        sound
+    }
+
+    /// Does the request in the buffers and writes its answer. Returns the bytes written, and what to trace; `None` for
+    /// a request that a test wants never to be answered.
+    fn answer(
+        &self,
+        worker: &mut Worker,
+        queue: &Queue,
+        memory: &GuestMemoryMmap,
+    ) -> Result<Option<(u32, Event)>, BadChain> {
+        let Worker { buffers, request, reply, .. } = worker;
+        request.resize(Request::MAX_LEN, 0);
+        let len = buffers.read(memory, request)?;
+        let iommu = &self.shared.iommu;
+        let bytes = &request[..len];
+        let request = Request::parse(bytes, iommu.features()).map_err(|error| {
+            if let NotARequest::UnknownType(_) = error {
+                self.shared.counts.unknown.fetch_add(1, Ordering::Relaxed);
+            }
+            BadChain
+        })?;
+        // The tail is the last four bytes of the device-writable part, however long that is.
+        let writable = buffers.writable();
+        let properties = writable.checked_sub(size_of::<Tail>()).ok_or(BadChain)?;
+        buffers.check_writable(memory)?;
+        reply.clear();
+        reply.resize(writable, 0);
+        let (properties, tail) = reply.split_at_mut(properties);
+        let injected = self.shared.injector.get().and_then(|injector| injector.decide(bytes[0], &self.shared.tracer));
+        let outcome = match injected {
+            None => iommu.execute(&request, properties),
+            Some(Fault::Refused(status)) => iommu.refuse(&request, status),
+            Some(Fault::Late(wait)) => {
+                wait.wait(|| queue::available(queue, memory));
+                iommu.execute(&request, properties)
+            }
+            Some(Fault::Silent) => return Ok(None),
+        };
+        tail[0] = outcome.status as u8;
+        buffers.write(memory, reply)?;
+        Ok(Some((writable as u32, request.event(outcome, iommu.granule()))))
+    }
+}
