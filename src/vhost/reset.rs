@@ -6,7 +6,8 @@
 //! * the queues start at the index where they stopped: it was a pause, and all state is still right;
 //! * a queue starts at another index, which is 0: it was a reset, and the next driver must find nothing;
 //! * a PCI function is reset while the queues are stopped, or the user's QMP socket says so: it was a reset of the
-//!   machine, and firmware is about to use devices with the boot-time `bypass`.
+//!   machine, and firmware is about to use devices with the boot-time `bypass`. While QMP says that the machine is
+//!   paused, only QMP can say that: QEMU also resets a function that is plugged into a paused machine.
 //!
 //! One case is open: a queue that stopped at index 0, as it never moved or moved by exactly 2^16. The other queue
 //! decides; if it is at 0 too, QMP does; else it is taken for a reset.
@@ -74,10 +75,11 @@ impl Lifecycle {
         Some(action)
     }
 
-    /// A PCI function was reset over vfio-user. While the queues are stopped, that is what a reset of the machine does.
+    /// A PCI function was reset over vfio-user. While the queues are stopped, that is what a reset of the machine does;
+    /// but while the machine is paused, so does a function that is plugged in.
     pub(super) fn function_reset(&mut self) -> Option<Action> {
         let held = self.stopped_at.iter().any(Option::is_some);
-        (held && !self.is_running()).then(|| self.reset_machine())
+        (held && !self.paused && !self.is_running()).then(|| self.reset_machine())
     }
 
     /// QMP says that the machine was reset. The message may come late: a driver that runs already is not disturbed.
@@ -196,6 +198,24 @@ mod tests {
         // The other functions of the machine, and QMP, say the same once more.
         assert_eq!(lifecycle.function_reset(), None);
         assert_eq!(lifecycle.machine_reset(), None);
+        assert_eq!(lifecycle.started(0, 0), None);
+    }
+
+    #[test]
+    fn a_function_that_is_plugged_into_a_paused_machine_does_not_reset_it() {
+        let mut lifecycle = stopped_at(40, 2);
+        lifecycle.machine_paused();
+        assert_eq!(lifecycle.function_reset(), None);
+        lifecycle.machine_resumed();
+        assert_eq!(lifecycle.started(0, 40), Some(Action::Resume));
+        assert_eq!(lifecycle.started(1, 2), None);
+        // A reset of the paused machine is told by QMP.
+        lifecycle.machine_paused();
+        lifecycle.stopped(0, 50);
+        lifecycle.stopped(1, 2);
+        assert_eq!(lifecycle.function_reset(), None);
+        assert_eq!(lifecycle.machine_reset(), Some(Action::SystemReset));
+        lifecycle.machine_resumed();
         assert_eq!(lifecycle.started(0, 0), None);
     }
 
