@@ -11,10 +11,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::Interrupts;
-use crate::socket::{set_nonblocking, wait_readable};
+use crate::socket::set_nonblocking;
 
 /// A model's reasons to assert the pin.
 pub trait PinSource: Send + Sync {
@@ -165,13 +166,19 @@ pub(super) struct Unmasker {
 }
 
 impl Unmasker {
-    /// Begins to wait.
+    /// Begins to wait. Refuses what cannot be waited for, like a file.
+    ///
+    /// The wait is edge-triggered: a client may give a descriptor that is always readable, and the thread must wake only
+    /// when somebody writes to it.
     pub fn start(interrupts: Interrupts, mut event: File) -> io::Result<Unmasker> {
         set_nonblocking(&event)?;
         let stop = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        let stopped = stop.try_clone()?;
+        let epoll = Epoll::new()?;
+        let edge = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, UNMASK);
+        epoll.ctl(ControlOperation::Add, event.as_raw_fd(), edge)?;
+        epoll.ctl(ControlOperation::Add, stop.as_raw_fd(), EpollEvent::new(EventSet::IN, STOP))?;
         let wait = move || {
-            while let Ok(true) = wait_readable(event.as_raw_fd(), stopped.as_raw_fd()) {
+            while let Some(()) = wait_for_unmask(&epoll) {
                 match event.read(&mut [0; 8]) {
                     Ok(1..) => interrupts.mask_pin(false),
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
@@ -182,6 +189,23 @@ impl Unmasker {
         };
         let thread = std::thread::Builder::new().name("intx-unmask".into()).spawn(wait)?;
         Ok(Unmasker { stop, thread: Some(thread) })
+    }
+}
+
+/// What epoll says when the client's descriptor was signalled.
+const UNMASK: u64 = 0;
+/// What epoll says when the thread is to end.
+const STOP: u64 = 1;
+
+/// Waits until the client's descriptor is signalled; `None` if the thread is to end instead.
+fn wait_for_unmask(epoll: &Epoll) -> Option<()> {
+    let mut events = [EpollEvent::default(); 2];
+    loop {
+        match epoll.wait(-1, &mut events) {
+            Ok(count) => return events[..count].iter().all(|event| event.data() == UNMASK).then_some(()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => return None,
+        }
     }
 }
 

@@ -274,13 +274,32 @@ fn a_descriptor_unmasks_it_too() {
     complete(&mut driver);
     assert_eq!(driver.delete_sq(1), 0);
     assert!(!came(&driver));
-    // What is no such descriptor ends its thread and nothing else.
-    let file = std::fs::File::open("/dev/null").unwrap();
+    // What cannot be waited for is refused, which this client does not look at.
+    let file = std::fs::File::open("/dev/zero").unwrap();
     driver.client.set_irqs(VFIO_PCI_INTX_IRQ_INDEX, set, 0, 1, &[file.as_raw_fd()]).unwrap();
     unmask(&mut driver);
     assert!(came(&driver));
     drop(driver);
     setup.ready();
+}
+
+/// A counting descriptor stays readable when it was read. Each read takes 1 of it, so what is left tells of each.
+#[test]
+fn a_descriptor_that_is_always_readable_unmasks_once_for_each_time_it_is_signalled() {
+    const MANY: u64 = 1 << 40;
+    let setup = Setup::new();
+    let mut driver = ready(&setup);
+    let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_SEMAPHORE).unwrap();
+    event.write(MANY).unwrap();
+    let set = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_UNMASK;
+    driver.client.set_irqs(VFIO_PCI_INTX_IRQ_INDEX, set, 0, 1, &[event.as_raw_fd()]).unwrap();
+    interrupt_driven(&mut driver, 300, |_| event.write(1).unwrap());
+    // The thread that reads it ends.
+    driver.client.set_irqs(VFIO_PCI_INTX_IRQ_INDEX, set, 0, 1, &[]).unwrap();
+    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", event.as_raw_fd())).unwrap();
+    let count = info.lines().find_map(|line| line.strip_prefix("eventfd-count:")).unwrap().trim();
+    let left = u64::from_str_radix(count, 16).unwrap();
+    assert!((MANY - 1..=MANY + 300).contains(&left), "{} reads", i128::from(MANY + 300) - i128::from(left));
 }
 
 #[test]
