@@ -151,8 +151,8 @@ impl Interrupts {
     /// for the pin any more.
     pub(super) fn assign(&self, kind: Kind, start: usize, sinks: impl Iterator<Item = Option<File>>) {
         let Some(shared) = &self.0 else { return };
-        let mut sinks = sinks.peekable();
-        if let Some(Some(_)) = sinks.peek() {
+        let sinks: Vec<Option<File>> = sinks.collect();
+        if sinks.iter().any(Option::is_some) {
             self.assign_pin(None);
         }
         let mut lines = shared.lines.write().unwrap_or_else(PoisonError::into_inner);
