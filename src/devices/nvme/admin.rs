@@ -228,7 +228,8 @@ impl Admin {
     }
 
     /// With the interrupt pin, the controller must know at once up to where completions are acknowledged: it lowers the pin
-    /// then. What the host writes to memory it would not see in time.
+    /// then. What the host writes to memory it would not see in time. A driver that polls disables the pin, and is offered
+    /// them; one that enables the pin after that sees it asserted for longer than there is a reason.
     fn offers_shadow_doorbells(&self) -> bool {
         !self.shared.bus.interrupts.use_pin()
     }

@@ -1,7 +1,7 @@
 //! Queues in the host's memory (section 4.1).
 
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
 
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U16, U32};
@@ -98,11 +98,13 @@ pub(super) struct CompletionQueue {
     base: u64,
     size: u32,
     vector: Option<u16>,
+    /// Up to where entries were posted. Changed only with the state locked; looked at without, since a lock that is held
+    /// during a write to guest memory may be held for long.
+    tail: AtomicU32,
     state: Mutex<State>,
 }
 
 struct State {
-    tail: u32,
     head: u32,
     phase: bool,
 }
@@ -110,7 +112,8 @@ struct State {
 impl CompletionQueue {
     /// A new, empty queue of `size` entries.
     pub fn new(id: u16, base: u64, size: u32, vector: Option<u16>) -> Self {
-        CompletionQueue { id, base, size, vector, state: Mutex::new(State { tail: 0, head: 0, phase: true }) }
+        let state = Mutex::new(State { head: 0, phase: true });
+        CompletionQueue { id, base, size, vector, tail: AtomicU32::new(0), state }
     }
 
     /// The queue identifier.
@@ -156,7 +159,7 @@ impl CompletionQueue {
     /// entries that the host has not acknowledged (section 7.5.1). What is posted at the same time is either seen here, or
     /// its interrupt comes after the change of the mask.
     pub fn unmasked(&self, dma: &mut Dma, shared: &Shared, vectors: u32) -> Result<(), DmaError> {
-        if vectors & self.vector_bit() != 0 && self.host_head(dma, shared)? != lock(&self.state).tail {
+        if vectors & self.vector_bit() != 0 && self.host_head(dma, shared)? != self.tail.load(Ordering::SeqCst) {
             self.interrupt(shared);
         }
         Ok(())
@@ -166,7 +169,7 @@ impl CompletionQueue {
     /// pin there are no shadow doorbells.
     pub fn reason(&self, shared: &Shared) -> u32 {
         let head = self.doorbells(shared).map_or(0, |doorbells| doorbells.head.value());
-        if head != lock(&self.state).tail { self.vector_bit() } else { 0 }
+        if head != self.tail.load(Ordering::SeqCst) { self.vector_bit() } else { 0 }
     }
 
     fn vector_bit(&self) -> u32 {
@@ -182,12 +185,13 @@ impl CompletionQueue {
         done: &[Completion],
     ) -> Result<usize, DmaError> {
         let mut state = lock(&self.state);
-        let mut free = self.free(&state);
+        let tail = self.tail.load(Ordering::SeqCst);
+        let mut free = self.free(state.head, tail);
         if free < done.len() {
             state.head = self.host_head(dma, shared)?;
-            free = self.free(&state);
+            free = self.free(state.head, tail);
         }
-        let count = done.len().min(free).min((self.size - state.tail) as usize);
+        let count = done.len().min(free).min((self.size - tail) as usize);
         let entry = |completion: &Completion| Cqe {
             result: U32::new(completion.result),
             reserved: U32::ZERO,
@@ -200,19 +204,17 @@ impl CompletionQueue {
         if count > 0 {
             // The phase tag, which makes an entry valid, is in the same aligned 8 bytes as all that an I/O driver
             // looks at; so a host that polls sees an entry whole or not at all.
-            dma.write(self.base.wrapping_add(u64::from(state.tail) * CQE), entries.as_bytes())?;
-            state.tail += count as u32;
-            if state.tail == self.size {
-                state.tail = 0;
-                state.phase = !state.phase;
-            }
+            dma.write(self.base.wrapping_add(u64::from(tail) * CQE), entries.as_bytes())?;
+            let tail = (tail + count as u32) % self.size;
+            state.phase ^= tail == 0;
+            self.tail.store(tail, Ordering::SeqCst);
         }
         Ok(count)
     }
 
     /// Entries that can be posted: one always stays free.
-    fn free(&self, state: &State) -> usize {
-        ((state.head + self.size - state.tail - 1) % self.size) as usize
+    fn free(&self, head: u32, tail: u32) -> usize {
+        ((head + self.size - tail - 1) % self.size) as usize
     }
 
     fn doorbells<'a>(&self, shared: &'a Shared) -> Option<&'a Doorbells> {
