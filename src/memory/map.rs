@@ -1,6 +1,5 @@
 //! The client's memory, as its DMA_MAP and DMA_UNMAP messages describe it.
 
-use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::sync::{Arc, Weak};
@@ -13,6 +12,13 @@ use super::{Backing, Memory, Region};
 /// The most regions that a client may have mapped at once: what the Linux kernel's VFIO allows by default. QEMU makes some
 /// tens, and one for each block of memory that virtio-mem plugs.
 pub const REGIONS_MAX: usize = 65_535;
+
+/// The most files that a client's regions may be in at once, each whole. The kernel allows a process some 65,000 mappings,
+/// and the next client wants some too. QEMU has a file for each memory backend.
+pub const FILES_MAX: usize = 1024;
+
+/// The most bytes that those files may have together: a thirty-second of the address space that a process has.
+pub const MAPPED_MAX: u64 = 1 << 42;
 
 /// After so long an UNMAP that waits for an access says so.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
@@ -51,6 +57,19 @@ pub enum RegionError {
         /// The region's bytes.
         len: u64,
     },
+    /// It would take more of the process's address space than a client may have.
+    #[error(
+        "The region's file has {have:#x} bytes and is the {files}. that is mapped, of {mapped:#x} bytes so far; a client's \
+         memory may be in {FILES_MAX} files of {MAPPED_MAX:#x} bytes together"
+    )]
+    TooLarge {
+        /// The file's bytes.
+        have: u64,
+        /// Files that would be mapped, this one among them.
+        files: usize,
+        /// Bytes of the others.
+        mapped: u64,
+    },
     /// The operating system refuses.
     #[error("The file cannot be mapped")]
     Map(#[source] io::Error),
@@ -69,14 +88,14 @@ pub enum RegionError {
 /// Makes a [`Memory`] what the client wants it to be.
 pub struct MemoryMap {
     memory: Memory,
-    /// The files that regions are in.
-    files: HashMap<Identity, Weak<Mapping>>,
+    /// The files that regions are in. One that has become longer, or lost a page, is mapped again and stands here twice.
+    files: Vec<(Identity, Weak<Mapping>)>,
 }
 
 impl MemoryMap {
     /// Takes charge of `memory`, which is empty.
     pub fn new(memory: Memory) -> Self {
-        MemoryMap { memory, files: HashMap::new() }
+        MemoryMap { memory, files: Vec::new() }
     }
 
     /// The memory.
@@ -152,17 +171,22 @@ impl MemoryMap {
         let end = offset.checked_add(len).filter(|end| *end <= have);
         let end = end.ok_or(RegionError::PastEnd { have, offset, len })?;
         let identity = Identity::of(file, writable).map_err(RegionError::Map)?;
-        let known = self.files.get(&identity).and_then(Weak::upgrade);
+        let known = self.files.iter().rev().find(|(known, _)| *known == identity).and_then(|(_, file)| file.upgrade());
         if let Some(file) = known.filter(|file| file.len() >= end && !file.watch().is_bad()) {
             return Ok(Backing { file, offset });
+        }
+        self.files.retain(|(_, file)| file.strong_count() > 0);
+        let mapped = self.files.iter().filter_map(|(_, file)| file.upgrade()).map(|file| file.len()).sum::<u64>();
+        let files = self.files.len() + 1;
+        if files > FILES_MAX || mapped.saturating_add(have) > MAPPED_MAX {
+            return Err(RegionError::TooLarge { have, files, mapped });
         }
         let mapping = Arc::new(Mapping::new(file, writable).map_err(RegionError::Map)?);
         // It may have been cut short in between.
         if mapping.len() < end {
             return Err(RegionError::PastEnd { have: mapping.len(), offset, len });
         }
-        self.files.retain(|_, file| file.strong_count() > 0);
-        self.files.insert(identity, Arc::downgrade(&mapping));
+        self.files.push((identity, Arc::downgrade(&mapping)));
         Ok(Backing { file: mapping, offset })
     }
 }
@@ -231,6 +255,32 @@ mod tests {
         assert!(map.memory.load().read(0xc0000, &mut [0]).is_err());
         assert!(matches!(map.map(0xc0000, 0x1000, true, None), Err(RegionError::Overlap { .. })));
         assert_eq!(map.unmap(0xc0000, 0x1000).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_client_cannot_use_up_the_address_space() {
+        let mut map = map();
+        let half = || Some((file(MAPPED_MAX / 2), 0));
+        map.map(0, 0x1000, true, half()).unwrap();
+        map.map(0x1000, 0x1000, true, half()).unwrap();
+        let refused = map.map(0x2000, 0x1000, true, Some((file(0x1000), 0)));
+        assert!(matches!(refused, Err(RegionError::TooLarge { have: 0x1000, files: 3, mapped: MAPPED_MAX })));
+        map.unmap(0x1000, 0x1000).unwrap();
+        let refused = map.map(0x1000, 0x1000, true, Some((file(MAPPED_MAX / 2 + 1), 0)));
+        assert!(matches!(refused, Err(RegionError::TooLarge { files: 2, .. })));
+        map.map(0x1000, 0x1000, true, half()).unwrap();
+        // One that grows is mapped again, while the regions of before keep what they have.
+        map.clear();
+        let growing = file(0x1000);
+        map.map(0, 0x1000, true, Some((growing.try_clone().unwrap(), 0))).unwrap();
+        growing.set_len(MAPPED_MAX).unwrap();
+        let refused = map.map(0x1000, 0x1000, true, Some((growing, 0x1000)));
+        assert!(matches!(refused, Err(RegionError::TooLarge { files: 2, mapped: 0x1000, .. })));
+        map.clear();
+        for number in 0..FILES_MAX as u64 {
+            map.map(number * 0x1000, 0x1000, true, Some((file(0x1000), 0))).unwrap();
+        }
+        assert!(matches!(map.map(1 << 40, 0x1000, true, Some((file(0x1000), 0))), Err(RegionError::TooLarge { .. })));
     }
 
     #[test]

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use arc_swap::{ArcSwap, Guard};
-pub use map::{MemoryMap, REGIONS_MAX, RegionError};
+pub use map::{FILES_MAX, MAPPED_MAX, MemoryMap, REGIONS_MAX, RegionError};
 pub(crate) use map::{PATIENCE, wait_until_unused};
 use mapping::Mapping;
 pub use mapping::block;
