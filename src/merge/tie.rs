@@ -31,6 +31,9 @@ const VOTES: usize = 200_000;
 /// Clocks that are tried, at most.
 const CANDIDATES: usize = 4096;
 
+/// Operations that are looked at in one comparison of clocks, at most: each clock looks at all that are near.
+const LOOKS: usize = 1 << 25;
+
 /// How many pairs were found in a life of the guest, and the clock that follows.
 pub struct Tied {
     pub pairs: usize,
@@ -276,11 +279,14 @@ impl<'a> Life<'a> {
     }
 
     /// The one of several with which the times that passed between operations fit best, and which ties the most, if there is
-    /// one that is clearly better than all others.
+    /// one that is clearly better than all others. `None` also if too many stay alike for too long.
     fn best(&self, stretch: &Range<usize>, middle: usize, mut rivals: Vec<Cursor>) -> Option<Cursor> {
         let mut reach = 1 << 10;
         loop {
             let (first, last) = (stretch.start.max(middle.saturating_sub(reach)), stretch.end.min(middle + reach));
+            if rivals.len().saturating_mul(last - first) > LOOKS {
+                return None;
+            }
             let mut fits: Vec<Fit> = rivals.iter().map(|seed| self.fit(*seed, first, middle, last)).collect();
             let most = fits.iter().map(|fit| fit.pairs).max()?;
             fits.retain(|fit| fit.pairs >= STRETCH / 2 && fit.pairs * 4 >= most);
