@@ -1,0 +1,217 @@
+//! Virtqueues, built by hand in the driver's memory.
+
+use std::sync::atomic::{Ordering, fence};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use viommu::wire::virtio_iommu::Tail;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use zerocopy::FromBytes;
+
+use super::{Driver, EVENT_IDX, PATIENCE};
+
+/// Where the queues are.
+pub(super) const QUEUE_BASES: [u64; 2] = [0x1_0000, 0x2_0000];
+/// Where buffers and indirect tables are; what lies before is the test's, but for the queues.
+pub(super) const BUFFERS: std::ops::Range<u64> = 16 << 20..32 << 20;
+/// Entries of each queue.
+pub const SIZE: u16 = 256;
+
+/// The request queue.
+pub const REQUESTS: usize = 0;
+/// The event queue.
+pub const EVENTS: usize = 1;
+
+/// A part of a request: what the device reads, or how much it may write.
+#[derive(Clone, Debug)]
+pub enum Part {
+    R(Vec<u8>),
+    W(usize),
+}
+
+/// What came back in the used ring, and the whole device-writable part.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Used {
+    pub len: u32,
+    pub written: Vec<u8>,
+}
+
+impl Used {
+    /// The status, which the last four bytes are; they must be a proper tail.
+    pub fn status(&self) -> u8 {
+        assert_eq!(self.len as usize, self.written.len(), "the used length covers the tail");
+        let (_, tail) = Tail::read_from_suffix(&self.written).unwrap();
+        assert_eq!(tail.reserved, [0; 3]);
+        tail.status
+    }
+}
+
+/// One descriptor, as it stands in memory.
+#[derive(Clone, Copy)]
+pub struct Descriptor {
+    pub address: u64,
+    pub len: u32,
+    pub flags: u16,
+    pub next: u16,
+}
+
+/// In the used ring's flags.
+const NO_NOTIFY: u16 = 1;
+
+pub const NEXT: u16 = 1;
+pub const DEVICE_WRITES: u16 = 2;
+pub const INDIRECT_TABLE: u16 = 4;
+
+/// A split virtqueue.
+pub struct Queue {
+    pub descriptors: u64,
+    pub available: u64,
+    pub used: u64,
+    pub next_available: u16,
+    pub next_used: u16,
+    next_descriptor: u16,
+    pub kick: EventFd,
+    pub call: EventFd,
+}
+
+impl Queue {
+    pub(super) fn new(base: u64) -> Queue {
+        Queue {
+            descriptors: base,
+            available: base + 0x2000,
+            used: base + 0x3000,
+            next_available: 0,
+            next_used: 0,
+            next_descriptor: 0,
+            kick: EventFd::new(EFD_NONBLOCK).unwrap(),
+            call: EventFd::new(EFD_NONBLOCK).unwrap(),
+        }
+    }
+}
+
+/// What the driver does with its queues.
+impl Driver {
+    /// Memory for a buffer; it is used again after a few thousand requests.
+    pub fn allocate(&mut self, len: usize) -> u64 {
+        if self.next_buffer + len as u64 > BUFFERS.end {
+            self.next_buffer = BUFFERS.start;
+        }
+        let address = self.next_buffer;
+        self.next_buffer += (len as u64).next_multiple_of(16);
+        address
+    }
+
+    pub fn set_descriptor(&self, index: usize, number: u16, descriptor: Descriptor) {
+        self.write(self.queues[index].descriptors + 16 * u64::from(number), &descriptor_bytes(descriptor));
+    }
+
+    /// Puts a head into the available ring.
+    pub fn make_available(&mut self, index: usize, head: u16) {
+        let queue = &mut self.queues[index];
+        let slot = queue.available + 4 + 2 * u64::from(queue.next_available % SIZE);
+        queue.next_available = queue.next_available.wrapping_add(1);
+        let (address, next) = (queue.available + 2, queue.next_available);
+        self.write_u16(slot, head);
+        self.write_u16(address, next);
+    }
+
+    /// Adds one chain without a kick. Returns its head, and where its device-writable parts are.
+    pub fn add(&mut self, index: usize, parts: &[Part]) -> (u16, Vec<(u64, usize)>) {
+        let (descriptors, writable) = self.place(parts);
+        let first = self.queues[index].next_descriptor;
+        for (count, mut descriptor) in descriptors.iter().copied().enumerate() {
+            let number = first.wrapping_add(count as u16) % SIZE;
+            descriptor.next = (number + 1) % SIZE;
+            self.set_descriptor(index, number, descriptor);
+        }
+        self.queues[index].next_descriptor = first.wrapping_add(descriptors.len() as u16) % SIZE;
+        self.make_available(index, first);
+        (first, writable)
+    }
+
+    /// As [`Driver::add`], with all descriptors in an indirect table.
+    pub fn add_indirect(&mut self, index: usize, parts: &[Part]) -> (u16, Vec<(u64, usize)>) {
+        let (mut descriptors, writable) = self.place(parts);
+        for (number, descriptor) in descriptors.iter_mut().enumerate() {
+            descriptor.next = number as u16 + 1;
+        }
+        let table: Vec<u8> = descriptors.iter().flat_map(|&descriptor| descriptor_bytes(descriptor)).collect();
+        let address = self.allocate(table.len());
+        self.write(address, &table);
+        let head = self.queues[index].next_descriptor;
+        let len = table.len() as u32;
+        self.set_descriptor(index, head, Descriptor { address, len, flags: INDIRECT_TABLE, next: 0 });
+        self.queues[index].next_descriptor = (head + 1) % SIZE;
+        self.make_available(index, head);
+        (head, writable)
+    }
+
+    /// Puts the parts of a chain into memory. Device-writable ones are filled with something that no device writes.
+    fn place(&mut self, parts: &[Part]) -> (Vec<Descriptor>, Vec<(u64, usize)>) {
+        let mut writable = Vec::new();
+        let mut descriptors = Vec::new();
+        for (count, part) in parts.iter().enumerate() {
+            let (data, flags) = match part {
+                Part::R(data) => (data.clone(), 0),
+                Part::W(len) => (vec![0xa5; *len], DEVICE_WRITES),
+            };
+            let address = self.allocate(data.len());
+            self.write(address, &data);
+            if flags == DEVICE_WRITES {
+                writable.push((address, data.len()));
+            }
+            let flags = flags | if count + 1 < parts.len() { NEXT } else { 0 };
+            descriptors.push(Descriptor { address, len: data.len() as u32, flags, next: 0 });
+        }
+        (descriptors, writable)
+    }
+
+    pub fn kick(&self, index: usize) {
+        self.queues[index].kick.write(1).unwrap();
+    }
+
+    /// Whether the device asks for a kick of a queue to which one chain was added last.
+    pub fn is_kick_wanted(&self, index: usize) -> bool {
+        fence(Ordering::SeqCst);
+        let queue = &self.queues[index];
+        if self.accepted & EVENT_IDX == 0 {
+            return self.read_u16(queue.used) & NO_NOTIFY == 0;
+        }
+        let event = self.read_u16(queue.used + 4 + 8 * u64::from(SIZE));
+        event == queue.next_available.wrapping_sub(1)
+    }
+
+    /// Waits for the next used entry: head and length.
+    pub fn wait_used(&mut self, index: usize) -> (u16, u32) {
+        self.try_wait_used(index, PATIENCE).expect("the device does not answer")
+    }
+
+    /// Whether all used entries were taken.
+    pub fn used_is_empty(&self, index: usize) -> bool {
+        self.read_u16(self.queues[index].used + 2) == self.queues[index].next_used
+    }
+
+    /// Waits a while for the next used entry.
+    pub fn try_wait_used(&mut self, index: usize, patience: Duration) -> Option<(u16, u32)> {
+        let begin = Instant::now();
+        while self.used_is_empty(index) {
+            if begin.elapsed() > patience {
+                return None;
+            }
+            thread::yield_now();
+        }
+        let queue = &mut self.queues[index];
+        let entry = queue.used + 4 + 8 * u64::from(queue.next_used % SIZE);
+        queue.next_used = queue.next_used.wrapping_add(1);
+        let entry: [u32; 2] = FromBytes::read_from_bytes(&self.read(entry, 8)).unwrap();
+        Some((entry[0] as u16, entry[1]))
+    }
+}
+
+pub fn descriptor_bytes(descriptor: Descriptor) -> Vec<u8> {
+    let mut bytes = descriptor.address.to_le_bytes().to_vec();
+    bytes.extend(descriptor.len.to_le_bytes());
+    bytes.extend(descriptor.flags.to_le_bytes());
+    bytes.extend(descriptor.next.to_le_bytes());
+    bytes
+}
