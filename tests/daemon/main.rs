@@ -47,9 +47,13 @@ fn serve(folder: &Path) -> Child {
 
 /// The same with more arguments; also what it prints after it has begun.
 fn serve_with(folder: &Path, arguments: &[&str]) -> (Child, BufReader<ChildStdout>) {
+    serve_on("viommu.sock", folder, &[&ENGINE, arguments].concat())
+}
+
+/// `viommu serve` on this socket of what the arguments say; also what it prints after it has begun.
+fn serve_on(socket: &str, folder: &Path, arguments: &[&str]) -> (Child, BufReader<ChildStdout>) {
     let mut child = Command::new(env!("CARGO_BIN_EXE_viommu"))
-        .args(["serve", "--socket-path", "viommu.sock"])
-        .args(ENGINE)
+        .args(["serve", "--socket-path", socket])
         .args(arguments)
         .current_dir(folder)
         .env_remove("RUST_LOG")
@@ -60,7 +64,7 @@ fn serve_with(folder: &Path, arguments: &[&str]) -> (Child, BufReader<ChildStdou
     let mut printed = BufReader::new(child.stdout.take().unwrap());
     let mut line = String::new();
     printed.read_line(&mut line).unwrap();
-    assert_eq!(line, "viommu: serving on viommu.sock\n");
+    assert_eq!(line, format!("viommu: serving on {socket}\n"));
     (child, printed)
 }
 

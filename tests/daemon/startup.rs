@@ -13,7 +13,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::stat::Mode;
 use nix::unistd::{Pid, mkfifo};
 
-use super::{ENGINE, end, folder, names, pretended_qemu, says, serve, serve_with};
+use super::{ENGINE, end, folder, names, pretended_qemu, says, serve, serve_on, serve_with};
 
 const SERVE: [&str; 5] = ["serve", "--socket-path", "viommu.sock", ENGINE[0], ENGINE[1]];
 
@@ -72,15 +72,7 @@ fn an_image_may_be_a_link_and_not_a_fifo() {
     says(folder.path(), &["check", nvme[0], nvme[1]], &["The image link is not a regular file or a block device"]);
     fs::remove_file(folder.path().join("image")).unwrap();
     fs::write(folder.path().join("image"), [0; 1 << 20]).unwrap();
-    let mut daemon = Command::new(env!("CARGO_BIN_EXE_viommu"))
-        .args(&begin)
-        .current_dir(&folder)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut first = [0; 7];
-    daemon.stdout.take().unwrap().read_exact(&mut first).unwrap();
+    let (daemon, _) = serve_on("viommu.sock", folder.path(), &nvme);
     assert_eq!(end(daemon), "");
 }
 
@@ -134,18 +126,9 @@ fn the_files_of_a_run_replace_links_and_fifos() {
 fn two_daemons_in_one_folder() {
     let folder = folder();
     let viot = folder.path().join("viot.bin");
-    let other = ["--endpoint", "dma-engine,address=07.0,name=other", "--socket-path", "second.sock"];
     let begin = || {
-        let mut daemon = Command::new(env!("CARGO_BIN_EXE_viommu"))
-            .arg("serve")
-            .args(other)
-            .current_dir(&folder)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut first = [0; 7];
-        daemon.stdout.take().unwrap().read_exact(&mut first).unwrap();
+        let other = ["--endpoint", "dma-engine,address=07.0,name=other"];
+        let (daemon, _) = serve_on("second.sock", folder.path(), &other);
         daemon
     };
     let (first, _) = serve_with(folder.path(), &[]);
