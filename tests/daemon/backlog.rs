@@ -1,0 +1,96 @@
+//! Connections that are of no use, which whoever comes after them has to wait for.
+
+use std::io::{ErrorKind, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use viommu::trace::event::Channel;
+use viommu::trace::{Choice, Event, Reader};
+use viommu::wire::trace::Kind;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+use super::common::frontend::{Driver, EP2, OK, REQUESTS};
+use super::common::memfd;
+use super::{end, folder, serve_with};
+
+/// How many come before the one that is of use.
+const COUNT: usize = 400;
+/// What each may cost at most. Waiting 50 ms after each that ends with an error, as the server once did, cost more.
+const EACH: Duration = Duration::from_millis(20);
+
+/// Connects, and does something of this kind before it leaves.
+fn disturb(socket: &Path, kind: usize) {
+    let mut stream = UnixStream::connect(socket).unwrap();
+    let sent = match kind % 5 {
+        0 => Ok(()),
+        1 => stream.write_all(&[0xff; 64]),
+        // Half a header, of both protocols.
+        2 => stream.write_all(&[1, 0, 9]),
+        // A header whose body never comes: SET_MEM_TABLE, which is no command of vfio-user.
+        3 => stream.write_all(&[5, 0, 0, 0, 1, 0, 0, 0, 200, 0, 0, 0, 0, 0, 0, 0]),
+        _ => {
+            let file = memfd(4096);
+            let sent = stream.send_with_fds(&[&[0xff_u8; 16][..]], &[file.as_raw_fd(); 8]);
+            sent.map(drop).map_err(|error| std::io::Error::from_raw_os_error(error.errno()))
+        }
+    };
+    if let Err(error) = sent {
+        assert!([ErrorKind::BrokenPipe, ErrorKind::ConnectionReset].contains(&error.kind()), "{error}");
+    }
+}
+
+/// While `first` is served, the others queue up, and then comes who is of use, whom `serve` waits for. Returns how long that was
+/// after `first` had left.
+fn wait_behind<T>(socket: &Path, first: T, serve: impl FnOnce()) -> Duration {
+    (0..COUNT).for_each(|kind| disturb(socket, kind));
+    let begun = Instant::now();
+    drop(first);
+    serve();
+    begun.elapsed()
+}
+
+#[test]
+fn who_comes_after_many_useless_connections_is_served_soon() {
+    let folder = folder();
+    let (daemon, _) = serve_with(folder.path(), &["--trace-socket", "trace.sock"]);
+    let socket = |name: &str| folder.path().join(name);
+    let choice = Choice { kinds: vec![Kind::Session], ..Choice::default() };
+    let mut reader = Reader::connect(&socket("trace.sock"), &choice).unwrap();
+    let sessions = thread::spawn(move || {
+        let records = std::iter::from_fn(|| reader.next_record().unwrap());
+        let begun = |event| match event {
+            Event::Session { channel, connected: true, .. } => Some(channel),
+            _ => None,
+        };
+        records.filter_map(|record| begun(Event::decode(&record).unwrap())).collect::<Vec<_>>()
+    });
+
+    let frontend = wait_behind(&socket("viommu.sock"), Driver::connect(&socket("viommu.sock")), || {
+        let mut driver = Driver::connect(&socket("viommu.sock"));
+        driver.negotiate(u64::MAX);
+        driver.set_memory();
+        driver.start_queue(REQUESTS, 0);
+        assert_eq!(driver.attach(1, EP2), OK);
+    });
+    let client = || vfio_user::Client::new(&socket("dma0.sock")).unwrap();
+    let client = wait_behind(&socket("dma0.sock"), client(), || {
+        let mut vendor = [0; 2];
+        client().region_read(7, 0, &mut vendor).unwrap();
+        assert_eq!(vendor, [0x86, 0x80]);
+    });
+    println!("behind {COUNT} connections a frontend waited for {frontend:?}, a client for {client:?}");
+
+    let said = end(daemon);
+    let sessions = sessions.join().unwrap();
+    for (channel, waited) in [(Channel::VhostUser, frontend), (Channel::VfioUser, client)] {
+        // Each had its turn: those before, and the two that were of use.
+        assert_eq!(sessions.iter().filter(|begun| **begun == channel).count(), COUNT + 2);
+        assert!(waited < EACH * COUNT as u32, "{channel:?}: {waited:?}");
+    }
+    for of in ["The vhost-user connection ended", "The connection on dma0.sock ended"] {
+        assert!(said.contains(of), "nothing of it was wrong: {said}");
+    }
+}
