@@ -3,19 +3,22 @@
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::iterator::Signals;
 
 /// Says whether the process is to end. Clones say the same.
 #[derive(Clone, Default)]
 pub struct Stop(Arc<(Mutex<bool>, Condvar)>);
 
-/// SIGINT and SIGTERM, which end the process no more by themselves.
+/// SIGINT and SIGTERM, which end the process no more by themselves; nor does SIGXFSZ, which is left to the write that
+/// would have made a file longer than files may be.
 pub struct Caught(Signals);
 
 impl Caught {
     /// From now on.
     pub fn new() -> std::io::Result<Caught> {
+        // Not ignored: a QEMU that is started later would inherit that.
+        signal_hook::flag::register(SIGXFSZ, Arc::default())?;
         Signals::new([SIGINT, SIGTERM]).map(Caught)
     }
 
