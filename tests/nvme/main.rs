@@ -16,6 +16,7 @@ mod masks;
 mod pin;
 mod queues;
 mod traced;
+mod unmapped;
 
 const FLUSH: u8 = 0;
 const WRITE: u8 = 1;
