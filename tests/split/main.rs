@@ -8,6 +8,7 @@ mod common;
 mod coverage;
 mod hostile;
 mod injected;
+mod many;
 mod model;
 mod order;
 mod requests;
