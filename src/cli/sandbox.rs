@@ -4,6 +4,7 @@ use std::backtrace::{Backtrace, BacktraceStatus};
 use std::path::{Path, PathBuf};
 
 use clap::ArgAction;
+use clap::builder::FalseyValueParser;
 
 use super::daemon::Options;
 use crate::sandbox::{self, Policy};
@@ -15,7 +16,8 @@ pub struct Sandbox {
     ///
     /// Without this, once everything is open, the daemon opens no file, starts no program and makes no system call but
     /// those that it needs. For debuggers and sanitizers; please report whatever else needs it.
-    #[arg(long, env = "VIOMMU_NO_SANDBOX", hide_env_values = true, action = ArgAction::SetTrue)]
+    #[arg(long, env = "VIOMMU_NO_SANDBOX", hide_env_values = true, action = ArgAction::SetTrue,
+          value_parser = FalseyValueParser::new())]
     no_sandbox: bool,
 }
 

@@ -1,7 +1,7 @@
 //! The sandbox, on by default: what the kernel says of a daemon's threads, and what a QEMU inherits that is started outside.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -53,6 +53,23 @@ fn every_thread_is_in_the_sandbox_unless_it_is_switched_off() {
         end(child);
         // Which takes a right to remove files, and that alone.
         assert_eq!(names(folder.path()), [""; 0]);
+    }
+}
+
+#[test]
+fn the_environment_switches_it_off_too() {
+    for (value, inside) in [("1", false), ("true", false), ("0", true), ("", true)] {
+        let folder = folder();
+        let mut daemon = Command::new(env!("CARGO_BIN_EXE_viommu"));
+        daemon.args(["serve", "--socket-path", "viommu.sock"]).args(ENGINE).current_dir(folder.path());
+        daemon.env("VIOMMU_NO_SANDBOX", value).env_remove("RUST_LOG").stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = daemon.spawn().unwrap();
+        // It prints that it serves when it is in the sandbox.
+        let mut line = String::new();
+        BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+        let filter = if inside { "2" } else { "0" };
+        assert!(threads(child.id(), "Seccomp").iter().all(|(_, seen)| seen == filter), "{value:?}: {line}");
+        end(child);
     }
 }
 
