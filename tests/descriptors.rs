@@ -5,6 +5,8 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::sync::Mutex;
+use std::sync::mpsc::{self, Sender};
 use std::thread;
 use std::time::Duration;
 
@@ -17,6 +19,25 @@ use viommu::vhost;
 use vmm_sys_util::eventfd::EventFd;
 
 const ENDPOINT: u32 = 0x20;
+
+/// How long anything may take.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Passes on what is logged.
+struct Log(Mutex<Sender<String>>);
+
+impl log::Log for Log {
+    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        // When the test has seen enough, nobody listens.
+        let _ = self.0.lock().unwrap().send(record.args().to_string());
+    }
+
+    fn flush(&self) {}
+}
 
 struct Idle;
 
@@ -67,15 +88,24 @@ fn who_connects_while_there_are_no_descriptors_is_served_when_there_are() {
     let mut device = vhost::Server::bind(&iommu_socket, iommu, Tracer::default()).unwrap();
     let shutdown = device.shutdown();
     let mut client = UnixStream::connect(&toy).unwrap();
-    client.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
     let frontend = UnixStream::connect(&iommu_socket).unwrap();
-    frontend.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    frontend.set_read_timeout(Some(PATIENCE)).unwrap();
+    let (log, logged) = mpsc::channel();
+    log::set_boxed_logger(Box::new(Log(Mutex::new(log)))).unwrap();
+    log::set_max_level(log::LevelFilter::Warn);
 
     // Descriptors 0 to 2 are in use, and poll(2) takes no more than the limit.
     let before = limit_descriptors(3);
     let function = thread::spawn(move || function.serve(&slot, &stopped, |_| Box::new(Idle), || ()));
     let device = thread::spawn(move || device.run());
-    thread::sleep(Duration::from_millis(300));
+    // Each tries, and tries again.
+    let (mut connections, mut frontends) = (0, 0);
+    while connections < 3 || frontends < 3 {
+        let said = logged.recv_timeout(PATIENCE).unwrap();
+        connections += u32::from(said.contains("The connection on"));
+        frontends += u32::from(said.contains("The vhost-user connection ended"));
+    }
     let ended = (function.is_finished(), device.is_finished());
     limit_descriptors(before);
     assert_eq!(ended, (false, false));

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use viommu::trace::event::Access;
 
@@ -14,15 +15,21 @@ pub fn read_at(driver: &Driver, device: &Device, iova: u64) -> Option<u64> {
     driver.dma(device, EP).read(iova, &mut data).ok().map(|()| u64::from_le_bytes(data))
 }
 
+/// How long the answer to a request that is done would take, if it waited for nobody, and much more.
+const QUIET: Duration = Duration::from_millis(50);
+
 /// Has the driver do `request`, which takes away what the endpoint's access at `iova` uses: there is no answer before the
 /// access is over.
 pub fn waits_for_access(driver: &mut Driver, device: &Device, iova: u64, request: Vec<u8>) {
     let mut reader = device.iommu.reader();
     let guard = reader.enter();
     let _ = device.iommu.endpoint(EP).translate(&guard, iova, Access::Read);
+    let before = device.iommu.counters();
     let (_, writable) = driver.add(REQUESTS, &[Part::R(request), Part::W(4)]);
     driver.kick(REQUESTS);
-    assert_eq!(driver.try_wait_used(REQUESTS, QUIET), None, "answered while an access is under way");
+    eventually("the request", || device.iommu.counters() != before);
+    thread::sleep(QUIET);
+    assert!(driver.used_is_empty(REQUESTS), "answered while an access is under way");
     drop(guard);
     let (_, len) = driver.wait_used(REQUESTS);
     assert_eq!(driver.collect(len, &writable).status(), OK);

@@ -1,7 +1,5 @@
 //! Rows 41 to 51: PROBE, translation, faults and notifications.
 
-use std::thread;
-
 use viommu::dma::DmaError;
 use viommu::iommu::Limits;
 use viommu::trace::event::Access;
@@ -183,7 +181,8 @@ fn row_45_faults_wait_for_buffers_and_then_are_dropped_and_counted() {
     for address in 0..5 {
         dma.read(address, &mut [0]).unwrap_err();
     }
-    assert_eq!(driver.try_wait_used(EVENTS, QUIET), None);
+    driver.settle(EVENTS);
+    assert!(driver.used_is_empty(EVENTS));
     let counters = device.iommu.counters();
     assert_eq!((counters.faults, counters.faults_dropped), (5, 2));
     // The oldest three are delivered when there are buffers, which the driver need not say: any activity will do.
@@ -196,7 +195,8 @@ fn row_45_faults_wait_for_buffers_and_then_are_dropped_and_counted() {
     assert_eq!(driver.wait_fault(buffers[3]).address.get(), 9);
     // With a kick there is no need for other activity.
     dma.read(10, &mut [0]).unwrap_err();
-    assert_eq!(driver.try_wait_used(EVENTS, QUIET), None);
+    driver.settle(EVENTS);
+    assert!(driver.used_is_empty(EVENTS));
     let buffers = driver.add_event_buffers(1, 24);
     driver.kick(EVENTS);
     assert_eq!(driver.wait_fault(buffers[0]).address.get(), 10);
@@ -341,7 +341,7 @@ fn row_49_no_notification_that_the_driver_does_not_want() {
         for round in 0..20 {
             driver.map(1, 0x1000 * round, 0x1000 * round + 0xfff, 0, READ);
         }
-        thread::sleep(QUIET);
+        driver.settle(EVENTS);
         assert!(driver.queues[REQUESTS].call.read().is_err(), "EVENT_IDX {event_idx}");
         assert_eq!(device.control.counters().notifications, 0);
         // And the one that it does want comes.
@@ -356,7 +356,7 @@ fn row_49_a_batch_has_one_notification() {
     let device = Device::new();
     let mut driver = Driver::new(&device);
     driver.attach(1, EP);
-    settle(&device, 1);
+    settle(&device, &driver, 1);
     let _ = driver.queues[REQUESTS].call.read();
     ask_for_notification(&driver, true, 30);
     let chains: Vec<_> = (0..60)
@@ -373,7 +373,7 @@ fn row_49_a_batch_has_one_notification() {
         assert_eq!(driver.collect(len, &writable).status(), OK);
     }
     eventually("the notification", || driver.queues[REQUESTS].call.read().is_ok());
-    thread::sleep(QUIET);
+    driver.settle(EVENTS);
     let after = device.control.counters();
     assert_eq!(after.notifications - before.notifications, 1);
     assert_eq!(after.kicks - before.kicks, 1);

@@ -1,7 +1,5 @@
 //! What of all this is on the trace.
 
-use std::thread;
-
 use viommu::iommu::{Limits, Settings};
 use viommu::trace::Event;
 use viommu::trace::event::{Channel, ResetKind};
@@ -110,7 +108,7 @@ fn a_kick_and_the_requests_that_it_brings() {
         let mut driver = Driver::new(device);
         let chain = |request: Vec<u8>| [Part::R(request), Part::W(4)];
         // That the queue was enabled makes the device look into it too, and it would find these requests then.
-        thread::sleep(QUIET);
+        driver.settle(EVENTS);
         driver.add(REQUESTS, &chain(attach(1, EP, 0).bytes()));
         driver.add(REQUESTS, &chain(map(1, 0x1000, 0x2fff, 0x5000, READ).bytes()));
         driver.add(REQUESTS, &chain(unmap(1, 0x1000, 0x2fff).bytes()));
@@ -123,7 +121,7 @@ fn a_kick_and_the_requests_that_it_brings() {
         driver.resume_queues(stopped);
         driver.kick(REQUESTS);
         driver.kick(EVENTS);
-        thread::sleep(QUIET);
+        driver.settle(EVENTS);
         driver.transact(&chain(detach(1, EP).bytes()));
     });
     let kicks: Vec<Event> = events.iter().filter(|event| matches!(event, Event::Kick { .. })).copied().collect();

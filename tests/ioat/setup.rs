@@ -20,6 +20,9 @@ use crate::common::memfd;
 
 pub const ENDPOINT: u32 = 0x30;
 pub const RAM: u64 = 16 << 20;
+/// What long work copies, from here to there.
+pub const SOURCE: u64 = 0x100000;
+pub const DESTINATION: u64 = 0x200000;
 /// Where the tests have their descriptors, in guest memory.
 pub const RING: u64 = 0x1000;
 /// Where completions go.
@@ -128,8 +131,8 @@ impl Setup {
     pub fn start_long_work(&self, engine: &mut Engine) {
         self.ring(engine, 1, |_| Descriptor {
             size: LARGEST,
-            source: 0x100000,
-            destination: 0x200000,
+            source: SOURCE,
+            destination: DESTINATION,
             ..Descriptor::default()
         });
         engine.start(RING, u16::MAX);

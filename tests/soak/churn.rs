@@ -89,10 +89,12 @@ fn a_second_frontend_waits_until_the_first_one_leaves() {
         first.set_memory();
         first.start_queue(frontend::REQUESTS, 0);
         assert_eq!(first.attach(1, NVME[0]), frontend::OK);
-        second.set_read_timeout(Some(frontend::QUIET)).unwrap();
+        // It asked before the first one was served to its end.
+        second.set_nonblocking(true).unwrap();
         let early = second.read(&mut [0; ANSWER]);
         assert_eq!(early.unwrap_err().kind(), ErrorKind::WouldBlock);
         drop(first);
+        second.set_nonblocking(false).unwrap();
         second.set_read_timeout(Some(frontend::PATIENCE)).unwrap();
         second.read_exact(&mut [0; ANSWER]).unwrap();
     }

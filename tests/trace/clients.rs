@@ -61,8 +61,9 @@ fn an_empty_line_and_an_unfinished_one_that_ends_begin_the_stream_too() {
     half.shutdown(Shutdown::Write).unwrap();
     let mut half = JsonClient(BufReader::new(half));
     assert_eq!(half.next().unwrap()["kinds"], serde_json::json!(["interrupt", "lost"]));
-    // A client that will send no more still reads.
-    thread::sleep(Duration::from_millis(150));
+    // A client that will send no more still reads, when one that has sent nothing has been waited for.
+    let silent = JsonClient(BufReader::new(fixture.raw(b""))).next().unwrap();
+    assert_eq!(silent["kind"], "hello");
     fixture.interrupts(1, 0..3);
     fixture.tracer.emit(Event::Bypass { value: 1 });
     fixture.stop();

@@ -170,11 +170,17 @@ fn a_client_that_talks_or_closes_its_side_keeps_nobody_busy() {
     for client in [&mut talker, &mut closer, &mut late] {
         assert_eq!(client.next().unwrap()["kind"], "interrupt");
     }
-    thread::sleep(Duration::from_millis(200));
-    let before = processor_time();
-    thread::sleep(Duration::from_millis(800));
-    let time = processor_time() - before;
-    assert!(time < Duration::from_millis(20), "{time:?} of 800 ms");
+    // On a busy machine it takes a while until it has nothing left to do.
+    let begin = Instant::now();
+    loop {
+        let before = processor_time();
+        thread::sleep(Duration::from_millis(200));
+        let time = processor_time() - before;
+        if time < Duration::from_millis(5) {
+            break;
+        }
+        assert!(begin.elapsed() < PATIENCE, "the collector is busy: {time:?} of 200 ms");
+    }
 }
 
 /// How long the collector's thread ran.

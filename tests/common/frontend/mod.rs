@@ -34,8 +34,6 @@ pub const RAM: u64 = 64 << 20;
 pub const USER_BASE: u64 = 0x7f00_0000_0000;
 /// How long anything may take: only a hang takes longer.
 pub const PATIENCE: Duration = Duration::from_secs(60);
-/// How long nothing must happen before it is taken for granted that nothing will.
-pub const QUIET: Duration = Duration::from_millis(50);
 
 /// An endpoint with an MSI region, as x86 has it.
 pub const EP: u32 = 0x20;
@@ -337,11 +335,11 @@ impl Driver {
     }
 }
 
-/// Waits until the device has seen `kicks` kicks and has had time to look into the queue once more. A request may be
-/// answered before its kick is seen: that the queue was enabled, or the look after the last batch, found it first.
-pub fn settle(device: &Device, kicks: u64) {
+/// Waits until the device has seen `kicks` kicks and looks into the queue no more. A request may be answered before its kick
+/// is seen: that the queue was enabled, or the look after the last batch, found it first.
+pub fn settle(device: &Device, driver: &Driver, kicks: u64) {
     eventually("the kick", || device.control.counters().kicks == kicks);
-    thread::sleep(QUIET);
+    driver.settle(EVENTS);
 }
 
 /// Waits until `condition` holds.

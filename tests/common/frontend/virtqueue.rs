@@ -1,14 +1,15 @@
 //! Virtqueues, built by hand in the driver's memory.
 
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{Ordering, fence};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use viommu::wire::virtio_iommu::Tail;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use zerocopy::FromBytes;
 
-use super::{Driver, EVENT_IDX, PATIENCE};
+use super::{Driver, EVENT_IDX, PATIENCE, eventually};
 
 /// Where the queues are.
 pub(super) const QUEUE_BASES: [u64; 2] = [0x1_0000, 0x2_0000];
@@ -86,6 +87,15 @@ impl Queue {
             kick: EventFd::new(EFD_NONBLOCK).unwrap(),
             call: EventFd::new(EFD_NONBLOCK).unwrap(),
         }
+    }
+
+    /// Whether the device has read the kick.
+    fn kick_is_taken(&self) -> bool {
+        let mut poll = libc::pollfd { fd: self.kick.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: the pointer is to one descriptor's entry, which lives through the call.
+        let ready = unsafe { libc::poll(&raw mut poll, 1, 0) };
+        assert_ne!(ready, -1, "{}", std::io::Error::last_os_error());
+        ready == 0
     }
 }
 
@@ -170,6 +180,16 @@ impl Driver {
         self.queues[index].kick.write(1).unwrap();
     }
 
+    /// Waits until the device has done all that it was woken for, by a queue that runs. It takes a kick of the queue when it
+    /// has done with what it took before; that may wake it once more, and of what wakes it at the same time the kick may
+    /// come first. A kick of a queue in which nothing is and nothing was does not count as one.
+    pub fn settle(&self, index: usize) {
+        for _ in 0..3 {
+            self.kick(index);
+            eventually("a kick is taken", || self.queues[index].kick_is_taken());
+        }
+    }
+
     /// Whether the device asks for a kick of a queue to which one chain was added last.
     pub fn is_kick_wanted(&self, index: usize) -> bool {
         fence(Ordering::SeqCst);
@@ -181,30 +201,23 @@ impl Driver {
         event == queue.next_available.wrapping_sub(1)
     }
 
-    /// Waits for the next used entry: head and length.
-    pub fn wait_used(&mut self, index: usize) -> (u16, u32) {
-        self.try_wait_used(index, PATIENCE).expect("the device does not answer")
-    }
-
     /// Whether all used entries were taken.
     pub fn used_is_empty(&self, index: usize) -> bool {
         self.read_u16(self.queues[index].used + 2) == self.queues[index].next_used
     }
 
-    /// Waits a while for the next used entry.
-    pub fn try_wait_used(&mut self, index: usize, patience: Duration) -> Option<(u16, u32)> {
+    /// Waits for the next used entry: head and length.
+    pub fn wait_used(&mut self, index: usize) -> (u16, u32) {
         let begin = Instant::now();
         while self.used_is_empty(index) {
-            if begin.elapsed() > patience {
-                return None;
-            }
+            assert!(begin.elapsed() < PATIENCE, "the device does not answer");
             thread::yield_now();
         }
         let queue = &mut self.queues[index];
         let entry = queue.used + 4 + 8 * u64::from(queue.next_used % SIZE);
         queue.next_used = queue.next_used.wrapping_add(1);
         let entry: [u32; 2] = FromBytes::read_from_bytes(&self.read(entry, 8)).unwrap();
-        Some((entry[0] as u16, entry[1]))
+        (entry[0] as u16, entry[1])
     }
 }
 
