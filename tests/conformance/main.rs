@@ -13,4 +13,5 @@ mod rows_access;
 mod rows_attach;
 mod rows_device;
 mod rows_map;
+mod starts;
 mod traced;

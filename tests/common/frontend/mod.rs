@@ -229,10 +229,15 @@ impl Driver {
 
     /// Starts both queues empty.
     pub fn start_over(&mut self) {
+        self.clear_queues();
+        self.resume_queues([0; 2]);
+    }
+
+    /// Makes both queues new ones, which are stopped.
+    pub fn clear_queues(&mut self) {
         for (index, base) in QUEUE_BASES.into_iter().enumerate() {
             self.queues[index] = Queue::new(base);
             self.write(base, &[0; 0x4000]);
-            self.start_queue(index, 0);
         }
     }
 
