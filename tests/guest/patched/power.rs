@@ -6,7 +6,7 @@ use std::fs;
 
 use serde_json::{Value, json};
 
-use super::{IO, assert_no_complaint, assert_nothing_left, guest};
+use super::{IO, assert_no_complaint, assert_nothing_left, guest, requests_of};
 use crate::harness::{Guest, Outcome, guest_files};
 use crate::{NVME, nvme_in};
 
@@ -113,4 +113,35 @@ fn devices_are_suspended_between_io() {
 fn devices_are_suspended_between_io_without_the_protocol() {
     let topology = format!("[iommu]\nsplit = false\n{}", nvme_in("vcpus = 2"));
     suspends(&topology, "iommu.strict=0");
+}
+
+/// Of two functions in a slot, and so in one domain, the device refuses the first when the guest resumes. The domain's
+/// mappings come back with the second, the first must not be bypassed, and the next resume attaches both.
+#[test]
+fn an_endpoint_that_is_refused_at_resume_leaves_the_mappings_to_the_next() {
+    let [first, second] = [0x20, 0x21];
+    let nvme = |function| format!("[[nvme]]\naddress = \"04.{function}\"\nimage = \"nvme{function}.img\"\n");
+    // Endpoints are attached again in the order in which the driver met them. The first has no driver of its own, and so
+    // misses nothing; the other is taken out and found anew, to be the second for sure.
+    let workload = format!(
+        "set /sys/bus/pci/drivers/nvme/unbind 0000:00:04.0 + set /sys/bus/pci/devices/0000:00:04.1/remove 1 \
+         + set /sys/bus/pci/rescan 1 + suspend --times 2 + {IO}"
+    );
+    let outcome = guest(&[0, 1].map(nvme).concat(), &workload)
+        .append(&format!("{PATIENCE} suspend.pm_test_delay=0"))
+        .inject("attach=nomem:after=3:until=4")
+        .run();
+    assert_eq!(outcome.results_of("suspend").next().expect("a result of suspend")["verified"], true);
+    assert_eq!(outcome.summary["verified"], true);
+    assert_no_complaint(&outcome);
+    assert_always_translated(&outcome);
+    assert_nothing_left(&outcome);
+    let attaches: Vec<(u64, &str)> = requests_of(&outcome, "ATTACH")
+        .skip(2)
+        .map(|attach| (attach["endpoint"].as_u64().unwrap(), attach["status"].as_str().unwrap()))
+        .collect();
+    let resume = |status| [(first, status), (second, "OK")];
+    assert_eq!(attaches, [&[(second, "OK")][..], &resume("NOMEM"), &resume("OK")].concat());
+    assert_eq!(outcome.console.matches("could not restore its mappings (-12)").count(), 1);
+    assert_eq!(outcome.events("bypass").map(|bypass| &bypass["value"]).collect::<Vec<_>>(), [0]);
 }
