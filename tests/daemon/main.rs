@@ -3,9 +3,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
 mod backlog;
-mod image;
 #[path = "../common/mod.rs"]
 mod common;
+mod image;
 mod sandbox;
 mod startup;
 
