@@ -22,6 +22,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 pub use codec::CodecError;
 pub use event::Event;
@@ -44,12 +45,14 @@ pub struct Options {
     /// Events that a thread can make before the collector must have taken the first; rounded up to a power of two.
     /// 64 bytes each, for each thread that makes events.
     pub ring: usize,
+    /// How long clients have to take the last events when the trace is stopped.
+    pub farewell: Duration,
 }
 
 impl Default for Options {
-    /// No socket, a backlog of 8 MiB, rings of 1 MiB.
+    /// No socket, a backlog of 8 MiB, rings of 1 MiB, half a second at the end.
     fn default() -> Self {
-        Options { socket: None, backlog: 1 << 17, ring: 1 << 14 }
+        Options { socket: None, backlog: 1 << 17, ring: 1 << 14, farewell: Duration::from_millis(500) }
     }
 }
 
@@ -87,7 +90,8 @@ pub fn bind(options: Options) -> Result<(Tracer, Bound), StartError> {
     let socket = options.socket.as_deref().map(Socket::bind).transpose()?;
     let ring = options.ring.max(2).next_power_of_two();
     let shared = tracer::Shared::new(ring).map_err(StartError::Collector)?;
-    let server = server::Server::new(shared.clone(), socket, options.backlog).map_err(StartError::Collector)?;
+    let server = server::Server::new(shared.clone(), socket, options.backlog, options.farewell)
+        .map_err(StartError::Collector)?;
     Ok((Tracer::new(shared.clone()), Bound { shared, server }))
 }
 
@@ -114,7 +118,7 @@ impl TraceHandle {
         self.shared.record(on);
     }
 
-    /// Collects what was emitted until now, gives the clients up to half a second to take it, closes their connections
+    /// Collects what was emitted until now, gives the clients [`Options::farewell`] to take it, closes their connections
     /// and removes the socket. What is emitted later goes nowhere. Returns the final counts.
     pub fn stop(mut self) -> Counters {
         self.end();

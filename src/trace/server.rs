@@ -33,9 +33,6 @@ const NO_DESCRIPTOR: Duration = Duration::from_millis(100);
 /// clients, nor the end.
 const ACCEPTS: usize = 16;
 
-/// How long clients have to take the last events.
-const STOP: Duration = Duration::from_millis(500);
-
 /// Clients served at once, at most; fewer where the process may have fewer than four times as many descriptors.
 const CLIENTS_MAX: u64 = 256;
 
@@ -59,11 +56,13 @@ pub struct Server {
     clients_max: usize,
     next_client: u64,
     last_event: Instant,
+    /// How long clients have to take the last events.
+    farewell: Duration,
 }
 
 impl Server {
     /// Serves on `socket`, if there is one.
-    pub fn new(shared: Arc<Shared>, socket: Option<Socket>, backlog: usize) -> io::Result<Self> {
+    pub fn new(shared: Arc<Shared>, socket: Option<Socket>, backlog: usize, farewell: Duration) -> io::Result<Self> {
         let epoll = Epoll::new()?;
         epoll.add(shared.wake.as_raw_fd(), Events::EPOLLIN, WAKE)?;
         if let Some(socket) = &socket {
@@ -81,6 +80,7 @@ impl Server {
             clients_max: clients_max(),
             next_client: FIRST_CLIENT,
             last_event: Instant::now(),
+            farewell,
         })
     }
 
@@ -240,7 +240,7 @@ impl Server {
 
     /// Gives everybody the rest, within a limited time.
     fn finish(mut self) {
-        let end = Instant::now() + STOP;
+        let end = Instant::now() + self.farewell;
         self.socket = None;
         while self.drain() != Drained::All && Instant::now() < end {}
         for client in self.clients.values_mut() {

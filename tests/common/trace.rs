@@ -1,6 +1,7 @@
 //! All that is traced.
 
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use tempfile::TempDir;
 use viommu::trace::{self, Choice, Event, Options, Reader, TraceHandle, Tracer};
@@ -18,7 +19,9 @@ impl Recorder {
     pub fn start(kinds: &[Kind]) -> (Recorder, Tracer) {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("trace.sock");
-        let (tracer, handle) = trace::start(Options { socket: Some(socket.clone()), ..Options::default() }).unwrap();
+        // Its client reads all the time: the end may wait for it on the slowest machine.
+        let options = Options { socket: Some(socket.clone()), farewell: Duration::from_secs(60), ..Options::default() };
+        let (tracer, handle) = trace::start(options).unwrap();
         let choice = Choice { kinds: kinds.to_vec(), ..Choice::default() };
         let mut reader = Reader::connect(&socket, &choice).unwrap();
         let client = thread::spawn(move || {

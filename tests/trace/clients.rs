@@ -103,7 +103,7 @@ fn clients_choose_format_kinds_and_endpoints_for_themselves() {
 
 #[test]
 fn a_backlog_is_the_last_events_that_pass_the_filter() {
-    let fixture = Fixture::with(Options { backlog: 64, ..Options::default() });
+    let fixture = Fixture::with(Options { backlog: 64, ..patient() });
     for vector in 0..100 {
         fixture.interrupts(1 + u32::from(vector % 2), vector..vector + 1);
     }
@@ -122,7 +122,7 @@ fn a_backlog_is_the_last_events_that_pass_the_filter() {
 
 #[test]
 fn a_backlog_that_wraps_shows_the_newest() {
-    let fixture = Fixture::with(Options { backlog: 16, ..Options::default() });
+    let fixture = Fixture::with(Options { backlog: 16, ..patient() });
     fixture.interrupts(1, 0..1000);
     let client = fixture.binary(&Choice { backlog: Last::All, ..Choice::default() });
     fixture.stop();
@@ -161,7 +161,7 @@ fn a_bad_first_line_is_answered_and_hurts_nobody() {
 
 #[test]
 fn clients_that_vanish_hang_or_talk_hurt_nobody() {
-    let fixture = Fixture::new();
+    let fixture = Fixture::with(Options::default());
     let mut good = fixture.binary(&Choice::default());
     let arrived = Arc::new(AtomicU64::new(0));
     let received = thread::spawn({
@@ -198,6 +198,12 @@ fn clients_that_vanish_hang_or_talk_hurt_nobody() {
         emit(5_000 + round);
         drop(leaving);
         emit(5_000);
+    }
+    // Those that hang would hold up the end, which does not wait for ever; so the good one is waited for here.
+    let begin = Instant::now();
+    while arrived.load(Ordering::Relaxed) < fixture.tracer.counters().emitted() {
+        assert!(begin.elapsed() < PATIENCE, "a client that reads does not get what is emitted");
+        thread::sleep(Duration::from_millis(1));
     }
     let counters = fixture.stop();
     assert_eq!(received.join().unwrap(), Sum { received: counters.emitted(), ring: 0, client: 0 });

@@ -21,6 +21,11 @@ pub fn alone() -> MutexGuard<'static, ()> {
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// A trace that waits at its end for whoever reads, however slow the machine is. Not for tests with a client that does not.
+pub fn patient() -> Options {
+    Options { farewell: PATIENCE, ..Options::default() }
+}
+
 pub struct Fixture {
     pub tracer: Tracer,
     pub handle: TraceHandle,
@@ -31,7 +36,7 @@ pub struct Fixture {
 
 impl Fixture {
     pub fn new() -> Self {
-        Self::with(Options::default())
+        Self::with(patient())
     }
 
     pub fn with(options: Options) -> Self {

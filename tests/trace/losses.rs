@@ -12,7 +12,7 @@ use crate::fixture::*;
 
 #[test]
 fn a_slow_client_is_told_exactly_what_it_lost() {
-    let fixture = Fixture::with(Options { backlog: 1024, ..Options::default() });
+    let fixture = Fixture::with(Options { backlog: 1024, ..patient() });
     let mut slow = fixture.binary(&Choice { kinds: vec![Kind::Interrupt], ..Choice::default() });
     let mut slow_json = fixture.json("{}\n");
     let mut fast = fixture.binary(&Choice::default());
@@ -85,7 +85,7 @@ fn a_slow_client_is_told_exactly_what_it_lost() {
 
 #[test]
 fn a_ring_that_overflows_is_told_to_all() {
-    let fixture = Fixture::with(Options { ring: 64, ..Options::default() });
+    let fixture = Fixture::with(Options { ring: 64, ..patient() });
     let clients: Vec<_> = (0..2)
         .map(|_| {
             let client = fixture.binary(&Choice::default());

@@ -23,7 +23,7 @@ fn at_the_end_clients_get_the_rest_and_the_socket_goes() {
 
 /// Ends a server. Whether a client that reads got everything: it may be cut off only if it took too long.
 fn clients_get_the_rest() -> bool {
-    let fixture = Fixture::new();
+    let fixture = Fixture::with(Options::default());
     let mut client = fixture.json("\n").0;
     let undecided = fixture.raw(b"");
     // More than the socket's buffer holds, so that the end has to wait for the reader.
