@@ -9,7 +9,8 @@
 #   source    what tree/ was unpacked from
 #   objects*/ what was compiled
 
-readonly PATCHES=guest-kernel-patches/linux-6.12
+readonly SERIES=6.12
+readonly PATCHES=guest-kernel-patches/linux-$SERIES
 # Of a full build; grows and shrinks a little with the configuration.
 readonly ABOUT_OBJECTS=1600
 
@@ -33,7 +34,7 @@ use_work_folder() {
 # line. With them ccache, which it can do without.
 missing_build_packages() {
 	local missing=() pair
-	for pair in flex:flex bison:bison bc:bc cpio:cpio perl:perl patch:patch xz:xz-utils gcc:gcc make:make; do
+	for pair in flex:flex bison:bison bc:bc cpio:cpio perl:perl patch:patch git:git xz:xz-utils gcc:gcc make:make; do
 		command -v "${pair%%:*}" >/dev/null || missing+=("${pair#*:}")
 	done
 	[[ -e /usr/include/gelf.h ]] || missing+=(libelf-dev)
