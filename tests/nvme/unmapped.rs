@@ -23,11 +23,11 @@ const ENTRIES: u32 = 64;
 const SUBMISSION: u64 = FIXED;
 const COMPLETION: u64 = SUBMISSION + PAIRS as u64;
 const DATA: u64 = COMPLETION + PAIRS as u64;
-const END: u64 = DATA + 24;
+const END: u64 = DATA + 96;
 /// How many of them are unmapped at a time, each for as many requests.
-const UNMAPPED: usize = 6;
+const UNMAPPED: usize = 2;
 /// Pages with data that are to be taken away, and how long that may take at most.
-const WRITTEN: u64 = 500;
+const WRITTEN: u64 = 2000;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Numbers that look like random ones.
@@ -130,9 +130,9 @@ fn any_command(numbers: &mut Numbers) -> Sqe {
         2 => io(WRITE_ZEROES, written, blocks, data),
         3 => Sqe { cdw10: numbers.below(4) as u32, ..io(DATASET_MANAGEMENT, 0, 0, data) },
         4 => io(FLUSH, 0, 0, data),
-        // A data block of an SGL; a list of PRPs, wherever that may be.
-        5..8 => Sqe { flags: 1 << 6, ..io(READ, read, blocks, [data[0], u64::from(blocks) * 512]) },
-        8 => io(READ, read, 8 * 3, data),
+        // A data block of an SGL, of many pages; a list of PRPs, wherever that may be.
+        5..12 => Sqe { flags: 1 << 6, ..io(READ, read, 8 * blocks, [data[0], u64::from(blocks) * PAGE]) },
+        12 => io(READ, read, 8 * 3, data),
         _ => io(READ, read, blocks, data),
     }
 }
@@ -169,7 +169,7 @@ fn command_all_the_time(driver: &mut Driver, mut numbers: Numbers, done: &Atomic
 #[test]
 fn nothing_is_written_to_a_page_after_its_unmap_is_answered() {
     let setup = Setup::new();
-    let mut image = vec![0xff; 64 << 10];
+    let mut image = vec![0xff; 256 << 10];
     image.resize(64 << 20, 0);
     std::fs::write(setup.image(), image).unwrap();
     let iommu = setup.iommu();
