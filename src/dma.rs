@@ -5,11 +5,9 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use vm_memory::VolatileSlice;
-
 use crate::iommu::grace::{Guard, Reader};
 use crate::iommu::{Endpoint, Fault, Iommu, Translation};
-use crate::memory::{Memory, NoAccess, Regions};
+use crate::memory::{Memory, NoAccess, Piece, Regions};
 use crate::trace::event::{Access, Route};
 use crate::trace::{Event, Tracer};
 
@@ -310,11 +308,12 @@ fn continues(found: &Translation, len: u64, next: &Translation) -> bool {
     next.gpa == found.gpa.wrapping_add(len) && next.tag == found.tag && next.route == found.route
 }
 
-/// Where runs are in this process; `None` if some of it is no memory, or not writable but to be written.
+/// Where runs are in this process; `None` if some of it is not, is no memory, or may not be accessed so.
 fn parts(memory: &Regions, runs: &[Run], access: Access) -> Option<Vec<libc::iovec>> {
     let mut parts = Vec::with_capacity(runs.len());
     for run in runs {
-        let part = |slice: VolatileSlice<'_>| {
+        let part = |piece: Piece<'_>| {
+            let Piece::Mapped(slice) = piece else { return Err(NoAccess) };
             parts.push(libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() });
             Ok(())
         };

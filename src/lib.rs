@@ -12,7 +12,8 @@
 //! * [`dma`]: the one door to guest memory: translate, copy, trace, fault.
 //! * [`memory`]: the guest's memory: regions, the files behind them, and pages that cannot be had.
 //! * [`vhost`]: the only place that knows vhost-user and virtqueues.
-//! * [`pci`]: the only place that knows vfio-user: configuration space, BARs, interrupts.
+//! * [`vfio_user`]: the only place that knows vfio-user: messages and sessions, over any transport.
+//! * [`pci`]: what makes a vfio-user device a PCI function: configuration space, BARs, interrupts, memory.
 //! * [`devices`]: the device models; they see a [`pci::Function`] to implement and a [`dma::Dma`] to use.
 //! * [`cli`]: the `viommu` command, one file a subcommand.
 //! * [`merge`]: one trace of the device's events and the guest's, on one clock.
@@ -39,5 +40,6 @@ pub mod sandbox;
 pub mod socket;
 pub mod topology;
 pub mod trace;
+pub mod vfio_user;
 pub mod vhost;
 pub mod wire;

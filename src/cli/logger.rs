@@ -128,10 +128,6 @@ impl Limited {
         }
         let place = (record.file().unwrap_or_default().to_string(), record.line().unwrap_or(0));
         let like = excerpt(&message);
-        if record.target() == "vfio_user" && like.contains("Error from backend") {
-            // The backend is ours and has said it, in words.
-            return;
-        }
         let now = Instant::now();
         let (left_out, admitted, attended) = {
             let mut places = self.places();

@@ -7,6 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::mapping::{Identity, Mapping};
+use super::remote::{FileMemory, Remote};
 use super::{Backing, Memory, Region};
 
 /// The most regions that a client may have mapped at once: what the Linux kernel's VFIO allows by default. QEMU makes some
@@ -83,6 +84,40 @@ pub enum RegionError {
         /// The region's first address.
         other: u64,
     },
+    /// There is nothing to be removed.
+    #[error("Nothing is mapped in the range {gpa:#x} + {len:#x}")]
+    NotMapped {
+        /// The first address.
+        gpa: u64,
+        /// Bytes.
+        len: u64,
+    },
+}
+
+/// A region that is to be.
+pub struct NewRegion {
+    /// Its first address.
+    pub gpa: u64,
+    /// Its bytes.
+    pub len: u64,
+    /// Whether a device may read it.
+    pub readable: bool,
+    /// Whether a device may write to it.
+    pub writable: bool,
+    /// Where its memory is.
+    pub source: Source,
+}
+
+/// Where a region's memory is.
+pub enum Source {
+    /// In a file, from an offset on, which is mapped.
+    Mapped(File, u64),
+    /// In a file, from an offset on, which is read and written.
+    FileIo(File, u64),
+    /// Elsewhere.
+    Remote(Arc<dyn Remote>),
+    /// Nobody knows: the range is known but cannot be accessed.
+    Unknown,
 }
 
 /// Makes a [`Memory`] what the client wants it to be.
@@ -103,7 +138,7 @@ impl MemoryMap {
         &self.memory
     }
 
-    /// Adds a region: `len` bytes of `file` from `offset` on, or without a file a range that is known but cannot be
+    /// Adds a readable region: `len` bytes of `file` from `offset` on, or without a file a range that is known but cannot be
     /// accessed.
     pub fn map(
         &mut self,
@@ -112,6 +147,13 @@ impl MemoryMap {
         writable: bool,
         file: Option<(File, u64)>,
     ) -> Result<Arc<Region>, RegionError> {
+        let source = file.map_or(Source::Unknown, |(file, offset)| Source::Mapped(file, offset));
+        self.add(NewRegion { gpa, len, readable: true, writable, source })
+    }
+
+    /// Adds a region of any kind.
+    pub fn add(&mut self, new: NewRegion) -> Result<Arc<Region>, RegionError> {
+        let NewRegion { gpa, len, readable, writable, source } = new;
         let last = last(gpa, len)?;
         let regions = self.memory.load();
         if regions.len() >= REGIONS_MAX {
@@ -120,18 +162,29 @@ impl MemoryMap {
         if let Some(other) = regions.touching(gpa, last).next() {
             return Err(RegionError::Overlap { gpa, len, other: other.gpa });
         }
-        let backing = file.map(|(file, offset)| self.backing(&file, offset, len, writable)).transpose()?;
-        let region = Arc::new(Region { gpa, len, writable, backing });
+        let backing = match source {
+            Source::Mapped(file, offset) => Some(self.backing(&file, offset, len, writable)?),
+            Source::FileIo(file, offset) => {
+                let file = FileMemory::new(file, offset, gpa).map_err(RegionError::Map)?;
+                Some(Backing::Remote(Arc::new(file)))
+            }
+            Source::Remote(remote) => Some(Backing::Remote(remote)),
+            Source::Unknown => None,
+        };
+        let region = Arc::new(Region { gpa, len, readable, writable, backing });
         self.memory.0.regions.store(Arc::new(regions.with(region.clone())));
         Ok(region)
     }
 
-    /// Removes all regions inside a range, and returns them. When it returns, no access to them is in progress.
+    /// Removes all regions inside a range, of which there must be some, and returns them. When it returns, no access to them is in progress.
     pub fn unmap(&mut self, gpa: u64, len: u64) -> Result<Vec<Arc<Region>>, RegionError> {
         let last = last(gpa, len)?;
         let inside: Vec<Arc<Region>> = self.memory.load().touching(gpa, last).cloned().collect();
         if let Some(region) = inside.iter().find(|region| region.gpa < gpa || region.last() > last) {
             return Err(RegionError::Splits { gpa, len, other: region.gpa });
+        }
+        if inside.is_empty() {
+            return Err(RegionError::NotMapped { gpa, len });
         }
         Ok(self.remove(inside))
     }
@@ -173,7 +226,7 @@ impl MemoryMap {
         let identity = Identity::of(file, writable).map_err(RegionError::Map)?;
         let known = self.files.iter().rev().find(|(known, _)| *known == identity).and_then(|(_, file)| file.upgrade());
         if let Some(file) = known.filter(|file| file.len() >= end && !file.watch().is_bad()) {
-            return Ok(Backing { file, offset });
+            return Ok(Backing::Mapped { file, offset });
         }
         self.files.retain(|(_, file)| file.strong_count() > 0);
         let mapped = self.files.iter().filter_map(|(_, file)| file.upgrade()).map(|file| file.len()).sum::<u64>();
@@ -187,7 +240,7 @@ impl MemoryMap {
             return Err(RegionError::PastEnd { have: mapping.len(), offset, len });
         }
         self.files.push((identity, Arc::downgrade(&mapping)));
-        Ok(Backing { file: mapping, offset })
+        Ok(Backing::Mapped { file: mapping, offset })
     }
 }
 
@@ -335,7 +388,7 @@ mod tests {
                     }
                 } else {
                     let inside = |r: &(u64, u64)| r.0 >= start && r.0 + r.1 <= start + len;
-                    let expected = regions.iter().all(|r| !overlaps(r) || inside(r));
+                    let expected = regions.iter().any(inside) && regions.iter().all(|r| !overlaps(r) || inside(r));
                     let result = map.unmap(start << 12, len << 12);
                     prop_assert_eq!(result.is_ok(), expected);
                     if expected {

@@ -8,17 +8,19 @@
 mod map;
 mod mapping;
 mod regions;
+mod remote;
 pub mod sigbus;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use arc_swap::{ArcSwap, Guard};
-pub use map::{FILES_MAX, MAPPED_MAX, MemoryMap, REGIONS_MAX, RegionError};
+pub use map::{FILES_MAX, MAPPED_MAX, MemoryMap, NewRegion, REGIONS_MAX, RegionError, Source};
 pub(crate) use map::{PATIENCE, wait_until_unused};
 use mapping::Mapping;
 pub use mapping::block;
 pub use regions::Regions;
+pub use remote::Remote;
 use vm_memory::{Bytes, VolatileSlice};
 
 /// Guest memory, which may change at any time. Clones are the same memory.
@@ -38,16 +40,37 @@ pub struct Region {
     pub gpa: u64,
     /// Its bytes, at least one; the end fits in 64 bits.
     pub len: u64,
+    /// Whether the client lets a device read it.
+    pub readable: bool,
     /// Whether the client lets a device write to it.
     pub writable: bool,
     /// `None`: ROM, device memory or RAM that is not shared come without a file.
     backing: Option<Backing>,
 }
 
-/// The memory of a region: from an offset of a file on.
-struct Backing {
-    file: Arc<Mapping>,
-    offset: u64,
+/// The memory of a region.
+enum Backing {
+    /// A file that is mapped, from an offset of it on.
+    Mapped { file: Arc<Mapping>, offset: u64 },
+    /// Something that is asked.
+    Remote(Arc<dyn Remote>),
+}
+
+/// A contiguous piece of guest memory.
+pub enum Piece<'r> {
+    /// It is in this process's address space.
+    Mapped(VolatileSlice<'r>),
+    /// It is elsewhere: so many bytes from a guest-physical address on.
+    Remote(&'r dyn Remote, u64, usize),
+}
+
+impl Piece<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Piece::Mapped(slice) => slice.len(),
+            Piece::Remote(_, _, len) => *len,
+        }
+    }
 }
 
 /// There is no memory in all of a range, or it is not to be written, or it could not be had.
@@ -67,7 +90,7 @@ impl Memory {
         for region in regions.touching(gpa, gpa.saturating_add(len - 1)) {
             match &region.backing {
                 None => self.tell_unshared(region.gpa),
-                Some(backing) if backing.file.watch().is_bad() && backing.file.watch().is_to_be_told() => {
+                Some(Backing::Mapped { file, .. }) if file.watch().is_bad() && file.watch().is_to_be_told() => {
                     log::error!(
                         "Guest memory at {gpa:#x} + {len:#x} cannot be had (SIGBUS): its file was cut short, its file system \
                          is full, or no huge page is left. Accesses to such pages fail until the client maps the file anew"
@@ -103,22 +126,33 @@ impl Region {
 
     /// Its memory from an address of it on, up to `len` bytes.
     #[inline]
-    fn slice(&self, gpa: u64, len: u64) -> Option<VolatileSlice<'_>> {
-        let backing = self.backing.as_ref()?;
+    fn piece(&self, gpa: u64, len: u64) -> Option<Piece<'_>> {
         let (at, len) = (gpa - self.gpa, len.min(self.last() - gpa + 1));
-        // SAFETY: that a region lies in its file was checked when it was made, and as long as the region lives the file is
-        // mapped. There are no references into the memory, and a page that cannot be had is replaced.
-        Some(unsafe { VolatileSlice::new(backing.file.at(backing.offset + at), len as usize) })
+        match self.backing.as_ref()? {
+            Backing::Mapped { file, offset } => {
+                // SAFETY: that a region lies in its file was checked when it was made, and as long as the region lives the
+                // file is mapped. There are no references into the memory, and a page that cannot be had is replaced.
+                Some(Piece::Mapped(unsafe { VolatileSlice::new(file.at(offset + at), len as usize) }))
+            }
+            Backing::Remote(remote) => Some(Piece::Remote(remote.as_ref(), gpa, len as usize)),
+        }
+    }
+
+    fn allows(&self, write: bool) -> bool {
+        if write { self.writable } else { self.readable }
     }
 
     /// Whether a page could not be had with some of `len` bytes from an address of it on, as far as they are in it.
     #[inline]
     fn is_bad(&self, gpa: u64, len: u64) -> bool {
-        let Some(backing) = self.backing.as_ref().filter(|backing| backing.file.watch().is_bad()) else { return false };
+        let Some(Backing::Mapped { file, offset }) = &self.backing else { return false };
+        if !file.watch().is_bad() {
+            return false;
+        }
         let first = gpa.max(self.gpa);
         let last = gpa.saturating_add(len - 1).min(self.last());
-        let at = backing.file.at(backing.offset + (first - self.gpa)).expose_provenance();
-        backing.file.watch().is_bad_at(at, (last - first + 1) as usize)
+        let at = file.at(offset + (first - self.gpa)).expose_provenance();
+        file.watch().is_bad_at(at, (last - first + 1) as usize)
     }
 }
 
@@ -126,55 +160,59 @@ impl Regions {
     /// Reads memory from `gpa` on.
     pub fn read(&self, gpa: u64, data: &mut [u8]) -> Result<(), NoAccess> {
         let mut done = 0;
-        self.each(gpa, data.len() as u64, false, |slice| {
-            let now = slice.len();
-            slice.read_slice(&mut data[done..done + now], 0).map_err(|_| NoAccess)?;
-            done += now;
-            Ok(())
+        self.each(gpa, data.len() as u64, false, |piece| {
+            let data = &mut data[done..done + piece.len()];
+            done += data.len();
+            match piece {
+                Piece::Mapped(slice) => slice.read_slice(data, 0).map_err(|_| NoAccess),
+                Piece::Remote(remote, gpa, _) => remote.read(gpa, data),
+            }
         })
     }
 
     /// Writes memory from `gpa` on; nothing, if not all of it can be written.
     pub fn write(&self, gpa: u64, data: &[u8]) -> Result<(), NoAccess> {
         let mut done = 0;
-        self.each(gpa, data.len() as u64, true, |slice| {
-            let now = slice.len();
-            slice.write_slice(&data[done..done + now], 0).map_err(|_| NoAccess)?;
-            done += now;
-            Ok(())
+        self.each(gpa, data.len() as u64, true, |piece| {
+            let data = &data[done..done + piece.len()];
+            done += data.len();
+            match piece {
+                Piece::Mapped(slice) => slice.write_slice(data, 0).map_err(|_| NoAccess),
+                Piece::Remote(remote, gpa, _) => remote.write(gpa, data),
+            }
         })
     }
 
     /// Hands out the memory at `len` bytes from `gpa` on, piece by piece; none of it if not all is there, or not all is
-    /// writable though it is to be written. An error also if some of it turns out not to be had.
+    /// readable or writable, as it is to be read or written. An error also if some of it turns out not to be had.
     pub fn each<'r>(
         &'r self,
         gpa: u64,
         len: u64,
         write: bool,
-        mut access: impl FnMut(VolatileSlice<'r>) -> Result<(), NoAccess>,
+        mut access: impl FnMut(Piece<'r>) -> Result<(), NoAccess>,
     ) -> Result<(), NoAccess> {
         let piece = |done: u64| {
             let at = gpa.checked_add(done).ok_or(NoAccess)?;
-            let region = self.find(at).filter(|region| region.writable || !write).ok_or(NoAccess)?;
-            let slice = region.slice(at, len - done).filter(|_| !region.is_bad(at, len - done)).ok_or(NoAccess)?;
-            Ok((region, slice))
+            let region = self.find(at).filter(|region| region.allows(write)).ok_or(NoAccess)?;
+            let piece = region.piece(at, len - done).filter(|_| !region.is_bad(at, len - done)).ok_or(NoAccess)?;
+            Ok((region, piece))
         };
         let mut seen = 0;
         while seen < len {
-            let (region, slice) = piece(seen)?;
-            if slice.len() as u64 == len {
+            let (region, found) = piece(seen)?;
+            if found.len() as u64 == len {
                 // All in one region, as nearly always.
-                access(slice)?;
+                access(found)?;
                 return if region.is_bad(gpa, len) { Err(NoAccess) } else { Ok(()) };
             }
-            seen += slice.len() as u64;
+            seen += found.len() as u64;
         }
         let mut done = 0;
         while done < len {
-            let (region, slice) = piece(done)?;
-            done += slice.len() as u64;
-            access(slice)?;
+            let (region, found) = piece(done)?;
+            done += found.len() as u64;
+            access(found)?;
             if region.is_bad(gpa, len) {
                 return Err(NoAccess);
             }

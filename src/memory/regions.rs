@@ -120,7 +120,7 @@ mod tests {
     use super::*;
 
     fn region(gpa: u64, len: u64) -> Arc<Region> {
-        Arc::new(Region { gpa, len, writable: true, backing: None })
+        Arc::new(Region { gpa, len, readable: true, writable: true, backing: None })
     }
 
     proptest! {

@@ -1,22 +1,19 @@
 //! One connection: a function, as the client's messages see it.
 
-use std::error::Error;
-use std::fs::File;
-use std::io::{self, ErrorKind};
-use std::iter::successors;
+use std::sync::Arc;
 
-use vfio_bindings::bindings::vfio::*;
-use vfio_user::{DmaMapFlags, DmaUnmapFlags, IrqInfo, ServerBackend, ServerRegion};
+use vfio_bindings::bindings::vfio::{
+    VFIO_PCI_BAR0_REGION_INDEX, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_ERR_IRQ_INDEX, VFIO_PCI_INTX_IRQ_INDEX,
+    VFIO_PCI_MSI_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX, VFIO_PCI_NUM_IRQS, VFIO_PCI_NUM_REGIONS,
+};
 
 use super::config::{self, Config, MsixBar};
 use super::function::{Bus, Function};
 use super::interrupts::Kind;
-use crate::memory::{MemoryMap, Region};
+use crate::memory::{MemoryMap, NewRegion, NoAccess, REGIONS_MAX, Region, RegionError, Remote, Source};
 use crate::trace::Event;
 use crate::trace::event::{Channel, ResetKind};
-
-/// Regions that QEMU asks for: six BARs, the ROM, the configuration space and VGA.
-const REGIONS: u32 = 9;
+use crate::vfio_user::{Backing, ClientMemory, Device, DmaMap, IrqAction, IrqData, IrqInfo, IrqSet, Refused};
 
 /// Makes a function in its power-on state.
 pub(super) type Make<'a> = &'a dyn Fn(Bus) -> Box<dyn Function>;
@@ -40,52 +37,6 @@ impl<'a> Backend<'a> {
         let config = Config::new(function.identity(), msix);
         let msix_table = vec![0; config.msix_bar().map_or(0, |bar| bar.size as usize / 2)];
         Some(Backend { bus, make, on_device_reset, function: Some(function), config, memory, msix_table })
-    }
-
-    /// The regions, as DEVICE_GET_REGION_INFO gives them.
-    pub fn regions(&self) -> Vec<ServerRegion> {
-        let region = |index| {
-            let size = self.region_size(index).unwrap_or(0);
-            let flags = if size == 0 { 0 } else { VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE };
-            let argsz = size_of::<vfio_region_info>() as u32;
-            let region_info = vfio_region_info { argsz, flags, index, cap_offset: 0, size, offset: 0 };
-            ServerRegion { region_info, sparse_areas: Vec::new(), mmap_fd: None }
-        };
-        (0..REGIONS).map(region).collect()
-    }
-
-    /// The interrupt indexes, as DEVICE_GET_IRQ_INFO gives them.
-    pub fn irqs(&self) -> Vec<IrqInfo> {
-        let vectors = u32::from(self.config.identity().vectors);
-        let irq = |index| {
-            let count = match index {
-                VFIO_PCI_INTX_IRQ_INDEX => 1,
-                VFIO_PCI_MSI_IRQ_INDEX => vectors.min(32).next_power_of_two(),
-                VFIO_PCI_MSIX_IRQ_INDEX if self.config.msix_bar().is_some() => vectors,
-                // QEMU warns without it. It would stop the machine if it were signalled, so it never is.
-                VFIO_PCI_ERR_IRQ_INDEX => 1,
-                _ => 0,
-            };
-            let flags = match index {
-                VFIO_PCI_INTX_IRQ_INDEX => VFIO_IRQ_INFO_EVENTFD | VFIO_IRQ_INFO_MASKABLE | VFIO_IRQ_INFO_AUTOMASKED,
-                VFIO_PCI_MSI_IRQ_INDEX | VFIO_PCI_MSIX_IRQ_INDEX => VFIO_IRQ_INFO_EVENTFD | VFIO_IRQ_INFO_MASKABLE,
-                VFIO_PCI_ERR_IRQ_INDEX => VFIO_IRQ_INFO_EVENTFD,
-                _ => 0,
-            };
-            IrqInfo { index, flags, count }
-        };
-        (VFIO_PCI_INTX_IRQ_INDEX..=VFIO_PCI_REQ_IRQ_INDEX).map(irq).collect()
-    }
-
-    /// Bytes of the configuration space or of a BAR that there is.
-    fn region_size(&self, index: u32) -> Option<u64> {
-        if index == VFIO_PCI_CONFIG_REGION_INDEX {
-            return Some(config::SIZE as u64);
-        }
-        if let Some(msix) = self.msix_bar(index) {
-            return Some(msix.size);
-        }
-        self.config.identity().bars.iter().find(|bar| u32::from(bar.index) == index).map(|bar| bar.size)
     }
 
     /// The BAR of the MSI-X table, if this is its region.
@@ -120,22 +71,50 @@ impl<'a> Backend<'a> {
         self.bus.tracer.emit(Event::Reset { reset: ResetKind::Function, endpoint });
     }
 
-    /// SET_IRQS of the interrupt pin.
-    fn set_pin(&self, flags: u32, start: u32, count: u32, fds: Vec<File>) -> io::Result<()> {
-        if start != 0 || count > 1 {
-            return Err(refused("no such interrupt pin"));
-        }
+    /// SET_IRQS of the interrupt pin, which is one.
+    fn set_pin(&self, set: IrqSet) -> Result<(), Refused> {
         let interrupts = &self.bus.interrupts;
-        let fd = fds.into_iter().next();
-        match (flags & VFIO_IRQ_SET_ACTION_TYPE_MASK, flags & VFIO_IRQ_SET_DATA_TYPE_MASK) {
-            (VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_DATA_NONE) if count == 0 => interrupts.assign_pin(None),
-            (_, _) if count == 0 => return Err(refused("no interrupt pin was named")),
-            (VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_DATA_EVENTFD) => interrupts.assign_pin(fd),
-            (VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_DATA_NONE) => interrupts.trigger_pin(),
-            (VFIO_IRQ_SET_ACTION_MASK, VFIO_IRQ_SET_DATA_NONE) => interrupts.mask_pin(true),
-            (VFIO_IRQ_SET_ACTION_UNMASK, VFIO_IRQ_SET_DATA_NONE) => interrupts.mask_pin(false),
-            (VFIO_IRQ_SET_ACTION_UNMASK, VFIO_IRQ_SET_DATA_EVENTFD) => interrupts.unmask_pin_by(fd).map_err(refused)?,
-            _ => return Err(refused("no such action on the interrupt pin")),
+        match (set.action, set.data) {
+            (IrqAction::Trigger, IrqData::None) if set.count == 0 => interrupts.assign_pin(None),
+            (IrqAction::Trigger, IrqData::EventFd(fds)) => interrupts.assign_pin(fds.into_iter().next()),
+            (IrqAction::Unmask, IrqData::EventFd(fds)) => {
+                let started = interrupts.unmask_pin_by(fds.into_iter().next());
+                started.map_err(|error| Refused::new(libc::EINVAL, error))?;
+            }
+            (IrqAction::Mask, IrqData::EventFd(_)) => return Err(Refused::invalid("masking signals nothing")),
+            (_, IrqData::Bool(which)) if which != [true] => {}
+            (IrqAction::Trigger, _) => interrupts.trigger_pin(),
+            (IrqAction::Mask, _) => interrupts.mask_pin(true),
+            (IrqAction::Unmask, _) => interrupts.mask_pin(false),
+        }
+        Ok(())
+    }
+
+    /// SET_IRQS of vectors.
+    fn set_vectors(&self, kind: Kind, set: IrqSet) -> Result<(), Refused> {
+        let interrupts = &self.bus.interrupts;
+        let range = set.start as usize..(set.start + set.count) as usize;
+        let which = match set.data {
+            IrqData::None if range.is_empty() => {
+                interrupts.disable(kind);
+                return Ok(());
+            }
+            IrqData::EventFd(fds) if set.action == IrqAction::Trigger => {
+                // A vector without a descriptor is one that is taken away.
+                let sinks = fds.into_iter().map(Some).chain(std::iter::repeat_with(|| None));
+                interrupts.assign(kind, range.start, sinks.take(range.len()));
+                return Ok(());
+            }
+            IrqData::EventFd(_) => return Err(Refused::invalid("vectors are masked by messages alone")),
+            IrqData::None => vec![true; range.len()],
+            IrqData::Bool(which) => which,
+        };
+        for vector in range.zip(which).filter_map(|(vector, meant)| meant.then_some(vector)) {
+            match set.action {
+                IrqAction::Mask => interrupts.mask(kind, vector, true),
+                IrqAction::Unmask => interrupts.mask(kind, vector, false),
+                IrqAction::Trigger => interrupts.trigger(vector as u16),
+            }
         }
         Ok(())
     }
@@ -146,20 +125,17 @@ impl<'a> Backend<'a> {
         self.bus.tracer.emit(Event::Memory { channel: Channel::VfioUser, endpoint, added, gpa, len, writable });
     }
 
-    /// Where `len` bytes at `offset` of a region are; an error if they are not all inside of it. Until this is known the
-    /// bytes are not to be touched: they are as many as the client says, and take memory only once written.
-    fn target(&self, region: u32, offset: u64, len: usize) -> io::Result<Target> {
-        let size = self.region_size(region).ok_or_else(|| refused("no such region"))?;
-        if offset.checked_add(len as u64).is_none_or(|end| end > size) {
-            return Err(refused("access past the end of a region"));
-        }
+    /// What an access to a region is to.
+    fn target(&self, region: u32, offset: u64) -> Target {
         if region == VFIO_PCI_CONFIG_REGION_INDEX {
-            return Ok(Target::Config);
+            Target::Config
+        } else if self.function.is_none() {
+            Target::Gone
+        } else if self.msix_bar(region).is_some() {
+            Target::Msix(offset as usize)
+        } else {
+            Target::Bar((region - VFIO_PCI_BAR0_REGION_INDEX) as u8)
         }
-        if self.function.is_none() {
-            return Ok(Target::Gone);
-        }
-        Ok(if self.msix_bar(region).is_some() { Target::Msix(offset as usize) } else { Target::Bar(region as u8) })
     }
 }
 
@@ -173,9 +149,45 @@ enum Target {
     Gone,
 }
 
-impl ServerBackend for Backend<'_> {
-    fn region_read(&mut self, region: u32, offset: u64, data: &mut [u8]) -> io::Result<()> {
-        match self.target(region, offset, data.len())? {
+impl Device for Backend<'_> {
+    fn regions(&self) -> u32 {
+        VFIO_PCI_NUM_REGIONS
+    }
+
+    fn region_size(&self, region: u32) -> u64 {
+        if region == VFIO_PCI_CONFIG_REGION_INDEX {
+            return config::SIZE as u64;
+        }
+        if let Some(msix) = self.msix_bar(region) {
+            return msix.size;
+        }
+        self.config.identity().bars.iter().find(|bar| u32::from(bar.index) == region).map_or(0, |bar| bar.size)
+    }
+
+    fn irqs(&self) -> u32 {
+        VFIO_PCI_NUM_IRQS
+    }
+
+    fn irq_info(&self, index: u32) -> IrqInfo {
+        let vectors = u32::from(self.config.identity().vectors);
+        let messages = IrqInfo { eventfd: true, maskable: true, ..IrqInfo::default() };
+        match index {
+            VFIO_PCI_INTX_IRQ_INDEX => IrqInfo { count: 1, automasked: true, ..messages },
+            VFIO_PCI_MSI_IRQ_INDEX => IrqInfo { count: vectors.min(32).next_power_of_two(), ..messages },
+            VFIO_PCI_MSIX_IRQ_INDEX if self.config.msix_bar().is_some() => IrqInfo { count: vectors, ..messages },
+            VFIO_PCI_MSIX_IRQ_INDEX => messages,
+            // QEMU warns without it. It would stop the machine if it were signalled, so it never is.
+            VFIO_PCI_ERR_IRQ_INDEX => IrqInfo { count: 1, eventfd: true, ..IrqInfo::default() },
+            _ => IrqInfo::default(),
+        }
+    }
+
+    fn max_dma_maps(&self) -> u32 {
+        REGIONS_MAX as u32
+    }
+
+    fn region_read(&mut self, region: u32, offset: u64, data: &mut [u8]) {
+        match self.target(region, offset) {
             Target::Config => {
                 self.config.set_interrupt_status(self.bus.interrupts.pin_is_asserted());
                 self.config.read(offset, data);
@@ -196,11 +208,10 @@ impl ServerBackend for Backend<'_> {
             }
             Target::Gone => data.fill(0xff),
         }
-        Ok(())
     }
 
-    fn region_write(&mut self, region: u32, offset: u64, data: &[u8]) -> io::Result<()> {
-        match self.target(region, offset, data.len())? {
+    fn region_write(&mut self, region: u32, offset: u64, data: &[u8]) {
+        match self.target(region, offset) {
             Target::Config => {
                 let effect = self.config.write(offset, data);
                 if effect.reset {
@@ -225,65 +236,57 @@ impl ServerBackend for Backend<'_> {
             }
             Target::Gone => {}
         }
-        Ok(())
     }
 
-    fn dma_map(
-        &mut self,
-        flags: DmaMapFlags,
-        offset: u64,
-        address: u64,
-        size: u64,
-        fd: Option<File>,
-    ) -> io::Result<()> {
-        let file = fd.filter(|_| flags.contains(DmaMapFlags::READ)).map(|file| (file, offset));
-        let region = self.memory.map(address, size, flags.contains(DmaMapFlags::WRITE), file);
+    fn dma_map(&mut self, map: DmaMap) -> Result<(), Refused> {
+        let DmaMap { address, size, readable, writable, backing } = map;
+        let source = match backing {
+            _ if !readable && !writable => Source::Unknown,
+            Backing::Mmap(file, offset) => Source::Mapped(file, offset),
+            Backing::FileIo(file, offset) => Source::FileIo(file, offset),
+            Backing::Messages(client) => Source::Remote(Arc::new(client)),
+            Backing::Unreachable => Source::Unknown,
+        };
+        let region = self.memory.add(NewRegion { gpa: address, len: size, readable, writable, source });
         self.trace_memory(&*region.map_err(refused)?, true);
         Ok(())
     }
 
-    fn dma_unmap(&mut self, flags: DmaUnmapFlags, address: u64, size: u64) -> io::Result<()> {
-        let gone = if flags.contains(DmaUnmapFlags::UNMAP_ALL) {
-            self.memory.clear()
-        } else {
-            self.memory.unmap(address, size).map_err(refused)?
-        };
+    fn dma_unmap(&mut self, address: u64, size: u64) -> Result<(), Refused> {
+        let gone = self.memory.unmap(address, size).map_err(refused)?;
         gone.iter().for_each(|region| self.trace_memory(region, false));
         Ok(())
     }
 
-    fn reset(&mut self) -> io::Result<()> {
-        self.reset_function();
-        (self.on_device_reset)();
-        Ok(())
+    fn dma_unmap_all(&mut self) {
+        let gone = self.memory.clear();
+        gone.iter().for_each(|region| self.trace_memory(region, false));
     }
 
-    fn set_irqs(&mut self, index: u32, flags: u32, start: u32, count: u32, fds: Vec<File>) -> io::Result<()> {
-        let (kind, vectors) = match index {
-            VFIO_PCI_INTX_IRQ_INDEX => return self.set_pin(flags, start, count, fds),
-            VFIO_PCI_MSI_IRQ_INDEX => (Kind::Msi, 32),
-            VFIO_PCI_MSIX_IRQ_INDEX => (Kind::Msix, 2048),
-            VFIO_PCI_ERR_IRQ_INDEX => return Ok(()),
-            _ => return Err(refused("no such interrupt index")),
-        };
-        if start.checked_add(count).is_none_or(|end| end > vectors) {
-            return Err(refused("no such interrupt vector"));
+    fn reset(&mut self) {
+        self.reset_function();
+        (self.on_device_reset)();
+    }
+
+    fn set_irqs(&mut self, set: IrqSet) -> Result<(), Refused> {
+        match set.index {
+            VFIO_PCI_INTX_IRQ_INDEX => self.set_pin(set),
+            VFIO_PCI_MSI_IRQ_INDEX => self.set_vectors(Kind::Msi, set),
+            VFIO_PCI_MSIX_IRQ_INDEX => self.set_vectors(Kind::Msix, set),
+            // Those of errors and requests are never sent.
+            _ => Ok(()),
         }
-        let range = start as usize..(start + count) as usize;
-        let interrupts = &self.bus.interrupts;
-        match flags & VFIO_IRQ_SET_ACTION_TYPE_MASK {
-            VFIO_IRQ_SET_ACTION_MASK => range.for_each(|vector| interrupts.mask(kind, vector, true)),
-            VFIO_IRQ_SET_ACTION_UNMASK => range.for_each(|vector| interrupts.mask(kind, vector, false)),
-            VFIO_IRQ_SET_ACTION_TRIGGER if flags & VFIO_IRQ_SET_DATA_EVENTFD != 0 => {
-                // A vector without a descriptor is one that is taken away.
-                let sinks = fds.into_iter().map(Some).chain(std::iter::repeat_with(|| None));
-                interrupts.assign(kind, range.start, sinks.take(range.len()));
-            }
-            VFIO_IRQ_SET_ACTION_TRIGGER if count == 0 => interrupts.disable(kind),
-            VFIO_IRQ_SET_ACTION_TRIGGER => range.for_each(|vector| interrupts.trigger(vector as u16)),
-            _ => return Err(refused("no such action on an interrupt")),
-        }
-        Ok(())
+    }
+}
+
+/// Memory that the client gave without a descriptor.
+impl Remote for ClientMemory {
+    fn read(&self, gpa: u64, data: &mut [u8]) -> Result<(), NoAccess> {
+        ClientMemory::read(self, gpa, data).map_err(|_| NoAccess)
+    }
+
+    fn write(&self, gpa: u64, data: &[u8]) -> Result<(), NoAccess> {
+        ClientMemory::write(self, gpa, data).map_err(|_| NoAccess)
     }
 }
 
@@ -297,12 +300,11 @@ impl Drop for Backend<'_> {
         self.bus.interrupts.disable_pin(false);
         self.bus.interrupts.disable(Kind::Msi);
         self.bus.interrupts.disable(Kind::Msix);
-        let gone = self.memory.clear();
-        gone.iter().for_each(|region| self.trace_memory(region, false));
+        self.dma_unmap_all();
     }
 }
 
-/// Runs something of a model's, or of the vfio_user crate's; `None` if it panics, which is traced.
+/// Runs something of a model's, or of its session; `None` if it panics, which is traced.
 pub(super) fn contained<R>(bus: &Bus, call: impl FnOnce() -> R) -> Option<R> {
     // What the call may have left half done is either never used again (the function) or whole between any two
     // messages (everything else here).
@@ -314,14 +316,14 @@ pub(super) fn contained<R>(bus: &Bus, call: impl FnOnce() -> R) -> Option<R> {
     result
 }
 
-/// The crate answers every error of a backend's with the error flag but error number 0; so it is at least in the log,
-/// with all its causes.
-fn refused(reason: impl Into<Box<dyn Error + Send + Sync>>) -> io::Error {
-    let error = io::Error::new(ErrorKind::InvalidInput, reason);
-    let mut said = error.to_string();
-    for cause in successors(error.source(), |&cause| cause.source()) {
-        said += &format!(": {cause}");
-    }
-    log::warn!("Refused a vfio-user message: {said}");
-    error
+/// The error number of what a client asks of its memory in vain.
+fn refused(error: RegionError) -> Refused {
+    let errno = match &error {
+        RegionError::Overlap { .. } => libc::EEXIST,
+        RegionError::NotMapped { .. } => libc::ENOENT,
+        RegionError::TooMany | RegionError::TooLarge { .. } => libc::ENOSPC,
+        RegionError::Map(error) => error.raw_os_error().unwrap_or(libc::EIO),
+        RegionError::Range { .. } | RegionError::PastEnd { .. } | RegionError::Splits { .. } => libc::EINVAL,
+    };
+    Refused::new(errno, error)
 }

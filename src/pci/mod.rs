@@ -1,4 +1,4 @@
-//! PCI functions over vfio-user. The only place that knows vfio-user.
+//! PCI functions over vfio-user, whose messages [`crate::vfio_user`] knows.
 //!
 //! A [`Server`] listens on a socket; whoever connects, usually QEMU's `vfio-user-pci`, finds a function in its
 //! power-on state in a [`Slot`]. A function is a model that implements [`Function`]; what all functions have in

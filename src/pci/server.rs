@@ -1,7 +1,8 @@
 //! The socket on which a function is offered.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -17,6 +18,7 @@ use crate::memory::{Memory, MemoryMap};
 use crate::socket::{self, RETRY, Socket, SocketError};
 use crate::trace::event::Channel;
 use crate::trace::{Event, Tracer};
+use crate::vfio_user;
 
 /// A place for a function: an endpoint's door to memory and its interrupts, which outlive the clients that come and go.
 pub struct Slot {
@@ -86,36 +88,36 @@ impl Server {
         on_device_reset: impl Fn(),
     ) -> io::Result<()> {
         while socket::wait_readable(self.socket.listener().as_raw_fd(), shutdown.as_raw_fd())? {
-            if let Err(error) = self.serve_one(slot, &make, &on_device_reset) {
-                log::warn!("The connection on {} ended: {error}", self.path().display());
-                if matches!(error, vfio_user::Error::SocketAccept(_)) {
+            let mut stream = match self.socket.listener().accept() {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    log::warn!("Cannot accept a connection on {}: {error}", self.path().display());
                     // For want of descriptors: some may be free soon.
                     std::thread::sleep(RETRY);
+                    continue;
                 }
+            };
+            if let Err(error) = serve_one(&mut stream, slot, &make, &on_device_reset) {
+                log::warn!("The connection on {} ended: {error}", self.path().display());
             }
         }
         Ok(())
     }
+}
 
-    /// Serves the client that waits to be accepted.
-    fn serve_one(&self, slot: &Slot, make: Make<'_>, on_device_reset: &dyn Fn()) -> Result<(), vfio_user::Error> {
-        let accept = vfio_user::Error::SocketAccept;
-        let memory = MemoryMap::new(slot.memory.clone());
-        let Some(mut backend) = Backend::new(slot.bus.clone(), memory, slot.msix, make, on_device_reset) else {
-            // Without a function there is nothing to serve: the client is sent away.
-            return self.socket.listener().accept().map(drop).map_err(accept);
-        };
-        let listener = OwnedFd::from(self.socket.listener().try_clone().map_err(accept)?);
-        let server = vfio_user::Server::from_owned_fd(listener, true, backend.irqs(), backend.regions());
-        let session = |connected| {
-            let endpoint = Some(slot.bus.door.endpoint());
-            slot.bus.tracer.emit(Event::Session { channel: Channel::VfioUser, endpoint, connected });
-        };
-        session(true);
-        // The crate panics on some malformed messages, which ends that client's connection.
-        let served = contained(&slot.bus, || server.run(&mut backend));
-        drop(backend);
-        session(false);
-        served.unwrap_or(Ok(()))
-    }
+/// Serves a client that was accepted. Without a function there is nothing to serve, and it is sent away.
+fn serve_one(stream: &mut UnixStream, slot: &Slot, make: Make<'_>, on_device_reset: &dyn Fn()) -> io::Result<()> {
+    let memory = MemoryMap::new(slot.memory.clone());
+    let Some(mut backend) = Backend::new(slot.bus.clone(), memory, slot.msix, make, on_device_reset) else {
+        return Ok(());
+    };
+    let session = |connected| {
+        let endpoint = Some(slot.bus.door.endpoint());
+        slot.bus.tracer.emit(Event::Session { channel: Channel::VfioUser, endpoint, connected });
+    };
+    session(true);
+    let served = contained(&slot.bus, || vfio_user::serve(stream, &mut backend));
+    drop(backend);
+    session(false);
+    served.unwrap_or(Ok(()))
 }

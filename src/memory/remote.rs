@@ -1,0 +1,51 @@
+//! Memory that is not mapped: it is read and written through something else.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use super::NoAccess;
+
+/// A region's memory elsewhere. Accesses may take as long as whatever is behind it takes.
+pub trait Remote: Send + Sync {
+    /// Reads from the guest-physical address `gpa` on.
+    fn read(&self, gpa: u64, data: &mut [u8]) -> Result<(), NoAccess>;
+
+    /// Writes from the guest-physical address `gpa` on. If that fails, some may have been written.
+    fn write(&self, gpa: u64, data: &[u8]) -> Result<(), NoAccess>;
+}
+
+/// Memory that is read and written in a file which cannot be mapped, such as that of another process.
+pub(super) struct FileMemory {
+    file: File,
+    /// Of the guest-physical address 0, which may not be in the file.
+    offset: u64,
+}
+
+impl FileMemory {
+    /// The file's bytes from `offset` on, at the guest-physical address `gpa`. It must be a regular file: an access to
+    /// anything else may wait for somebody.
+    pub(super) fn new(file: File, offset: u64, gpa: u64) -> io::Result<FileMemory> {
+        if !file.metadata()?.is_file() {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        Ok(FileMemory { file, offset: offset.wrapping_sub(gpa) })
+    }
+
+    fn done(gpa: u64, result: io::Result<()>) -> Result<(), NoAccess> {
+        result.map_err(|error| {
+            log::warn!("The file of guest memory at {gpa:#x} cannot be read or written: {error}");
+            NoAccess
+        })
+    }
+}
+
+impl Remote for FileMemory {
+    fn read(&self, gpa: u64, data: &mut [u8]) -> Result<(), NoAccess> {
+        FileMemory::done(gpa, self.file.read_exact_at(data, self.offset.wrapping_add(gpa)))
+    }
+
+    fn write(&self, gpa: u64, data: &[u8]) -> Result<(), NoAccess> {
+        FileMemory::done(gpa, self.file.write_all_at(data, self.offset.wrapping_add(gpa)))
+    }
+}

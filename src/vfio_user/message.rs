@@ -1,0 +1,347 @@
+//! Messages as they are on the wire ("Protocol Specification"), in the byte order of the host, which is little endian.
+
+use bitflags::bitflags;
+use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+/// The most bytes that one message reads or writes: `max_data_xfer_size`.
+pub const MAX_DATA: usize = 1 << 20;
+
+/// The most descriptors that a message may have: `max_msg_fds`. QEMU refuses a server that takes more.
+pub const MAX_FDS: usize = 16;
+
+/// The longest message that is read: a REGION_WRITE of [`MAX_DATA`] bytes.
+pub const MAX_MESSAGE: usize = size_of::<Header>() + size_of::<RegionAccess>() + MAX_DATA;
+
+/// Commands ("Commands").
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the names are those of the specification, without VFIO_USER_")]
+pub enum Command {
+    Version,
+    DmaMap,
+    DmaUnmap,
+    DeviceGetInfo,
+    DeviceGetRegionInfo,
+    DeviceGetRegionIoFds,
+    DeviceGetIrqInfo,
+    DeviceSetIrqs,
+    RegionRead,
+    RegionWrite,
+    DmaRead,
+    DmaWrite,
+    DeviceReset,
+    DirtyPages,
+    RegionWriteMulti,
+    DeviceFeature,
+    MigDataRead,
+    MigDataWrite,
+}
+
+impl Command {
+    const ALL: [Command; 18] = [
+        Command::Version,
+        Command::DmaMap,
+        Command::DmaUnmap,
+        Command::DeviceGetInfo,
+        Command::DeviceGetRegionInfo,
+        Command::DeviceGetRegionIoFds,
+        Command::DeviceGetIrqInfo,
+        Command::DeviceSetIrqs,
+        Command::RegionRead,
+        Command::RegionWrite,
+        Command::DmaRead,
+        Command::DmaWrite,
+        Command::DeviceReset,
+        Command::DirtyPages,
+        Command::RegionWriteMulti,
+        Command::DeviceFeature,
+        Command::MigDataRead,
+        Command::MigDataWrite,
+    ];
+
+    /// The command of a number; `None` if there is none.
+    pub fn of(number: u16) -> Option<Command> {
+        Command::ALL.get(usize::from(number).checked_sub(1)?).copied()
+    }
+
+    /// Its number.
+    pub fn number(self) -> u16 {
+        self as u16 + 1
+    }
+}
+
+bitflags! {
+    /// The flags of a header beside the message's type.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct HeaderFlags: u32 {
+        /// The type of a reply. A command's is 0.
+        const REPLY = 1 << 0;
+        /// Types that there are not.
+        const OTHER_TYPES = 0b1110;
+        /// No answer is wanted.
+        const NO_REPLY = 1 << 4;
+        /// The answer is an error.
+        const ERROR = 1 << 5;
+    }
+
+    /// What a DMA region is ("VFIO_USER_DMA_MAP").
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct DmaMapFlags: u32 {
+        /// The device may read.
+        const READ = 1 << 0;
+        /// The device may write.
+        const WRITE = 1 << 1;
+        /// The descriptor is to be mapped, as it is if nothing is said. libvfio-user's.
+        const MMAP = 1 << 2;
+        /// The descriptor is to be read and written, since it cannot be mapped. libvfio-user's.
+        const FILE_IO = 1 << 3;
+    }
+
+    /// What is to be unmapped (`struct vfio_iommu_type1_dma_unmap` of `<linux/vfio.h>`).
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct DmaUnmapFlags: u32 {
+        /// A bitmap of the pages that were written is wanted.
+        const GET_DIRTY_BITMAP = 1 << 0;
+        /// All regions.
+        const ALL = 1 << 1;
+    }
+
+    /// What a device is ("VFIO_USER_DEVICE_GET_INFO").
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct DeviceFlags: u32 {
+        /// DEVICE_RESET resets it.
+        const RESET = 1 << 0;
+        /// A PCI device.
+        const PCI = 1 << 1;
+    }
+
+    /// What can be done with a region ("VFIO_USER_DEVICE_GET_REGION_INFO").
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct RegionFlags: u32 {
+        /// The client may read.
+        const READ = 1 << 0;
+        /// The client may write.
+        const WRITE = 1 << 1;
+    }
+
+    /// What SET_IRQS does, and what comes with it ("VFIO_USER_DEVICE_SET_IRQS").
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct IrqSetFlags: u32 {
+        /// Nothing comes with it.
+        const DATA_NONE = 1 << 0;
+        /// A byte for each interrupt says whether it is meant.
+        const DATA_BOOL = 1 << 1;
+        /// Event file descriptors.
+        const DATA_EVENTFD = 1 << 2;
+        /// Mask.
+        const ACTION_MASK = 1 << 3;
+        /// Unmask.
+        const ACTION_UNMASK = 1 << 4;
+        /// Trigger.
+        const ACTION_TRIGGER = 1 << 5;
+    }
+}
+
+macro_rules! structures {
+    ($($(#[$doc:meta])* $name:ident { $($(#[$field_doc:meta])* $field:ident: $type:ty,)* })*) => {
+        $($(#[$doc])*
+        #[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+        #[repr(C)]
+        pub struct $name { $($(#[$field_doc])* pub $field: $type,)* })*
+    };
+}
+
+structures! {
+    /// What every message begins with ("Header").
+    Header {
+        /// The sender's number for it, which is also in the reply.
+        id: U16,
+        /// A [`Command`].
+        command: U16,
+        /// Bytes of the message, these included.
+        size: U32,
+        /// [`HeaderFlags`].
+        flags: U32,
+        /// An error number, if the flags say so.
+        error: U32,
+    }
+
+    /// What VERSION begins with; then comes JSON.
+    Version {
+        /// Both sides' must be the same.
+        major: U16,
+        /// The lower one of both sides' counts.
+        minor: U16,
+    }
+
+    /// DMA_MAP.
+    DmaMapRequest {
+        /// Bytes of this structure.
+        argsz: U32,
+        /// [`DmaMapFlags`].
+        flags: U32,
+        /// Where in the file the region begins.
+        offset: U64,
+        /// The first address.
+        address: U64,
+        /// Bytes.
+        size: U64,
+    }
+
+    /// DMA_UNMAP, and its reply.
+    DmaUnmap {
+        /// The most bytes of a reply.
+        argsz: U32,
+        /// [`DmaUnmapFlags`].
+        flags: U32,
+        /// The first address.
+        address: U64,
+        /// Bytes.
+        size: U64,
+    }
+
+    /// DEVICE_GET_INFO, and its reply.
+    DeviceInfo {
+        /// The most bytes of a reply; there, those of a whole one.
+        argsz: U32,
+        /// [`DeviceFlags`].
+        flags: U32,
+        /// How many regions there are.
+        num_regions: U32,
+        /// How many types of interrupts.
+        num_irqs: U32,
+    }
+
+    /// DEVICE_GET_REGION_INFO, and its reply.
+    RegionInfo {
+        /// The most bytes of a reply; there, those of a whole one.
+        argsz: U32,
+        /// [`RegionFlags`].
+        flags: U32,
+        /// Which region.
+        index: U32,
+        /// Where capabilities are: none has any.
+        cap_offset: U32,
+        /// Bytes.
+        size: U64,
+        /// Where it can be mapped: none can.
+        offset: U64,
+    }
+
+    /// DEVICE_GET_REGION_IO_FDS, and what its reply begins with.
+    RegionIoFds {
+        /// The most bytes of a reply; there, those of a whole one.
+        argsz: U32,
+        /// None.
+        flags: U32,
+        /// Which region.
+        index: U32,
+        /// How many parts of it have a descriptor.
+        count: U32,
+    }
+
+    /// DEVICE_GET_IRQ_INFO, and its reply.
+    IrqInfoReply {
+        /// The most bytes of a reply; there, those of a whole one.
+        argsz: U32,
+        /// The flags of an [`IrqInfo`](super::IrqInfo).
+        flags: U32,
+        /// Which type.
+        index: U32,
+        /// How many interrupts are of it.
+        count: U32,
+    }
+
+    /// What DEVICE_SET_IRQS begins with; then may come a byte for each interrupt.
+    IrqSetRequest {
+        /// Bytes of all of it.
+        argsz: U32,
+        /// [`IrqSetFlags`].
+        flags: U32,
+        /// Which type.
+        index: U32,
+        /// The first interrupt.
+        start: U32,
+        /// How many.
+        count: U32,
+    }
+
+    /// What REGION_READ, REGION_WRITE and their replies begin with; then come data.
+    RegionAccess {
+        /// Where in the region.
+        offset: U64,
+        /// Which region.
+        region: U32,
+        /// Bytes of data.
+        count: U32,
+    }
+
+    /// What REGION_WRITE_MULTI begins with; then come as many [`RegionWrite`]s. Its reply too.
+    RegionWriteMulti {
+        /// How many.
+        count: U64,
+    }
+
+    /// A write of REGION_WRITE_MULTI.
+    RegionWrite {
+        /// Where, and how many bytes: 8 at most.
+        access: RegionAccess,
+        /// The bytes.
+        data: [u8; 8],
+    }
+
+    /// What DEVICE_FEATURE begins with.
+    DeviceFeature {
+        /// The most bytes of a reply.
+        argsz: U32,
+        /// The feature's number, and what to do with it.
+        flags: U32,
+    }
+
+    /// What DMA_READ, DMA_WRITE and their replies begin with; then come data.
+    DmaAccess {
+        /// The first address.
+        address: U64,
+        /// Bytes of data.
+        count: U64,
+    }
+}
+
+impl Header {
+    /// Its flags; those that there are not left out.
+    pub fn flags(&self) -> HeaderFlags {
+        HeaderFlags::from_bits_truncate(self.flags.get())
+    }
+
+    /// The header of the reply to this one, with `payload` bytes behind it.
+    pub fn reply(&self, payload: usize) -> Header {
+        Header {
+            size: ((size_of::<Header>() + payload) as u32).into(),
+            flags: HeaderFlags::REPLY.bits().into(),
+            error: 0.into(),
+            ..*self
+        }
+    }
+
+    /// The header of the reply to this one that says that it failed.
+    pub fn error_reply(&self, errno: i32) -> Header {
+        let flags = HeaderFlags::REPLY | HeaderFlags::ERROR;
+        Header { flags: flags.bits().into(), error: (errno as u32).into(), ..self.reply(0) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commands_have_their_numbers() {
+        assert_eq!(Command::of(0), None);
+        assert_eq!(Command::of(19), None);
+        for number in 1..=18 {
+            assert_eq!(Command::of(number).unwrap().number(), number);
+        }
+        assert_eq!(Command::DeviceReset.number(), 13);
+        assert_eq!(Command::DeviceFeature.number(), 16);
+    }
+}

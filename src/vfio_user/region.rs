@@ -1,0 +1,97 @@
+//! The commands about regions.
+
+use zerocopy::{FromBytes, IntoBytes};
+
+use super::device::{Device, Refused};
+use super::message::{MAX_DATA, RegionAccess, RegionFlags, RegionInfo, RegionIoFds, RegionWrite, RegionWriteMulti};
+
+/// The reply to DEVICE_GET_REGION_INFO.
+pub fn info(device: &dyn Device, request: &RegionInfo) -> Result<RegionInfo, Refused> {
+    let index = request.index.get();
+    if index >= device.regions() {
+        return Err(Refused::invalid(format!("there is no region {index}")));
+    }
+    let size = device.region_size(index);
+    let flags = if size == 0 { RegionFlags::empty() } else { RegionFlags::READ | RegionFlags::WRITE };
+    Ok(RegionInfo {
+        argsz: (size_of::<RegionInfo>() as u32).into(),
+        flags: flags.bits().into(),
+        index: request.index,
+        size: size.into(),
+        ..RegionInfo::default()
+    })
+}
+
+/// The reply to DEVICE_GET_REGION_IO_FDS: no region has any.
+pub fn io_fds(device: &dyn Device, request: &RegionIoFds) -> Result<RegionIoFds, Refused> {
+    let index = request.index.get();
+    if request.flags.get() != 0 || request.count.get() != 0 {
+        return Err(Refused::invalid("flags and count are to be zero"));
+    }
+    if index >= device.regions() || device.region_size(index) == 0 {
+        return Err(Refused::invalid(format!("there is no region {index}")));
+    }
+    let argsz = size_of::<RegionIoFds>() as u32;
+    Ok(RegionIoFds { argsz: argsz.into(), index: request.index, ..RegionIoFds::default() })
+}
+
+/// Where an access goes, and how many bytes it has; an error if they are not all inside of a region.
+fn check(device: &dyn Device, access: &RegionAccess) -> Result<(u32, u64, usize), Refused> {
+    let (region, offset, count) = (access.region.get(), access.offset.get(), access.count.get());
+    if region >= device.regions() {
+        return Err(Refused::invalid(format!("there is no region {region}")));
+    }
+    if count as usize > MAX_DATA {
+        return Err(Refused::invalid(format!("{count} bytes are more than {MAX_DATA}")));
+    }
+    let size = device.region_size(region);
+    if offset.checked_add(u64::from(count)).is_none_or(|end| end > size) {
+        return Err(Refused::invalid(format!("{offset:#x} + {count:#x} is not inside of region {region}")));
+    }
+    Ok((region, offset, count as usize))
+}
+
+/// REGION_READ; adds the reply's payload to `reply`.
+pub fn read(device: &mut dyn Device, access: &RegionAccess, reply: &mut Vec<u8>) -> Result<(), Refused> {
+    let (region, offset, count) = check(device, access)?;
+    reply.extend_from_slice(access.as_bytes());
+    let at = reply.len();
+    reply.resize(at + count, 0);
+    if count > 0 {
+        device.region_read(region, offset, &mut reply[at..]);
+    }
+    Ok(())
+}
+
+/// REGION_WRITE, or a part of REGION_WRITE_MULTI.
+pub fn write(device: &mut dyn Device, access: &RegionAccess, data: &[u8]) -> Result<(), Refused> {
+    let (region, offset, count) = check(device, access)?;
+    if data.len() != count {
+        return Err(Refused::invalid(format!("it has {} bytes of data, and says {count}", data.len())));
+    }
+    if count > 0 {
+        device.region_write(region, offset, data);
+    }
+    Ok(())
+}
+
+/// REGION_WRITE_MULTI. The reply says how many writes were done: not all, if one is refused.
+pub fn write_multi(device: &mut dyn Device, payload: &[u8]) -> Result<RegionWriteMulti, Refused> {
+    let short = || Refused::invalid("it is too short");
+    let (head, rest) = RegionWriteMulti::ref_from_prefix(payload).map_err(|_| short())?;
+    let count = usize::try_from(head.count.get()).map_err(|_| short())?;
+    let (writes, _) = <[RegionWrite]>::ref_from_prefix_with_elems(rest, count).map_err(|_| short())?;
+    for (done, one) in writes.iter().enumerate() {
+        let data = one.data.get(..one.access.count.get() as usize);
+        let result = data.ok_or_else(|| Refused::invalid("one has more than eight bytes"));
+        match result.and_then(|data| write(device, &one.access, data)) {
+            Ok(()) => {}
+            Err(refused) if done == 0 => return Err(refused),
+            Err(refused) => {
+                log::warn!("Refused write {done} of {count} in a message: {}", refused.reason);
+                return Ok(RegionWriteMulti { count: (done as u64).into() });
+            }
+        }
+    }
+    Ok(*head)
+}

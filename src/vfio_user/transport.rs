@@ -1,0 +1,186 @@
+//! What carries messages: a stream of bytes, with descriptors beside it.
+
+use std::io::{self, IoSlice};
+use std::mem::{MaybeUninit, size_of, zeroed};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::ptr;
+
+use super::message::MAX_FDS;
+
+/// Descriptors that came with a message: [`MAX_FDS`] at most. What is not taken is closed.
+#[derive(Debug, Default)]
+pub struct Descriptors {
+    held: Vec<OwnedFd>,
+    lost: bool,
+}
+
+impl Descriptors {
+    /// Adds one; one too many is closed, and remembered.
+    pub fn push(&mut self, fd: OwnedFd) {
+        if self.held.len() < MAX_FDS { self.held.push(fd) } else { self.lost = true }
+    }
+
+    /// Some did not come through.
+    pub fn set_lost(&mut self) {
+        self.lost = true;
+    }
+
+    /// Whether there were more than there is room for.
+    pub fn is_lost(&self) -> bool {
+        self.lost
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.held.is_empty()
+    }
+
+    /// Takes all that there are.
+    pub fn take(&mut self) -> Vec<OwnedFd> {
+        std::mem::take(&mut self.held)
+    }
+}
+
+/// A connection to a client. Both methods wait.
+pub trait Transport {
+    /// Receives some of the next bytes, as many as `data` has at most, and the descriptors that came with them; none only
+    /// at the end of the stream.
+    fn receive(&mut self, data: &mut [u8], fds: &mut Descriptors) -> io::Result<usize>;
+
+    /// Sends bytes, all of them, with descriptors, [`MAX_FDS`] at most.
+    fn send(&mut self, data: &mut [IoSlice<'_>], fds: &[BorrowedFd<'_>]) -> io::Result<()>;
+
+    /// Whether descriptors can be sent and received.
+    fn carries_descriptors(&self) -> bool;
+}
+
+/// Room for descriptors beside the bytes.
+#[repr(C)]
+union Control {
+    _align: libc::cmsghdr,
+    bytes: [MaybeUninit<u8>; CONTROL],
+}
+
+/// Bytes of that. The constant's argument is small.
+// SAFETY: it computes with a number.
+const CONTROL: usize = unsafe { libc::CMSG_SPACE((MAX_FDS * size_of::<RawFd>()) as u32) } as usize;
+
+impl Transport for UnixStream {
+    fn receive(&mut self, data: &mut [u8], fds: &mut Descriptors) -> io::Result<usize> {
+        let mut control = Control { bytes: [MaybeUninit::zeroed(); CONTROL] };
+        let mut part = libc::iovec { iov_base: data.as_mut_ptr().cast(), iov_len: data.len() };
+        // SAFETY: all zeros are a message header: no pointers, no lengths.
+        let mut header: libc::msghdr = unsafe { zeroed() };
+        header.msg_iov = &raw mut part;
+        header.msg_iovlen = 1;
+        header.msg_control = (&raw mut control).cast();
+        header.msg_controllen = CONTROL as _;
+        let received = loop {
+            // SAFETY: the header leads to `data` and to `control`, with their lengths, and both live through the call.
+            let received = unsafe { libc::recvmsg(self.as_raw_fd(), &raw mut header, libc::MSG_CMSG_CLOEXEC) };
+            match usize::try_from(received) {
+                Ok(received) => break received,
+                Err(_) => match io::Error::last_os_error() {
+                    error if error.kind() == io::ErrorKind::Interrupted => {}
+                    error => return Err(error),
+                },
+            }
+        };
+        // SAFETY: `header` is as the kernel left it, and `control`, to which it leads, still there; so the pointers that these
+        // macros make of it lead into what the kernel has written, or are null.
+        unsafe {
+            let mut message = libc::CMSG_FIRSTHDR(&raw const header);
+            while let Some(found) = message.as_ref() {
+                if found.cmsg_level == libc::SOL_SOCKET && found.cmsg_type == libc::SCM_RIGHTS {
+                    let bytes = found.cmsg_len as usize - libc::CMSG_LEN(0) as usize;
+                    let first: *const RawFd = libc::CMSG_DATA(message).cast();
+                    for number in 0..bytes / size_of::<RawFd>() {
+                        // The kernel has just made these descriptors, for whoever takes them from here.
+                        fds.push(OwnedFd::from_raw_fd(ptr::read_unaligned(first.add(number))));
+                    }
+                }
+                message = libc::CMSG_NXTHDR(&raw const header, message);
+            }
+        }
+        if header.msg_flags & libc::MSG_CTRUNC != 0 {
+            fds.set_lost();
+        }
+        Ok(received)
+    }
+
+    fn send(&mut self, mut data: &mut [IoSlice<'_>], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let mut control = Control { bytes: [MaybeUninit::zeroed(); CONTROL] };
+        let mut fds = &fds[..fds.len().min(MAX_FDS)];
+        IoSlice::advance_slices(&mut data, 0);
+        while !data.is_empty() {
+            // SAFETY: all zeros are a message header: no pointers, no lengths.
+            let mut header: libc::msghdr = unsafe { zeroed() };
+            header.msg_iov = data.as_mut_ptr().cast();
+            header.msg_iovlen = data.len() as _;
+            if !fds.is_empty() {
+                let bytes = size_of_val(fds) as u32;
+                header.msg_control = (&raw mut control).cast();
+                // SAFETY: `control` has room for the header of one message and MAX_FDS descriptors behind it, of which there
+                // are not more, so what is written lies inside of it. A `BorrowedFd` is a descriptor's number.
+                unsafe {
+                    header.msg_controllen = libc::CMSG_SPACE(bytes) as _;
+                    let message = libc::CMSG_FIRSTHDR(&raw const header);
+                    (*message).cmsg_level = libc::SOL_SOCKET;
+                    (*message).cmsg_type = libc::SCM_RIGHTS;
+                    (*message).cmsg_len = libc::CMSG_LEN(bytes) as _;
+                    ptr::copy_nonoverlapping(fds.as_ptr().cast(), libc::CMSG_DATA(message), bytes as usize);
+                }
+            }
+            // SAFETY: an `IoSlice` is an iovec; the header leads to these and to `control`, which live through the call.
+            let sent = unsafe { libc::sendmsg(self.as_raw_fd(), &raw const header, libc::MSG_NOSIGNAL) };
+            match usize::try_from(sent) {
+                Ok(sent) => {
+                    // They went with the first byte.
+                    fds = &[];
+                    IoSlice::advance_slices(&mut data, sent);
+                }
+                Err(_) => match io::Error::last_os_error() {
+                    error if error.kind() == io::ErrorKind::Interrupted => {}
+                    error => return Err(error),
+                },
+            }
+        }
+        Ok(())
+    }
+
+    fn carries_descriptors(&self) -> bool {
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+    use std::io::{Read, Write};
+    use std::os::fd::AsFd;
+
+    #[test]
+    fn descriptors_come_with_their_bytes_and_those_too_many_are_closed() {
+        let (mut a, mut b) = UnixStream::pair().unwrap();
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        a.send(&mut [IoSlice::new(b"hel"), IoSlice::new(b"lo")], &[theirs.as_fd(); MAX_FDS]).unwrap();
+        a.send(&mut [IoSlice::new(b"!")], &[theirs.as_fd()]).unwrap();
+        drop(theirs);
+        let (mut fds, mut data) = (Descriptors::default(), [0; 16]);
+        assert_eq!(b.receive(&mut data, &mut fds).unwrap(), 5);
+        assert_eq!(&data[..5], b"hello");
+        assert!(!fds.is_lost());
+        assert_eq!(b.receive(&mut data, &mut fds).unwrap(), 1);
+        assert!(fds.is_lost());
+        let held = fds.take();
+        assert_eq!(held.len(), MAX_FDS);
+        // They are the socket that was sent; when the last of them is closed, so is that.
+        File::from(held.into_iter().next().unwrap()).write_all(b"x").unwrap();
+        assert_eq!(ours.read(&mut data).unwrap(), 1);
+        assert_eq!(ours.read(&mut data).unwrap(), 0, "one is still open");
+        drop(a);
+        assert_eq!(b.receive(&mut data, &mut fds).unwrap(), 0);
+    }
+}
