@@ -15,10 +15,10 @@ use std::time::Duration;
 
 use common::function::Served;
 use common::memfd;
+use common::toy::*;
 use vfio_bindings::bindings::vfio::*;
 use vfio_user::Client;
-use viommu::dma::Dma;
-use viommu::pci::{Bar, Bus, Function, Identity, Server, Slot};
+use viommu::pci::{Server, Slot};
 use viommu::socket::SocketError;
 use viommu::trace::Tracer;
 use vmm_sys_util::eventfd::EventFd;
@@ -28,77 +28,6 @@ const RAM: u64 = 1 << 20;
 /// How long anything may take: only a hang takes longer.
 const PATIENCE: Duration = Duration::from_secs(60);
 const CONFIG: u32 = VFIO_PCI_CONFIG_REGION_INDEX;
-
-/// A device whose registers do one thing each.
-struct Toy {
-    dma: Dma,
-    bus: Bus,
-    address: u64,
-    result: u64,
-}
-
-const ADDRESS: u64 = 0x00;
-const RESULT: u64 = 0x08;
-/// Reads 8 bytes at ADDRESS into RESULT; 1 in the next register says that it worked.
-const DO_READ: u64 = 0x10;
-/// Writes RESULT to ADDRESS.
-const DO_WRITE: u64 = 0x18;
-const DO_INTERRUPT: u64 = 0x20;
-const DO_PANIC: u64 = 0x28;
-
-impl Function for Toy {
-    fn identity(&self) -> Identity {
-        Identity {
-            vendor: 0x1b36,
-            device: 0x1234,
-            subsystem_vendor: 0x1af4,
-            subsystem: 0x1100,
-            class: 0x088000,
-            revision: 1,
-            bars: &[Bar { index: 0, size: 0x2000, wide: true }],
-            vectors: 3,
-            integrated: false,
-        }
-    }
-
-    fn bar_read(&mut self, _bar: u8, offset: u64, data: &mut [u8]) {
-        let value = match offset {
-            ADDRESS => self.address,
-            RESULT => self.result,
-            _ => 0,
-        };
-        let len = data.len().min(8);
-        data.fill(0);
-        data[..len].copy_from_slice(&value.to_le_bytes()[..len]);
-    }
-
-    fn bar_write(&mut self, _bar: u8, offset: u64, data: &[u8]) {
-        let mut value = [0; 8];
-        value[..data.len()].copy_from_slice(data);
-        let value = u64::from_le_bytes(value);
-        match offset {
-            ADDRESS => self.address = value,
-            RESULT => self.result = value,
-            DO_READ => {
-                let mut bytes = [0; 8];
-                let done = self.dma.read(self.address, &mut bytes).is_ok();
-                self.result = if done { u64::from_le_bytes(bytes) } else { u64::MAX };
-            }
-            DO_WRITE => {
-                let done = self.dma.write(self.address, &self.result.to_le_bytes()).is_ok();
-                self.result = if done { 0 } else { u64::MAX };
-            }
-            DO_INTERRUPT => self.bus.interrupts.trigger(value as u16),
-            DO_PANIC => panic!("the driver asked for it"),
-            _ => {}
-        }
-    }
-
-    fn reset(&mut self) {
-        self.address = 0;
-        self.result = 0;
-    }
-}
 
 /// The device on a socket, and how often its client reset it.
 struct Setup {
@@ -114,12 +43,10 @@ impl Setup {
     fn in_slot(slot: impl FnOnce(Slot) -> Slot) -> Self {
         let resets = Arc::new(AtomicU32::new(0));
         let count = resets.clone();
-        let make =
-            |bus: Bus| -> Box<dyn Function> { Box::new(Toy { dma: bus.door.open(), bus, address: 0, result: 0 }) };
         let on_reset = move || {
             count.fetch_add(1, Ordering::SeqCst);
         };
-        Setup { served: Served::in_slot(ENDPOINT, Tracer::default(), slot, make, on_reset), resets }
+        Setup { served: Served::in_slot(ENDPOINT, Tracer::default(), slot, Toy::make, on_reset), resets }
     }
 
     fn path(&self) -> PathBuf {

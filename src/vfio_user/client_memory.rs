@@ -14,7 +14,7 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use super::message::{Command, DmaAccess, Header, HeaderFlags};
 
-/// How long an answer may take. A client that does not answer is not asked again.
+/// How long an access may take, the wait for others' included. A client that does not answer is not asked again.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A client's way to its memory. Clones are the same.
@@ -46,30 +46,42 @@ impl ClientMemory {
 
     /// Reads from `address` on. If that fails, some may have been read.
     pub fn read(&self, address: u64, data: &mut [u8]) -> io::Result<()> {
+        let deadline = Instant::now() + PATIENCE;
         for (number, part) in data.chunks_mut(self.0.max_data).enumerate() {
             let address = address.wrapping_add((number * self.0.max_data) as u64);
-            self.ask(Command::DmaRead, address, part.len(), &[], part)?;
+            let access = DmaAccess { address: address.into(), count: (part.len() as u64).into() };
+            self.ask(Command::DmaRead, &access, &[], part, deadline)?;
         }
         Ok(())
     }
 
     /// Writes from `address` on. If that fails, some may have been written.
     pub fn write(&self, address: u64, data: &[u8]) -> io::Result<()> {
+        let deadline = Instant::now() + PATIENCE;
         for (number, part) in data.chunks(self.0.max_data).enumerate() {
             let address = address.wrapping_add((number * self.0.max_data) as u64);
-            self.ask(Command::DmaWrite, address, part.len(), part, &mut [])?;
+            let access = DmaAccess { address: address.into(), count: (part.len() as u64).into() };
+            self.ask(Command::DmaWrite, &access, part, &mut [], deadline)?;
         }
         Ok(())
     }
 
-    /// Sends a command and takes its answer.
-    fn ask(&self, command: Command, address: u64, count: usize, out: &[u8], back: &mut [u8]) -> io::Result<()> {
+    /// Sends a command with the data `out`, and takes its answer with as many as `back` has.
+    fn ask(
+        &self,
+        command: Command,
+        access: &DmaAccess,
+        out: &[u8],
+        back: &mut [u8],
+        deadline: Instant,
+    ) -> io::Result<()> {
         let mut socket = self.0.socket.lock().unwrap_or_else(PoisonError::into_inner);
         if socket.failed {
             return Err(io::ErrorKind::NotConnected.into());
         }
-        let access = DmaAccess { address: address.into(), count: (count as u64).into() };
-        match socket.exchange(command, &access, out, back) {
+        // That others took so long is not this client's fault, or theirs to tell.
+        left(deadline)?;
+        match socket.exchange(command, access, out, back, deadline) {
             Ok(0) => Ok(()),
             Ok(errno) => Err(io::Error::from_raw_os_error(errno)),
             Err(error) => {
@@ -87,8 +99,14 @@ impl ClientMemory {
 
 impl Socket {
     /// The error number that the client answers with, 0 if it does as it is asked.
-    fn exchange(&mut self, command: Command, access: &DmaAccess, out: &[u8], back: &mut [u8]) -> io::Result<i32> {
-        let deadline = Instant::now() + PATIENCE;
+    fn exchange(
+        &mut self,
+        command: Command,
+        access: &DmaAccess,
+        out: &[u8],
+        back: &mut [u8],
+        deadline: Instant,
+    ) -> io::Result<i32> {
         let header = Header {
             id: self.next_id.into(),
             command: command.number().into(),

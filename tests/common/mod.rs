@@ -7,7 +7,9 @@ pub mod engine;
 pub mod frontend;
 pub mod function;
 pub mod nvme;
+pub mod toy;
 pub mod trace;
+pub mod vfio;
 
 use std::fs::File;
 use std::os::fd::FromRawFd;

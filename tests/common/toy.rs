@@ -1,0 +1,82 @@
+//! A PCI function with as little as possible in it.
+
+use viommu::dma::Dma;
+use viommu::pci::{Bar, Bus, Function, Identity};
+
+/// A device whose registers do one thing each.
+pub struct Toy {
+    dma: Dma,
+    bus: Bus,
+    address: u64,
+    result: u64,
+}
+
+pub const ADDRESS: u64 = 0x00;
+pub const RESULT: u64 = 0x08;
+/// Reads 8 bytes at ADDRESS into RESULT; 1 in the next register says that it worked.
+pub const DO_READ: u64 = 0x10;
+/// Writes RESULT to ADDRESS.
+pub const DO_WRITE: u64 = 0x18;
+pub const DO_INTERRUPT: u64 = 0x20;
+pub const DO_PANIC: u64 = 0x28;
+
+impl Toy {
+    /// In its power-on state.
+    pub fn make(bus: Bus) -> Box<dyn Function> {
+        Box::new(Toy { dma: bus.door.open(), bus, address: 0, result: 0 })
+    }
+}
+
+impl Function for Toy {
+    fn identity(&self) -> Identity {
+        Identity {
+            vendor: 0x1b36,
+            device: 0x1234,
+            subsystem_vendor: 0x1af4,
+            subsystem: 0x1100,
+            class: 0x088000,
+            revision: 1,
+            bars: &[Bar { index: 0, size: 0x2000, wide: true }],
+            vectors: 3,
+            integrated: false,
+        }
+    }
+
+    fn bar_read(&mut self, _bar: u8, offset: u64, data: &mut [u8]) {
+        let value = match offset {
+            ADDRESS => self.address,
+            RESULT => self.result,
+            _ => 0,
+        };
+        let len = data.len().min(8);
+        data.fill(0);
+        data[..len].copy_from_slice(&value.to_le_bytes()[..len]);
+    }
+
+    fn bar_write(&mut self, _bar: u8, offset: u64, data: &[u8]) {
+        let mut value = [0; 8];
+        value[..data.len()].copy_from_slice(data);
+        let value = u64::from_le_bytes(value);
+        match offset {
+            ADDRESS => self.address = value,
+            RESULT => self.result = value,
+            DO_READ => {
+                let mut bytes = [0; 8];
+                let done = self.dma.read(self.address, &mut bytes).is_ok();
+                self.result = if done { u64::from_le_bytes(bytes) } else { u64::MAX };
+            }
+            DO_WRITE => {
+                let done = self.dma.write(self.address, &self.result.to_le_bytes()).is_ok();
+                self.result = if done { 0 } else { u64::MAX };
+            }
+            DO_INTERRUPT => self.bus.interrupts.trigger(value as u16),
+            DO_PANIC => panic!("the driver asked for it"),
+            _ => {}
+        }
+    }
+
+    fn reset(&mut self) {
+        self.address = 0;
+        self.result = 0;
+    }
+}

@@ -1,0 +1,195 @@
+//! DMA_READ and DMA_WRITE: the server asks, and the client answers, on a socket of their own.
+
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use viommu::vfio_user::{Backing, ClientMemory};
+
+use crate::common::vfio::*;
+use crate::memo::Session;
+
+const BASE: u64 = 0x10_0000;
+
+/// A client's memory, and the client's end of the socket for it, which takes `max_data` bytes at once.
+fn memory(max_data: usize) -> (ClientMemory, UnixStream) {
+    let (session, mut client) = Session::start();
+    let json =
+        format!("{{\"capabilities\":{{\"max_data_xfer_size\":{max_data},\"twin_socket\":{{\"supported\":true}}}}}}");
+    let (_, fd) = client.version(1, &json);
+    client.dma_map(READ | WRITE, 0, BASE, 0x10_0000, &[]).unwrap();
+    let map = session.end(client).maps.pop().unwrap();
+    let Backing::Messages(memory) = map.backing else { panic!("{:?}", map.backing) };
+    (memory, UnixStream::from(fd.unwrap()))
+}
+
+/// A command of the server's.
+#[derive(Debug)]
+struct Asked {
+    id: [u8; 2],
+    command: u16,
+    address: u64,
+    count: u64,
+    data: Vec<u8>,
+}
+
+/// Takes a command; `None` if the server has closed the socket.
+fn take(socket: &mut UnixStream) -> Option<Asked> {
+    let mut head = [0; 32];
+    socket.read_exact(&mut head).ok()?;
+    let word = |at: usize| u32::from_le_bytes(head[at..at + 4].try_into().unwrap());
+    let long = |at: usize| u64::from_le_bytes(head[at..at + 8].try_into().unwrap());
+    assert_eq!((word(8), word(12)), (0, 0));
+    let mut data = vec![0; word(4) as usize - 32];
+    socket.read_exact(&mut data).unwrap();
+    let command = u16::from_le_bytes([head[2], head[3]]);
+    Some(Asked { id: [head[0], head[1]], command, address: long(16), count: long(24), data })
+}
+
+fn answer(socket: &mut UnixStream, asked: &Asked, flags: u32, errno: u32, payload: &[u8]) {
+    let header =
+        [&asked.id[..], &asked.command.to_le_bytes(), &words(&[16 + payload.len() as u32, flags, errno])].concat();
+    socket.write_all(&[&header, payload].concat()).unwrap();
+}
+
+fn echo(asked: &Asked) -> Vec<u8> {
+    [asked.address, asked.count].map(u64::to_le_bytes).concat()
+}
+
+/// Answers all commands from `ram`, which begins at [`BASE`], until the server closes the socket; returns it, and how many
+/// there were.
+fn serve(mut socket: UnixStream, mut ram: Vec<u8>, max_data: usize) -> (Vec<u8>, usize) {
+    let mut count = 0;
+    while let Some(asked) = take(&mut socket) {
+        assert!(asked.count as usize <= max_data, "{asked:?}");
+        count += 1;
+        let at = (asked.address - BASE) as usize;
+        let range = at..at + asked.count as usize;
+        match asked.command {
+            command::DMA_READ => {
+                let payload = [echo(&asked), ram[range].to_vec()].concat();
+                answer(&mut socket, &asked, REPLY, 0, &payload);
+            }
+            command::DMA_WRITE => {
+                ram[range].copy_from_slice(&asked.data);
+                // The count has four bytes in the specification, and eight in libvfio-user.
+                let len = if count % 2 == 0 { 12 } else { 16 };
+                answer(&mut socket, &asked, REPLY, 0, &echo(&asked)[..len]);
+            }
+            other => panic!("{other}"),
+        }
+    }
+    (ram, count)
+}
+
+#[test]
+fn memory_is_read_and_written_in_pieces_that_the_client_takes() {
+    let (memory, socket) = memory(4096);
+    let client = thread::spawn(|| serve(socket, vec![0; 0x1_0000], 4096));
+    let data: Vec<u8> = (0..2 * 4096 + 42).map(|at| (at * 7 % 251) as u8).collect();
+    memory.write(BASE + 0x1001, &data).unwrap();
+    let mut back = vec![0; data.len()];
+    memory.read(BASE + 0x1001, &mut back).unwrap();
+    assert_eq!(back, data);
+    memory.read(BASE, &mut []).unwrap();
+    drop(memory);
+    let (ram, count) = client.join().unwrap();
+    assert_eq!(count, 6);
+    assert_eq!(ram[0x1001..][..data.len()], data);
+    assert!(ram[..0x1001].iter().chain(&ram[0x1001 + data.len()..]).all(|byte| *byte == 0));
+}
+
+#[test]
+fn several_threads_take_turns() {
+    let (memory, socket) = memory(64);
+    let client = thread::spawn(|| serve(socket, vec![0; 0x1_0000], 64));
+    thread::scope(|scope| {
+        for number in 0..4_u8 {
+            let memory = &memory;
+            scope.spawn(move || {
+                let address = BASE + 0x1000 * u64::from(number);
+                for round in 0..50 {
+                    let data = [number ^ round; 200];
+                    memory.write(address, &data).unwrap();
+                    let mut back = [0; 200];
+                    memory.read(address, &mut back).unwrap();
+                    assert_eq!(back, data);
+                }
+            });
+        }
+    });
+    drop(memory);
+    assert_eq!(client.join().unwrap().1, 4 * 50 * 2 * 4);
+}
+
+#[test]
+fn an_error_of_the_clients_fails_the_access_and_no_other() {
+    let (memory, mut socket) = memory(4096);
+    let client = thread::spawn(move || {
+        for errno in [libc::EIO, libc::EPERM, 0, -1, 1 << 20] {
+            let asked = take(&mut socket).unwrap();
+            answer(&mut socket, &asked, REPLY | ERROR, errno as u32, &[]);
+        }
+        serve(socket, vec![3; 0x1000], 4096)
+    });
+    let mut errnos = (0..5).map(|_| memory.read(BASE, &mut [0; 8]).unwrap_err().raw_os_error());
+    assert_eq!(errnos.next().unwrap(), Some(libc::EIO));
+    assert_eq!(errnos.next().unwrap(), Some(libc::EPERM));
+    assert!(errnos.all(|errno| errno == Some(libc::EIO)), "those that are none");
+    let mut data = [0; 8];
+    memory.read(BASE, &mut data).unwrap();
+    assert_eq!(data, [3; 8]);
+    drop(memory);
+    client.join().unwrap();
+}
+
+#[test]
+fn what_is_no_answer_is_not_taken_for_one() {
+    type Wrong = fn(&mut UnixStream, &Asked);
+    let wrong: [Wrong; 11] = [
+        |socket, asked| answer(socket, &Asked { id: [0x99, 0x99], data: Vec::new(), ..*asked }, REPLY, 0, &[0; 24]),
+        |socket, asked| {
+            answer(socket, &Asked { command: command::DMA_WRITE, data: Vec::new(), ..*asked }, REPLY, 0, &[0; 24])
+        },
+        |socket, asked| answer(socket, asked, 0, 0, &[echo(asked), vec![0; 8]].concat()),
+        |socket, asked| answer(socket, asked, 0xf, 0, &[echo(asked), vec![0; 8]].concat()),
+        |socket, asked| answer(socket, asked, REPLY, 0, &[]),
+        |socket, asked| answer(socket, asked, REPLY, 0, &[echo(asked), vec![0; 7]].concat()),
+        |socket, asked| answer(socket, asked, REPLY, 0, &[echo(asked), vec![0; 9]].concat()),
+        |socket, asked| answer(socket, asked, REPLY | ERROR, 5, &[0; 8]),
+        // As QEMU has it: the data begin where the count has its upper half.
+        |socket, asked| answer(socket, asked, REPLY, 0, &[&echo(asked)[..12], &[0x55; 12]].concat()),
+        |socket, _| socket.write_all(&[0, 0, 11, 0, 3, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]).unwrap(),
+        |socket, _| socket.write_all(&[0, 0, 11, 0, 0xff, 0xff, 0xff, 0xff, 1, 0, 0, 0, 0, 0, 0, 0]).unwrap(),
+    ];
+    for (number, wrong) in wrong.into_iter().enumerate() {
+        let (memory, mut socket) = memory(4096);
+        let client = thread::spawn(move || {
+            let asked = take(&mut socket).unwrap();
+            wrong(&mut socket, &asked);
+            // It is not asked again.
+            assert!(take(&mut socket).is_none());
+        });
+        assert_eq!(memory.read(BASE, &mut [0; 8]).unwrap_err().kind(), ErrorKind::InvalidData, "{number}");
+        assert_eq!(memory.write(BASE, &[0; 8]).unwrap_err().kind(), ErrorKind::NotConnected);
+        drop(memory);
+        client.join().unwrap();
+    }
+}
+
+#[test]
+fn a_client_that_does_not_answer_is_waited_for_once() {
+    let (memory, mut socket) = memory(4096);
+    let begun = Instant::now();
+    assert_eq!(memory.read(BASE, &mut [0; 8]).unwrap_err().kind(), ErrorKind::TimedOut);
+    assert!(begun.elapsed() >= Duration::from_secs(5));
+    let asked = take(&mut socket).unwrap();
+    answer(&mut socket, &asked, REPLY, 0, &[echo(&asked), vec![7; 8]].concat());
+    assert_eq!(memory.read(BASE, &mut [0; 8]).unwrap_err().kind(), ErrorKind::NotConnected, "it is too late");
+    // Nor one that has left.
+    let (memory, socket) = self::memory(4096);
+    drop(socket);
+    assert!(memory.write(BASE, &[0; 8]).is_err());
+    assert_eq!(memory.write(BASE, &[0; 8]).unwrap_err().kind(), ErrorKind::NotConnected);
+}

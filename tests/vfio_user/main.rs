@@ -1,0 +1,15 @@
+//! vfio-user: messages of any kind over a socket and over pipes, and those that clients send, in their order.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
+#[path = "../common/mod.rs"]
+mod common;
+mod memo;
+
+mod client_memory;
+mod clients;
+mod dma;
+mod interrupts;
+mod messages;
+mod pipes;
+mod versions;

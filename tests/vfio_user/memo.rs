@@ -1,0 +1,128 @@
+//! A device that remembers what it was asked, and a session with it.
+
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::thread::{self, JoinHandle};
+
+use viommu::vfio_user::{Device, DmaMap, IrqInfo, IrqSet, Refused, Transport, serve};
+
+use crate::common::vfio::RawClient;
+
+/// Bytes of region 0, the only one that there is of two.
+pub const SIZE: u64 = 2 << 20;
+
+/// Types of interrupts: 4 that can be masked, and 1 that cannot.
+pub const MASKABLE: u32 = 0;
+pub const PLAIN: u32 = 1;
+
+#[derive(Default)]
+pub struct Memo {
+    pub calls: Vec<String>,
+    pub maps: Vec<DmaMap>,
+    /// What region 0 begins with.
+    bytes: [u8; 16],
+}
+
+impl Device for Memo {
+    fn regions(&self) -> u32 {
+        2
+    }
+
+    fn region_size(&self, region: u32) -> u64 {
+        if region == 0 { SIZE } else { 0 }
+    }
+
+    fn irqs(&self) -> u32 {
+        2
+    }
+
+    fn irq_info(&self, index: u32) -> IrqInfo {
+        let plain = IrqInfo { count: 1, eventfd: true, ..IrqInfo::default() };
+        if index == PLAIN { plain } else { IrqInfo { count: 4, maskable: true, ..plain } }
+    }
+
+    fn max_dma_maps(&self) -> u32 {
+        77
+    }
+
+    fn region_read(&mut self, region: u32, offset: u64, data: &mut [u8]) {
+        self.calls.push(format!("read {region} {offset:#x} + {}", data.len()));
+        for (at, byte) in (offset as usize..).zip(data) {
+            *byte = self.bytes.get(at).copied().unwrap_or(0);
+        }
+    }
+
+    fn region_write(&mut self, region: u32, offset: u64, data: &[u8]) {
+        self.calls.push(format!("write {region} {offset:#x} + {}", data.len()));
+        for (at, byte) in (offset as usize..).zip(data) {
+            if let Some(to) = self.bytes.get_mut(at) {
+                *to = *byte;
+            }
+        }
+    }
+
+    fn dma_map(&mut self, map: DmaMap) -> Result<(), Refused> {
+        let DmaMap { address, size, .. } = map;
+        self.calls.push(format!("map {address:#x} + {size:#x}"));
+        if size == 0 {
+            return Err(Refused::new(libc::ERANGE, "the device says so"));
+        }
+        self.maps.push(map);
+        Ok(())
+    }
+
+    fn dma_unmap(&mut self, address: u64, size: u64) -> Result<(), Refused> {
+        self.calls.push(format!("unmap {address:#x} + {size:#x}"));
+        Ok(())
+    }
+
+    fn dma_unmap_all(&mut self) {
+        self.calls.push("unmap all".into());
+    }
+
+    fn set_irqs(&mut self, set: IrqSet) -> Result<(), Refused> {
+        let IrqSet { index, start, count, action, data } = set;
+        let data = format!("{data:?}");
+        let kind = data.split('(').next().unwrap();
+        self.calls.push(format!("irqs {index} {start} + {count} {action:?} {kind}"));
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.calls.push("reset".into());
+    }
+}
+
+/// A session over some transport.
+pub struct Session {
+    thread: JoinHandle<(Memo, io::Result<()>)>,
+}
+
+impl Session {
+    pub fn over(mut transport: impl Transport + Send + 'static) -> Session {
+        let serve = move || {
+            let mut memo = Memo::default();
+            let result = serve(&mut transport, &mut memo);
+            (memo, result)
+        };
+        Session { thread: thread::spawn(serve) }
+    }
+
+    pub fn start() -> (Session, RawClient) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        (Session::over(theirs), RawClient::over(ours))
+    }
+
+    /// What the device was asked in a session whose client has left, and how that ended.
+    pub fn join(self) -> (Memo, io::Result<()>) {
+        self.thread.join().unwrap()
+    }
+
+    /// The same, when the client leaves.
+    pub fn end(self, client: RawClient) -> Memo {
+        drop(client);
+        let (memo, result) = self.join();
+        result.unwrap();
+        memo
+    }
+}
