@@ -16,6 +16,7 @@ use std::time::Duration;
 use common::function::Served;
 use common::memfd;
 use common::toy::*;
+use common::vfio::{self, RawClient};
 use vfio_bindings::bindings::vfio::*;
 use vfio_user::Client;
 use viommu::pci::{Server, Slot};
@@ -158,20 +159,23 @@ fn memory_is_reached_only_while_mapped_and_with_bus_mastering() {
 #[test]
 fn read_only_memory_refuses_writes() {
     let setup = Setup::new();
-    let mut client = setup.client();
-    enable(&mut client);
-    drop(client);
     // The crate's client cannot ask for a read-only region.
-    let mut raw = Raw::connect(&setup);
+    let mut raw = RawClient::connect(&setup.path());
     let ram = memfd(RAM);
-    raw.map(0x1000, RAM, 1, Some(ram.as_raw_fd()));
-    raw.map(0x20_0000, RAM, 3, Some(ram.as_raw_fd()));
-    raw.map(0x40_0000, RAM, 1, None);
-    raw.write(CONFIG, 4, &[6, 0]);
-    assert!(!raw.dma_write(0x1000, 7));
-    assert!(raw.dma_write(0x20_0000, 7));
-    assert!(!raw.dma_write(0x1000 + RAM - 4, 7), "the second half would be writable if it were there");
-    assert!(!raw.dma_write(0x40_0000, 7), "there is no memory");
+    raw.dma_map(vfio::READ, 0, 0x1000, RAM, &[ram.as_raw_fd()]).unwrap();
+    raw.dma_map(vfio::READ | vfio::WRITE, 0, 0x20_0000, RAM, &[ram.as_raw_fd()]).unwrap();
+    raw.dma_map(vfio::READ, 0, 0x40_0000, RAM, &[]).unwrap();
+    raw.region_write(CONFIG, 4, &[6, 0]).unwrap();
+    let mut dma_write = |address: u64| {
+        for (register, value) in [(ADDRESS, address), (RESULT, 7), (DO_WRITE, 0)] {
+            raw.region_write(0, register, &value.to_le_bytes()).unwrap();
+        }
+        raw.region_read(0, RESULT, 8).unwrap() == [0; 8]
+    };
+    assert!(!dma_write(0x1000));
+    assert!(dma_write(0x20_0000));
+    assert!(!dma_write(0x1000 + RAM - 4), "the second half would be writable if it were there");
+    assert!(!dma_write(0x40_0000), "there is no memory");
 }
 
 #[test]
@@ -324,47 +328,4 @@ fn a_live_socket_is_refused_and_a_stale_one_replaced() {
     std::fs::write(&path, "precious").unwrap();
     assert!(matches!(Server::bind(&path), Err(SocketError::NotASocket(_))));
     assert_eq!(std::fs::read(&path).unwrap(), b"precious");
-}
-
-/// A client that sends messages which the crate's cannot make.
-struct Raw(UnixStream);
-
-impl Raw {
-    fn connect(setup: &Setup) -> Self {
-        Raw(UnixStream::connect(setup.path()).unwrap())
-    }
-
-    fn call(&mut self, command: u16, body: &[u8], fd: Option<i32>) -> Vec<u8> {
-        use vmm_sys_util::sock_ctrl_msg::ScmSocket;
-        let mut bytes = vec![1, 0];
-        bytes.extend(command.to_le_bytes());
-        bytes.extend((16 + body.len() as u32).to_le_bytes());
-        bytes.extend([0; 8]);
-        bytes.extend(body);
-        self.0.send_with_fds(&[&bytes[..]], fd.as_slice()).unwrap();
-        let mut header = [0; 16];
-        self.0.read_exact(&mut header).unwrap();
-        let size = u32::from_le_bytes(header[4..8].try_into().unwrap());
-        let mut body = vec![0; size as usize - 16];
-        self.0.read_exact(&mut body).unwrap();
-        body
-    }
-
-    fn map(&mut self, address: u64, size: u64, flags: u32, fd: Option<i32>) {
-        let words = [0, address, size].map(u64::to_le_bytes).concat();
-        self.call(2, &[&32u32.to_le_bytes(), &flags.to_le_bytes(), &words[..]].concat(), fd);
-    }
-
-    fn write(&mut self, region: u32, offset: u64, data: &[u8]) {
-        let count = data.len() as u32;
-        self.call(10, &[&offset.to_le_bytes()[..], &region.to_le_bytes(), &count.to_le_bytes(), data].concat(), None);
-    }
-
-    fn dma_write(&mut self, address: u64, value: u64) -> bool {
-        for (register, value) in [(ADDRESS, address), (RESULT, value), (DO_WRITE, 0)] {
-            self.write(0, register, &value.to_le_bytes());
-        }
-        let body = [&RESULT.to_le_bytes()[..], &0u32.to_le_bytes(), &8u32.to_le_bytes()].concat();
-        self.call(9, &body, None)[16..24] == [0; 8]
-    }
 }

@@ -1,9 +1,8 @@
 //! Memory that a client gave without a descriptor: it is asked for it ("VFIO_USER_DMA_READ", "VFIO_USER_DMA_WRITE").
 //!
 //! The questions go over a socket of their own (`twin_socket` in VERSION), and only to clients that take them there. On the
-//! session's socket both sides could wait for each other, or take each other's questions for answers; and QEMU, up to
-//! 11.1 at least, has the data of these messages four bytes before where the specification has them, so that the guest's
-//! memory would come to harm.
+//! session's socket both sides could wait for each other: QEMU (11.1), which offers no other, answers a question there only
+//! while none of its processors waits for an answer of this side's. So its memory is to be shared.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;

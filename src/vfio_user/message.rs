@@ -10,8 +10,8 @@ pub const MAX_DATA: usize = 1 << 20;
 /// The most descriptors that a message may have: `max_msg_fds`. QEMU refuses a server that takes more.
 pub const MAX_FDS: usize = 16;
 
-/// The longest message that is read: a REGION_WRITE of [`MAX_DATA`] bytes.
-pub const MAX_MESSAGE: usize = size_of::<Header>() + size_of::<RegionAccess>() + MAX_DATA;
+/// The longest message that is read: [`MAX_DATA`] bytes, and room for what is around them.
+pub const MAX_MESSAGE: usize = MAX_DATA + 4096;
 
 /// Commands ("Commands").
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

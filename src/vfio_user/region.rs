@@ -42,11 +42,10 @@ fn check(device: &dyn Device, access: &RegionAccess) -> Result<(u32, u64, usize)
         return Err(Refused::invalid(format!("there is no region {region}")));
     }
     if count as usize > MAX_DATA {
-        return Err(Refused::invalid(format!("{count} bytes are more than {MAX_DATA}")));
+        return Err(Refused::invalid(format!("access of {count} bytes, more than {MAX_DATA}")));
     }
-    let size = device.region_size(region);
-    if offset.checked_add(u64::from(count)).is_none_or(|end| end > size) {
-        return Err(Refused::invalid(format!("{offset:#x} + {count:#x} is not inside of region {region}")));
+    if offset.checked_add(u64::from(count)).is_none_or(|end| end > device.region_size(region)) {
+        return Err(Refused::invalid("access past the end of a region"));
     }
     Ok((region, offset, count as usize))
 }
@@ -67,7 +66,7 @@ pub fn read(device: &mut dyn Device, access: &RegionAccess, reply: &mut Vec<u8>)
 pub fn write(device: &mut dyn Device, access: &RegionAccess, data: &[u8]) -> Result<(), Refused> {
     let (region, offset, count) = check(device, access)?;
     if data.len() != count {
-        return Err(Refused::invalid(format!("it has {} bytes of data, and says {count}", data.len())));
+        return Err(Refused::invalid(format!("access with {} bytes of data that says {count}", data.len())));
     }
     if count > 0 {
         device.region_write(region, offset, data);

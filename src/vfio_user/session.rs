@@ -253,8 +253,10 @@ impl Session<'_> {
     fn answer(&mut self, header: &Header, result: Result<(), Refused>) -> io::Result<()> {
         if let Err(Refused { reason, .. }) = &result {
             match Command::of(header.command.get()) {
-                Some(command) => log::warn!("Refused a vfio-user message, {command:?}: {reason}"),
-                None => log::warn!("Refused a vfio-user message, command {}: {reason}", header.command),
+                // What a guest can do, rather than its client; the reason says it all.
+                Some(Command::RegionRead | Command::RegionWrite) => log::warn!("Refused a vfio-user message: {reason}"),
+                Some(command) => log::warn!("Refused a vfio-user message: {command:?}: {reason}"),
+                None => log::warn!("Refused a vfio-user message: command {}: {reason}", header.command),
             }
         }
         if header.flags().contains(HeaderFlags::NO_REPLY) {

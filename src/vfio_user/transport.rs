@@ -93,7 +93,7 @@ impl Transport for UnixStream {
             let mut message = libc::CMSG_FIRSTHDR(&raw const header);
             while let Some(found) = message.as_ref() {
                 if found.cmsg_level == libc::SOL_SOCKET && found.cmsg_type == libc::SCM_RIGHTS {
-                    let bytes = found.cmsg_len as usize - libc::CMSG_LEN(0) as usize;
+                    let bytes = found.cmsg_len - libc::CMSG_LEN(0) as usize;
                     let first: *const RawFd = libc::CMSG_DATA(message).cast();
                     for number in 0..bytes / size_of::<RawFd>() {
                         // The kernel has just made these descriptors, for whoever takes them from here.

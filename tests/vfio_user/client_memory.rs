@@ -150,7 +150,7 @@ fn what_is_no_answer_is_not_taken_for_one() {
     let wrong: [Wrong; 11] = [
         |socket, asked| answer(socket, &Asked { id: [0x99, 0x99], data: Vec::new(), ..*asked }, REPLY, 0, &[0; 24]),
         |socket, asked| {
-            answer(socket, &Asked { command: command::DMA_WRITE, data: Vec::new(), ..*asked }, REPLY, 0, &[0; 24])
+            answer(socket, &Asked { command: command::DMA_WRITE, data: Vec::new(), ..*asked }, REPLY, 0, &[0; 24]);
         },
         |socket, asked| answer(socket, asked, 0, 0, &[echo(asked), vec![0; 8]].concat()),
         |socket, asked| answer(socket, asked, 0xf, 0, &[echo(asked), vec![0; 8]].concat()),
@@ -158,7 +158,7 @@ fn what_is_no_answer_is_not_taken_for_one() {
         |socket, asked| answer(socket, asked, REPLY, 0, &[echo(asked), vec![0; 7]].concat()),
         |socket, asked| answer(socket, asked, REPLY, 0, &[echo(asked), vec![0; 9]].concat()),
         |socket, asked| answer(socket, asked, REPLY | ERROR, 5, &[0; 8]),
-        // As QEMU has it: the data begin where the count has its upper half.
+        // As if the count had four bytes: the data begin where its upper half is.
         |socket, asked| answer(socket, asked, REPLY, 0, &[&echo(asked)[..12], &[0x55; 12]].concat()),
         |socket, _| socket.write_all(&[0, 0, 11, 0, 3, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]).unwrap(),
         |socket, _| socket.write_all(&[0, 0, 11, 0, 0xff, 0xff, 0xff, 0xff, 1, 0, 0, 0, 0, 0, 0, 0]).unwrap(),

@@ -113,23 +113,23 @@ fn odd_regions_are_refused_with_an_error_number_that_says_why() {
     let (pipe, _end) = std::io::pipe().unwrap();
     let other = memfd(PAGE);
     let read_only = File::open(format!("/proc/self/fd/{}", other.as_raw_fd())).unwrap();
-    let wrong: [(u32, u64, u64, u64, &[i32], i32); 14] = [
-        (both, 0, 0x8000, 2 * PAGE, &fd, libc::EEXIST),
-        (both, 0, 0x9000, PAGE, &[], libc::EEXIST),
-        (both, 0, 0, u64::MAX, &[], libc::EEXIST),
-        (both, 0, 0x2_0000, 0, &fd, libc::EINVAL),
-        (both, 0, u64::MAX - PAGE + 2, PAGE, &[], libc::EINVAL),
-        (both, 0, 0x2_0000, 5 * PAGE, &fd, libc::EINVAL),
-        (both, 4 * PAGE, 0x2_0000, PAGE, &fd, libc::EINVAL),
-        (both, u64::MAX, 0x2_0000, PAGE, &fd, libc::EINVAL),
-        (both | 1 << 4, 0, 0x2_0000, PAGE, &fd, libc::EINVAL),
-        (both | MMAP | FILE_IO, 0, 0x2_0000, PAGE, &fd, libc::EINVAL),
-        (both | MMAP, 0, 0x2_0000, PAGE, &[], libc::EINVAL),
-        (both | FILE_IO, 0, 0x2_0000, PAGE, &[], libc::EINVAL),
-        (both | FILE_IO, 0, 0x2_0000, PAGE, &[pipe.as_raw_fd()], libc::EINVAL),
-        (both, 0, 0x2_0000, PAGE, &[read_only.as_raw_fd()], libc::EACCES),
+    let wrong: [(u32, [u64; 3], &[i32], i32); 14] = [
+        (both, [0, 0x8000, 2 * PAGE], &fd, libc::EEXIST),
+        (both, [0, 0x9000, PAGE], &[], libc::EEXIST),
+        (both, [0, 0, u64::MAX], &[], libc::EEXIST),
+        (both, [0, 0x2_0000, 0], &fd, libc::EINVAL),
+        (both, [0, u64::MAX - PAGE + 2, PAGE], &[], libc::EINVAL),
+        (both, [0, 0x2_0000, 5 * PAGE], &fd, libc::EINVAL),
+        (both, [4 * PAGE, 0x2_0000, PAGE], &fd, libc::EINVAL),
+        (both, [u64::MAX, 0x2_0000, PAGE], &fd, libc::EINVAL),
+        (both | 1 << 4, [0, 0x2_0000, PAGE], &fd, libc::EINVAL),
+        (both | MMAP | FILE_IO, [0, 0x2_0000, PAGE], &fd, libc::EINVAL),
+        (both | MMAP, [0, 0x2_0000, PAGE], &[], libc::EINVAL),
+        (both | FILE_IO, [0, 0x2_0000, PAGE], &[], libc::EINVAL),
+        (both | FILE_IO, [0, 0x2_0000, PAGE], &[pipe.as_raw_fd()], libc::EINVAL),
+        (both, [0, 0x2_0000, PAGE], &[read_only.as_raw_fd()], libc::EACCES),
     ];
-    for (flags, offset, address, size, fds, errno) in wrong {
+    for (flags, [offset, address, size], fds, errno) in wrong {
         let result = client.dma_map(flags, offset, address, size, fds);
         assert_eq!(result, Err(errno), "{flags:#x} {offset:#x} {address:#x} {size:#x} {fds:?}");
     }
