@@ -32,12 +32,12 @@ demo:
 # two processors.
 test:
 	@scripts/setup patched
-	cargo fmt --check
-	cargo clippy --all-targets -- -D warnings
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
 	cargo clippy --test guest -- -D warnings
 	cargo fmt --manifest-path fuzz/Cargo.toml --check
 	cargo clippy --manifest-path fuzz/Cargo.toml --target-dir target -- -D warnings
-	VIOMMU_STRESS_SECONDS=60 cargo test
+	VIOMMU_STRESS_SECONDS=60 cargo test --workspace
 	scripts/fuzz 20
 	RUSTFLAGS='--cfg loom' cargo test --release --target-dir target/loom --lib loom_
 	scripts/prepare-guest stock
@@ -55,7 +55,7 @@ miri:
 # Ten minutes, nearly all of it building. RUSTC_BOOTSTRAP is for -Zsanitizer, whose
 # runtime is part of the stable toolchain.
 asan:
-	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address cargo test --target x86_64-unknown-linux-gnu --target-dir target/asan
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address cargo test --workspace --target x86_64-unknown-linux-gnu --target-dir target/asan
 
 SECONDS ?= 60
 

@@ -6,7 +6,7 @@
 //!
 //! # The house
 //!
-//! * [`wire`]: bytes and types, no I/O: the virtio-iommu requests and the trace records.
+//! * [`viommu_wire`]: bytes and types, no I/O: the virtio-iommu requests and the trace records. A crate of its own.
 //! * [`trace`]: events, the per-thread rings they go into, and the socket that serves them.
 //! * [`iommu`]: the vIOMMU itself: endpoints, domains, address spaces. It knows no socket, no queue and no thread.
 //! * [`dma`]: the one door to guest memory: translate, copy, trace, fault.
@@ -42,4 +42,3 @@ pub mod topology;
 pub mod trace;
 pub mod vfio_user;
 pub mod vhost;
-pub mod wire;

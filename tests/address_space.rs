@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
 use viommu::iommu::address_space::{AddressSpace, Budget, MapError};
 use viommu::iommu::grace::{Grace, Reader};
-use viommu::wire::virtio_iommu::MapFlags;
+use viommu_wire::virtio_iommu::MapFlags;
 
 const PAGE: u64 = 4096;
 

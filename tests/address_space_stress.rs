@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use viommu::iommu::address_space::{AddressSpace, Budget};
 use viommu::iommu::grace::Grace;
-use viommu::wire::virtio_iommu::MapFlags;
+use viommu_wire::virtio_iommu::MapFlags;
 
 const READERS: u64 = 4;
 const PAGES: u64 = 256;

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use viommu::iommu::address_space::{MapError, Mapping, Removed, Splits};
-use viommu::wire::virtio_iommu::MapFlags;
+use viommu_wire::virtio_iommu::MapFlags;
 
 /// An address space for one thread, without a lock: from the first byte of each mapping to its last, its target and
 /// its flags.

@@ -19,7 +19,7 @@ use btree::BTree;
 use criterion::{BenchmarkId, Criterion};
 use viommu::iommu::address_space::{AddressSpace, Budget, Mapping};
 use viommu::iommu::grace::{Grace, Reader};
-use viommu::wire::virtio_iommu::MapFlags;
+use viommu_wire::virtio_iommu::MapFlags;
 
 const RW: MapFlags = MapFlags::READ.union(MapFlags::WRITE);
 const PAGE: u64 = 4096;

@@ -9,7 +9,7 @@ use viommu::iommu::{EndpointSettings, Iommu, Request, Settings};
 use viommu::memory::{Memory, MemoryMap};
 use viommu::pci::{Bus, Interrupts};
 use viommu::trace::Tracer;
-use viommu::wire::virtio_iommu::{Attach, Head, Map, MapFlags, Unmap, request_type};
+use viommu_wire::virtio_iommu::{Attach, Head, Map, MapFlags, Unmap, request_type};
 use zerocopy::IntoBytes;
 
 use crate::{Input, memfd};

@@ -9,8 +9,8 @@ use viommu::iommu::grace::Reader;
 use viommu::iommu::{EndpointSettings, Iommu, Limits, Outcome, Request, Reserved, Settings};
 use viommu::trace::Tracer;
 use viommu::trace::event::Access;
-use viommu::wire::split::{Extent, Link, Range, request_type as split};
-use viommu::wire::virtio_iommu::{
+use viommu_wire::split::{Extent, Link, Range, request_type as split};
+use viommu_wire::virtio_iommu::{
     ATTACH_F_BYPASS, Attach, Detach, Head, Map, MapFlags, ResvMemKind, Status, Unmap, request_type as base,
 };
 use viommu_fuzz::Input;

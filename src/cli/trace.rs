@@ -9,7 +9,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use zerocopy::IntoBytes;
 
 use crate::trace::{self, Choice, Last, ReadError, Reader};
-use crate::wire::trace::{Header, Kind, Record};
+use viommu_wire::trace::{Header, Kind, Record};
 
 /// Print the trace of a running viommu
 ///

@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::domain::Ended;
 use super::request::Request;
 use super::reservation::Reservations;
-use crate::wire::virtio_iommu::Status;
+use viommu_wire::virtio_iommu::Status;
 
 /// Requests of one type.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]

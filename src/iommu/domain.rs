@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use super::address_space::{AddressSpace, PAGE};
 use super::endpoint::Endpoint;
 use super::reservation::Reservations;
-use crate::wire::virtio_iommu::Status;
+use viommu_wire::virtio_iommu::Status;
 
 /// What a reader needs of a domain.
 pub(super) struct Domain {

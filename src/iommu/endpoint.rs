@@ -9,7 +9,7 @@ use super::domain::Domain;
 use super::grace::{Grace, Guard};
 use super::limits::Reserved;
 use crate::trace::event::{Access, Route};
-use crate::wire::virtio_iommu::{FaultReason, MapFlags, ResvMemKind};
+use viommu_wire::virtio_iommu::{FaultReason, MapFlags, ResvMemKind};
 
 /// Where an I/O virtual address leads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

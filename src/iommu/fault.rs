@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};
 
 use crate::trace::event::Access;
-use crate::wire::virtio_iommu::{FaultFlags, FaultReason, FaultRecord};
+use viommu_wire::virtio_iommu::{FaultFlags, FaultReason, FaultRecord};
 
 /// An access that was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,6 +1,6 @@
 //! What the device offers and how much it may take.
 
-use crate::wire::virtio_iommu::{ProbeResvMem, ResvMemKind};
+use viommu_wire::virtio_iommu::{ProbeResvMem, ResvMemKind};
 
 /// Bytes of properties in a PROBE request, unless an endpoint has more regions than fit.
 const PROBE_SIZE_MIN: usize = 512;

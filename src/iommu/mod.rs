@@ -33,8 +33,8 @@ pub use request::{NotARequest, Outcome, Request};
 use reservation::Reservations;
 
 use crate::trace::{Event, Tracer};
-use crate::wire::split::F_SPLIT_MAP;
-use crate::wire::virtio_iommu::{Config, FaultRecord, feature};
+use viommu_wire::split::F_SPLIT_MAP;
+use viommu_wire::virtio_iommu::{Config, FaultRecord, feature};
 
 /// The device, without its transport.
 pub struct Iommu {

@@ -5,8 +5,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 use super::address_space::MapError;
 use super::{Iommu, split};
 use crate::trace::Event;
-use crate::wire::split::{EXTENTS_MAX, Extent, F_SPLIT_MAP, Link, Range, request_type as split_type};
-use crate::wire::virtio_iommu::{
+use viommu_wire::split::{EXTENTS_MAX, Extent, F_SPLIT_MAP, Link, Range, request_type as split_type};
+use viommu_wire::virtio_iommu::{
     ATTACH_F_BYPASS, Attach, Detach, Map, MapFlags, PROBE_T_RESV_MEM, Probe, ProbeResvMem, Status, Tail, Unmap,
     feature, request_type,
 };

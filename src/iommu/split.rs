@@ -8,8 +8,8 @@ use super::domain::{Domains, Entry};
 use super::request::{Outcome, require};
 use super::reservation::{NoMemory, Reservations};
 use crate::trace::Event;
-use crate::wire::split::{EXTENTS_MAX, Extent, Link, Range, request_type};
-use crate::wire::virtio_iommu::Status;
+use viommu_wire::split::{EXTENTS_MAX, Extent, Link, Range, request_type};
+use viommu_wire::virtio_iommu::Status;
 
 /// Granules that the request linked or unlinked; or the status that says why it did not.
 type Granules = Result<u64, Status>;

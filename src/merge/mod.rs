@@ -12,7 +12,7 @@ use lines::{GuestLine, HostLine, Lines};
 use spans::{GuestEvent, HostSpans, guest_spans};
 use tie::Tied;
 
-use crate::wire::trace::VERSION;
+use viommu_wire::trace::VERSION;
 
 /// The version of the guest's lines that is read.
 pub const GUEST_VERSION: u32 = 1;

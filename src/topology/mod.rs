@@ -23,7 +23,7 @@ pub use size::Size;
 use slots::Slots;
 
 use crate::iommu::{EndpointSettings, Limits, Reserved, Settings};
-use crate::wire::virtio_iommu::ResvMemKind;
+use viommu_wire::virtio_iommu::ResvMemKind;
 
 /// The window of x86 message-signalled interrupts: an endpoint's writes there are interrupts.
 const X86_MSI: Reserved = Reserved { kind: ResvMemKind::Msi, start: 0xfee0_0000, end: 0xfeef_ffff };

@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::{Address, Endpoint, Topology};
 use crate::vhost::{QUEUE_SIZE, QUEUES};
-use crate::wire::virtio_iommu::{Config, DEVICE_ID};
+use viommu_wire::virtio_iommu::{Config, DEVICE_ID};
 
 /// Where a topology's sockets and tables are.
 #[derive(Clone, Debug)]

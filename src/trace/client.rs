@@ -12,7 +12,7 @@ use crate::trace::backlog::Backlog;
 use crate::trace::event::{Event, LossPlace};
 use crate::trace::fields;
 use crate::trace::filter::{Choice, Filter, Format, Last, hello, refusal};
-use crate::wire::trace::{Header, Kind, Record};
+use viommu_wire::trace::{Header, Kind, Record};
 
 /// A client that has sent nothing for so long gets the default.
 const GRACE: Duration = Duration::from_millis(100);

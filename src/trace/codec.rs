@@ -1,9 +1,9 @@
 //! Events to records and back. `docs/trace.md` describes the same layout for readers.
 
 use crate::trace::event::{Access, Answer, Channel, DataPointer, Event, LossPlace, Model, ResetKind, Route};
-use crate::wire::split::request_type::is_split;
-use crate::wire::trace::{Kind, NO_ENDPOINT, Record};
-use crate::wire::virtio_iommu::request_type;
+use viommu_wire::split::request_type::is_split;
+use viommu_wire::trace::{Kind, NO_ENDPOINT, Record};
+use viommu_wire::virtio_iommu::request_type;
 
 /// In [`Record::small`] beside another value: see the kinds that use it.
 const FLAG_FAILED: u8 = 1 << 7;

@@ -8,7 +8,7 @@ use crate::trace::Event;
 use crate::trace::event::LossPlace;
 use crate::trace::ring::Consumer;
 use crate::trace::tracer::{Lane, Shared, WORDS, now_ns};
-use crate::wire::trace::Record;
+use viommu_wire::trace::Record;
 
 /// Which word of a record is its sequence number.
 const SEQ_WORD: usize = std::mem::offset_of!(Record, seq) / 8;
@@ -143,7 +143,7 @@ fn number(ring: &Consumer<WORDS>) -> Option<u64> {
 mod tests {
     use super::*;
     use crate::trace::Tracer;
-    use crate::wire::trace::Kind;
+    use viommu_wire::trace::Kind;
 
     fn all(collector: &mut Collector) -> Vec<Record> {
         let mut records = Vec::new();

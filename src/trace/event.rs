@@ -1,4 +1,4 @@
-//! What can happen, typed. Each variant packs into one [`crate::wire::trace::Record`]; `codec` says how.
+//! What can happen, typed. Each variant packs into one [`viommu_wire::trace::Record`]; `codec` says how.
 
 use std::time::Duration;
 

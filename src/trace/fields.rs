@@ -4,9 +4,9 @@ use std::io::Write;
 
 use crate::trace::event::{DataPointer, Event, Model};
 use crate::trace::{CodecError, names};
-use crate::wire::split::request_type as split_type;
-use crate::wire::trace::Record;
-use crate::wire::virtio_iommu::request_type;
+use viommu_wire::split::request_type as split_type;
+use viommu_wire::trace::Record;
+use viommu_wire::virtio_iommu::request_type;
 
 /// Takes the fields of an event in their order.
 trait Fields {

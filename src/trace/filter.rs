@@ -5,7 +5,7 @@ use std::fmt::Write;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::wire::trace::{Header, Kind, NO_ENDPOINT, Record, VERSION};
+use viommu_wire::trace::{Header, Kind, NO_ENDPOINT, Record, VERSION};
 
 /// How a client gets events.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

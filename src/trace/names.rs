@@ -3,8 +3,8 @@
 use std::borrow::Cow;
 
 use crate::trace::event::Model;
-use crate::wire::split::{F_SPLIT_MAP, request_type as split_type};
-use crate::wire::virtio_iommu::{ATTACH_F_BYPASS, FaultReason, MapFlags, Status, feature, request_type};
+use viommu_wire::split::{F_SPLIT_MAP, request_type as split_type};
+use viommu_wire::virtio_iommu::{ATTACH_F_BYPASS, FaultReason, MapFlags, Status, feature, request_type};
 
 /// A spelled number, or the number in hexadecimal where the specification has no name for it.
 type Name = Cow<'static, str>;

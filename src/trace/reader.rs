@@ -10,7 +10,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use crate::socket::{self, SocketError};
 use crate::trace::filter::{Choice, Format};
-use crate::wire::trace::{Header, MAGIC, Record, VERSION};
+use viommu_wire::trace::{Header, MAGIC, Record, VERSION};
 
 /// Why a trace cannot be read.
 #[derive(Debug, thiserror::Error)]

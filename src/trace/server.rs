@@ -15,7 +15,7 @@ use crate::trace::client::{Client, Progress};
 use crate::trace::collector::{Collector, Drained};
 use crate::trace::filter::Filter;
 use crate::trace::tracer::{Shared, now_ns, realtime_ns};
-use crate::wire::trace::{Header, MAGIC, Record, VERSION};
+use viommu_wire::trace::{Header, MAGIC, Record, VERSION};
 
 /// How long events may wait in the rings while clients watch and there is traffic.
 const TICK: Duration = Duration::from_millis(2);

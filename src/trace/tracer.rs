@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::trace::Event;
 use crate::trace::event::LossPlace;
 use crate::trace::ring::{Consumer, Producer, Sequence, ring};
-use crate::wire::trace::Kind;
+use viommu_wire::trace::Kind;
 
 /// 64-bit words of a record.
 pub const WORDS: usize = 8;

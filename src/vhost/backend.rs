@@ -22,7 +22,7 @@ use super::table::{Table, TableError};
 use super::{EVENTS, Memory, QUEUES, REQUESTS, Shared, config};
 use crate::trace::Event;
 use crate::trace::event::Channel;
-use crate::wire::trace::NO_ENDPOINT;
+use viommu_wire::trace::NO_ENDPOINT;
 
 /// The largest virtqueue that the device takes, for a QEMU that is told another size than [`super::QUEUE_SIZE`].
 const QUEUE_SIZE_MAX: usize = 1024;

@@ -6,7 +6,7 @@ use zerocopy::IntoBytes;
 
 use crate::iommu::Iommu;
 use crate::trace::{Event, Tracer};
-use crate::wire::virtio_iommu::CONFIG_BYPASS_OFFSET;
+use viommu_wire::virtio_iommu::CONFIG_BYPASS_OFFSET;
 
 /// Reads `size` bytes at `offset`; empty, which the frontend takes for an error, if they are not all in the
 /// configuration.

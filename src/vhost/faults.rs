@@ -9,7 +9,7 @@ use super::EVENTS;
 use super::backend::{Backend, Worker, is_served};
 use super::queue::{self, BadChain, Buffers, Popped};
 use super::ring::Ring;
-use crate::wire::virtio_iommu::FaultRecord;
+use viommu_wire::virtio_iommu::FaultRecord;
 
 impl Backend {
     /// Moves faults into the event queue's buffers, as far as there are any. What is left waits for the next wake.

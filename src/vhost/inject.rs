@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use crate::trace::event::Answer;
 use crate::trace::{Event, Tracer};
-use crate::wire::split::request_type as split_type;
-use crate::wire::virtio_iommu::{Status, request_type};
+use viommu_wire::split::request_type as split_type;
+use viommu_wire::virtio_iommu::{Status, request_type};
 
 /// Which requests of a type are not answered as they should be, and what happens instead. As text
 /// `REQUEST=ANSWER[:KEY=NUMBER]...`, for example `link=nomem:after=100:every=3`.

@@ -14,7 +14,7 @@ use super::queue::{self, BadChain, Popped};
 use super::ring::Ring;
 use crate::iommu::{NotARequest, Request};
 use crate::trace::Event;
-use crate::wire::virtio_iommu::Tail;
+use viommu_wire::virtio_iommu::Tail;
 
 /// Requests that are answered together: one grace period, and one notification at most, for all of them.
 const BATCH_MAX: usize = 256;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 use viommu::trace::{self, Choice, Event, Options, Reader, TraceHandle, Tracer};
-use viommu::wire::trace::Kind;
+use viommu_wire::trace::Kind;
 
 /// A client of a trace from its begin to its end.
 pub struct Recorder {

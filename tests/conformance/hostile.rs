@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use vhost::{VhostBackend, VringConfigData};
 use viommu::iommu::Limits;
-use viommu::wire::virtio_iommu::request_type;
+use viommu_wire::virtio_iommu::request_type;
 
 use crate::common::frontend::*;
 

@@ -9,7 +9,7 @@ use viommu::iommu::{Iommu, Settings};
 use viommu::socket::SocketError;
 use viommu::trace::Tracer;
 use viommu::vhost::{Server, ServerError};
-use viommu::wire::trace::Kind;
+use viommu_wire::trace::Kind;
 
 use crate::common::frontend::*;
 use crate::common::trace::Recorder;

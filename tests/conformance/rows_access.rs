@@ -3,7 +3,7 @@
 use viommu::dma::DmaError;
 use viommu::iommu::Limits;
 use viommu::trace::event::Access;
-use viommu::wire::virtio_iommu::*;
+use viommu_wire::virtio_iommu::*;
 use zerocopy::FromBytes;
 
 use crate::common::accesses::*;

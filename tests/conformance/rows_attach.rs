@@ -1,7 +1,7 @@
 //! Rows 13 to 24: ATTACH and DETACH.
 
 use viommu::iommu::Limits;
-use viommu::wire::virtio_iommu::*;
+use viommu_wire::virtio_iommu::*;
 
 use zerocopy::little_endian::U32;
 

@@ -3,7 +3,7 @@
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserConfigFlags;
 use viommu::iommu::Limits;
-use viommu::wire::virtio_iommu::*;
+use viommu_wire::virtio_iommu::*;
 
 use zerocopy::little_endian::{U32, U64};
 
@@ -19,7 +19,7 @@ fn row_01_features() {
         | feature::PROBE
         | feature::MMIO
         | feature::BYPASS_CONFIG
-        | viommu::wire::split::F_SPLIT_MAP
+        | viommu_wire::split::F_SPLIT_MAP
         | VERSION_1
         | EVENT_IDX
         | INDIRECT

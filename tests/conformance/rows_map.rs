@@ -1,7 +1,7 @@
 //! Rows 25 to 40: MAP and UNMAP.
 
 use viommu::iommu::Limits;
-use viommu::wire::virtio_iommu::*;
+use viommu_wire::virtio_iommu::*;
 
 use zerocopy::little_endian::U64;
 

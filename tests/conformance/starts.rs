@@ -6,7 +6,7 @@ use std::thread;
 
 use viommu::trace::Event;
 use viommu::trace::event::ResetKind;
-use viommu::wire::trace::Kind;
+use viommu_wire::trace::Kind;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::common::frontend::*;

@@ -3,7 +3,7 @@
 use viommu::iommu::{Limits, Settings};
 use viommu::trace::Event;
 use viommu::trace::event::{Channel, ResetKind};
-use viommu::wire::virtio_iommu::{FaultReason, MapFlags, Status, request_type};
+use viommu_wire::virtio_iommu::{FaultReason, MapFlags, Status, request_type};
 
 use crate::common::frontend::*;
 use crate::common::trace::Recorder;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use viommu::trace::event::Channel;
 use viommu::trace::{Choice, Event, Reader};
-use viommu::wire::trace::Kind;
+use viommu_wire::trace::Kind;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::common::frontend::{Driver, EP2, OK, REQUESTS};

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 use viommu::trace::{Choice, Event, Reader};
-use viommu::wire::trace::Kind;
+use viommu_wire::trace::Kind;
 
 use crate::harness::{Guest, Outcome, Running};
 

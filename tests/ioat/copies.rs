@@ -1,7 +1,7 @@
 //! What drivers look for, and what they have copied.
 
 use vfio_bindings::bindings::vfio::*;
-use viommu::wire::virtio_iommu::*;
+use viommu_wire::virtio_iommu::*;
 
 use crate::common::engine::*;
 use crate::setup::*;

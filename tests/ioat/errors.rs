@@ -1,7 +1,7 @@
 //! What cannot be done halts the channel and says why.
 
 use vfio_bindings::bindings::vfio::*;
-use viommu::wire::virtio_iommu::*;
+use viommu_wire::virtio_iommu::*;
 
 use crate::common::engine::*;
 use crate::setup::*;

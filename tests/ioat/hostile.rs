@@ -1,7 +1,7 @@
 //! Software that does what none should: whatever it writes, the engine lives, and is whole after a reset.
 
 use viommu::trace;
-use viommu::wire::trace::Kind;
+use viommu_wire::trace::Kind;
 
 use crate::common::engine::*;
 use crate::setup::*;

@@ -10,7 +10,7 @@ use viommu::devices::ioat::Ioat;
 use viommu::iommu::Request;
 use viommu::pci::{Bus, Function};
 use viommu::trace::Tracer;
-use viommu::wire::virtio_iommu::*;
+use viommu_wire::virtio_iommu::*;
 use vmm_sys_util::eventfd::EventFd;
 use zerocopy::{Immutable, IntoBytes};
 

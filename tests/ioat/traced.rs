@@ -2,8 +2,8 @@
 
 use viommu::trace::Event;
 use viommu::trace::event::{Access, DataPointer, Model, Route};
-use viommu::wire::trace::Kind;
-use viommu::wire::virtio_iommu::*;
+use viommu_wire::trace::Kind;
+use viommu_wire::virtio_iommu::*;
 
 use crate::common::engine::*;
 use crate::common::trace::Recorder;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use viommu::devices::nvme::Counters;
 use viommu::trace;
-use viommu::wire::trace::Kind;
+use viommu_wire::trace::Kind;
 
 use crate::READ;
 use crate::common::nvme::{CC_ENABLED, Driver, PAGE, RAM, Setup, io, pattern};

@@ -3,8 +3,8 @@
 use viommu::iommu::Request;
 use viommu::trace::Event;
 use viommu::trace::event::{Access, Channel, DataPointer, Model, ResetKind, Route};
-use viommu::wire::trace::Kind;
-use viommu::wire::virtio_iommu::{Attach, Head, Map, MapFlags, Status, request_type};
+use viommu_wire::trace::Kind;
+use viommu_wire::virtio_iommu::{Attach, Head, Map, MapFlags, Status, request_type};
 use zerocopy::IntoBytes;
 
 use crate::common::nvme::{CC_ENABLED, ENDPOINT, FOLDERS, PAGE, RAM, Setup, Sqe, io};

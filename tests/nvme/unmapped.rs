@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use viommu::iommu::{Iommu, Request};
-use viommu::wire::virtio_iommu::Status;
+use viommu_wire::virtio_iommu::Status;
 
 use crate::common::frontend::{IntoBytesRequest, READ as MAP_READ, WRITE as MAP_WRITE, attach, map, unmap};
 use crate::common::nvme::{Driver, ENDPOINT, PAGE, Setup, Sqe, io};

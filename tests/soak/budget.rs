@@ -1,7 +1,7 @@
 //! Reservations and tables up to the budget, again and again: the same number each time, and all of it comes back.
 
 use viommu::iommu::Limits;
-use viommu::wire::split::request_type::*;
+use viommu_wire::split::request_type::*;
 
 use crate::common::frontend::*;
 use crate::daemon::amount;

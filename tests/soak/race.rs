@@ -10,7 +10,7 @@ use crate::common::frontend::{Driver, EVENTS, OK, Part, RAM, READ, REQUESTS, WRI
 use crate::common::nvme::{self, io};
 use crate::daemon::*;
 use crate::requests::{link_bytes, range};
-use viommu::wire::split::request_type::*;
+use viommu_wire::split::request_type::*;
 
 const PAGE: u64 = 4096;
 const DOMAIN: u32 = 1;

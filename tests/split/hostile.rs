@@ -1,8 +1,8 @@
 //! Drivers that do what none should, and drivers without the feature.
 
 use vhost::VhostBackend;
-use viommu::wire::split::*;
-use viommu::wire::virtio_iommu::{Head, feature};
+use viommu_wire::split::*;
+use viommu_wire::virtio_iommu::{Head, feature};
 
 use crate::common::frontend::*;
 use crate::requests::*;

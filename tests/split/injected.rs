@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use viommu::trace::Event;
 use viommu::trace::event::Answer;
-use viommu::wire::split::request_type;
+use viommu_wire::split::request_type;
 
 use crate::common::frontend::*;
 use crate::requests::*;

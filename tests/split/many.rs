@@ -6,8 +6,8 @@ use std::thread;
 use std::time::Instant;
 
 use viommu::iommu::Request;
-use viommu::wire::split::request_type;
-use viommu::wire::virtio_iommu::Status;
+use viommu_wire::split::request_type;
+use viommu_wire::virtio_iommu::Status;
 
 use crate::common::frontend::*;
 use crate::requests::*;

@@ -10,8 +10,8 @@ use viommu::iommu::grace::Reader;
 use viommu::iommu::{Endpoint, EndpointSettings, Iommu, Request, Settings};
 use viommu::trace::Tracer;
 use viommu::trace::event::Access;
-use viommu::wire::split::request_type::*;
-use viommu::wire::virtio_iommu::Status;
+use viommu_wire::split::request_type::*;
+use viommu_wire::virtio_iommu::Status;
 
 use crate::common::frontend::{EP, IntoBytesRequest, READ, WRITE, attach, map, unmap};
 use crate::requests::{PAGE, link_bytes, range};

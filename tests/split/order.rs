@@ -1,7 +1,7 @@
 //! Which rule comes first where several are broken, and in which order requests are answered.
 
 use viommu::iommu::Limits;
-use viommu::wire::split::*;
+use viommu_wire::split::*;
 
 use crate::common::frontend::*;
 use crate::requests::*;

@@ -1,7 +1,7 @@
 //! The protocol's requests, as a driver makes them.
 
-use viommu::wire::split::*;
-use viommu::wire::virtio_iommu::Head;
+use viommu_wire::split::*;
+use viommu_wire::virtio_iommu::Head;
 use zerocopy::IntoBytes;
 
 use crate::common::frontend::*;

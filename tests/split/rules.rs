@@ -3,8 +3,8 @@
 use viommu::dma::DmaError;
 use viommu::iommu::Limits;
 use viommu::trace::event::Access;
-use viommu::wire::split::*;
-use viommu::wire::virtio_iommu::{FaultReason, MapFlags, feature};
+use viommu_wire::split::*;
+use viommu_wire::virtio_iommu::{FaultReason, MapFlags, feature};
 
 use crate::common::accesses::*;
 use crate::common::frontend::*;

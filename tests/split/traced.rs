@@ -3,7 +3,7 @@
 use viommu::dma::Door;
 use viommu::trace::event::{Access, Route};
 use viommu::trace::{Event, Tracer};
-use viommu::wire::split::*;
+use viommu_wire::split::*;
 
 use crate::common::frontend::*;
 use crate::common::trace::Recorder;

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use viommu::trace::event::{Access, Route};
 use viommu::trace::{Choice, Event, Last, Options, ReadError, Reader};
-use viommu::wire::trace::{Kind, Record};
+use viommu_wire::trace::{Kind, Record};
 
 use crate::fixture::*;
 

@@ -2,7 +2,7 @@
 
 use viommu::trace::event::{Access, Answer, Channel, DataPointer, LossPlace, Model, ResetKind, Route};
 use viommu::trace::{self, Event};
-use viommu::wire::trace::Kind;
+use viommu_wire::trace::Kind;
 
 /// One event of each sort that `docs/trace.md` shows, in its order.
 fn documented() -> Vec<Event> {

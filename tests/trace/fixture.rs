@@ -10,7 +10,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 use viommu::trace::event::LossPlace;
 use viommu::trace::{self, Choice, Counters, Event, Options, Reader, TraceHandle, Tracer};
-use viommu::wire::trace::Record;
+use viommu_wire::trace::Record;
 
 /// How long anything may take: only a hang takes longer.
 pub const PATIENCE: Duration = Duration::from_secs(60);

@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use viommu::trace::{Choice, Counters, Event, Options};
-use viommu::wire::trace::Kind;
+use viommu_wire::trace::Kind;
 
 use crate::fixture::*;
 

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use viommu::socket::SocketError;
 use viommu::trace::{self, Choice, Event, Options, ReadError, Reader, StartError, Tracer};
-use viommu::wire::trace::Kind;
+use viommu_wire::trace::Kind;
 
 use crate::fixture::*;
 

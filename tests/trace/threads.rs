@@ -5,7 +5,7 @@ use std::sync::Barrier;
 use std::thread;
 
 use viommu::trace::{Choice, Event};
-use viommu::wire::trace::Kind;
+use viommu_wire::trace::Kind;
 
 use crate::fixture::*;
 

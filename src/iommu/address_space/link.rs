@@ -6,7 +6,7 @@
 use super::budget::Budget;
 use super::node::{Entry, ROOT_LEVEL, Root, Slot, Tagged, page_number, pieces, root_slot, span};
 use super::writer::{Obstacle, Unlinked, Writer, add_live};
-use crate::wire::virtio_iommu::MapFlags;
+use viommu_wire::virtio_iommu::MapFlags;
 
 /// Pages that lie one behind the other in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

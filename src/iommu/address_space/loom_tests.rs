@@ -13,7 +13,7 @@ use loom::thread;
 
 use super::{AddressSpace, Budget, Mapping, Run};
 use crate::iommu::grace::{Grace, Reader};
-use crate::wire::virtio_iommu::MapFlags;
+use viommu_wire::virtio_iommu::MapFlags;
 
 const PAGE: u64 = 4096;
 

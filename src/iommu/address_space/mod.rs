@@ -26,7 +26,7 @@ use self::node::{Root, Slot, span};
 use self::writer::{Obstacle, Request, Unlinked, Writer, find};
 use super::grace::{Grace, Guard};
 use super::sync::{Mutex, Padded, lock};
-use crate::wire::virtio_iommu::MapFlags;
+use viommu_wire::virtio_iommu::MapFlags;
 
 /// Bytes of a page: the smallest thing that is mapped.
 pub const PAGE: u64 = 1 << node::PAGE_SHIFT;

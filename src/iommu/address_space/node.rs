@@ -20,7 +20,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::Ordering::{Acquire, Release};
 
 use crate::iommu::sync::AtomicU64;
-use crate::wire::virtio_iommu::MapFlags;
+use viommu_wire::virtio_iommu::MapFlags;
 
 /// The smallest mapping is 4 KiB.
 pub(super) const PAGE_SHIFT: u32 = 12;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::node::node_bytes;
 use super::{AddressSpace, Budget, MapError, Mapping, Removed, Run, Splits};
 use crate::iommu::grace::Grace;
-use crate::wire::virtio_iommu::MapFlags;
+use viommu_wire::virtio_iommu::MapFlags;
 
 const PAGE: u64 = 4096;
 /// What a table without tags is charged.

@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use super::budget::Budget;
 use super::node::{Entry, LAST_ADDRESS, Node, ROOT_LEVEL, Root, Slot, page_number, pieces, root_slot, span};
 use super::{MapError, Splits};
-use crate::wire::virtio_iommu::MapFlags;
+use viommu_wire::virtio_iommu::MapFlags;
 
 /// How many idle tables an address space keeps.
 const IDLE_MAX: usize = if cfg!(loom) { 0 } else { 32 };

@@ -20,7 +20,7 @@ use viommu::iommu::{EndpointSettings, Iommu, Reserved, Settings};
 use viommu::memory::{Memory, MemoryMap};
 use viommu::trace::Tracer;
 use viommu::vhost::{Control, Server, Shutdown};
-use viommu::wire::virtio_iommu::*;
+use viommu_wire::virtio_iommu::*;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use zerocopy::{FromBytes, IntoBytes};
 

@@ -1,6 +1,6 @@
 //! Requests as a driver makes them, and their answers.
 
-use viommu::wire::virtio_iommu::*;
+use viommu_wire::virtio_iommu::*;
 use zerocopy::IntoBytes;
 
 pub const READ: u32 = MapFlags::READ.bits();

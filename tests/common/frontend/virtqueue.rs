@@ -5,7 +5,7 @@ use std::sync::atomic::{Ordering, fence};
 use std::thread;
 use std::time::Instant;
 
-use viommu::wire::virtio_iommu::Tail;
+use viommu_wire::virtio_iommu::Tail;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use zerocopy::FromBytes;
 
