@@ -9,11 +9,11 @@ use viommu::iommu::grace::Reader;
 use viommu::iommu::{EndpointSettings, Iommu, Limits, Outcome, Request, Reserved, Settings};
 use viommu::trace::Tracer;
 use viommu::trace::event::Access;
+use viommu_fuzz::Input;
 use viommu_wire::split::{Extent, Link, Range, request_type as split};
 use viommu_wire::virtio_iommu::{
     ATTACH_F_BYPASS, Attach, Detach, Head, Map, MapFlags, ResvMemKind, Status, Unmap, request_type as base,
 };
-use viommu_fuzz::Input;
 use zerocopy::IntoBytes;
 
 const PAGE: u64 = 4096;
