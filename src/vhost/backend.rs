@@ -19,7 +19,7 @@ use super::queue::{self, Buffers};
 use super::requests::Answer;
 use super::ring::Ring;
 use super::table::{Table, TableError};
-use super::{EVENTS, Memory, QUEUES, REQUESTS, Shared, config};
+use super::{Memory, QUEUES, REQUESTS, Shared, config};
 use crate::trace::Event;
 use crate::trace::event::Channel;
 use viommu_wire::trace::NO_ENDPOINT;
@@ -188,9 +188,9 @@ impl Backend {
             }
         }
         if usize::from(event) == REQUESTS || self.left.swap(false, Ordering::AcqRel) {
-            self.serve_requests(worker, &rings[REQUESTS], &memory);
+            self.serve_requests(worker, rings, &memory);
         }
-        self.deliver_faults(worker, &rings[EVENTS], &memory);
+        self.deliver_faults(worker, rings, &memory);
     }
 
     /// A queue was started. Returns where, and whether it can be used.
@@ -205,8 +205,8 @@ impl Backend {
         }
         let valid = ring.has_size() && queue.is_valid(memory) && !self.table.is_lost();
         self.shared.queue_started(index, base);
-        drop(state);
         self.shared.tracer.emit(Event::Queue { queue: index as u8, started: true, index: base, size });
+        drop(state);
         if !valid {
             self.distrust(index);
         }

@@ -13,10 +13,16 @@ use viommu_wire::virtio_iommu::FaultRecord;
 
 impl Backend {
     /// Moves faults into the event queue's buffers, as far as there are any. What is left waits for the next wake.
-    pub(super) fn deliver_faults(&self, worker: &mut Worker, ring: &Ring, memory: &GuestMemoryMmap) {
+    pub(super) fn deliver_faults(&self, worker: &mut Worker, rings: &[Ring], memory: &GuestMemoryMmap) {
+        let ring = &rings[EVENTS];
         let mut state = ring.get_mut();
         if !is_served(&state) || !worker.sound[EVENTS] {
             return;
+        }
+        // What a start means comes first: a reset drops the faults.
+        if rings.iter().any(Ring::is_starting) {
+            drop(state);
+            return self.leave_requests();
         }
         worker.sound[EVENTS] = self.contained(|| self.serve_faults(worker, &mut state, memory));
         if !worker.sound[EVENTS] {

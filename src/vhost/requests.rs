@@ -37,7 +37,8 @@ pub(super) struct Answer {
 
 impl Backend {
     /// Answers what is in the request queue, batch by batch.
-    pub(super) fn serve_requests(&self, worker: &mut Worker, ring: &Ring, memory: &GuestMemoryMmap) {
+    pub(super) fn serve_requests(&self, worker: &mut Worker, rings: &[Ring], memory: &GuestMemoryMmap) {
+        let ring = &rings[REQUESTS];
         let begun = Instant::now();
         for round in 0..ROUNDS_MAX {
             if round > 0 && begun.elapsed() >= TURN {
@@ -45,7 +46,14 @@ impl Backend {
             }
             // Held for a batch: who stops the queue waits for the batch, and so reads the right index.
             let mut state = ring.get_mut();
-            if !is_served(&state) || !worker.sound[REQUESTS] || worker.silent {
+            if !is_served(&state) {
+                return;
+            }
+            // What a start means comes first: it may be a reset, which would drop what is done here.
+            if rings.iter().any(Ring::is_starting) {
+                break;
+            }
+            if !worker.sound[REQUESTS] || worker.silent {
                 return;
             }
             worker.sound[REQUESTS] = self.contained(|| self.serve_batch(worker, &mut state, memory));

@@ -48,6 +48,11 @@ impl Ring {
         self.watch.started.swap(false, Ordering::AcqRel)
     }
 
+    /// Whether the queue was started, and nobody has taken that yet.
+    pub(super) fn is_starting(&self) -> bool {
+        self.watch.started.load(Ordering::Acquire)
+    }
+
     /// Whether the driver kicked the queue since the last call. Enabling a queue wakes the worker too, which is no kick.
     pub(super) fn take_kicked(&self) -> bool {
         self.watch.kicked.swap(false, Ordering::AcqRel)
@@ -230,7 +235,9 @@ impl VringT<Memory> for Ring {
 
     fn set_queue_ready(&self, ready: bool) {
         let _turn = self.turn();
-        self.inner.set_queue_ready(ready);
+        // Both with the queue locked, so that whoever finds it ready knows whether its start was seen.
+        let mut state = self.inner.get_mut();
+        state.get_queue_mut().set_ready(ready);
         self.watch.started.store(ready, Ordering::Release);
     }
 

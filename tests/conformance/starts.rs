@@ -26,6 +26,15 @@ impl Numbers {
     }
 }
 
+/// Says that it is over when it is dropped.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Kicks without a pause until `done`.
 fn kick(kicks: &[EventFd], done: &AtomicBool) {
     while !done.load(Ordering::Relaxed) {
@@ -76,6 +85,8 @@ fn a_queue_that_is_stopped_while_its_start_is_seen_is_known_to_be_stopped() {
         let kicks: Vec<_> = driver.queues.iter().map(|queue| queue.kick.try_clone().unwrap()).collect();
         let done = AtomicBool::new(false);
         thread::scope(|scope| {
+            // Also if this thread panics, or the other would go on for ever.
+            let _end = Ends(&done);
             scope.spawn(|| kick(&kicks, &done));
             for _ in 0..numbers.below(4) {
                 driver.resume_queues(stopped);
@@ -88,7 +99,6 @@ fn a_queue_that_is_stopped_while_its_start_is_seen_is_known_to_be_stopped() {
             assert_eq!(used, head);
             let expected = if reset { INVAL } else { OK };
             assert_eq!(driver.collect(len, &writable).status(), expected, "round {round}, reset: {reset}");
-            done.store(true, Ordering::Relaxed);
         });
         answered += 1;
     }
