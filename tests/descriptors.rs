@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Mutex;
 use std::sync::mpsc::{self, Sender};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ::vhost::VhostBackend;
 use ::vhost::vhost_user::Frontend;
@@ -101,7 +101,9 @@ fn who_connects_while_there_are_no_descriptors_is_served_when_there_are() {
     let device = thread::spawn(move || device.run());
     // Each tries, and tries again.
     let (mut connections, mut frontends) = (0, 0);
+    let begun = Instant::now();
     while connections < 3 || frontends < 3 {
+        assert!(begun.elapsed() < PATIENCE, "{connections} and {frontends} of 3 tries were told");
         let said = logged.recv_timeout(PATIENCE).unwrap();
         connections += u32::from(said.contains("The connection on"));
         frontends += u32::from(said.contains("The vhost-user connection ended"));

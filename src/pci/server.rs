@@ -88,17 +88,15 @@ impl Server {
         on_device_reset: impl Fn(),
     ) -> io::Result<()> {
         while socket::wait_readable(self.socket.listener().as_raw_fd(), shutdown.as_raw_fd())? {
-            let mut stream = match self.socket.listener().accept() {
-                Ok((stream, _)) => stream,
-                Err(error) => {
-                    log::warn!("Cannot accept a connection on {}: {error}", self.path().display());
+            let connection = self.socket.listener().accept();
+            let is_accepted = connection.is_ok();
+            let served = connection.and_then(|(mut stream, _)| serve_one(&mut stream, slot, &make, &on_device_reset));
+            if let Err(error) = served {
+                log::warn!("The connection on {} ended: {error}", self.path().display());
+                if !is_accepted {
                     // For want of descriptors: some may be free soon.
                     std::thread::sleep(RETRY);
-                    continue;
                 }
-            };
-            if let Err(error) = serve_one(&mut stream, slot, &make, &on_device_reset) {
-                log::warn!("The connection on {} ended: {error}", self.path().display());
             }
         }
         Ok(())
