@@ -7,6 +7,7 @@ mod common;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
+use common::Ends;
 use common::frontend::*;
 use viommu::duty::Duty;
 
@@ -150,12 +151,13 @@ fn no_request_is_left_and_no_kick_told_twice_while_the_queue_changes_hands() {
                 }
                 served
             });
+            let end = Ends(&done);
             for page in 0..TURNS * TURN {
                 let (writable, kicked) = send(&mut driver, page);
                 kicks += u64::from(kicked);
                 assert_eq!(answer(&mut driver, &writable), OK);
             }
-            done.store(true, Ordering::Relaxed);
+            drop(end);
             assert_ne!(other.join().unwrap(), 0);
         });
         assert_eq!(device.iommu.counters().map.total, TURNS * TURN);
@@ -226,12 +228,13 @@ fn a_frontend_that_leaves_while_its_queue_is_taken_leaves_it_to_the_next() {
                 control.look();
             }
         });
+        let end = Ends(&done);
         drop(driver);
         let mut next = Driver::new(&device);
         for _ in 0..100 {
             assert_eq!(next.attach(1, EP), OK);
         }
-        done.store(true, Ordering::Relaxed);
+        drop(end);
         looking.join().unwrap();
         control.give_back();
         assert_eq!(next.attach(1, EP), OK);

@@ -17,7 +17,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::frontend::*;
-use common::memfd;
+use common::{Ends, memfd};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
@@ -91,6 +91,7 @@ fn accesses_go_on_while_files_are_cut_short_and_regions_come_and_go() {
                 }
             });
         }
+        let _end = Ends(&stop);
         for _ in 0..300 {
             let file = memfd(16 * PAGE);
             map_file(&mut map, 0, 16 * PAGE, &file);
@@ -99,7 +100,6 @@ fn accesses_go_on_while_files_are_cut_short_and_regions_come_and_go() {
             thread::yield_now();
             map.unmap(0, 16 * PAGE).unwrap();
         }
-        stop.store(true, Ordering::Relaxed);
     });
     assert!(failed.load(Ordering::Relaxed));
 }

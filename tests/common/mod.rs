@@ -13,6 +13,30 @@ pub mod vfio;
 
 use std::fs::File;
 use std::os::fd::FromRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Sets what another thread looks at to end, when it is dropped: also if the thread that has it panics, since a scope waits
+/// for the other one before it lets the panic be told.
+pub struct Ends<'a>(pub &'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
+/// Numbers that look like random ones; the first of them must not be 0.
+pub struct Numbers(pub u64);
+
+impl Numbers {
+    /// The next one, less than `limit`.
+    pub fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % limit
+    }
+}
 
 /// Memory that can be shared with a device, as a guest's RAM is; `len` bytes of zeros.
 pub fn memfd(len: u64) -> File {

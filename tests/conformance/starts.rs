@@ -11,29 +11,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::common::frontend::*;
 use crate::common::trace::Recorder;
+use crate::common::{Ends, Numbers};
 
 const ROUNDS: u64 = 400;
-
-/// Numbers that look like random ones.
-struct Numbers(u64);
-
-impl Numbers {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % limit
-    }
-}
-
-/// Says that it is over when it is dropped.
-struct Ends<'a>(&'a AtomicBool);
-
-impl Drop for Ends<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
 
 /// Kicks without a pause until `done`.
 fn kick(kicks: &[EventFd], done: &AtomicBool) {
@@ -85,7 +65,6 @@ fn a_queue_that_is_stopped_while_its_start_is_seen_is_known_to_be_stopped() {
         let kicks: Vec<_> = driver.queues.iter().map(|queue| queue.kick.try_clone().unwrap()).collect();
         let done = AtomicBool::new(false);
         thread::scope(|scope| {
-            // Also if this thread panics, or the other would go on for ever.
             let _end = Ends(&done);
             scope.spawn(|| kick(&kicks, &done));
             for _ in 0..numbers.below(4) {

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use viommu::iommu::{Iommu, Request};
 use viommu_wire::virtio_iommu::Status;
 
+use crate::common::Numbers;
 use crate::common::frontend::{IntoBytesRequest, READ as MAP_READ, WRITE as MAP_WRITE, attach, map, unmap};
 use crate::common::nvme::{Driver, ENDPOINT, PAGE, Setup, Sqe, io};
 use crate::{COMPARE, DATASET_MANAGEMENT, FLUSH, READ, WRITE, WRITE_ZEROES};
@@ -29,18 +30,6 @@ const UNMAPPED: usize = 2;
 /// Pages with data that are to be taken away, and how long that may take at most.
 const WRITTEN: u64 = 4000;
 const PATIENCE: Duration = Duration::from_secs(60);
-
-/// Numbers that look like random ones.
-struct Numbers(u64);
-
-impl Numbers {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % limit
-    }
-}
 
 /// Does a request; it is answered when this returns.
 fn answer(iommu: &Iommu, request: &impl IntoBytesRequest) {

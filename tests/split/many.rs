@@ -9,6 +9,7 @@ use viommu::iommu::Request;
 use viommu_wire::split::request_type;
 use viommu_wire::virtio_iommu::Status;
 
+use crate::common::Ends;
 use crate::common::frontend::*;
 use crate::requests::*;
 
@@ -83,10 +84,11 @@ fn others_go_on() -> bool {
                 assert!(matches!(status, Status::Ok | Status::NoMem), "{status:?}");
             })
         });
+        let end = Ends(&ended);
         let asked = Instant::now();
         let status = driver.detach(1, EP);
         let answered = Instant::now();
-        ended.store(true, Ordering::Release);
+        drop(end);
         assert_eq!(status, OK);
         (asked, answered, accesses.join().unwrap(), requests.join().unwrap())
     });
