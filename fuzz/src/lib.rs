@@ -1,13 +1,42 @@
 //! What the fuzz targets have in common: an input as a supply of numbers, and a machine for a device model.
 
 use std::fs::File;
+use std::io::{ErrorKind, Read};
+use std::net::Shutdown;
 use std::os::fd::FromRawFd;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 mod input;
 mod machine;
 
 pub use input::Input;
 pub use machine::{Machine, PAGE, PAGES};
+
+/// Nothing that is sent to a server takes so long.
+pub const HANG: Duration = Duration::from_secs(60);
+
+/// Leaves a server, and waits until it has done everything, and so ends the connection.
+pub fn leave(mut stream: UnixStream) {
+    let _ = stream.shutdown(Shutdown::Write);
+    let begun = Instant::now();
+    let mut replies = [0; 4096];
+    loop {
+        match stream.read(&mut replies) {
+            Ok(0) => return,
+            Ok(_) => {}
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => return,
+            // The server may have been given this very stream, for instance as a kick, and makes sure that it never waits for
+            // one.
+            Err(error) if error.kind() == ErrorKind::WouldBlock && begun.elapsed() < HANG => {
+                stream.set_nonblocking(false).unwrap();
+            }
+            // The fuzzer looks at the clock by a signal.
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => panic!("The server does not end the connection: {error}"),
+        }
+    }
+}
 
 /// Memory that can be shared with a device, `bytes` of zeros.
 pub fn memfd(bytes: u64) -> File {

@@ -9,14 +9,13 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::OnceLock;
-use std::time::Duration;
 
 use libfuzzer_sys::fuzz_target;
 use viommu::dma::Dma;
 use viommu::iommu::{EndpointSettings, Iommu, Settings};
 use viommu::pci::{Bar, Bus, Function, Identity, Server, Slot};
 use viommu::trace::Tracer;
-use viommu_fuzz::{Input, memfd};
+use viommu_fuzz::{HANG, Input, leave, memfd};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
@@ -36,8 +35,6 @@ mod command {
 const RAM: u64 = 64 << 10;
 const BASE: u64 = 0x1_0000;
 const CONFIG: u32 = 7;
-/// Nothing that a client sends takes so long.
-const HANG: Duration = Duration::from_secs(60);
 
 fuzz_target!(|data: &[u8]| {
     let mut input = Input::new(data);
@@ -48,7 +45,8 @@ fuzz_target!(|data: &[u8]| {
         client.set_up(how, &mut input);
     }
     while client.step(&mut input).is_some() {}
-    client.leave();
+    drop(client.twin);
+    leave(client.stream);
 });
 
 /// A function whose registers are an address, and an access there for each write to another one.
@@ -133,21 +131,6 @@ impl Client {
         stream.set_write_timeout(Some(HANG)).unwrap();
         let event = EventFd::new(libc::EFD_NONBLOCK).unwrap();
         Client { stream, twin: None, ram: memfd(RAM), short: memfd(100), event }
-    }
-
-    /// Leaves, and waits until the server has done everything.
-    fn leave(mut self) {
-        drop(self.twin.take());
-        let _ = self.stream.shutdown(Shutdown::Write);
-        let mut replies = [0; 4096];
-        loop {
-            match self.stream.read(&mut replies) {
-                Ok(0) => return,
-                Ok(_) => {}
-                Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => return,
-                Err(error) => panic!("The server does not end the connection: {error}"),
-            }
-        }
     }
 
     /// Sends a message. A server that has ended the connection does not get it.

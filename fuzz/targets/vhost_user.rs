@@ -2,20 +2,17 @@
 #![no_main]
 
 use std::fs::File;
-use std::io::{ErrorKind, Read};
-use std::net::Shutdown;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::OnceLock;
-use std::time::{Duration, Instant};
 
 use libfuzzer_sys::fuzz_target;
 use viommu::iommu::{EndpointSettings, Iommu, Settings};
 use viommu::trace::Tracer;
 use viommu::vhost::Server;
-use viommu_fuzz::{Input, memfd};
+use viommu_fuzz::{HANG, Input, leave, memfd};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
@@ -47,8 +44,6 @@ const ENTRIES: u64 = 16;
 const FEATURES: u64 = 1 << 32 | 1 << 30 | 1 << 29 | 1 << 28 | 1 << 23 | 0x7f;
 /// CONFIG, REPLY_ACK and the like.
 const PROTOCOL_FEATURES: u64 = 1 << 9 | 1 << 3 | 1;
-/// Nothing that a frontend sends takes so long.
-const HANG: Duration = Duration::from_secs(60);
 
 fuzz_target!(|data: &[u8]| {
     let mut frontend = Frontend::connect();
@@ -57,7 +52,7 @@ fuzz_target!(|data: &[u8]| {
         frontend.set_up();
     }
     while frontend.step(&mut input).is_some() {}
-    frontend.leave();
+    leave(frontend.stream);
 });
 
 /// The device, one for all inputs: whoever comes next must find it at its socket.
@@ -95,27 +90,6 @@ impl Frontend {
         let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
         let (ram, short) = (memfd(RAM), memfd(100));
         Frontend { stream, ram, short, kicks: [event(), event()], call: event(), available: [0; 2] }
-    }
-
-    /// Leaves, and waits until the device has done everything.
-    fn leave(mut self) {
-        let _ = self.stream.shutdown(Shutdown::Write);
-        let begun = Instant::now();
-        let mut replies = [0; 4096];
-        loop {
-            match self.stream.read(&mut replies) {
-                Ok(0) => return,
-                Ok(_) => {}
-                Err(error) if error.kind() == ErrorKind::ConnectionReset => return,
-                // The device was given this very stream as a kick, and makes sure that it never waits for one.
-                Err(error) if error.kind() == ErrorKind::WouldBlock && begun.elapsed() < HANG => {
-                    self.stream.set_nonblocking(false).unwrap();
-                }
-                // The fuzzer looks at the clock by a signal.
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => panic!("The device does not end the connection: {error}"),
-            }
-        }
     }
 
     /// Sends a message. A device that has ended the connection does not get it.
