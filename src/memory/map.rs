@@ -176,7 +176,8 @@ impl MemoryMap {
         Ok(region)
     }
 
-    /// Removes all regions inside a range, of which there must be some, and returns them. When it returns, no access to them is in progress.
+    /// Removes all regions inside a range, of which there must be some, and returns them. When it returns, no access to
+    /// them is in progress.
     pub fn unmap(&mut self, gpa: u64, len: u64) -> Result<Vec<Arc<Region>>, RegionError> {
         let last = last(gpa, len)?;
         let inside: Vec<Arc<Region>> = self.memory.load().touching(gpa, last).cloned().collect();
@@ -220,10 +221,11 @@ impl MemoryMap {
     /// A part of a file. One that is mapped already is not mapped again, unless a page of it could not be had.
     fn backing(&mut self, file: &File, offset: u64, len: u64, writable: bool) -> Result<Backing, RegionError> {
         // An access to a page past the end of the file would fail.
-        let have = file.metadata().map_err(RegionError::Map)?.len();
+        let metadata = file.metadata().map_err(RegionError::Map)?;
+        let have = metadata.len();
         let end = offset.checked_add(len).filter(|end| *end <= have);
         let end = end.ok_or(RegionError::PastEnd { have, offset, len })?;
-        let identity = Identity::of(file, writable).map_err(RegionError::Map)?;
+        let identity = Identity::of(&metadata, writable);
         let known = self.files.iter().rev().find(|(known, _)| *known == identity).and_then(|(_, file)| file.upgrade());
         if let Some(file) = known.filter(|file| file.len() >= end && !file.watch().is_bad()) {
             return Ok(Backing::Mapped { file, offset });
@@ -234,11 +236,7 @@ impl MemoryMap {
         if files > FILES_MAX || mapped.saturating_add(have) > MAPPED_MAX {
             return Err(RegionError::TooLarge { have, files, mapped });
         }
-        let mapping = Arc::new(Mapping::new(file, writable).map_err(RegionError::Map)?);
-        // It may have been cut short in between.
-        if mapping.len() < end {
-            return Err(RegionError::PastEnd { have: mapping.len(), offset, len });
-        }
+        let mapping = Arc::new(Mapping::new(file, &metadata, writable).map_err(RegionError::Map)?);
         self.files.push((identity, Arc::downgrade(&mapping)));
         Ok(Backing::Mapped { file: mapping, offset })
     }

@@ -1,6 +1,6 @@
 //! A file of guest memory, mapped whole.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
@@ -38,18 +38,17 @@ pub(super) struct Identity {
 }
 
 impl Identity {
-    /// That of `file`. It is unique as long as the file is mapped.
-    pub(super) fn of(file: &File, writable: bool) -> io::Result<Identity> {
-        let metadata = file.metadata()?;
-        Ok(Identity { device: metadata.dev(), inode: metadata.ino(), writable })
+    /// That of a file with this metadata. It is unique as long as the file is mapped.
+    pub(super) fn of(metadata: &Metadata, writable: bool) -> Identity {
+        Identity { device: metadata.dev(), inode: metadata.ino(), writable }
     }
 }
 
 impl Mapping {
-    /// Maps a file, which must not be empty.
-    pub(super) fn new(file: &File, writable: bool) -> io::Result<Mapping> {
-        let metadata = file.metadata()?;
-        let block = block(&metadata);
+    /// Maps a file, which must not be empty, with the length that it had when `metadata` was asked for. If it is shorter by
+    /// now, an access to what it lost fails like any other to a page that cannot be had.
+    pub(super) fn new(file: &File, metadata: &Metadata, writable: bool) -> io::Result<Mapping> {
+        let block = block(metadata);
         // For huge pages munmap(2) wants whole ones.
         let len = usize::try_from(metadata.len()).ok().and_then(|len| len.checked_next_multiple_of(block));
         let len = len.ok_or_else(|| io::Error::other("it does not fit in the address space"))?;
@@ -93,6 +92,6 @@ impl Drop for Mapped {
 }
 
 /// The unit in which a file's pages come and go: for huge pages their size.
-pub fn block(metadata: &std::fs::Metadata) -> usize {
+pub fn block(metadata: &Metadata) -> usize {
     usize::try_from(metadata.blksize()).unwrap_or(PAGE).max(PAGE).next_multiple_of(PAGE)
 }
