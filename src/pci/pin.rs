@@ -178,7 +178,7 @@ impl Unmasker {
         epoll.ctl(ControlOperation::Add, event.as_raw_fd(), edge)?;
         epoll.ctl(ControlOperation::Add, stop.as_raw_fd(), EpollEvent::new(EventSet::IN, STOP))?;
         let wait = move || {
-            while let Some(()) = wait_for_unmask(&epoll) {
+            while wait_for_unmask(&epoll) {
                 match event.read(&mut [0; 8]) {
                     Ok(1..) => interrupts.mask_pin(false),
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
@@ -197,14 +197,14 @@ const UNMASK: u64 = 0;
 /// What epoll says when the thread is to end.
 const STOP: u64 = 1;
 
-/// Waits until the client's descriptor is signalled; `None` if the thread is to end instead.
-fn wait_for_unmask(epoll: &Epoll) -> Option<()> {
+/// Waits until the client's descriptor is signalled; false if the thread is to end instead.
+fn wait_for_unmask(epoll: &Epoll) -> bool {
     let mut events = [EpollEvent::default(); 2];
     loop {
         match epoll.wait(-1, &mut events) {
-            Ok(count) => return events[..count].iter().all(|event| event.data() == UNMASK).then_some(()),
+            Ok(count) => return events[..count].iter().all(|event| event.data() == UNMASK),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(_) => return None,
+            Err(_) => return false,
         }
     }
 }
