@@ -3,8 +3,6 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 
-use zerocopy::FromBytes;
-
 use super::device::{Device, IrqAction, IrqData, IrqInfo, IrqSet, Refused};
 use super::message::{IrqInfoReply, IrqSetFlags, IrqSetRequest};
 
@@ -26,13 +24,9 @@ pub fn info(device: &dyn Device, request: &IrqInfoReply) -> Result<IrqInfoReply,
     Ok(IrqInfoReply { argsz: argsz.into(), flags: flags.into(), index: request.index, count: count.into() })
 }
 
-/// What DEVICE_SET_IRQS asks for.
-pub fn set(device: &dyn Device, payload: &[u8], fds: Vec<OwnedFd>) -> Result<IrqSet, Refused> {
-    let (request, bytes) = IrqSetRequest::ref_from_prefix(payload).map_err(|_| Refused::invalid("it is too short"))?;
+/// What DEVICE_SET_IRQS asks for, with the bytes behind its structure.
+pub fn set(device: &dyn Device, request: &IrqSetRequest, bytes: &[u8], fds: Vec<OwnedFd>) -> Result<IrqSet, Refused> {
     let (index, start, count) = (request.index.get(), request.start.get(), request.count.get());
-    if (request.argsz.get() as usize) < size_of::<IrqSetRequest>() {
-        return Err(Refused::invalid("argsz is less than its own structure"));
-    }
     if index >= device.irqs() {
         return Err(Refused::invalid(format!("there are no interrupts {index}")));
     }

@@ -5,13 +5,14 @@ use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
+use zerocopy::little_endian::U32;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::client_memory::ClientMemory;
 use super::device::{Backing, Device, DmaMap, Refused};
 use super::message::{
     Command, DeviceFeature, DeviceFlags, DeviceInfo, DmaMapFlags, DmaMapRequest, DmaUnmap, DmaUnmapFlags, Header,
-    HeaderFlags, MAX_DATA, MAX_MESSAGE, RegionAccess,
+    HeaderFlags, IrqInfoReply, IrqSetRequest, MAX_DATA, MAX_MESSAGE, RegionAccess, RegionInfo, RegionIoFds,
 };
 use super::transport::{Descriptors, Transport};
 use super::version::Client;
@@ -102,8 +103,7 @@ impl Session<'_> {
             Command::DmaMap => self.dma_map(fds),
             Command::DmaUnmap => self.dma_unmap(),
             Command::DeviceGetInfo => {
-                let request: DeviceInfo = self.fixed()?;
-                self.check_argsz(request.argsz.get(), size_of::<DeviceInfo>())?;
+                self.with_argsz::<DeviceInfo>()?;
                 let info = DeviceInfo {
                     argsz: (size_of::<DeviceInfo>() as u32).into(),
                     flags: (DeviceFlags::RESET | DeviceFlags::PCI).bits().into(),
@@ -113,25 +113,23 @@ impl Session<'_> {
                 self.say(&info)
             }
             Command::DeviceGetRegionInfo => {
-                let request: super::message::RegionInfo = self.fixed()?;
-                self.check_argsz(request.argsz.get(), size_of_val(&request))?;
+                let request: RegionInfo = self.with_argsz()?;
                 let info = region::info(self.device, &request)?;
                 self.say(&info)
             }
             Command::DeviceGetRegionIoFds => {
-                let request: super::message::RegionIoFds = self.fixed()?;
-                self.check_argsz(request.argsz.get(), size_of_val(&request))?;
+                let request: RegionIoFds = self.with_argsz()?;
                 let none = region::io_fds(self.device, &request)?;
                 self.say(&none)
             }
             Command::DeviceGetIrqInfo => {
-                let request: super::message::IrqInfoReply = self.fixed()?;
-                self.check_argsz(request.argsz.get(), size_of_val(&request))?;
+                let request: IrqInfoReply = self.with_argsz()?;
                 let info = irq::info(self.device, &request)?;
                 self.say(&info)
             }
             Command::DeviceSetIrqs => {
-                let set = irq::set(self.device, &self.payload, fds)?;
+                let request: IrqSetRequest = self.with_argsz()?;
+                let set = irq::set(self.device, &request, &self.payload[size_of::<IrqSetRequest>()..], fds)?;
                 self.device.set_irqs(set)
             }
             Command::RegionRead => {
@@ -186,8 +184,7 @@ impl Session<'_> {
 
     /// "VFIO_USER_DMA_MAP". What it has of descriptors beyond the first is closed.
     fn dma_map(&mut self, fds: Vec<OwnedFd>) -> Result<(), Refused> {
-        let request: DmaMapRequest = self.fixed()?;
-        self.check_argsz(request.argsz.get(), size_of::<DmaMapRequest>())?;
+        let request: DmaMapRequest = self.with_argsz()?;
         let flags = DmaMapFlags::from_bits(request.flags.get()).ok_or_else(|| Refused::invalid("unknown flags"))?;
         let how = flags & (DmaMapFlags::MMAP | DmaMapFlags::FILE_IO);
         let (fd, offset) = (fds.into_iter().next().map(File::from), request.offset.get());
@@ -209,8 +206,7 @@ impl Session<'_> {
 
     /// "VFIO_USER_DMA_UNMAP".
     fn dma_unmap(&mut self) -> Result<(), Refused> {
-        let request: DmaUnmap = self.fixed()?;
-        self.check_argsz(request.argsz.get(), size_of::<DmaUnmap>())?;
+        let request: DmaUnmap = self.with_argsz()?;
         if request.argsz.get() as usize > MAX_DATA {
             return Err(Refused::invalid("no reply is as long as argsz says"));
         }
@@ -235,13 +231,15 @@ impl Session<'_> {
         })
     }
 
-    /// An error if a client has no room for a reply, or has not set its own structure's size.
-    fn check_argsz(&self, argsz: u32, least: usize) -> Result<(), Refused> {
-        if (argsz as usize) < least {
-            Err(Refused::invalid(format!("argsz is {argsz} and not {least}")))
-        } else {
-            Ok(())
+    /// The same for a structure that begins with argsz; an error also if a client has no room for a reply, or has not set its
+    /// own structure's size.
+    fn with_argsz<S: FromBytes + KnownLayout + Immutable>(&self) -> Result<S, Refused> {
+        let structure = self.fixed()?;
+        let argsz: U32 = self.fixed()?;
+        if (argsz.get() as usize) < size_of::<S>() {
+            return Err(Refused::invalid(format!("argsz is {argsz} and not {}", size_of::<S>())));
         }
+        Ok(structure)
     }
 
     fn say(&mut self, structure: &(impl IntoBytes + Immutable + Unaligned)) -> Result<(), Refused> {

@@ -6,6 +6,9 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::ptr;
 
+use nix::errno::Errno;
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+
 use super::message::MAX_FDS;
 
 /// Descriptors that came with a message: [`MAX_FDS`] at most. What is not taken is closed.
@@ -67,6 +70,8 @@ union Control {
 const CONTROL: usize = unsafe { libc::CMSG_SPACE((MAX_FDS * size_of::<RawFd>()) as u32) } as usize;
 
 impl Transport for UnixStream {
+    // nix::sys::socket::recvmsg() gives none of the descriptors if there were more than there was room for, and those that
+    // came would stay open for ever.
     fn receive(&mut self, data: &mut [u8], fds: &mut Descriptors) -> io::Result<usize> {
         let mut control = Control { bytes: [MaybeUninit::zeroed(); CONTROL] };
         let mut part = libc::iovec { iov_base: data.as_mut_ptr().cast(), iov_len: data.len() };
@@ -110,40 +115,19 @@ impl Transport for UnixStream {
     }
 
     fn send(&mut self, mut data: &mut [IoSlice<'_>], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
-        let mut control = Control { bytes: [MaybeUninit::zeroed(); CONTROL] };
-        let mut fds = &fds[..fds.len().min(MAX_FDS)];
+        let fds: Vec<RawFd> = fds.iter().take(MAX_FDS).map(AsRawFd::as_raw_fd).collect();
+        let beside = [ControlMessage::ScmRights(&fds)];
+        let mut beside = if fds.is_empty() { &[][..] } else { &beside };
         IoSlice::advance_slices(&mut data, 0);
         while !data.is_empty() {
-            // SAFETY: all zeros are a message header: no pointers, no lengths.
-            let mut header: libc::msghdr = unsafe { zeroed() };
-            header.msg_iov = data.as_mut_ptr().cast();
-            header.msg_iovlen = data.len() as _;
-            if !fds.is_empty() {
-                let bytes = size_of_val(fds) as u32;
-                header.msg_control = (&raw mut control).cast();
-                // SAFETY: `control` has room for the header of one message and MAX_FDS descriptors behind it, of which there
-                // are not more, so what is written lies inside of it. A `BorrowedFd` is a descriptor's number.
-                unsafe {
-                    header.msg_controllen = libc::CMSG_SPACE(bytes) as _;
-                    let message = libc::CMSG_FIRSTHDR(&raw const header);
-                    (*message).cmsg_level = libc::SOL_SOCKET;
-                    (*message).cmsg_type = libc::SCM_RIGHTS;
-                    (*message).cmsg_len = libc::CMSG_LEN(bytes) as _;
-                    ptr::copy_nonoverlapping(fds.as_ptr().cast(), libc::CMSG_DATA(message), bytes as usize);
-                }
-            }
-            // SAFETY: an `IoSlice` is an iovec; the header leads to these and to `control`, which live through the call.
-            let sent = unsafe { libc::sendmsg(self.as_raw_fd(), &raw const header, libc::MSG_NOSIGNAL) };
-            match usize::try_from(sent) {
+            match sendmsg::<()>(self.as_raw_fd(), data, beside, MsgFlags::MSG_NOSIGNAL, None) {
                 Ok(sent) => {
                     // They went with the first byte.
-                    fds = &[];
+                    beside = &[];
                     IoSlice::advance_slices(&mut data, sent);
                 }
-                Err(_) => match io::Error::last_os_error() {
-                    error if error.kind() == io::ErrorKind::Interrupted => {}
-                    error => return Err(error),
-                },
+                Err(Errno::EINTR) => {}
+                Err(error) => return Err(error.into()),
             }
         }
         Ok(())
