@@ -473,13 +473,17 @@ fn sigterm_ends_it_though_the_virtqueues_are_stuck() {
     let (mut child, _) = serve_with(folder.path(), &arguments);
     let mut trace = UnixStream::connect(folder.path().join("trace.sock")).unwrap();
     trace.write_all(b"{\"format\":\"json\"}\n").unwrap();
+    trace.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    // It gets what happens from its hello on.
+    let mut lines = BufReader::new(trace).lines();
+    assert!(lines.next().unwrap().unwrap().contains("\"hello\""));
     let mut driver = Driver::connect(&folder.path().join("viommu.sock"));
     driver.negotiate(u64::MAX);
     driver.set_memory();
     driver.start_queue(REQUESTS, 0);
     driver.add(REQUESTS, &[Part::R(zerocopy::IntoBytes::as_bytes(&attach(1, EP2, 0)).to_vec()), Part::W(4)]);
     driver.kick(REQUESTS);
-    let stuck = BufReader::new(trace).lines().any(|line| line.unwrap().contains("\"kind\":\"injected\""));
+    let stuck = lines.any(|line| line.unwrap().contains("\"kind\":\"injected\""));
     assert!(stuck, "the request was not met");
     kill(Pid::from_raw(child.id() as i32), Signal::SIGTERM).unwrap();
     eventually("the end", || child.try_wait().unwrap().is_some());
