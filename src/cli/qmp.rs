@@ -1,4 +1,5 @@
-//! QEMU's machine protocol, as far as the reset rules need it: STOP, RESUME and RESET events.
+//! QEMU's machine protocol, as far as the reset rules need it: STOP, RESUME and RESET events, and what the status was
+//! when the connection was made, since events may have come before.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -46,16 +47,31 @@ fn follow(mut stream: UnixStream, tell: &impl Fn(MachineEvent)) -> std::io::Resu
     while next_line(&mut reader, &mut line)? {
         let Ok(message) = serde_json::from_slice::<Value>(&line) else { continue };
         if message.get("QMP").is_some() {
-            stream.write_all(b"{\"execute\":\"qmp_capabilities\"}\n")?;
+            stream.write_all(b"{\"execute\":\"qmp_capabilities\"}\n{\"execute\":\"query-status\"}\n")?;
         }
-        match message.get("event").and_then(Value::as_str) {
-            Some("STOP") => tell(MachineEvent::Stop),
-            Some("RESUME") => tell(MachineEvent::Resume),
-            Some("RESET") => tell(MachineEvent::Reset),
-            _ => {}
+        if let Some(event) = event(&message).or_else(|| status(&message)) {
+            tell(event);
         }
     }
     Ok(())
+}
+
+fn event(message: &Value) -> Option<MachineEvent> {
+    match message.get("event")?.as_str()? {
+        "STOP" => Some(MachineEvent::Stop),
+        "RESUME" => Some(MachineEvent::Resume),
+        "RESET" => Some(MachineEvent::Reset),
+        _ => None,
+    }
+}
+
+/// What the answer to query-status says. A machine that has not run yet is not paused: no RESUME was missed.
+fn status(message: &Value) -> Option<MachineEvent> {
+    match message.get("return")?.get("status")?.as_str()? {
+        "running" => Some(MachineEvent::Resume),
+        "prelaunch" | "inmigrate" => None,
+        _ => Some(MachineEvent::Stop),
+    }
 }
 
 /// Reads a line, and keeps no more of it than [`LINE_MAX`] bytes; `false` at the end.
@@ -79,7 +95,39 @@ fn next_line(reader: &mut impl BufRead, line: &mut Vec<u8>) -> std::io::Result<b
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixListener;
+    use std::sync::mpsc;
+
     use super::*;
+
+    #[test]
+    fn a_resume_that_was_missed_is_told_when_the_connection_is_made_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("qmp.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let stop = Stop::default();
+        let (sender, events) = mpsc::channel();
+        watch(path, stop.clone(), move |event| sender.send(event).unwrap()).unwrap();
+        let connection = |messages: &[&str]| {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut commands = BufReader::new(stream.try_clone().unwrap()).lines();
+            stream.write_all(b"{\"QMP\": {}}\n").unwrap();
+            assert!(commands.next().unwrap().unwrap().contains("qmp_capabilities"));
+            stream.write_all(b"{\"return\": {}}\n").unwrap();
+            assert!(commands.next().unwrap().unwrap().contains("query-status"));
+            messages.iter().for_each(|message| writeln!(stream, "{message}").unwrap());
+        };
+        let running = r#"{"return": {"status": "running", "running": true}}"#;
+        let paused = r#"{"return": {"status": "paused", "running": false}}"#;
+        connection(&[r#"{"return": {"status": "prelaunch", "running": false}}"#, r#"{"event": "STOP"}"#]);
+        assert_eq!(events.recv(), Ok(MachineEvent::Stop));
+        connection(&[running]);
+        assert_eq!(events.recv(), Ok(MachineEvent::Resume));
+        connection(&[paused, r#"{"event": "RESET"}"#]);
+        assert_eq!(events.recv(), Ok(MachineEvent::Stop));
+        assert_eq!(events.recv(), Ok(MachineEvent::Reset));
+        stop.set();
+    }
 
     #[test]
     fn a_line_without_an_end_is_kept_in_part_and_those_behind_it_are_read() {

@@ -10,7 +10,9 @@
 //!   paused, only QMP can say that: QEMU also resets a function that is plugged into a paused machine.
 //!
 //! One case is open: a queue that stopped at index 0, as it never moved or moved by exactly 2^16. The other queue
-//! decides; if it is at 0 too, QMP does; else it is taken for a reset.
+//! decides; if it is at 0 too, QMP does; else it is taken for a reset. Until the other queue starts too, the state is
+//! kept: a request that is served before then was left in the queue by a pause, as a driver that begins has both queues
+//! started before it can add any.
 
 use super::QUEUES;
 
@@ -57,6 +59,8 @@ impl Lifecycle {
     pub(super) fn started(&mut self, queue: usize, base: u16) -> Option<Action> {
         self.running[queue] = true;
         self.used = true;
+        // Nobody starts a queue of a machine that is paused. QMP's RESUME may be late, or was missed.
+        self.paused = false;
         let stopped_at = self.stopped_at[queue].take()?;
         if !self.undecided {
             return None;
@@ -217,6 +221,17 @@ mod tests {
         assert_eq!(lifecycle.machine_reset(), Some(Action::SystemReset));
         lifecycle.machine_resumed();
         assert_eq!(lifecycle.started(0, 0), None);
+    }
+
+    #[test]
+    fn a_resume_that_qmp_never_tells_is_known_by_the_queues() {
+        let mut lifecycle = stopped_at(40, 2);
+        lifecycle.machine_paused();
+        assert_eq!(lifecycle.started(0, 40), Some(Action::Resume));
+        assert_eq!(lifecycle.started(1, 2), None);
+        lifecycle.stopped(0, 50);
+        lifecycle.stopped(1, 2);
+        assert_eq!(lifecycle.function_reset(), Some(Action::SystemReset));
     }
 
     #[test]
