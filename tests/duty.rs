@@ -10,6 +10,7 @@ use std::thread;
 use common::Ends;
 use common::frontend::*;
 use viommu::duty::Duty;
+use viommu_wire::request::RequestType;
 
 const PAGE: u64 = 4096;
 
@@ -101,7 +102,7 @@ fn a_queue_that_is_polled_for_long_is_hardly_ever_kicked() {
     }
     assert!(kicks <= 1, "{kicks} kicks");
     device.control.give_back();
-    assert_eq!(device.iommu.counters().map.total, REQUESTS_SENT);
+    assert_eq!(device.iommu.counters().requests[RequestType::Map].total, REQUESTS_SENT);
 }
 
 #[test]
@@ -160,7 +161,7 @@ fn no_request_is_left_and_no_kick_told_twice_while_the_queue_changes_hands() {
             drop(end);
             assert_ne!(other.join().unwrap(), 0);
         });
-        assert_eq!(device.iommu.counters().map.total, TURNS * TURN);
+        assert_eq!(device.iommu.counters().requests[RequestType::Map].total, TURNS * TURN);
         // Some may have been written while the one before was not read yet.
         let seen = device.control.counters().kicks;
         assert!(seen <= kicks, "{seen} of {kicks}");

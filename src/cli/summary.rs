@@ -73,20 +73,14 @@ impl Summary {
     /// The summary under stable names.
     pub fn to_json(&self) -> String {
         let counts = &self.counts;
+        let mut requests = serde_json::Map::new();
+        for (request, count) in counts.iommu.requests.iter() {
+            requests.insert(request.name().to_lowercase(), count.total.into());
+        }
+        requests.insert("unknown".into(), counts.unknown_requests.into());
+        requests.insert("malformed".into(), counts.malformed_requests.into());
         let value = json!({
-            "requests": {
-                "attach": counts.iommu.attach.total,
-                "detach": counts.iommu.detach.total,
-                "map": counts.iommu.map.total,
-                "unmap": counts.iommu.unmap.total,
-                "probe": counts.iommu.probe.total,
-                "reserve": counts.iommu.reserve.total,
-                "link": counts.iommu.link.total,
-                "unlink": counts.iommu.unlink.total,
-                "release": counts.iommu.release.total,
-                "unknown": counts.unknown_requests,
-                "malformed": counts.malformed_requests,
-            },
+            "requests": requests,
             "requests_failed": self.failed(),
             "kicks": counts.kicks,
             "mappings_live": counts.iommu.mappings_live,
@@ -112,10 +106,7 @@ impl Summary {
     }
 
     fn failed(&self) -> u64 {
-        let iommu = &self.counts.iommu;
-        let base = [iommu.attach, iommu.detach, iommu.map, iommu.unmap, iommu.probe];
-        let split = [iommu.reserve, iommu.link, iommu.unlink, iommu.release];
-        base.iter().chain(&split).map(|count| count.failed).sum()
+        self.counts.iommu.requests.iter().map(|(_, count)| count.failed).sum()
     }
 }
 
@@ -124,15 +115,10 @@ impl fmt::Display for Summary {
         let counts = &self.counts;
         let iommu = &counts.iommu;
         let mut row = |name: &str, value: String| writeln!(f, "  {name:<28} {value}");
-        row("requests: ATTACH", iommu.attach.total.to_string())?;
-        row("          DETACH", iommu.detach.total.to_string())?;
-        row("          MAP", iommu.map.total.to_string())?;
-        row("          UNMAP", iommu.unmap.total.to_string())?;
-        row("          PROBE", iommu.probe.total.to_string())?;
-        row("          RESERVE", iommu.reserve.total.to_string())?;
-        row("          LINK", iommu.link.total.to_string())?;
-        row("          UNLINK", iommu.unlink.total.to_string())?;
-        row("          RELEASE", iommu.release.total.to_string())?;
+        for (n, (request, count)) in iommu.requests.iter().enumerate() {
+            let heading = if n == 0 { "requests:" } else { "" };
+            row(&format!("{heading:<9} {}", request.name()), count.total.to_string())?;
+        }
         row("          unknown, malformed", format!("{}, {}", counts.unknown_requests, counts.malformed_requests))?;
         row("          failed of these", self.failed().to_string())?;
         row("kicks", counts.kicks.to_string())?;

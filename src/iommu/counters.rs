@@ -1,16 +1,15 @@
 //! What the device did so far, readable at any time.
 
+use std::ops::Index;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use serde::Serialize;
-
 use super::domain::Ended;
-use super::request::Request;
 use super::reservation::Reservations;
+use viommu_wire::request::RequestType;
 use viommu_wire::virtio_iommu::Status;
 
 /// Requests of one type.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RequestCount {
     /// Answered, with any status.
     pub total: u64,
@@ -18,27 +17,30 @@ pub struct RequestCount {
     pub failed: u64,
 }
 
+/// Requests by their type: an index of [`RequestType`] gives one's count.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RequestCounts([RequestCount; RequestType::COUNT]);
+
+impl RequestCounts {
+    /// Each type with its count, in the order of the numbers.
+    pub fn iter(&self) -> impl Iterator<Item = (RequestType, RequestCount)> {
+        RequestType::ALL.iter().map(|&request| (request, self[request]))
+    }
+}
+
+impl Index<RequestType> for RequestCounts {
+    type Output = RequestCount;
+
+    fn index(&self, request: RequestType) -> &RequestCount {
+        &self.0[request.index()]
+    }
+}
+
 /// What the device did since the process began.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
-    /// ATTACH requests.
-    pub attach: RequestCount,
-    /// DETACH requests.
-    pub detach: RequestCount,
-    /// MAP requests.
-    pub map: RequestCount,
-    /// UNMAP requests.
-    pub unmap: RequestCount,
-    /// PROBE requests.
-    pub probe: RequestCount,
-    /// RESERVE requests.
-    pub reserve: RequestCount,
-    /// LINK requests.
-    pub link: RequestCount,
-    /// UNLINK requests.
-    pub unlink: RequestCount,
-    /// RELEASE requests.
-    pub release: RequestCount,
+    /// Requests that were answered.
+    pub requests: RequestCounts,
     /// Reservations that exist.
     pub reservations_live: u64,
     /// Bytes of I/O virtual addresses that are linked.
@@ -79,15 +81,7 @@ impl Count {
 /// The live form of [`Counters`].
 #[derive(Default)]
 pub(super) struct Counts {
-    attach: Count,
-    detach: Count,
-    map: Count,
-    unmap: Count,
-    probe: Count,
-    reserve: Count,
-    link: Count,
-    unlink: Count,
-    release: Count,
+    requests: [Count; RequestType::COUNT],
     reservations_live: AtomicU64,
     linked_bytes: AtomicU64,
     mappings_live: AtomicU64,
@@ -97,19 +91,8 @@ pub(super) struct Counts {
 }
 
 impl Counts {
-    pub(super) fn request(&self, request: &Request<'_>, status: Status) {
-        let count = match request {
-            Request::Attach(_) => &self.attach,
-            Request::Detach(_) => &self.detach,
-            Request::Map(_) => &self.map,
-            Request::Unmap(_) => &self.unmap,
-            Request::Probe(_) => &self.probe,
-            Request::Reserve(_) => &self.reserve,
-            Request::Link(..) => &self.link,
-            Request::Unlink(_) => &self.unlink,
-            Request::Release(_) => &self.release,
-        };
-        count.add(status);
+    pub(super) fn request(&self, request: RequestType, status: Status) {
+        self.requests[request.index()].add(status);
     }
 
     pub(super) fn mapped(&self) {
@@ -164,15 +147,7 @@ impl Counts {
 
     pub(super) fn read(&self, table_bytes: u64) -> Counters {
         Counters {
-            attach: self.attach.read(),
-            detach: self.detach.read(),
-            map: self.map.read(),
-            unmap: self.unmap.read(),
-            probe: self.probe.read(),
-            reserve: self.reserve.read(),
-            link: self.link.read(),
-            unlink: self.unlink.read(),
-            release: self.release.read(),
+            requests: RequestCounts(std::array::from_fn(|index| self.requests[index].read())),
             reservations_live: self.reservations_live.load(Ordering::Relaxed),
             linked_bytes: self.linked_bytes.load(Ordering::Relaxed),
             mappings_live: self.mappings_live.load(Ordering::Relaxed),

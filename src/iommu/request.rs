@@ -5,10 +5,10 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 use super::address_space::MapError;
 use super::{Iommu, split};
 use crate::trace::Event;
-use viommu_wire::split::{EXTENTS_MAX, Extent, F_SPLIT_MAP, Link, Range, request_type as split_type};
+use viommu_wire::request::RequestType;
+use viommu_wire::split::{EXTENTS_MAX, Extent, F_SPLIT_MAP, Link, Range};
 use viommu_wire::virtio_iommu::{
-    ATTACH_F_BYPASS, Attach, Detach, Map, MapFlags, PROBE_T_RESV_MEM, Probe, ProbeResvMem, Status, Tail, Unmap,
-    feature, request_type,
+    ATTACH_F_BYPASS, Attach, Detach, Map, MapFlags, PROBE_T_RESV_MEM, Probe, ProbeResvMem, Status, Tail, Unmap, feature,
 };
 
 /// The device-readable part of a request.
@@ -64,19 +64,21 @@ impl<'a> Request<'a> {
         if bytes.len() < size_of::<Tail>() {
             return Err(NotARequest::TooShort);
         }
-        match bytes[0] {
-            request_type::ATTACH => read(bytes).map(Request::Attach),
-            request_type::DETACH => read(bytes).map(Request::Detach),
-            request_type::MAP => read(bytes).map(Request::Map),
-            request_type::UNMAP => read(bytes).map(Request::Unmap),
-            request_type::PROBE => read(bytes).map(Request::Probe),
-            split if split_type::is_split(split) && features & F_SPLIT_MAP != 0 => match split {
-                split_type::RESERVE => read(bytes).map(Request::Reserve),
-                split_type::UNLINK => read(bytes).map(Request::Unlink),
-                split_type::RELEASE => read(bytes).map(Request::Release),
-                _ => Self::parse_link(bytes),
-            },
-            unknown => Err(NotARequest::UnknownType(unknown)),
+        let number = bytes[0];
+        let request = RequestType::from_number(number).ok_or(NotARequest::UnknownType(number))?;
+        if request.is_split() && features & F_SPLIT_MAP == 0 {
+            return Err(NotARequest::UnknownType(number));
+        }
+        match request {
+            RequestType::Attach => read(bytes).map(Request::Attach),
+            RequestType::Detach => read(bytes).map(Request::Detach),
+            RequestType::Map => read(bytes).map(Request::Map),
+            RequestType::Unmap => read(bytes).map(Request::Unmap),
+            RequestType::Probe => read(bytes).map(Request::Probe),
+            RequestType::Reserve => read(bytes).map(Request::Reserve),
+            RequestType::Link => Self::parse_link(bytes),
+            RequestType::Unlink => read(bytes).map(Request::Unlink),
+            RequestType::Release => read(bytes).map(Request::Release),
         }
     }
 
@@ -87,39 +89,45 @@ impl<'a> Request<'a> {
         extents.map(|(extents, _)| Request::Link(link, extents)).map_err(|_| NotARequest::TooShort)
     }
 
+    /// What is asked for.
+    pub fn request_type(&self) -> RequestType {
+        match self {
+            Request::Attach(_) => RequestType::Attach,
+            Request::Detach(_) => RequestType::Detach,
+            Request::Map(_) => RequestType::Map,
+            Request::Unmap(_) => RequestType::Unmap,
+            Request::Probe(_) => RequestType::Probe,
+            Request::Reserve(_) => RequestType::Reserve,
+            Request::Link(..) => RequestType::Link,
+            Request::Unlink(_) => RequestType::Unlink,
+            Request::Release(_) => RequestType::Release,
+        }
+    }
+
     /// The trace's event of this request with its outcome; its duration is not known yet. `granule` is the device's.
     pub fn event(&self, outcome: Outcome, granule: u64) -> Event {
         let (mut endpoint, mut domain, mut flags) = (None, 0, 0);
         let (mut virt_start, mut virt_end, mut phys_start) = (0, 0, 0);
-        let request = match self {
+        match self {
             Request::Attach(attach) => {
                 (endpoint, domain, flags) = (Some(attach.endpoint.get()), attach.domain.get(), attach.flags.get());
-                request_type::ATTACH
             }
-            Request::Detach(detach) => {
-                (endpoint, domain) = (Some(detach.endpoint.get()), detach.domain.get());
-                request_type::DETACH
-            }
+            Request::Detach(detach) => (endpoint, domain) = (Some(detach.endpoint.get()), detach.domain.get()),
             Request::Map(map) => {
                 (domain, flags) = (map.domain.get(), map.flags.get());
                 (virt_start, virt_end, phys_start) = (map.virt_start.get(), map.virt_end.get(), map.phys_start.get());
-                request_type::MAP
             }
             Request::Unmap(unmap) => {
                 (domain, virt_start, virt_end) = (unmap.domain.get(), unmap.virt_start.get(), unmap.virt_end.get());
-                request_type::UNMAP
             }
-            Request::Probe(probe) => {
-                endpoint = Some(probe.endpoint.get());
-                request_type::PROBE
-            }
-            Request::Reserve(range) => return split::range_event(split_type::RESERVE, range, outcome),
+            Request::Probe(probe) => endpoint = Some(probe.endpoint.get()),
             Request::Link(link, extents) => return split::link_event(link, extents, outcome, granule),
-            Request::Unlink(range) => return split::range_event(split_type::UNLINK, range, outcome),
-            Request::Release(range) => return split::range_event(split_type::RELEASE, range, outcome),
-        };
+            Request::Reserve(range) | Request::Unlink(range) | Request::Release(range) => {
+                return split::range_event(range, outcome);
+            }
+        }
         Event::Request {
-            request,
+            request: self.request_type() as u8,
             status: outcome.status as u8,
             endpoint,
             domain,
@@ -165,13 +173,13 @@ impl Iommu {
             Request::Release(range) => self.release(range),
         };
         let status = done.err().unwrap_or(Status::Ok);
-        self.counts.request(request, status);
+        self.counts.request(request.request_type(), status);
         Outcome { status, granules: done.unwrap_or(0) }
     }
 
     /// Answers a request with a status and does nothing of it.
     pub fn refuse(&self, request: &Request<'_>, status: Status) -> Outcome {
-        self.counts.request(request, status);
+        self.counts.request(request.request_type(), status);
         Outcome { status, granules: 0 }
     }
 

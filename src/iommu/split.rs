@@ -8,7 +8,7 @@ use super::domain::{Domains, Entry};
 use super::request::{Outcome, require};
 use super::reservation::{NoMemory, Reservations};
 use crate::trace::Event;
-use viommu_wire::split::{EXTENTS_MAX, Extent, Link, Range, request_type};
+use viommu_wire::split::{EXTENTS_MAX, Extent, Link, Range};
 use viommu_wire::virtio_iommu::Status;
 
 /// Granules that the request linked or unlinked; or the status that says why it did not.
@@ -118,9 +118,9 @@ fn fits(extent: Extent, granule: u64) -> bool {
 }
 
 /// The trace's event of a RESERVE, UNLINK or RELEASE.
-pub(super) fn range_event(request: u8, range: &Range, outcome: Outcome) -> Event {
+pub(super) fn range_event(range: &Range, outcome: Outcome) -> Event {
     Event::Split {
-        request,
+        request: range.head.kind,
         status: outcome.status as u8,
         domain: range.domain.get(),
         flags: range.flags.get(),
@@ -137,7 +137,7 @@ pub(super) fn link_event(link: &Link, extents: &[Extent], outcome: Outcome, gran
     let granules: u64 = extents.iter().map(|extent| extent.granules()).sum();
     let start = link.virt_start.get();
     Event::Split {
-        request: request_type::LINK,
+        request: link.head.kind,
         status: outcome.status as u8,
         domain: link.domain.get(),
         flags: link.flags.get(),

@@ -1,7 +1,7 @@
 //! Events to records and back. `docs/trace.md` describes the same layout for readers.
 
 use crate::trace::event::{Access, Answer, Channel, DataPointer, Event, LossPlace, Model, ResetKind, Route};
-use viommu_wire::split::request_type::is_split;
+use viommu_wire::request::RequestType;
 use viommu_wire::trace::{Kind, NO_ENDPOINT, Record};
 use viommu_wire::virtio_iommu::request_type;
 
@@ -294,6 +294,11 @@ impl Event {
 fn requested_endpoint(request: u8, id: u32) -> Option<u32> {
     let has_endpoint = matches!(request, request_type::ATTACH | request_type::DETACH | request_type::PROBE);
     (has_endpoint || id != NO_ENDPOINT).then_some(id)
+}
+
+/// Whether a request's number is one of the split protocol.
+fn is_split(request: u8) -> bool {
+    RequestType::from_number(request).is_some_and(RequestType::is_split)
 }
 
 #[cfg(test)]

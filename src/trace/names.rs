@@ -3,8 +3,9 @@
 use std::borrow::Cow;
 
 use crate::trace::event::Model;
-use viommu_wire::split::{F_SPLIT_MAP, request_type as split_type};
-use viommu_wire::virtio_iommu::{ATTACH_F_BYPASS, FaultReason, MapFlags, Status, feature, request_type};
+use viommu_wire::request::RequestType;
+use viommu_wire::split::F_SPLIT_MAP;
+use viommu_wire::virtio_iommu::{ATTACH_F_BYPASS, FaultReason, MapFlags, Status, feature};
 
 /// A spelled number, or the number in hexadecimal where the specification has no name for it.
 type Name = Cow<'static, str>;
@@ -15,38 +16,17 @@ fn or_number(name: Option<&'static str>, number: impl std::fmt::LowerHex) -> Nam
 
 /// `VIRTIO_IOMMU_T_*` without the prefix, those of the split protocol too.
 pub fn request(kind: u8) -> Name {
-    let name = match kind {
-        request_type::ATTACH => "ATTACH",
-        request_type::DETACH => "DETACH",
-        request_type::MAP => "MAP",
-        request_type::UNMAP => "UNMAP",
-        request_type::PROBE => "PROBE",
-        split_type::RESERVE => "RESERVE",
-        split_type::LINK => "LINK",
-        split_type::UNLINK => "UNLINK",
-        split_type::RELEASE => "RELEASE",
-        _ => return or_number(None, kind),
-    };
-    name.into()
+    or_number(RequestType::from_number(kind).map(RequestType::name), kind)
 }
 
 /// `VIRTIO_IOMMU_S_*` without the prefix.
 pub fn status(status: u8) -> Name {
-    or_number(Status::name(status), status)
+    or_number(Status::from_number(status).map(Status::name), status)
 }
 
 /// `VIRTIO_IOMMU_FAULT_R_*` without the prefix.
 pub fn fault_reason(reason: u8) -> Name {
-    const UNKNOWN: u8 = FaultReason::Unknown as u8;
-    const DOMAIN: u8 = FaultReason::Domain as u8;
-    const MAPPING: u8 = FaultReason::Mapping as u8;
-    let name = match reason {
-        UNKNOWN => Some("UNKNOWN"),
-        DOMAIN => Some("DOMAIN"),
-        MAPPING => Some("MAPPING"),
-        _ => None,
-    };
-    or_number(name, reason)
+    or_number(FaultReason::from_number(reason).map(FaultReason::name), reason)
 }
 
 /// The flags of a MAP: `rw`, `r`, `w` or `-`, then `,mmio`, then the bits that have no name.

@@ -7,15 +7,14 @@ use std::time::{Duration, Instant};
 
 use crate::trace::event::Answer;
 use crate::trace::{Event, Tracer};
-use viommu_wire::split::request_type as split_type;
-use viommu_wire::virtio_iommu::{Status, request_type};
+use viommu_wire::request::RequestType;
+use viommu_wire::virtio_iommu::Status;
 
 /// Which requests of a type are not answered as they should be, and what happens instead. As text
 /// `REQUEST=ANSWER[:KEY=NUMBER]...`, for example `link=nomem:after=100:every=3`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Injection {
-    /// The type, `VIRTIO_IOMMU_T_*`.
-    request: u8,
+    request: RequestType,
     fault: Fault,
     /// The first so many of the type are spared,
     after: u64,
@@ -77,7 +76,7 @@ impl FromStr for Injection {
             .and_then(|first| first.split_once('='))
             .ok_or("Expected REQUEST=ANSWER[:KEY=NUMBER]..., for example link=nomem:every=3")?;
         let mut injection = Injection {
-            request: parse_request(request).ok_or_else(|| format!("There is no request {request:?}"))?,
+            request: RequestType::from_name(request).ok_or_else(|| format!("There is no request {request:?}"))?,
             fault: parse_fault(fault)
                 .ok_or_else(|| format!("Expected a status such as nomem, late or silent, found {fault:?}"))?,
             after: 0,
@@ -105,35 +104,13 @@ impl FromStr for Injection {
     }
 }
 
-fn parse_request(name: &str) -> Option<u8> {
-    Some(match name {
-        "attach" => request_type::ATTACH,
-        "detach" => request_type::DETACH,
-        "map" => request_type::MAP,
-        "unmap" => request_type::UNMAP,
-        "probe" => request_type::PROBE,
-        "reserve" => split_type::RESERVE,
-        "link" => split_type::LINK,
-        "unlink" => split_type::UNLINK,
-        "release" => split_type::RELEASE,
-        _ => return None,
-    })
-}
-
 fn parse_fault(name: &str) -> Option<Fault> {
-    Some(match name {
-        "silent" => Fault::Silent,
-        "late" => Fault::Late(Wait { time: Duration::from_secs(1), behind: None }),
-        "ioerr" => Fault::Refused(Status::IoErr),
-        "unsupp" => Fault::Refused(Status::Unsupp),
-        "deverr" => Fault::Refused(Status::DevErr),
-        "inval" => Fault::Refused(Status::Inval),
-        "range" => Fault::Refused(Status::Range),
-        "noent" => Fault::Refused(Status::NoEnt),
-        "fault" => Fault::Refused(Status::Fault),
-        "nomem" => Fault::Refused(Status::NoMem),
-        _ => return None,
-    })
+    match name {
+        "silent" => Some(Fault::Silent),
+        "late" => Some(Fault::Late(Wait { time: Duration::from_secs(1), behind: None })),
+        // A refusal that says OK would be none.
+        name => Status::from_name(name).filter(|status| *status != Status::Ok).map(Fault::Refused),
+    }
 }
 
 /// Injections, with the requests of their types counted since the process began.
@@ -148,7 +125,7 @@ impl Injector {
 
     /// Counts a request of this type and decides, and traces, what happens to it. The first injection that meets it
     /// does; `None`: it is answered as it should be.
-    pub(super) fn decide(&self, request: u8, tracer: &Tracer) -> Option<Fault> {
+    pub(super) fn decide(&self, request: RequestType, tracer: &Tracer) -> Option<Fault> {
         let mut met = None;
         for (injection, count) in self.injections.iter().filter(|(injection, _)| injection.request == request) {
             let number = count.fetch_add(1, Ordering::Relaxed) + 1;
@@ -162,7 +139,7 @@ impl Injector {
             Fault::Late(_) => Answer::Late,
             Fault::Silent => Answer::Never,
         };
-        tracer.emit(Event::Injected { request, answer, number });
+        tracer.emit(Event::Injected { request: request as u8, answer, number });
         Some(fault)
     }
 }

@@ -24,7 +24,6 @@ use duty::Poller;
 pub use inject::Injection;
 use inject::Injector;
 use reset::{Action, Lifecycle};
-use serde::Serialize;
 pub use server::{Server, ServerError, Shutdown};
 
 use crate::iommu::Iommu;
@@ -44,7 +43,7 @@ const REQUESTS: usize = 0;
 const EVENTS: usize = 1;
 
 /// What the virtqueues did since the process began.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
     /// Kicks of the driver, on both queues.
     pub kicks: u64,

@@ -147,7 +147,11 @@ impl Backend {
         reply.clear();
         reply.resize(writable, 0);
         let (properties, tail) = reply.split_at_mut(properties);
-        let injected = self.shared.injector.get().and_then(|injector| injector.decide(bytes[0], &self.shared.tracer));
+        let injected = self
+            .shared
+            .injector
+            .get()
+            .and_then(|injector| injector.decide(request.request_type(), &self.shared.tracer));
         let outcome = match injected {
             None => iommu.execute(&request, properties),
             Some(Fault::Refused(status)) => iommu.refuse(&request, status),

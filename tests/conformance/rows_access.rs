@@ -3,6 +3,7 @@
 use viommu::dma::DmaError;
 use viommu::iommu::Limits;
 use viommu::trace::event::Access;
+use viommu_wire::request::RequestType;
 use viommu_wire::virtio_iommu::*;
 use zerocopy::FromBytes;
 
@@ -391,9 +392,10 @@ fn row_50_failures_are_counted() {
     driver.unmap(1, 0, 0xfff);
     driver.unmap(1, 0, 0x1fff);
     let counters = device.iommu.counters();
-    assert_eq!((counters.map.total, counters.map.failed), (3, 2));
-    assert_eq!((counters.unmap.total, counters.unmap.failed), (2, 1));
-    assert_eq!((counters.attach.total, counters.attach.failed), (1, 0));
+    let requests = |request| (counters.requests[request].total, counters.requests[request].failed);
+    assert_eq!(requests(RequestType::Map), (3, 2));
+    assert_eq!(requests(RequestType::Unmap), (2, 1));
+    assert_eq!(requests(RequestType::Attach), (1, 0));
     assert_eq!((counters.mappings_live, counters.mappings_peak), (0, 1));
 }
 

@@ -3,6 +3,7 @@
 use viommu::iommu::{Limits, Settings};
 use viommu::trace::Event;
 use viommu::trace::event::{Channel, ResetKind};
+use viommu_wire::request::RequestType;
 use viommu_wire::virtio_iommu::{FaultReason, MapFlags, Status, request_type};
 
 use crate::common::frontend::*;
@@ -50,7 +51,7 @@ fn a_session_from_its_first_step_to_its_last() {
         device.control.function_reset();
         // One that ends in the middle; its one request is still there, and is done again.
         driver.start_queue(REQUESTS, 0);
-        eventually("the request", || device.iommu.counters().attach.total == 4);
+        eventually("the request", || device.iommu.counters().requests[RequestType::Attach].total == 4);
         device.control.machine_paused();
     });
     let queue = |queue, started, index| Event::Queue { queue, started, index, size: SIZE };

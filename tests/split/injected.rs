@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use viommu::trace::Event;
 use viommu::trace::event::Answer;
+use viommu_wire::request::RequestType;
 use viommu_wire::split::request_type;
 
 use crate::common::frontend::*;
@@ -33,7 +34,14 @@ fn a_status_is_given_to_each_request_that_is_meant_and_nothing_is_done() {
         assert_eq!(statuses, [OK, OK, NOMEM, OK, NOMEM, OK, OK]);
         assert_eq!(driver.unlink(0, PAGE - 1), IOERR);
         let counters = device.iommu.counters();
-        assert_eq!((counters.link.total, counters.link.failed, counters.linked_bytes), (7, 2, 5 * PAGE));
+        assert_eq!(
+            (
+                counters.requests[RequestType::Link].total,
+                counters.requests[RequestType::Link].failed,
+                counters.linked_bytes
+            ),
+            (7, 2, 5 * PAGE)
+        );
         let mut dma = driver.dma(device, EP);
         dma.read(0, &mut [0]).unwrap();
         dma.read(2 * PAGE, &mut [0]).unwrap_err();

@@ -3,6 +3,7 @@
 use viommu::dma::Door;
 use viommu::trace::event::{Access, Route};
 use viommu::trace::{Event, Tracer};
+use viommu_wire::request::RequestType;
 use viommu_wire::split::*;
 
 use crate::common::frontend::*;
@@ -134,9 +135,14 @@ fn what_512_pages_cost() {
         assert_eq!(device.iommu.counters().linked_bytes, 511 * PAGE);
         assert_eq!(driver.release(START, end), OK);
         let counters = device.iommu.counters();
-        let split = [counters.reserve, counters.link, counters.unlink, counters.release];
+        let split = [
+            counters.requests[RequestType::Reserve],
+            counters.requests[RequestType::Link],
+            counters.requests[RequestType::Unlink],
+            counters.requests[RequestType::Release],
+        ];
         assert_eq!(split.map(|count| (count.total, count.failed)), [(1, 0); 4]);
-        assert_eq!((counters.map.total, counters.unmap.total), (0, 0));
+        assert_eq!((counters.requests[RequestType::Map].total, counters.requests[RequestType::Unmap].total), (0, 0));
     });
     let expected = [
         (request_type::RESERVE, OK, START, end, ALLOCATION, 0),

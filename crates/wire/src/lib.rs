@@ -1,5 +1,7 @@
 //! Bytes and types, no I/O.
 
+mod numbers;
+pub mod request;
 pub mod split;
 pub mod trace;
 pub mod virtio_iommu;

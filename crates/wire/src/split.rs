@@ -10,21 +10,18 @@ use super::virtio_iommu::Head;
 /// `VIRTIO_IOMMU_F_SPLIT_MAP`: RESERVE, LINK, UNLINK and RELEASE are available. Needs `VIRTIO_IOMMU_F_MAP_UNMAP`.
 pub const F_SPLIT_MAP: u64 = 1 << 23;
 
-/// Request types, beside those of [`super::virtio_iommu::request_type`].
+/// The numbers of the split protocol's requests, beside those of [`super::virtio_iommu::request_type`].
 pub mod request_type {
-    /// `VIRTIO_IOMMU_T_RESERVE`: reserve a range of I/O virtual addresses.
-    pub const RESERVE: u8 = 0x80;
-    /// `VIRTIO_IOMMU_T_LINK`: lead granules of a reservation to memory.
-    pub const LINK: u8 = 0x81;
-    /// `VIRTIO_IOMMU_T_UNLINK`: undo that, for any granules of a reservation.
-    pub const UNLINK: u8 = 0x82;
-    /// `VIRTIO_IOMMU_T_RELEASE`: end a reservation.
-    pub const RELEASE: u8 = 0x83;
+    use crate::request::RequestType;
 
-    /// Whether a type is one of these.
-    pub const fn is_split(kind: u8) -> bool {
-        matches!(kind, RESERVE | LINK | UNLINK | RELEASE)
-    }
+    /// [`RequestType::Reserve`]
+    pub const RESERVE: u8 = RequestType::Reserve as u8;
+    /// [`RequestType::Link`]
+    pub const LINK: u8 = RequestType::Link as u8;
+    /// [`RequestType::Unlink`]
+    pub const UNLINK: u8 = RequestType::Unlink as u8;
+    /// [`RequestType::Release`]
+    pub const RELEASE: u8 = RequestType::Release as u8;
 }
 
 /// The most extents of a LINK.

@@ -5,6 +5,8 @@
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use crate::numbers::named_numbers;
+
 /// The virtio device type of an IOMMU (section 5).
 pub const DEVICE_ID: u32 = 23;
 
@@ -26,18 +28,20 @@ pub mod feature {
     pub const BYPASS_CONFIG: u64 = 1 << 6;
 }
 
-/// Request types (section 5.13.6).
+/// The numbers of the specification's requests (section 5.13.6), for what is written and read as bytes.
 pub mod request_type {
-    /// `VIRTIO_IOMMU_T_ATTACH`
-    pub const ATTACH: u8 = 1;
-    /// `VIRTIO_IOMMU_T_DETACH`
-    pub const DETACH: u8 = 2;
-    /// `VIRTIO_IOMMU_T_MAP`
-    pub const MAP: u8 = 3;
-    /// `VIRTIO_IOMMU_T_UNMAP`
-    pub const UNMAP: u8 = 4;
-    /// `VIRTIO_IOMMU_T_PROBE`
-    pub const PROBE: u8 = 5;
+    use crate::request::RequestType;
+
+    /// [`RequestType::Attach`]
+    pub const ATTACH: u8 = RequestType::Attach as u8;
+    /// [`RequestType::Detach`]
+    pub const DETACH: u8 = RequestType::Detach as u8;
+    /// [`RequestType::Map`]
+    pub const MAP: u8 = RequestType::Map as u8;
+    /// [`RequestType::Unmap`]
+    pub const UNMAP: u8 = RequestType::Unmap as u8;
+    /// [`RequestType::Probe`]
+    pub const PROBE: u8 = RequestType::Probe as u8;
 }
 
 /// `VIRTIO_IOMMU_ATTACH_F_BYPASS`: the domain is a bypass domain.
@@ -56,45 +60,27 @@ bitflags::bitflags! {
     }
 }
 
-/// `VIRTIO_IOMMU_S_*`: what the tail of a request says (section 5.13.6).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(u8)]
-pub enum Status {
-    /// All good.
-    Ok = 0,
-    /// Virtio communication error.
-    IoErr = 1,
-    /// Unsupported request.
-    Unsupp = 2,
-    /// Internal device error.
-    DevErr = 3,
-    /// Invalid parameters.
-    Inval = 4,
-    /// Out-of-range parameters.
-    Range = 5,
-    /// Entry not found.
-    NoEnt = 6,
-    /// Bad address.
-    Fault = 7,
-    /// Insufficient resources.
-    NoMem = 8,
-}
-
-impl Status {
-    /// The specification's name without its `VIRTIO_IOMMU_S_` prefix; `None` for a value that it does not define.
-    pub fn name(value: u8) -> Option<&'static str> {
-        Some(match value {
-            0 => "OK",
-            1 => "IOERR",
-            2 => "UNSUPP",
-            3 => "DEVERR",
-            4 => "INVAL",
-            5 => "RANGE",
-            6 => "NOENT",
-            7 => "FAULT",
-            8 => "NOMEM",
-            _ => return None,
-        })
+named_numbers! {
+    /// `VIRTIO_IOMMU_S_*`: what the tail of a request says (section 5.13.6).
+    pub enum Status {
+        /// All good.
+        Ok = 0 "OK",
+        /// Virtio communication error.
+        IoErr = 1 "IOERR",
+        /// Unsupported request.
+        Unsupp = 2 "UNSUPP",
+        /// Internal device error.
+        DevErr = 3 "DEVERR",
+        /// Invalid parameters.
+        Inval = 4 "INVAL",
+        /// Out-of-range parameters.
+        Range = 5 "RANGE",
+        /// Entry not found.
+        NoEnt = 6 "NOENT",
+        /// Bad address.
+        Fault = 7 "FAULT",
+        /// Insufficient resources.
+        NoMem = 8 "NOMEM",
     }
 }
 
@@ -246,16 +232,16 @@ pub struct ProbeResvMem {
     pub end: U64,
 }
 
-/// Why an access faulted (section 5.13.6.9).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(u8)]
-pub enum FaultReason {
-    /// `VIRTIO_IOMMU_FAULT_R_UNKNOWN`
-    Unknown = 0,
-    /// `VIRTIO_IOMMU_FAULT_R_DOMAIN`: the endpoint is attached to no domain, and bypass is off.
-    Domain = 1,
-    /// `VIRTIO_IOMMU_FAULT_R_MAPPING`: no mapping, or one that does not allow the access.
-    Mapping = 2,
+named_numbers! {
+    /// `VIRTIO_IOMMU_FAULT_R_*`: why an access faulted (section 5.13.6.9).
+    pub enum FaultReason {
+        /// The endpoint is not known.
+        Unknown = 0 "UNKNOWN",
+        /// The endpoint is attached to no domain, and bypass is off.
+        Domain = 1 "DOMAIN",
+        /// No mapping, or one that does not allow the access.
+        Mapping = 2 "MAPPING",
+    }
 }
 
 bitflags::bitflags! {

@@ -1,0 +1,39 @@
+//! Numbers of a specification that have names.
+
+/// Declares an enumeration once: each value with its number and its name. The names are those of the specification
+/// without their common prefix.
+macro_rules! named_numbers {
+    ($(#[$meta:meta])* pub enum $type:ident { $($(#[$doc:meta])* $value:ident = $number:literal $name:literal,)* }) => {
+        $(#[$meta])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[repr(u8)]
+        pub enum $type { $($(#[$doc])* $value = $number,)* }
+
+        impl $type {
+            /// Every value, in the order of the numbers.
+            pub const ALL: &[$type] = &[$($type::$value),*];
+
+            /// The value with this number.
+            pub const fn from_number(number: u8) -> Option<$type> {
+                match number {
+                    $($number => Some($type::$value),)*
+                    _ => None,
+                }
+            }
+
+            /// Its name in the specification, without the prefix.
+            pub const fn name(self) -> &'static str {
+                match self {
+                    $($type::$value => $name,)*
+                }
+            }
+
+            /// The value with this name, in capitals or not.
+            pub fn from_name(name: &str) -> Option<$type> {
+                Self::ALL.iter().copied().find(|value| value.name().eq_ignore_ascii_case(name))
+            }
+        }
+    };
+}
+
+pub(crate) use named_numbers;
