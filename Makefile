@@ -39,7 +39,7 @@ test:
 	cargo clippy --manifest-path fuzz/Cargo.toml --target-dir target -- -D warnings
 	VIOMMU_STRESS_SECONDS=60 cargo test --workspace
 	scripts/fuzz 20
-	RUSTFLAGS='--cfg loom' cargo test --release --target-dir target/loom --lib loom_
+	RUSTFLAGS='--cfg loom' cargo test --release --target-dir target/loom -p viommu -p viommu-trace --lib loom_
 	scripts/prepare-guest stock
 	scripts/prepare-guest backports
 	cargo test --test guest -- --test-threads=1 --skip patched::
@@ -50,7 +50,7 @@ test:
 miri:
 	@cargo +nightly miri --version >/dev/null || \
 		{ echo 'Miri is missing; to do: rustup toolchain install nightly --component miri,rust-src' >&2; exit 1; }
-	MIRIFLAGS=-Zmiri-permissive-provenance cargo +nightly miri test --target-dir target/miri --lib -- iommu:: trace::ring
+	MIRIFLAGS=-Zmiri-permissive-provenance cargo +nightly miri test --target-dir target/miri -p viommu -p viommu-trace --lib -- iommu:: ring::
 
 # Ten minutes, nearly all of it building. RUSTC_BOOTSTRAP is for -Zsanitizer, whose
 # runtime is part of the stable toolchain.

@@ -10,8 +10,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main, measurement::WallTime};
-use viommu::trace::event::{Access, Route};
-use viommu::trace::{self, Choice, Event, Options, Reader, Tracer};
+use viommu_trace::event::{Access, Route};
+use viommu_trace::{self as trace, Choice, Event, Options, Reader, Tracer};
 
 /// Events of a burst: an eighth of a ring.
 const BURST: u64 = 2048;

@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::iommu::grace::{Guard, Reader};
 use crate::iommu::{Endpoint, Fault, Iommu, Translation};
 use crate::memory::{Memory, NoAccess, Piece, Regions};
-use crate::trace::event::{Access, Route};
-use crate::trace::{Event, Tracer};
+use viommu_trace::event::{Access, Route};
+use viommu_trace::{Event, Tracer};
 
 /// The most bytes that are copied in one read-side section, so that an UNMAP waits for microseconds and not for a
 /// whole transfer.

@@ -7,7 +7,8 @@
 //! # The house
 //!
 //! * [`viommu_wire`]: bytes and types, no I/O: the virtio-iommu requests and the trace records. A crate of its own.
-//! * [`trace`]: events, the per-thread rings they go into, and the socket that serves them.
+//! * [`viommu_trace`]: events, the per-thread rings they go into, and the socket that serves them. A crate of its own.
+//! * [`viommu_socket`]: how all that listen make their sockets. A crate of its own.
 //! * [`iommu`]: the vIOMMU itself: endpoints, domains, address spaces. It knows no socket, no queue and no thread.
 //! * [`dma`]: the one door to guest memory: translate, copy, trace, fault.
 //! * [`memory`]: the guest's memory: regions, the files behind them, and pages that cannot be had.
@@ -18,7 +19,6 @@
 //! * [`cli`]: the `viommu` command, one file a subcommand.
 //! * [`merge`]: one trace of the device's events and the guest's, on one clock.
 //! * [`sandbox`]: what the process gives up once everything is open.
-//! * [`socket`]: how all of them make their listening sockets.
 //! * [`duty`]: what a thread that is awake does for one that sleeps.
 //! * [`topology`]: one TOML file from which endpoints, the VIOT and QEMU's arguments are made.
 //!
@@ -37,8 +37,6 @@ pub mod memory;
 pub mod merge;
 pub mod pci;
 pub mod sandbox;
-pub mod socket;
 pub mod topology;
-pub mod trace;
 pub mod vfio_user;
 pub mod vhost;

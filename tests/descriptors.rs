@@ -14,8 +14,8 @@ use ::vhost::VhostBackend;
 use ::vhost::vhost_user::Frontend;
 use viommu::iommu::{EndpointSettings, Iommu, Settings};
 use viommu::pci::{self, Function, Identity, Slot};
-use viommu::trace::Tracer;
 use viommu::vhost;
+use viommu_trace::Tracer;
 use vmm_sys_util::eventfd::EventFd;
 
 const ENDPOINT: u32 = 0x20;

@@ -20,8 +20,8 @@ use common::vfio::{self, RawClient};
 use vfio_bindings::bindings::vfio::*;
 use vfio_user::Client;
 use viommu::pci::{Server, Slot};
-use viommu::socket::SocketError;
-use viommu::trace::Tracer;
+use viommu_socket::SocketError;
+use viommu_trace::Tracer;
 use vmm_sys_util::eventfd::EventFd;
 
 const ENDPOINT: u32 = 0x20;

@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use serde::Deserialize;
-use viommu::trace::now_ns;
+use viommu_trace::now_ns;
 
 use super::common::{self, Cores, Daemon, median, tandem};
 use super::{CASES, TOPOLOGY};

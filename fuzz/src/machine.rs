@@ -8,7 +8,7 @@ use viommu::dma::Door;
 use viommu::iommu::{EndpointSettings, Iommu, Request, Settings};
 use viommu::memory::{Memory, MemoryMap};
 use viommu::pci::{Bus, Interrupts};
-use viommu::trace::Tracer;
+use viommu_trace::Tracer;
 use viommu_wire::virtio_iommu::{Attach, Head, Map, MapFlags, Unmap, request_type};
 use zerocopy::IntoBytes;
 

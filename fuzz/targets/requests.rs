@@ -7,9 +7,9 @@ use std::sync::Arc;
 use libfuzzer_sys::fuzz_target;
 use viommu::iommu::grace::Reader;
 use viommu::iommu::{EndpointSettings, Iommu, Limits, Outcome, Request, Reserved, Settings};
-use viommu::trace::Tracer;
-use viommu::trace::event::Access;
 use viommu_fuzz::Input;
+use viommu_trace::Tracer;
+use viommu_trace::event::Access;
 use viommu_wire::split::{Extent, Link, Range, request_type as split};
 use viommu_wire::virtio_iommu::{
     ATTACH_F_BYPASS, Attach, Detach, Head, Map, MapFlags, ResvMemKind, Status, Unmap, request_type as base,

@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use viommu::trace::Choice;
+use viommu_trace::Choice;
 
 fuzz_target!(|line: &[u8]| {
     if let Ok(choice) = Choice::parse(line) {

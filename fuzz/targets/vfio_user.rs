@@ -14,8 +14,8 @@ use libfuzzer_sys::fuzz_target;
 use viommu::dma::Dma;
 use viommu::iommu::{EndpointSettings, Iommu, Settings};
 use viommu::pci::{Bar, Bus, Function, Identity, Server, Slot};
-use viommu::trace::Tracer;
 use viommu_fuzz::{HANG, Input, leave, memfd};
+use viommu_trace::Tracer;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 

@@ -10,9 +10,9 @@ use std::sync::OnceLock;
 
 use libfuzzer_sys::fuzz_target;
 use viommu::iommu::{EndpointSettings, Iommu, Settings};
-use viommu::trace::Tracer;
 use viommu::vhost::Server;
 use viommu_fuzz::{HANG, Input, leave, memfd};
+use viommu_trace::Tracer;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 

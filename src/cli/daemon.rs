@@ -20,8 +20,8 @@ use crate::iommu::{Counters, Iommu};
 use crate::pci::{self, Function, Slot};
 use crate::topology::qemu::Paths;
 use crate::topology::{Endpoint, Model, Size, Topology};
-use crate::trace::{self, Tracer};
 use crate::vhost::{self, Injection};
+use viommu_trace::{self as trace, Tracer};
 
 /// How long clients that are still connected may take to leave when the daemon ends.
 const SESSION_END: Duration = Duration::from_millis(300);

@@ -13,8 +13,8 @@ use super::source::Source;
 use super::stop::{Caught, Stop};
 use crate::topology::Size;
 use crate::topology::qemu::Paths;
-use crate::trace::now_ns;
 use crate::vhost::Injection;
+use viommu_trace::now_ns;
 
 /// How long one sleep lasts while there is nothing to do but wait for a signal.
 const LONG: Duration = Duration::from_secs(3600);

@@ -8,8 +8,8 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use nix::fcntl::{Flock, FlockArg};
 
-use crate::socket::Entry;
 use crate::topology::{Topology, viot};
+use viommu_socket::Entry;
 
 /// A daemon's file with the VIOT. It goes with the daemon, unless it is another's by then.
 pub struct Table {

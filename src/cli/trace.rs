@@ -8,7 +8,7 @@ use clap::ValueEnum;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use zerocopy::IntoBytes;
 
-use crate::trace::{self, Choice, Last, ReadError, Reader};
+use viommu_trace::{self as trace, Choice, Last, ReadError, Reader};
 use viommu_wire::trace::{Header, Kind, Record};
 
 /// Print the trace of a running viommu

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 use super::domain::Domain;
 use super::grace::{Grace, Guard};
 use super::limits::Reserved;
-use crate::trace::event::{Access, Route};
+use viommu_trace::event::{Access, Route};
 use viommu_wire::virtio_iommu::{FaultReason, MapFlags, ResvMemKind};
 
 /// Where an I/O virtual address leads.

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};
 
-use crate::trace::event::Access;
+use viommu_trace::event::Access;
 use viommu_wire::virtio_iommu::{FaultFlags, FaultReason, FaultRecord};
 
 /// An access that was refused.

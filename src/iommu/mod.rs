@@ -32,7 +32,7 @@ pub use limits::{EndpointSettings, Limits, Reserved, Settings};
 pub use request::{NotARequest, Outcome, Request};
 use reservation::Reservations;
 
-use crate::trace::{Event, Tracer};
+use viommu_trace::{Event, Tracer};
 use viommu_wire::split::F_SPLIT_MAP;
 use viommu_wire::virtio_iommu::{Config, FaultRecord, feature};
 

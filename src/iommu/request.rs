@@ -4,7 +4,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::address_space::MapError;
 use super::{Iommu, split};
-use crate::trace::Event;
+use viommu_trace::Event;
 use viommu_wire::request::RequestType;
 use viommu_wire::split::{EXTENTS_MAX, Extent, F_SPLIT_MAP, Link, Range};
 use viommu_wire::virtio_iommu::{

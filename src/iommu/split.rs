@@ -7,7 +7,7 @@ use super::address_space::{AddressSpace, PAGE, Run};
 use super::domain::{Domains, Entry};
 use super::request::{Outcome, require};
 use super::reservation::{NoMemory, Reservations};
-use crate::trace::Event;
+use viommu_trace::Event;
 use viommu_wire::split::{EXTENTS_MAX, Extent, Link, Range};
 use viommu_wire::virtio_iommu::Status;
 

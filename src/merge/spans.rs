@@ -12,7 +12,7 @@ use std::collections::HashMap;
 
 use super::clock::{Bound, Side};
 use super::lines::{GuestLine, HostLine, number, tag};
-use crate::trace::nvme_opcode;
+use viommu_trace::nvme_opcode;
 
 /// The granule of the addresses that are compared.
 const GRANULE: u64 = 4096;

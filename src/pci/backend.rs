@@ -11,9 +11,9 @@ use super::config::{self, Config, MsixBar};
 use super::function::{Bus, Function};
 use super::interrupts::Kind;
 use crate::memory::{MemoryMap, NewRegion, NoAccess, REGIONS_MAX, Region, RegionError, Remote, Source};
-use crate::trace::Event;
-use crate::trace::event::{Channel, ResetKind};
 use crate::vfio_user::{Backing, ClientMemory, Device, DmaMap, IrqAction, IrqData, IrqInfo, IrqSet, Refused};
+use viommu_trace::Event;
+use viommu_trace::event::{Channel, ResetKind};
 
 /// Makes a function in its power-on state.
 pub(super) type Make<'a> = &'a dyn Fn(Bus) -> Box<dyn Function>;

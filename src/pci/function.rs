@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::Interrupts;
 use crate::dma::Door;
 use crate::duty::Duty;
-use crate::trace::Tracer;
+use viommu_trace::Tracer;
 
 /// A memory BAR.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,8 +5,8 @@ use std::io::{self, Write};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use super::pin::{Pin, PinSource, Unmasker};
-use crate::socket::set_nonblocking;
-use crate::trace::{Event, Tracer};
+use viommu_socket::set_nonblocking;
+use viommu_trace::{Event, Tracer};
 
 /// Which kind of message a vector is of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -15,7 +15,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::Interrupts;
-use crate::socket::set_nonblocking;
+use viommu_socket::set_nonblocking;
 
 /// A model's reasons to assert the pin.
 pub trait PinSource: Send + Sync {

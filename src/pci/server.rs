@@ -15,10 +15,10 @@ use crate::dma::Door;
 use crate::duty::Duty;
 use crate::iommu::Iommu;
 use crate::memory::{Memory, MemoryMap};
-use crate::socket::{self, RETRY, Socket, SocketError};
-use crate::trace::event::Channel;
-use crate::trace::{Event, Tracer};
 use crate::vfio_user;
+use viommu_socket::{self as socket, RETRY, Socket, SocketError};
+use viommu_trace::event::Channel;
+use viommu_trace::{Event, Tracer};
 
 /// A place for a function: an endpoint's door to memory and its interrupts, which outlive the clients that come and go.
 pub struct Slot {

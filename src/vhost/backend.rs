@@ -20,8 +20,8 @@ use super::requests::Answer;
 use super::ring::Ring;
 use super::table::{Table, TableError};
 use super::{Memory, QUEUES, REQUESTS, Shared, config};
-use crate::trace::Event;
-use crate::trace::event::Channel;
+use viommu_trace::Event;
+use viommu_trace::event::Channel;
 use viommu_wire::trace::NO_ENDPOINT;
 
 /// The largest virtqueue that the device takes, for a QEMU that is told another size than [`super::QUEUE_SIZE`].
@@ -389,7 +389,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 mod tests {
     use super::*;
     use crate::iommu::{Iommu, Settings};
-    use crate::trace::Tracer;
+    use viommu_trace::Tracer;
 
     #[test]
     fn a_panic_ends_neither_the_worker_nor_the_queue_s_lock() {

@@ -5,7 +5,7 @@ use std::ops::Range;
 use zerocopy::IntoBytes;
 
 use crate::iommu::Iommu;
-use crate::trace::{Event, Tracer};
+use viommu_trace::{Event, Tracer};
 use viommu_wire::virtio_iommu::CONFIG_BYPASS_OFFSET;
 
 /// Reads `size` bytes at `offset`; empty, which the frontend takes for an error, if they are not all in the

@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::trace::event::Answer;
-use crate::trace::{Event, Tracer};
+use viommu_trace::event::Answer;
+use viommu_trace::{Event, Tracer};
 use viommu_wire::request::RequestType;
 use viommu_wire::virtio_iommu::Status;
 

@@ -27,8 +27,8 @@ use reset::{Action, Lifecycle};
 pub use server::{Server, ServerError, Shutdown};
 
 use crate::iommu::Iommu;
-use crate::trace::event::{Channel, ResetKind};
-use crate::trace::{Event, Tracer};
+use viommu_trace::event::{Channel, ResetKind};
+use viommu_trace::{Event, Tracer};
 
 /// The guest's memory as the frontend's messages describe it, which virtqueues are in.
 type Memory = vm_memory::GuestMemoryAtomic<vm_memory::GuestMemoryMmap>;

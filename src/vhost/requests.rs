@@ -13,7 +13,7 @@ use super::inject::Fault;
 use super::queue::{self, BadChain, Popped};
 use super::ring::Ring;
 use crate::iommu::{NotARequest, Request};
-use crate::trace::Event;
+use viommu_trace::Event;
 use viommu_wire::virtio_iommu::Tail;
 
 /// Requests that are answered together: one grace period, and one notification at most, for all of them.

@@ -15,7 +15,7 @@ use super::Memory;
 use super::backend::is_served;
 use super::kicks::Kicks;
 use super::queue::{self, Taken};
-use crate::socket::set_nonblocking;
+use viommu_socket::set_nonblocking;
 
 /// A virtqueue that knows whether it was just started, whether it was kicked, and that never ends a connection for
 /// what a guest wrote into its registers.

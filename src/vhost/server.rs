@@ -15,9 +15,9 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::backend::Backend;
 use super::{Control, Counts, Memory, Shared};
 use crate::iommu::Iommu;
-use crate::socket::{self, RETRY, Socket, SocketError};
-use crate::trace::event::Channel;
-use crate::trace::{Event, Tracer};
+use viommu_socket::{self as socket, RETRY, Socket, SocketError};
+use viommu_trace::event::Channel;
+use viommu_trace::{Event, Tracer};
 
 /// Why the device cannot be served.
 #[derive(Debug, thiserror::Error)]

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use viommu::trace::event::Access;
+use viommu_trace::event::Access;
 
 use super::frontend::*;
 

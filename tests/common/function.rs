@@ -9,7 +9,7 @@ use tempfile::TempDir;
 use vfio_user::Client;
 use viommu::iommu::{EndpointSettings, Iommu, Settings};
 use viommu::pci::{Bus, Function, Server, Slot};
-use viommu::trace::Tracer;
+use viommu_trace::Tracer;
 use vmm_sys_util::eventfd::EventFd;
 
 /// A function behind an IOMMU that begins in bypass, on a socket in a temporary folder.

@@ -15,7 +15,7 @@ use viommu::devices::nvme::{Disk, Nvme, NvmeConfig};
 use viommu::duty::Duty;
 use viommu::iommu::Iommu;
 use viommu::pci::{Bus, Function};
-use viommu::trace::Tracer;
+use viommu_trace::Tracer;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::function::Served;

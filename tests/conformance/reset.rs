@@ -6,9 +6,9 @@ use std::thread;
 
 use viommu::dma::{DmaError, Door};
 use viommu::iommu::{Iommu, Settings};
-use viommu::socket::SocketError;
-use viommu::trace::Tracer;
 use viommu::vhost::{Server, ServerError};
+use viommu_socket::SocketError;
+use viommu_trace::Tracer;
 use viommu_wire::trace::Kind;
 
 use crate::common::frontend::*;

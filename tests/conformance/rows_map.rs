@@ -154,7 +154,7 @@ fn row_33_all_addresses_in_one_map() {
     let mut reader = device.iommu.reader();
     let found = {
         let guard = reader.enter();
-        let found = device.iommu.endpoint(BARE).translate(&guard, u64::MAX, viommu::trace::event::Access::Read);
+        let found = device.iommu.endpoint(BARE).translate(&guard, u64::MAX, viommu_trace::event::Access::Read);
         found.unwrap()
     };
     assert_eq!((found.gpa, found.len), (u64::MAX, 1));

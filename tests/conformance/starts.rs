@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use viommu::trace::Event;
-use viommu::trace::event::ResetKind;
+use viommu_trace::Event;
+use viommu_trace::event::ResetKind;
 use viommu_wire::trace::Kind;
 use vmm_sys_util::eventfd::EventFd;
 

@@ -1,8 +1,8 @@
 //! What of all this is on the trace.
 
 use viommu::iommu::{Limits, Settings};
-use viommu::trace::Event;
-use viommu::trace::event::{Channel, ResetKind};
+use viommu_trace::Event;
+use viommu_trace::event::{Channel, ResetKind};
 use viommu_wire::request::RequestType;
 use viommu_wire::virtio_iommu::{FaultReason, MapFlags, Status, request_type};
 
@@ -181,7 +181,7 @@ fn faults_bypass_and_what_is_malformed() {
     has(Event::Fault {
         endpoint: EP,
         reason: FaultReason::Domain as u8,
-        access: viommu::trace::event::Access::Write,
+        access: viommu_trace::event::Access::Write,
         address: 0x1234,
         domain: None,
         dropped: false,

@@ -7,8 +7,8 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use viommu::trace::event::Channel;
-use viommu::trace::{Choice, Event, Reader};
+use viommu_trace::event::Channel;
+use viommu_trace::{Choice, Event, Reader};
 use viommu_wire::trace::Kind;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 

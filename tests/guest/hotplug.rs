@@ -4,7 +4,7 @@ use std::os::unix::net::UnixStream;
 use std::process::Command;
 
 use serde_json::{Value, json};
-use viommu::trace::{Choice, Event, Reader};
+use viommu_trace::{Choice, Event, Reader};
 use viommu_wire::trace::Kind;
 
 use crate::harness::{Guest, Outcome, Running};

@@ -1,6 +1,6 @@
 //! Software that does what none should: whatever it writes, the engine lives, and is whole after a reset.
 
-use viommu::trace;
+use viommu_trace as trace;
 use viommu_wire::trace::Kind;
 
 use crate::common::engine::*;

@@ -9,7 +9,7 @@ use vfio_bindings::bindings::vfio::*;
 use viommu::devices::ioat::Ioat;
 use viommu::iommu::Request;
 use viommu::pci::{Bus, Function};
-use viommu::trace::Tracer;
+use viommu_trace::Tracer;
 use viommu_wire::virtio_iommu::*;
 use vmm_sys_util::eventfd::EventFd;
 use zerocopy::{Immutable, IntoBytes};

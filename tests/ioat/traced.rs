@@ -1,7 +1,7 @@
 //! What of all this is on the trace.
 
-use viommu::trace::Event;
-use viommu::trace::event::{Access, DataPointer, Model, Route};
+use viommu_trace::Event;
+use viommu_trace::event::{Access, DataPointer, Model, Route};
 use viommu_wire::trace::Kind;
 use viommu_wire::virtio_iommu::*;
 

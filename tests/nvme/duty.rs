@@ -12,7 +12,7 @@ use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use viommu::devices::nvme::Disk;
 use viommu::duty::Duty;
-use viommu::trace::Tracer;
+use viommu_trace::Tracer;
 
 use crate::common::nvme::{Driver, FOLDERS, Setup, Sqe, io};
 use crate::{FLUSH, READ, WRITE};

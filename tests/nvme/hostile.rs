@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use viommu::devices::nvme::Counters;
-use viommu::trace;
+use viommu_trace as trace;
 use viommu_wire::trace::Kind;
 
 use crate::READ;

@@ -1,8 +1,8 @@
 //! What of all this is on the trace.
 
 use viommu::iommu::Request;
-use viommu::trace::Event;
-use viommu::trace::event::{Access, Channel, DataPointer, Model, ResetKind, Route};
+use viommu_trace::Event;
+use viommu_trace::event::{Access, Channel, DataPointer, Model, ResetKind, Route};
 use viommu_wire::trace::Kind;
 use viommu_wire::virtio_iommu::{Attach, Head, Map, MapFlags, Status, request_type};
 use zerocopy::IntoBytes;

@@ -5,7 +5,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use viommu::trace::{Choice, Reader};
+use viommu_trace::{Choice, Reader};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::common::engine::Engine;

@@ -1,6 +1,6 @@
 //! Memory that comes and goes, and does not stay.
 
-use viommu::trace::{Choice, Reader};
+use viommu_trace::{Choice, Reader};
 
 use crate::common::frontend;
 use crate::common::memfd;

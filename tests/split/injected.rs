@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use viommu::trace::Event;
-use viommu::trace::event::Answer;
+use viommu_trace::Event;
+use viommu_trace::event::Answer;
 use viommu_wire::request::RequestType;
 use viommu_wire::split::request_type;
 

@@ -8,8 +8,8 @@ use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
 use viommu::iommu::grace::Reader;
 use viommu::iommu::{Endpoint, EndpointSettings, Iommu, Request, Settings};
-use viommu::trace::Tracer;
-use viommu::trace::event::Access;
+use viommu_trace::Tracer;
+use viommu_trace::event::Access;
 use viommu_wire::split::request_type::*;
 use viommu_wire::virtio_iommu::Status;
 

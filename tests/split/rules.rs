@@ -2,7 +2,7 @@
 
 use viommu::dma::DmaError;
 use viommu::iommu::Limits;
-use viommu::trace::event::Access;
+use viommu_trace::event::Access;
 use viommu_wire::split::*;
 use viommu_wire::virtio_iommu::{FaultReason, MapFlags, feature};
 

@@ -1,8 +1,8 @@
 //! What the trace says of a reservation, from RESERVE to RELEASE, and what the requests cost.
 
 use viommu::dma::Door;
-use viommu::trace::event::{Access, Route};
-use viommu::trace::{Event, Tracer};
+use viommu_trace::event::{Access, Route};
+use viommu_trace::{Event, Tracer};
 use viommu_wire::request::RequestType;
 use viommu_wire::split::*;
 

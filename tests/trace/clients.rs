@@ -10,8 +10,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use viommu::trace::event::{Access, Route};
-use viommu::trace::{Choice, Event, Last, Options, ReadError, Reader};
+use viommu_trace::event::{Access, Route};
+use viommu_trace::{Choice, Event, Last, Options, ReadError, Reader};
 use viommu_wire::trace::{Kind, Record};
 
 use crate::fixture::*;

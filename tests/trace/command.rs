@@ -3,8 +3,8 @@
 use std::io::{BufRead, BufReader};
 
 use serde_json::Value;
-use viommu::trace::event::Access;
-use viommu::trace::{Event, Reader};
+use viommu_trace::event::Access;
+use viommu_trace::{Event, Reader};
 
 use crate::fixture::*;
 

@@ -1,7 +1,7 @@
 //! `docs/trace.md` shows what the code writes.
 
-use viommu::trace::event::{Access, Answer, Channel, DataPointer, LossPlace, Model, ResetKind, Route};
-use viommu::trace::{self, Event};
+use viommu_trace::event::{Access, Answer, Channel, DataPointer, LossPlace, Model, ResetKind, Route};
+use viommu_trace::{self as trace, Event};
 use viommu_wire::trace::Kind;
 
 /// One event of each sort that `docs/trace.md` shows, in its order.

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use serde_json::Value;
 use tempfile::TempDir;
-use viommu::trace::event::LossPlace;
-use viommu::trace::{self, Choice, Counters, Event, Options, Reader, TraceHandle, Tracer};
+use viommu_trace::event::LossPlace;
+use viommu_trace::{self as trace, Choice, Counters, Event, Options, Reader, TraceHandle, Tracer};
 use viommu_wire::trace::Record;
 
 /// How long anything may take: only a hang takes longer.

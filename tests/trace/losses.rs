@@ -5,7 +5,7 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use viommu::trace::{Choice, Counters, Event, Options};
+use viommu_trace::{Choice, Counters, Event, Options};
 use viommu_wire::trace::Kind;
 
 use crate::fixture::*;

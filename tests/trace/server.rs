@@ -8,8 +8,8 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use viommu::socket::SocketError;
-use viommu::trace::{self, Choice, Event, Options, ReadError, Reader, StartError, Tracer};
+use viommu_socket::SocketError;
+use viommu_trace::{self as trace, Choice, Event, Options, ReadError, Reader, StartError, Tracer};
 use viommu_wire::trace::Kind;
 
 use crate::fixture::*;

@@ -4,7 +4,7 @@ use std::io::BufReader;
 use std::sync::Barrier;
 use std::thread;
 
-use viommu::trace::{Choice, Event};
+use viommu_trace::{Choice, Event};
 use viommu_wire::trace::Kind;
 
 use crate::fixture::*;

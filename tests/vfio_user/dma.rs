@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 
 use viommu::memory::REGIONS_MAX;
-use viommu::trace::Tracer;
+use viommu_trace::Tracer;
 
 use crate::common::function::Served;
 use crate::common::memfd;

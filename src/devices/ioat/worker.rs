@@ -10,8 +10,8 @@ use super::interrupt::Interrupt;
 use super::registers::Errors;
 use crate::dma::Dma;
 use crate::pci::Bus;
-use crate::trace::Event;
-use crate::trace::event::{DataPointer, Model};
+use viommu_trace::Event;
+use viommu_trace::event::{DataPointer, Model};
 
 /// The channel, and its thread.
 pub struct Worker {

@@ -19,8 +19,8 @@ use super::spec::{
 use super::worker::Worker;
 use crate::dma::Dma;
 use crate::duty::Watch;
-use crate::trace::Event;
-use crate::trace::event::{DataPointer, Model};
+use viommu_trace::Event;
+use viommu_trace::event::{DataPointer, Model};
 
 /// The admin commands that are implemented.
 pub(super) const OPCODES: [u8; 11] = [

@@ -12,7 +12,7 @@ use std::time::Instant;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 
-use crate::trace::event::Access;
+use viommu_trace::event::Access;
 
 /// How a controller is to be.
 #[derive(Clone, Debug)]

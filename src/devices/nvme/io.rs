@@ -12,7 +12,7 @@ use super::shared::Shared;
 use super::spec::{NSID, NSID_ALL, Sqe, Status, TRANSFER_MAX, nvm, page_size};
 use crate::dma::{COPY_MAX, Dma};
 use crate::duty::Watch;
-use crate::trace::event::{Access, DataPointer};
+use viommu_trace::event::{Access, DataPointer};
 
 /// The most bytes that are moved between file and host at once.
 const CHUNK: u64 = COPY_MAX;

@@ -7,7 +7,7 @@ use zerocopy::{FromZeros, IntoBytes};
 
 use super::spec::Status;
 use crate::dma::{Dma, DmaError};
-use crate::trace::event::Access;
+use viommu_trace::event::Access;
 
 /// The most SGL descriptors of one command, so that a chain of empty ones ends.
 const DESCRIPTORS_MAX: usize = 8192;

@@ -12,8 +12,8 @@ use super::log::ErrorLog;
 use super::queue::CompletionQueue;
 use super::spec::{CSTS_FATAL, Status};
 use crate::pci::{Bus, PinSource};
-use crate::trace::Event;
-use crate::trace::event::Model;
+use viommu_trace::Event;
+use viommu_trace::event::Model;
 
 /// A doorbell register of a queue.
 #[derive(Default)]

@@ -13,8 +13,8 @@ use super::shared::Shared;
 use super::spec::{Sqe, Status, nvm};
 use crate::dma::Dma;
 use crate::duty::Watch;
-use crate::trace::Event;
-use crate::trace::event::Model;
+use viommu_trace::Event;
+use viommu_trace::event::Model;
 
 /// Entries that are fetched at once.
 const BATCH: usize = 32;

@@ -7,7 +7,7 @@ use super::*;
 use crate::dma::Door;
 use crate::iommu::{EndpointSettings, Iommu, Settings};
 use crate::memory::{Memory, MemoryMap};
-use crate::trace::Tracer;
+use viommu_trace::Tracer;
 
 const PAGE: u64 = 4096;
 const PAGES: u64 = 64;

@@ -2,8 +2,8 @@
 
 use std::io::Write;
 
-use crate::trace::event::{DataPointer, Event, Model};
-use crate::trace::{CodecError, names};
+use crate::event::{DataPointer, Event, Model};
+use crate::{CodecError, names};
 use viommu_wire::split::request_type as split_type;
 use viommu_wire::trace::Record;
 use viommu_wire::virtio_iommu::request_type;
@@ -358,7 +358,7 @@ pub fn text(record: &Record, out: &mut Vec<u8>) -> Result<(), CodecError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::trace::codec::tests::any_event;
+    use crate::codec::tests::any_event;
     use proptest::prelude::*;
     use serde_json::Value;
 

@@ -1,6 +1,6 @@
 //! Events to records and back. `docs/trace.md` describes the same layout for readers.
 
-use crate::trace::event::{Access, Answer, Channel, DataPointer, Event, LossPlace, Model, ResetKind, Route};
+use crate::event::{Access, Answer, Channel, DataPointer, Event, LossPlace, Model, ResetKind, Route};
 use viommu_wire::request::RequestType;
 use viommu_wire::trace::{Kind, NO_ENDPOINT, Record};
 use viommu_wire::virtio_iommu::request_type;

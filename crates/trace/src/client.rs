@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 use epoll::Events;
 use zerocopy::IntoBytes;
 
-use crate::trace::backlog::Backlog;
-use crate::trace::event::{Event, LossPlace};
-use crate::trace::fields;
-use crate::trace::filter::{Choice, Filter, Format, Last, hello, refusal};
+use crate::backlog::Backlog;
+use crate::event::{Event, LossPlace};
+use crate::fields;
+use crate::filter::{Choice, Filter, Format, Last, hello, refusal};
 use viommu_wire::trace::{Header, Kind, Record};
 
 /// A client that has sent nothing for so long gets the default.

@@ -67,7 +67,7 @@ impl Backlog {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::trace::Event;
+    use crate::Event;
 
     #[test]
     fn the_oldest_go_first() {

@@ -234,7 +234,7 @@ fn line(value: &impl Serialize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::trace::Event;
+    use crate::Event;
 
     #[test]
     fn a_choice_survives_its_line() {
@@ -298,6 +298,6 @@ mod tests {
         assert!(passes(Event::Interrupt { endpoint: None, vector: 0 }));
         assert!(!passes(Event::Interrupt { endpoint: Some(4), vector: 0 }));
         assert!(!passes(Event::Panic { endpoint: 3 }));
-        assert!(passes(Event::Lost { place: crate::trace::event::LossPlace::Ring, count: 1, since: 0 }));
+        assert!(passes(Event::Lost { place: crate::event::LossPlace::Ring, count: 1, since: 0 }));
     }
 }

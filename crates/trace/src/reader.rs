@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 
 use zerocopy::{FromBytes, IntoBytes};
 
-use crate::socket::{self, SocketError};
-use crate::trace::filter::{Choice, Format};
+use crate::filter::{Choice, Format};
+use viommu_socket::{self as socket, SocketError};
 use viommu_wire::trace::{Header, MAGIC, Record, VERSION};
 
 /// Why a trace cannot be read.

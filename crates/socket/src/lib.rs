@@ -15,7 +15,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, soc
 
 /// How long a server waits after a connection that failed, before the next. What failed may be the acceptance, for want
 /// of descriptors; then the connection still waits, and would be tried again without end.
-pub(crate) const RETRY: Duration = Duration::from_millis(50);
+pub const RETRY: Duration = Duration::from_millis(50);
 
 /// How long to wait for others who make the same socket.
 const TURN_MAX: Duration = Duration::from_secs(5);
@@ -100,7 +100,7 @@ pub struct Socket {
 /// A file that this process made and holds open, by its name. It goes with this, unless another process has put a file
 /// of its own there since.
 #[derive(Debug)]
-pub(crate) struct Entry {
+pub struct Entry {
     path: PathBuf,
     /// Device and inode. As long as the file is open nobody else's can have the same.
     identity: (u64, u64),
@@ -108,13 +108,13 @@ pub(crate) struct Entry {
 
 impl Entry {
     /// The file that was just made at `path`.
-    pub(crate) fn new(path: PathBuf) -> io::Result<Entry> {
+    pub fn new(path: PathBuf) -> io::Result<Entry> {
         let identity = fs::symlink_metadata(&path).map(identity)?;
         Ok(Entry { path, identity })
     }
 
     /// Removes it now, if it is still there.
-    pub(crate) fn remove(&self) {
+    pub fn remove(&self) {
         if fs::symlink_metadata(&self.path).is_ok_and(|found| identity(found) == self.identity) {
             // Nothing to do about a failure: the next one to make a file there replaces this one.
             let _ = fs::remove_file(&self.path);
@@ -155,13 +155,13 @@ impl Socket {
     }
 
     /// Removes its file, if it is still there: nobody else is to connect.
-    pub(crate) fn remove(&self) {
+    pub fn remove(&self) {
         self.entry.remove();
     }
 }
 
 /// Whether a socket can have this path at all.
-pub(crate) fn check_length(path: &Path) -> Result<(), SocketError> {
+pub fn check_length(path: &Path) -> Result<(), SocketError> {
     if path.as_os_str().len() > PATH_MAX { Err(SocketError::TooLong(path.to_owned())) } else { Ok(()) }
 }
 
@@ -254,7 +254,7 @@ impl Drop for Turn {
 }
 
 /// Waits until `fd` is readable (true), or `shutdown` is (false).
-pub(crate) fn wait_readable(fd: RawFd, shutdown: RawFd) -> io::Result<bool> {
+pub fn wait_readable(fd: RawFd, shutdown: RawFd) -> io::Result<bool> {
     let mut fds = [fd, shutdown].map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 });
     loop {
         // SAFETY: the pointer and the count are those of an array that lives through the call.
@@ -271,7 +271,7 @@ pub(crate) fn wait_readable(fd: RawFd, shutdown: RawFd) -> io::Result<bool> {
 
 /// Makes reads and writes of `file` fail with [`io::ErrorKind::WouldBlock`] rather than wait. For a descriptor that
 /// somebody else gave: who uses it must not wait for them.
-pub(crate) fn set_nonblocking(file: &File) -> io::Result<()> {
+pub fn set_nonblocking(file: &File) -> io::Result<()> {
     // SAFETY: both calls take a descriptor that `file` keeps open, and no pointer.
     let result = unsafe {
         match libc::fcntl(file.as_raw_fd(), libc::F_GETFL) {

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use crate::trace::event::Model;
+use crate::event::Model;
 use viommu_wire::request::RequestType;
 use viommu_wire::split::F_SPLIT_MAP;
 use viommu_wire::virtio_iommu::{ATTACH_F_BYPASS, FaultReason, MapFlags, Status, feature};

@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 
 use epoll::{ControlOptions, Events};
 
-use crate::socket::Socket;
-use crate::trace::backlog::Backlog;
-use crate::trace::client::{Client, Progress};
-use crate::trace::collector::{Collector, Drained};
-use crate::trace::filter::Filter;
-use crate::trace::tracer::{Shared, now_ns, realtime_ns};
+use crate::backlog::Backlog;
+use crate::client::{Client, Progress};
+use crate::collector::{Collector, Drained};
+use crate::filter::Filter;
+use crate::tracer::{Shared, now_ns, realtime_ns};
+use viommu_socket::Socket;
 use viommu_wire::trace::{Header, MAGIC, Record, VERSION};
 
 /// How long events may wait in the rings while clients watch and there is traffic.

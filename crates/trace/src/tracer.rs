@@ -7,9 +7,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::trace::Event;
-use crate::trace::event::LossPlace;
-use crate::trace::ring::{Consumer, Producer, Sequence, ring};
+use crate::Event;
+use crate::event::LossPlace;
+use crate::ring::{Consumer, Producer, Sequence, ring};
 use viommu_wire::trace::Kind;
 
 /// 64-bit words of a record.

@@ -32,7 +32,7 @@ pub use names::nvme_opcode;
 pub use reader::{ReadError, Reader};
 pub use tracer::{Counters, Tracer, now_ns};
 
-use crate::socket::{Socket, SocketError};
+use viommu_socket::{Socket, SocketError};
 
 /// How to trace.
 #[derive(Clone, Debug)]

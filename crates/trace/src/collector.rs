@@ -4,10 +4,10 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::sync::Arc;
 
-use crate::trace::Event;
-use crate::trace::event::LossPlace;
-use crate::trace::ring::Consumer;
-use crate::trace::tracer::{Lane, Shared, WORDS, now_ns};
+use crate::Event;
+use crate::event::LossPlace;
+use crate::ring::Consumer;
+use crate::tracer::{Lane, Shared, WORDS, now_ns};
 use viommu_wire::trace::Record;
 
 /// Which word of a record is its sequence number.
@@ -142,7 +142,7 @@ fn number(ring: &Consumer<WORDS>) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::trace::Tracer;
+    use crate::Tracer;
     use viommu_wire::trace::Kind;
 
     fn all(collector: &mut Collector) -> Vec<Record> {
