@@ -214,18 +214,20 @@ mod tests {
         let mut collector = Collector::new(shared.clone());
         let (begin, end) = (std::sync::Barrier::new(6), std::sync::Barrier::new(6));
         std::thread::scope(|scope| {
-            for endpoint in 0..5 {
+            let threads = [0, 1, 2, 3, 4].map(|endpoint| {
                 let (shared, begin, end) = (&shared, &begin, &end);
                 scope.spawn(move || {
                     shared.emit(&Event::Panic { endpoint });
                     begin.wait();
                     end.wait();
-                });
-            }
+                })
+            });
             begin.wait();
             let records = all(&mut collector);
             assert_eq!((collector.rings.len(), add_up(&records)), (4, (3, 2)));
             end.wait();
+            // The end of the scope does not wait for what threads do with their locals.
+            threads.into_iter().for_each(|thread| thread.join().unwrap());
         });
         shared.emit(&Event::Panic { endpoint: 5 });
         assert_eq!(add_up(&all(&mut collector)), (1, 0));
