@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 
 use zerocopy::little_endian::U32;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -171,12 +170,13 @@ impl Session<'_> {
             return Err(Refused::invalid("it has descriptors"));
         }
         let client = Client::parse(&self.payload)?;
-        let with_twin = client.twin_socket && self.transport.carries_descriptors();
-        let twin = with_twin.then(UnixStream::pair).transpose().map_err(|error| Refused::new(errno(&error), error))?;
+        let socket = self.transport.socket().filter(|_| client.twin_socket);
+        let twin = socket.map(|session| ClientMemory::new(session, client.max_data)).transpose();
+        let twin = twin.map_err(|error| Refused::new(errno(&error), error))?;
         self.reply = client.reply(self.device.max_dma_maps(), twin.is_some())?;
-        if let Some((ours, theirs)) = twin {
-            self.client_memory = Some(ClientMemory::new(ours, client.max_data));
-            self.reply_fd = Some(theirs.into());
+        if let Some((memory, end)) = twin {
+            self.client_memory = Some(memory);
+            self.reply_fd = Some(end.into());
         }
         self.is_negotiated = true;
         Ok(())

@@ -54,8 +54,8 @@ pub trait Transport {
     /// Sends bytes, all of them, with descriptors, [`MAX_FDS`] at most.
     fn send(&mut self, data: &mut [IoSlice<'_>], fds: &[BorrowedFd<'_>]) -> io::Result<()>;
 
-    /// Whether descriptors can be sent and received.
-    fn carries_descriptors(&self) -> bool;
+    /// The socket that it is; `None` if it is anything else, over which descriptors cannot be sent.
+    fn socket(&self) -> Option<&UnixStream>;
 }
 
 /// Room for descriptors beside the bytes.
@@ -133,8 +133,8 @@ impl Transport for UnixStream {
         Ok(())
     }
 
-    fn carries_descriptors(&self) -> bool {
-        true
+    fn socket(&self) -> Option<&UnixStream> {
+        Some(self)
     }
 }
 

@@ -7,8 +7,11 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::thread;
 
+use viommu::iommu::Request;
 use viommu::memory::REGIONS_MAX;
 use viommu_trace::Tracer;
+use viommu_wire::virtio_iommu::*;
+use zerocopy::IntoBytes;
 
 use crate::common::function::Served;
 use crate::common::memfd;
@@ -263,6 +266,42 @@ fn memory_without_a_descriptor_is_reached_by_messages() {
     let asked = answers.join().unwrap();
     let (read, write) = (command::DMA_READ, command::DMA_WRITE);
     assert_eq!(asked, [(read, 0x8010), (write, 0x8018), (read, 0x9000), (read, 0x9ffc)]);
+}
+
+#[test]
+fn a_write_by_message_that_an_unmap_waited_for_does_not_come_later() {
+    let served = served();
+    served.iommu.set_features(u64::MAX);
+    let request = |request: &[u8]| {
+        let bytes = [request, &[0; 4]].concat();
+        let request = Request::parse(&bytes, served.iommu.features()).unwrap();
+        assert_eq!(served.iommu.execute(&request, &mut []).status, Status::Ok);
+        served.iommu.settle();
+    };
+    let head = |kind| Head { kind, ..Head::default() };
+    let (domain, last) = (1.into(), (PAGE - 1).into());
+    let attach = Attach { head: head(request_type::ATTACH), domain, endpoint: 0x20.into(), ..Attach::default() };
+    request(attach.as_bytes());
+    let flags = (MapFlags::READ | MapFlags::WRITE).bits().into();
+    let (virt_start, virt_end, phys_start) = (0.into(), last, 0x8000.into());
+    request(Map { head: head(request_type::MAP), domain, virt_start, virt_end, phys_start, flags }.as_bytes());
+
+    let mut client = RawClient::connect(&served.path());
+    let (_, fd) = client.version(1, "{\"capabilities\":{\"twin_socket\":{\"supported\":true}}}");
+    let mut socket = UnixStream::from(fd.unwrap());
+    client.region_write(CONFIG, 4, &[6, 0]).unwrap();
+    client.dma_map(READ | WRITE, 0, 0x8000, PAGE, &[]).unwrap();
+    write_register(&mut client, ADDRESS, 0x10);
+    client.send(command::REGION_WRITE, 0, &[access(0, DO_WRITE, 8), vec![0; 8]].concat(), &[]);
+    // The write is there for the client to take; it takes its time.
+    let mut header = [0; 16];
+    socket.read_exact(&mut header).unwrap();
+    assert_eq!(u16::from_le_bytes([header[2], header[3]]), command::DMA_WRITE);
+    let (head, reserved) = (head(request_type::UNMAP), [0; 4]);
+    request(Unmap { head, domain, virt_start, virt_end, reserved }.as_bytes());
+    let mut rest = Vec::new();
+    socket.read_to_end(&mut rest).unwrap();
+    assert!(rest.is_empty(), "the client can still do it: {rest:x?}");
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 
 use viommu::vfio_user::{Device, DmaMap, IrqInfo, IrqSet, Refused, Transport, serve};
@@ -15,10 +16,13 @@ pub const SIZE: u64 = 2 << 20;
 pub const MASKABLE: u32 = 0;
 pub const PLAIN: u32 = 1;
 
+/// What was mapped, while a session goes on and after it.
+pub type Maps = Arc<Mutex<Vec<DmaMap>>>;
+
 #[derive(Default)]
 pub struct Memo {
     pub calls: Vec<String>,
-    pub maps: Vec<DmaMap>,
+    pub maps: Maps,
     /// What region 0 begins with.
     bytes: [u8; 16],
 }
@@ -67,7 +71,7 @@ impl Device for Memo {
         if size == 0 {
             return Err(Refused::new(libc::ERANGE, "the device says so"));
         }
-        self.maps.push(map);
+        self.maps.lock().unwrap().push(map);
         Ok(())
     }
 
@@ -95,17 +99,19 @@ impl Device for Memo {
 
 /// A session over some transport.
 pub struct Session {
+    pub maps: Maps,
     thread: JoinHandle<(Memo, io::Result<()>)>,
 }
 
 impl Session {
     pub fn over(mut transport: impl Transport + Send + 'static) -> Session {
+        let mut memo = Memo::default();
+        let maps = memo.maps.clone();
         let serve = move || {
-            let mut memo = Memo::default();
             let result = serve(&mut transport, &mut memo);
             (memo, result)
         };
-        Session { thread: thread::spawn(serve) }
+        Session { maps, thread: thread::spawn(serve) }
     }
 
     pub fn start() -> (Session, RawClient) {

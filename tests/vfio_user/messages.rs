@@ -213,7 +213,7 @@ fn descriptors_that_no_command_wants_are_closed() {
     client.dma_map(READ | WRITE, 0, 0x1000, 0x1000, &[fd; 16]).unwrap();
     drop(sent);
     let memo = session.end(client);
-    assert_eq!(memo.maps.len(), 1);
+    assert_eq!(memo.maps.lock().unwrap().len(), 1);
     watch.set_nonblocking(true).unwrap();
     assert_eq!(watch.read(&mut [0]).unwrap_err().kind(), ErrorKind::WouldBlock);
     drop(memo);
@@ -229,7 +229,7 @@ fn too_many_descriptors_are_refused_and_closed() {
     assert_in_step(&mut client);
     drop(sent);
     assert_eq!(watch.read(&mut [0]).unwrap(), 0);
-    assert!(session.end(client).maps.is_empty());
+    assert!(session.end(client).maps.lock().unwrap().is_empty());
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::io::{self, IoSlice, PipeReader, PipeWriter, Read, Write, pipe};
 use std::os::fd::BorrowedFd;
+use std::os::unix::net::UnixStream;
 
 use viommu::vfio_user::{Descriptors, Transport};
 
@@ -43,8 +44,8 @@ impl Transport for Pipes {
         data.iter().try_for_each(|part| self.to.write_all(part))
     }
 
-    fn carries_descriptors(&self) -> bool {
-        false
+    fn socket(&self) -> Option<&UnixStream> {
+        None
     }
 }
 
