@@ -71,7 +71,7 @@ impl Session<'_> {
         let command = Command::of(header.command.get());
         let result = self.check(&header, &fds).and_then(|()| {
             let command = command.ok_or_else(|| Refused::invalid("there is no such command"))?;
-            self.execute(command, fds.take())
+            self.execute(command, header.flags(), fds.take())
         });
         let is_over = command == Some(Command::Version) && result.is_err() && !self.is_negotiated;
         self.answer(&header, result)?;
@@ -96,9 +96,9 @@ impl Session<'_> {
     }
 
     /// Executes a command, and leaves the payload of its reply in `reply`.
-    fn execute(&mut self, command: Command, fds: Vec<OwnedFd>) -> Result<(), Refused> {
+    fn execute(&mut self, command: Command, flags: HeaderFlags, fds: Vec<OwnedFd>) -> Result<(), Refused> {
         match command {
-            Command::Version => self.version(&fds),
+            Command::Version => self.version(flags, &fds),
             Command::DmaMap => self.dma_map(fds),
             Command::DmaUnmap => self.dma_unmap(),
             Command::DeviceGetInfo => {
@@ -161,8 +161,9 @@ impl Session<'_> {
         }
     }
 
-    /// "VFIO_USER_VERSION". A client that begins with something else has the least of all capabilities.
-    fn version(&mut self, fds: &[OwnedFd]) -> Result<(), Refused> {
+    /// "VFIO_USER_VERSION". A client that begins with something else has the least of all capabilities; and one that wants no
+    /// answer never gets its end of a twin socket, so that there is none.
+    fn version(&mut self, flags: HeaderFlags, fds: &[OwnedFd]) -> Result<(), Refused> {
         if self.is_negotiated {
             return Err(Refused::invalid("the version is agreed on already"));
         }
@@ -170,7 +171,8 @@ impl Session<'_> {
             return Err(Refused::invalid("it has descriptors"));
         }
         let client = Client::parse(&self.payload)?;
-        let socket = self.transport.socket().filter(|_| client.twin_socket);
+        let with_twin = client.twin_socket && !flags.contains(HeaderFlags::NO_REPLY);
+        let socket = self.transport.socket().filter(|_| with_twin);
         let twin = socket.map(|session| ClientMemory::new(session, client.max_data)).transpose();
         let twin = twin.map_err(|error| Refused::new(errno(&error), error))?;
         self.reply = client.reply(self.device.max_dma_maps(), twin.is_some())?;

@@ -1,6 +1,7 @@
 //! VERSION.
 
 use serde_json::json;
+use viommu::vfio_user::Backing;
 
 use crate::common::vfio::*;
 use crate::memo::Session;
@@ -65,6 +66,19 @@ fn a_version_that_cannot_be_is_refused_and_ends_the_session() {
     client.version(0, "{}");
     assert_eq!(client.call(command::VERSION, &[0; 4], &[]), Err(libc::EINVAL));
     assert!(client.region_read(0, 0, 4).is_ok());
+    session.end(client);
+}
+
+#[test]
+fn who_wants_no_answer_gets_no_socket() {
+    let (session, mut client) = Session::start();
+    let json = b"{\"capabilities\":{\"twin_socket\":{\"supported\":true}}}\0";
+    client.send(command::VERSION, NO_REPLY, &[&[0, 0, 1, 0], &json[..]].concat(), &[]);
+    // The version is agreed on all the same.
+    assert_eq!(client.call(command::VERSION, &[0; 4], &[]), Err(libc::EINVAL));
+    client.dma_map(READ | WRITE, 0, 0x1000, 0x1000, &[]).unwrap();
+    let map = session.maps.lock().unwrap().pop().unwrap();
+    assert!(matches!(map.backing, Backing::Unreachable), "{map:?}");
     session.end(client);
 }
 
