@@ -1,12 +1,17 @@
 //! The client's memory, as its DMA_MAP and DMA_UNMAP messages describe it.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::mapping::{Identity, Mapping};
+use libc::c_int;
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+
+use super::mapping::Mapping;
 use super::remote::{FileMemory, Remote};
 use super::{Backing, Memory, Region};
 
@@ -14,11 +19,12 @@ use super::{Backing, Memory, Region};
 /// tens, and one for each block of memory that virtio-mem plugs.
 pub const REGIONS_MAX: usize = 65_535;
 
-/// The most files that a client's regions may be in at once, each whole. The kernel allows a process some 65,000 mappings,
-/// and the next client wants some too. QEMU has a file for each memory backend.
+/// The most files that a client's regions may be in at once, those that are mapped whole and those that are read and written.
+/// The kernel allows a process some 65,000 mappings, and the next client wants some too. QEMU has a file for each memory
+/// backend.
 pub const FILES_MAX: usize = 1024;
 
-/// The most bytes that those files may have together: a thirty-second of the address space that a process has.
+/// The most bytes that those that are mapped may have together: a thirty-second of the address space that a process has.
 pub const MAPPED_MAX: u64 = 1 << 42;
 
 /// After so long an UNMAP that waits for an access says so.
@@ -58,19 +64,22 @@ pub enum RegionError {
         /// The region's bytes.
         len: u64,
     },
-    /// It would take more of the process's address space than a client may have.
+    /// It would take more of the process's address space, or more of its descriptors, than a client may have.
     #[error(
-        "The region's file has {have:#x} bytes and is the {files}. that is mapped, of {mapped:#x} bytes so far; a client's \
-         memory may be in {FILES_MAX} files of {MAPPED_MAX:#x} bytes together"
+        "The region's file is number {files} of the client's, of which {FILES_MAX} is the last; it would have {have:#x} bytes \
+         mapped beside {mapped:#x}, and {MAPPED_MAX:#x} is the most"
     )]
     TooLarge {
-        /// The file's bytes.
+        /// Bytes of it that would be mapped.
         have: u64,
-        /// Files that would be mapped, this one among them.
+        /// Files that there would be, this one among them.
         files: usize,
-        /// Bytes of the others.
+        /// Bytes of the others that are mapped.
         mapped: u64,
     },
+    /// The file is none for this, or the operating system does not say what it is.
+    #[error("The file cannot be used")]
+    File(#[source] io::Error),
     /// The operating system refuses.
     #[error("The file cannot be mapped")]
     Map(#[source] io::Error),
@@ -123,14 +132,38 @@ pub enum Source {
 /// Makes a [`Memory`] what the client wants it to be.
 pub struct MemoryMap {
     memory: Memory,
-    /// The files that regions are in. One that has become longer, or lost a page, is mapped again and stands here twice.
-    files: Vec<(Identity, Weak<Mapping>)>,
+    /// The files that are mapped. One that has become longer, or lost a page, is mapped again and stands here twice, and so
+    /// does one that was mapped for reading alone before it was for writing.
+    mapped: Vec<Known<Mapping>>,
+    /// Those that are read and written. One that was opened in several ways stands here as often.
+    open: Vec<Known<File>>,
+}
+
+/// A file that regions are in.
+struct Known<F> {
+    /// Device and inode: what two descriptors of one file have in common, and as long as this one is used no other file.
+    identity: (u64, u64),
+    /// How it was opened (fcntl(2), F_GETFL), or mapped: whether for writing.
+    how: c_int,
+    file: Weak<F>,
+}
+
+impl<F> Known<F> {
+    /// The file, if it is this one and still used.
+    fn get(&self, metadata: &Metadata, is_as_wanted: impl FnOnce(c_int) -> bool) -> Option<Arc<F>> {
+        let is_it = self.identity == (metadata.dev(), metadata.ino()) && is_as_wanted(self.how);
+        is_it.then(|| self.file.upgrade()).flatten()
+    }
+
+    fn new(metadata: &Metadata, how: c_int, file: &Arc<F>) -> Known<F> {
+        Known { identity: (metadata.dev(), metadata.ino()), how, file: Arc::downgrade(file) }
+    }
 }
 
 impl MemoryMap {
     /// Takes charge of `memory`, which is empty.
     pub fn new(memory: Memory) -> Self {
-        MemoryMap { memory, files: Vec::new() }
+        MemoryMap { memory, mapped: Vec::new(), open: Vec::new() }
     }
 
     /// The memory.
@@ -165,8 +198,8 @@ impl MemoryMap {
         let backing = match source {
             Source::Mapped(file, offset) => Some(self.backing(&file, offset, len, writable)?),
             Source::FileIo(file, offset) => {
-                let file = FileMemory::new(file, offset, gpa).map_err(RegionError::Map)?;
-                Some(Backing::Remote(Arc::new(file)))
+                let file = self.opened(file)?;
+                Some(Backing::Remote(Arc::new(FileMemory::new(file, offset, gpa))))
             }
             Source::Remote(remote) => Some(Backing::Remote(remote)),
             Source::Unknown => None,
@@ -218,27 +251,52 @@ impl MemoryMap {
         gone
     }
 
-    /// A part of a file. One that is mapped already is not mapped again, unless a page of it could not be had.
+    /// A part of a file. One that is mapped already is not mapped again, unless a page of it could not be had; a mapping for
+    /// writing will do for reading, as what may be done with a region is the region's to say.
     fn backing(&mut self, file: &File, offset: u64, len: u64, writable: bool) -> Result<Backing, RegionError> {
         // An access to a page past the end of the file would fail.
-        let metadata = file.metadata().map_err(RegionError::Map)?;
+        let metadata = file.metadata().map_err(RegionError::File)?;
         let have = metadata.len();
         let end = offset.checked_add(len).filter(|end| *end <= have);
         let end = end.ok_or(RegionError::PastEnd { have, offset, len })?;
-        let identity = Identity::of(&metadata, writable);
-        let known = self.files.iter().rev().find(|(known, _)| *known == identity).and_then(|(_, file)| file.upgrade());
-        if let Some(file) = known.filter(|file| file.len() >= end && !file.watch().is_bad()) {
+        let wanted = c_int::from(writable);
+        let mut known = self.mapped.iter().rev().filter_map(|known| known.get(&metadata, |how| how >= wanted));
+        if let Some(file) = known.find(|file| file.len() >= end && !file.watch().is_bad()) {
             return Ok(Backing::Mapped { file, offset });
         }
-        self.files.retain(|(_, file)| file.strong_count() > 0);
-        let mapped = self.files.iter().filter_map(|(_, file)| file.upgrade()).map(|file| file.len()).sum::<u64>();
-        let files = self.files.len() + 1;
+        self.check_room(have)?;
+        let file = Arc::new(Mapping::new(file, &metadata, writable).map_err(RegionError::Map)?);
+        self.mapped.push(Known::new(&metadata, wanted, &file));
+        Ok(Backing::Mapped { file, offset })
+    }
+
+    /// A file that is read and written. One descriptor does for all regions that are in it, if theirs were opened alike. It
+    /// must be a regular file: an access to anything else may wait for somebody.
+    fn opened(&mut self, file: File) -> Result<Arc<File>, RegionError> {
+        let metadata = file.metadata().map_err(RegionError::File)?;
+        if !metadata.is_file() {
+            return Err(RegionError::File(Errno::EINVAL.into()));
+        }
+        let how = fcntl(&file, FcntlArg::F_GETFL).map_err(|error| RegionError::File(error.into()))?;
+        if let Some(file) = self.open.iter().find_map(|known| known.get(&metadata, |known| known == how)) {
+            return Ok(file);
+        }
+        self.check_room(0)?;
+        let file = Arc::new(file);
+        self.open.push(Known::new(&metadata, how, &file));
+        Ok(file)
+    }
+
+    /// Whether there may be one more file, of which so many bytes are mapped.
+    fn check_room(&mut self, have: u64) -> Result<(), RegionError> {
+        self.mapped.retain(|known| known.file.strong_count() > 0);
+        self.open.retain(|known| known.file.strong_count() > 0);
+        let mapped = self.mapped.iter().filter_map(|known| known.file.upgrade()).map(|file| file.len()).sum::<u64>();
+        let files = self.mapped.len() + self.open.len() + 1;
         if files > FILES_MAX || mapped.saturating_add(have) > MAPPED_MAX {
             return Err(RegionError::TooLarge { have, files, mapped });
         }
-        let mapping = Arc::new(Mapping::new(file, &metadata, writable).map_err(RegionError::Map)?);
-        self.files.push((identity, Arc::downgrade(&mapping)));
-        Ok(Backing::Mapped { file: mapping, offset })
+        Ok(())
     }
 }
 
@@ -332,6 +390,61 @@ mod tests {
             map.map(number * 0x1000, 0x1000, true, Some((file(0x1000), 0))).unwrap();
         }
         assert!(matches!(map.map(1 << 40, 0x1000, true, Some((file(0x1000), 0))), Err(RegionError::TooLarge { .. })));
+    }
+
+    #[test]
+    fn a_file_that_is_mapped_for_writing_is_not_mapped_again_for_reading() {
+        let mut map = map();
+        let ram = file(MAPPED_MAX);
+        let place = |offset| Some((ram.try_clone().unwrap(), offset));
+        map.map(0, 0x1000, true, place(0)).unwrap();
+        map.map(0x1000, 0x1000, false, place(0)).unwrap();
+        assert_eq!(map.mapped.len(), 1);
+        // What may be done is still each region's to say.
+        let regions = map.memory.load();
+        regions.write(0xff8, &[7; 8]).unwrap();
+        assert!(regions.write(0x1ff8, &[8; 8]).is_err() && regions.write(0xff8, &[8; 16]).is_err());
+        let mut data = [0; 8];
+        regions.read(0x1ff8, &mut data).unwrap();
+        assert_eq!(data, [7; 8]);
+        drop(regions);
+        // It stays for the one when the other goes; and the other way round it is not enough.
+        map.unmap(0, 0x1000).unwrap();
+        map.memory.load().read(0x1000, &mut data).unwrap();
+        map.clear();
+        map.map(0, 0x1000, false, place(0)).unwrap();
+        assert!(matches!(map.map(0x1000, 0x1000, true, place(0)), Err(RegionError::TooLarge { files: 2, .. })));
+    }
+
+    #[test]
+    fn files_that_are_read_and_written_count_once_each() {
+        let mut map = map();
+        let add = |map: &mut MemoryMap, gpa, file: &File| {
+            let source = Source::FileIo(file.try_clone().unwrap(), 0);
+            map.add(NewRegion { gpa, len: 0x1000, readable: true, writable: true, source })
+        };
+        let ram = tempfile::NamedTempFile::new().unwrap();
+        ram.as_file().set_len(0x1000).unwrap();
+        for number in 0..5000 {
+            add(&mut map, number * 0x1000, ram.as_file()).unwrap();
+        }
+        assert_eq!(map.open.len(), 1);
+        // A descriptor that can do less is not taken for one that can do more.
+        let reader = File::open(&ram).unwrap();
+        add(&mut map, 1 << 40, &reader).unwrap();
+        assert!(map.memory.load().write(1 << 40, &[7; 8]).is_err());
+        map.memory.load().write(4999 * 0x1000, &[7; 8]).unwrap();
+        assert_eq!(map.open.len(), 2);
+        for number in 2..FILES_MAX as u64 {
+            map.map((1 << 41) + number * 0x1000, 0x1000, true, Some((file(0x1000), 0))).unwrap();
+        }
+        let more = map.map(1 << 42, 0x1000, true, Some((file(0x1000), 0)));
+        assert!(matches!(more, Err(RegionError::TooLarge { files: 1025, .. })));
+        let other = file(0x1000);
+        assert!(matches!(add(&mut map, 1 << 42, &other), Err(RegionError::TooLarge { files: 1025, have: 0, .. })));
+        // Its last region takes a file along.
+        map.unmap(1 << 40, 0x1000).unwrap();
+        add(&mut map, 1 << 42, &other).unwrap();
     }
 
     #[test]

@@ -29,21 +29,6 @@ unsafe impl Send for Mapped {}
 // SAFETY: as above.
 unsafe impl Sync for Mapped {}
 
-/// Which file it is, and whether it is mapped for writing: what two descriptors of one file have in common.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Identity {
-    device: u64,
-    inode: u64,
-    writable: bool,
-}
-
-impl Identity {
-    /// That of a file with this metadata. It is unique as long as the file is mapped.
-    pub(super) fn of(metadata: &Metadata, writable: bool) -> Identity {
-        Identity { device: metadata.dev(), inode: metadata.ino(), writable }
-    }
-}
-
 impl Mapping {
     /// Maps a file, which must not be empty, with the length that it had when `metadata` was asked for. If it is shorter by
     /// now, an access to what it lost fails like any other to a page that cannot be had.

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use super::NoAccess;
 
@@ -17,19 +18,15 @@ pub trait Remote: Send + Sync {
 
 /// Memory that is read and written in a file which cannot be mapped, such as that of another process.
 pub(super) struct FileMemory {
-    file: File,
+    file: Arc<File>,
     /// Of the guest-physical address 0, which may not be in the file.
     offset: u64,
 }
 
 impl FileMemory {
-    /// The file's bytes from `offset` on, at the guest-physical address `gpa`. It must be a regular file: an access to
-    /// anything else may wait for somebody.
-    pub(super) fn new(file: File, offset: u64, gpa: u64) -> io::Result<FileMemory> {
-        if !file.metadata()?.is_file() {
-            return Err(io::Error::from_raw_os_error(libc::EINVAL));
-        }
-        Ok(FileMemory { file, offset: offset.wrapping_sub(gpa) })
+    /// The file's bytes from `offset` on, at the guest-physical address `gpa`.
+    pub(super) fn new(file: Arc<File>, offset: u64, gpa: u64) -> FileMemory {
+        FileMemory { file, offset: offset.wrapping_sub(gpa) }
     }
 
     fn done(gpa: u64, result: io::Result<()>) -> Result<(), NoAccess> {

@@ -322,7 +322,7 @@ fn refused(error: RegionError) -> Refused {
         RegionError::Overlap { .. } => libc::EEXIST,
         RegionError::NotMapped { .. } => libc::ENOENT,
         RegionError::TooMany | RegionError::TooLarge { .. } => libc::ENOSPC,
-        RegionError::Map(error) => error.raw_os_error().unwrap_or(libc::EIO),
+        RegionError::File(error) | RegionError::Map(error) => error.raw_os_error().unwrap_or(libc::EIO),
         RegionError::Range { .. } | RegionError::PastEnd { .. } | RegionError::Splits { .. } => libc::EINVAL,
     };
     Refused::new(errno, error)
