@@ -1,17 +1,25 @@
-//! Both kinds of server when the process is out of descriptors. The limit is the process's, so this is the only test
-//! of its binary.
+//! Both kinds of server when the process is out of descriptors, and what descriptors a client's memory costs. The limit and
+//! the count are the process's, so these tests have a binary of their own, and run one after the other.
 
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
+mod common;
+
+use std::fs;
 use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::sync::Mutex;
 use std::sync::mpsc::{self, Sender};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use ::vhost::VhostBackend;
 use ::vhost::vhost_user::Frontend;
+use common::function::Served;
+use common::memfd;
+use common::toy::*;
+use common::vfio::*;
 use viommu::iommu::{EndpointSettings, Iommu, Settings};
 use viommu::pci::{self, Function, Identity, Slot};
 use viommu::vhost;
@@ -19,6 +27,8 @@ use viommu_trace::Tracer;
 use vmm_sys_util::eventfd::EventFd;
 
 const ENDPOINT: u32 = 0x20;
+const PAGE: u64 = 4096;
+const CONFIG: u32 = 7;
 
 /// How long anything may take.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -63,6 +73,16 @@ impl Function for Idle {
     fn reset(&mut self) {}
 }
 
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// How many descriptors this process has.
+fn descriptors() -> usize {
+    fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
 /// Sets the soft limit of open descriptors and returns the one before.
 fn limit_descriptors(limit: libc::rlim_t) -> libc::rlim_t {
     let mut limits = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
@@ -77,6 +97,7 @@ fn limit_descriptors(limit: libc::rlim_t) -> libc::rlim_t {
 
 #[test]
 fn who_connects_while_there_are_no_descriptors_is_served_when_there_are() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let endpoints = vec![EndpointSettings { id: ENDPOINT, reserved: Vec::new() }];
     let iommu = Iommu::new(Settings { endpoints, ..Settings::default() }, Tracer::default());
@@ -126,4 +147,84 @@ fn who_connects_while_there_are_no_descriptors_is_served_when_there_are() {
     shutdown.trigger();
     function.join().unwrap().unwrap();
     device.join().unwrap().unwrap();
+}
+
+/// A client of a function that is a bus master.
+fn client(served: &Served) -> RawClient {
+    let mut client = RawClient::connect(&served.path());
+    client.region_write(CONFIG, 4, &[6, 0]).unwrap();
+    client
+}
+
+#[test]
+fn regions_cost_descriptors_by_the_file_and_give_them_back() {
+    let _alone = alone();
+    let served = Served::new(ENDPOINT, Tracer::default(), Toy::make, || ());
+    let files = [memfd(4 * PAGE), memfd(4 * PAGE)];
+    drop(client(&served));
+    // The one before is over when the next one is answered.
+    let mut first = client(&served);
+    let before = descriptors();
+    let mut number = 0;
+    let mut map = |client: &mut RawClient, how: u32, count: u64, file: RawFd| {
+        for _ in 0..count {
+            client.dma_map(how, number % 4 * PAGE, number * PAGE, PAGE, &[file]).unwrap();
+            number += 1;
+        }
+    };
+    map(&mut first, READ | WRITE, 100, files[0].as_raw_fd());
+    map(&mut first, READ, 100, files[0].as_raw_fd());
+    assert_eq!(descriptors(), before, "a mapping keeps none");
+    map(&mut first, READ | WRITE | FILE_IO, 100, files[0].as_raw_fd());
+    map(&mut first, READ | FILE_IO, 100, files[0].as_raw_fd());
+    assert_eq!(descriptors(), before + 1);
+    map(&mut first, READ | WRITE | FILE_IO, 100, files[1].as_raw_fd());
+    assert_eq!(descriptors(), before + 2);
+    for (region, writable) in [(0, true), (100, false), (200, true), (300, false), (400, true)] {
+        assert_eq!(writes(&mut first, region * PAGE, region), writable);
+        assert_eq!(reads(&mut first, region * PAGE), if region == 400 { 400 } else { region / 200 * 200 });
+    }
+    first.dma_unmap(0, 400 * PAGE, 99 * PAGE).unwrap();
+    assert_eq!(descriptors(), before + 2, "there is one region left");
+    first.dma_unmap(0, 499 * PAGE, PAGE).unwrap();
+    assert_eq!(descriptors(), before + 1);
+    // Its own end and the server's are those of the next one.
+    drop(first);
+    let _next = client(&served);
+    assert_eq!(descriptors(), before);
+}
+
+#[test]
+fn a_client_is_told_when_its_descriptors_do_not_come_and_loses_nothing() {
+    const UNMASK_BY: u32 = 1 << 2 | 1 << 4;
+    let _alone = alone();
+    let served = Served::new(ENDPOINT, Tracer::default(), Toy::make, || ());
+    let mut client = client(&served);
+    let ram = memfd(4 * PAGE);
+    let event = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+    let fd = [ram.as_raw_fd()];
+    client.dma_map(READ | WRITE, 0, 0, PAGE, &fd).unwrap();
+    client.dma_map(READ | WRITE | FILE_IO, PAGE, PAGE, PAGE, &fd).unwrap();
+    // The next one that is opened is the lowest that is free.
+    let next = ram.try_clone().unwrap().as_raw_fd() as libc::rlim_t;
+    let before = limit_descriptors(next);
+    let refused = [
+        client.dma_map(READ | WRITE, 0, 2 * PAGE, PAGE, &fd),
+        client.dma_map(READ | WRITE | FILE_IO, 0, 2 * PAGE, PAGE, &fd),
+        client.set_irqs([0, UNMASK_BY, 0, 1], &[], &[event.as_raw_fd()]),
+    ];
+    // One comes, but what is to wait for it cannot be made.
+    limit_descriptors(next + 1);
+    let one = client.set_irqs([0, UNMASK_BY, 0, 1], &[], &[event.as_raw_fd()]);
+    let accesses = [0, PAGE].map(|at| writes(&mut client, at, at + 1) && reads(&mut client, at) == at + 1);
+    let none_wanted = client.dma_map(READ | WRITE, 0, 3 * PAGE, PAGE, &[]);
+    let mapped = client.dma_map(READ | WRITE, 0, 2 * PAGE, PAGE, &fd);
+    limit_descriptors(before);
+    assert_eq!((refused, one), ([Err(libc::EMFILE); 3], Err(libc::EMFILE)));
+    assert_eq!((accesses, none_wanted, mapped), ([true; 2], Ok(()), Ok(())));
+    client.set_irqs([0, UNMASK_BY, 0, 1], &[], &[event.as_raw_fd()]).unwrap();
+    // What cannot be waited for is the client's fault.
+    assert_eq!(client.set_irqs([0, UNMASK_BY, 0, 1], &[], &fd), Err(libc::EINVAL));
+    client.dma_map(READ | WRITE | FILE_IO, 0, 4 * PAGE, PAGE, &fd).unwrap();
+    assert_eq!(reads(&mut client, 4 * PAGE), 1);
 }

@@ -78,8 +78,7 @@ impl<'a> Backend<'a> {
             (IrqAction::Trigger, IrqData::None) if set.count == 0 => interrupts.assign_pin(None),
             (IrqAction::Trigger, IrqData::EventFd(fds)) => interrupts.assign_pin(fds.into_iter().next()),
             (IrqAction::Unmask, IrqData::EventFd(fds)) => {
-                let started = interrupts.unmask_pin_by(fds.into_iter().next());
-                started.map_err(|error| Refused::new(libc::EINVAL, error))?;
+                interrupts.unmask_pin_by(fds.into_iter().next()).map_err(Refused::system)?;
             }
             (IrqAction::Mask, IrqData::EventFd(_)) => return Err(Refused::invalid("masking signals nothing")),
             (_, IrqData::Bool(which)) if which != [true] => {}

@@ -166,7 +166,7 @@ pub(super) struct Unmasker {
 }
 
 impl Unmasker {
-    /// Begins to wait. Refuses what cannot be waited for, like a file.
+    /// Begins to wait. Refuses what cannot be waited for, like a file, with EINVAL; another error is not the client's.
     ///
     /// The wait is edge-triggered: a client may give a descriptor that is always readable, and the thread must wake only
     /// when somebody writes to it.
@@ -175,7 +175,10 @@ impl Unmasker {
         let stop = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let epoll = Epoll::new()?;
         let edge = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, UNMASK);
-        epoll.ctl(ControlOperation::Add, event.as_raw_fd(), edge)?;
+        epoll.ctl(ControlOperation::Add, event.as_raw_fd(), edge).map_err(|error| match error.raw_os_error() {
+            Some(libc::EPERM) => io::Error::from_raw_os_error(libc::EINVAL),
+            _ => error,
+        })?;
         epoll.ctl(ControlOperation::Add, stop.as_raw_fd(), EpollEvent::new(EventSet::IN, STOP))?;
         let wait = move || {
             while wait_for_unmask(&epoll) {

@@ -2,6 +2,7 @@
 
 use std::error::Error;
 use std::fs::File;
+use std::io;
 use std::iter::successors;
 
 use super::client_memory::ClientMemory;
@@ -142,6 +143,11 @@ impl Refused {
             reason += &format!(": {cause}");
         }
         Refused { errno, reason }
+    }
+
+    /// For what the operating system refuses, which says why; it need not be the client's doing.
+    pub fn system(error: io::Error) -> Refused {
+        Refused::new(error.raw_os_error().unwrap_or(libc::EIO), error)
     }
 
     /// For what the specification does not allow.

@@ -21,4 +21,4 @@ pub use client_memory::ClientMemory;
 pub use device::{Backing, Device, DmaMap, IrqAction, IrqData, IrqInfo, IrqSet, Refused};
 pub use message::{MAX_DATA, MAX_FDS, MAX_MESSAGE};
 pub use session::serve;
-pub use transport::{Descriptors, Transport};
+pub use transport::{Descriptors, Lost, Transport};

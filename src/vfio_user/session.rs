@@ -13,7 +13,7 @@ use super::message::{
     Command, DeviceFeature, DeviceFlags, DeviceInfo, DmaMapFlags, DmaMapRequest, DmaUnmap, DmaUnmapFlags, Header,
     HeaderFlags, IrqInfoReply, IrqSetRequest, MAX_DATA, MAX_MESSAGE, RegionAccess, RegionInfo, RegionIoFds,
 };
-use super::transport::{Descriptors, Transport};
+use super::transport::{Descriptors, Lost, Transport};
 use super::version::Client;
 use super::{irq, region};
 
@@ -89,10 +89,14 @@ impl Session<'_> {
         if header.flags().intersects(HeaderFlags::REPLY | HeaderFlags::OTHER_TYPES) {
             return Err(Refused::invalid("it is no command"));
         }
-        if fds.is_lost() {
-            return Err(Refused::invalid("it has more descriptors than max_msg_fds, or they could not be received"));
+        match fds.lost() {
+            None => Ok(()),
+            Some(Lost::TooMany) => Err(Refused::invalid("it has more descriptors than max_msg_fds")),
+            Some(Lost::NotReceived) => Err(Refused::new(
+                libc::EMFILE,
+                "its descriptors could not be received: this process may have too many open (ulimit -n)",
+            )),
         }
-        Ok(())
     }
 
     /// Executes a command, and leaves the payload of its reply in `reply`.
@@ -174,7 +178,7 @@ impl Session<'_> {
         let with_twin = client.twin_socket && !flags.contains(HeaderFlags::NO_REPLY);
         let socket = self.transport.socket().filter(|_| with_twin);
         let twin = socket.map(|session| ClientMemory::new(session, client.max_data)).transpose();
-        let twin = twin.map_err(|error| Refused::new(errno(&error), error))?;
+        let twin = twin.map_err(Refused::system)?;
         self.reply = client.reply(self.device.max_dma_maps(), twin.is_some())?;
         if let Some((memory, end)) = twin {
             self.client_memory = Some(memory);
@@ -293,9 +297,4 @@ fn skip(transport: &mut dyn Transport, mut count: u64) -> io::Result<()> {
         count -= now as u64;
     }
     Ok(())
-}
-
-/// The number of an error of the operating system.
-fn errno(error: &io::Error) -> i32 {
-    error.raw_os_error().unwrap_or(libc::EIO)
 }

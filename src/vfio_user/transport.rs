@@ -15,22 +15,31 @@ use super::message::MAX_FDS;
 #[derive(Debug, Default)]
 pub struct Descriptors {
     held: Vec<OwnedFd>,
-    lost: bool,
+    lost: Option<Lost>,
+}
+
+/// Why descriptors of a message are missing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lost {
+    /// There were more than [`MAX_FDS`].
+    TooMany,
+    /// The operating system could not give them to this process, as when it has as many open as it may.
+    NotReceived,
 }
 
 impl Descriptors {
     /// Adds one; one too many is closed, and remembered.
     pub fn push(&mut self, fd: OwnedFd) {
-        if self.held.len() < MAX_FDS { self.held.push(fd) } else { self.lost = true }
+        if self.held.len() < MAX_FDS { self.held.push(fd) } else { self.set_lost(Lost::TooMany) }
     }
 
     /// Some did not come through.
-    pub fn set_lost(&mut self) {
-        self.lost = true;
+    pub fn set_lost(&mut self, why: Lost) {
+        self.lost.get_or_insert(why);
     }
 
-    /// Whether there were more than there is room for.
-    pub fn is_lost(&self) -> bool {
+    /// Why some are missing; `None` if none is.
+    pub fn lost(&self) -> Option<Lost> {
         self.lost
     }
 
@@ -92,6 +101,7 @@ impl Transport for UnixStream {
                 },
             }
         };
+        let mut came = 0;
         // SAFETY: `header` is as the kernel left it, and `control`, to which it leads, still there; so the pointers that these
         // macros make of it lead into what the kernel has written, or are null.
         unsafe {
@@ -100,7 +110,9 @@ impl Transport for UnixStream {
                 if found.cmsg_level == libc::SOL_SOCKET && found.cmsg_type == libc::SCM_RIGHTS {
                     let bytes = found.cmsg_len - libc::CMSG_LEN(0) as usize;
                     let first: *const RawFd = libc::CMSG_DATA(message).cast();
-                    for number in 0..bytes / size_of::<RawFd>() {
+                    let count = bytes / size_of::<RawFd>();
+                    came += count;
+                    for number in 0..count {
                         // The kernel has just made these descriptors, for whoever takes them from here.
                         fds.push(OwnedFd::from_raw_fd(ptr::read_unaligned(first.add(number))));
                     }
@@ -109,7 +121,8 @@ impl Transport for UnixStream {
             }
         }
         if header.msg_flags & libc::MSG_CTRUNC != 0 {
-            fds.set_lost();
+            // The kernel gives none that there is no room for, and none behind one that it cannot give.
+            fds.set_lost(if came < MAX_FDS { Lost::NotReceived } else { Lost::TooMany });
         }
         Ok(received)
     }
@@ -155,9 +168,9 @@ mod tests {
         let (mut fds, mut data) = (Descriptors::default(), [0; 16]);
         assert_eq!(b.receive(&mut data, &mut fds).unwrap(), 5);
         assert_eq!(&data[..5], b"hello");
-        assert!(!fds.is_lost());
+        assert_eq!(fds.lost(), None);
         assert_eq!(b.receive(&mut data, &mut fds).unwrap(), 1);
-        assert!(fds.is_lost());
+        assert_eq!(fds.lost(), Some(Lost::TooMany));
         let held = fds.take();
         assert_eq!(held.len(), MAX_FDS);
         // They are the socket that was sent; when the last of them is closed, so is that.

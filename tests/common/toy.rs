@@ -3,6 +3,8 @@
 use viommu::dma::Dma;
 use viommu::pci::{Bar, Bus, Function, Identity};
 
+use super::vfio::RawClient;
+
 /// A device whose registers do one thing each.
 pub struct Toy {
     dma: Dma,
@@ -79,4 +81,27 @@ impl Function for Toy {
         self.address = 0;
         self.result = 0;
     }
+}
+
+pub fn write_register(client: &mut RawClient, register: u64, value: u64) {
+    client.region_write(0, register, &value.to_le_bytes()).unwrap();
+}
+
+fn result(client: &mut RawClient) -> u64 {
+    u64::from_le_bytes(client.region_read(0, RESULT, 8).unwrap().try_into().unwrap())
+}
+
+/// What the function reads at an address; all ones if it cannot.
+pub fn reads(client: &mut RawClient, address: u64) -> u64 {
+    write_register(client, ADDRESS, address);
+    write_register(client, DO_READ, 0);
+    result(client)
+}
+
+/// Whether the function can write at an address.
+pub fn writes(client: &mut RawClient, address: u64, value: u64) -> bool {
+    write_register(client, ADDRESS, address);
+    write_register(client, RESULT, value);
+    write_register(client, DO_WRITE, 0);
+    result(client) == 0
 }

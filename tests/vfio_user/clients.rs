@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::common::memfd;
 use crate::common::toy::*;
 use crate::common::vfio::*;
-use crate::dma::{reads, served, write_register, writes};
+use crate::dma::served;
 
 const CONFIG: u32 = VFIO_PCI_CONFIG_REGION_INDEX;
 const RAM: u64 = 4 << 20;

@@ -33,29 +33,6 @@ fn client(served: &Served) -> RawClient {
     client
 }
 
-pub fn write_register(client: &mut RawClient, register: u64, value: u64) {
-    client.region_write(0, register, &value.to_le_bytes()).unwrap();
-}
-
-fn result(client: &mut RawClient) -> u64 {
-    u64::from_le_bytes(client.region_read(0, RESULT, 8).unwrap().try_into().unwrap())
-}
-
-/// What the function reads at an address; all ones if it cannot.
-pub fn reads(client: &mut RawClient, address: u64) -> u64 {
-    write_register(client, ADDRESS, address);
-    write_register(client, DO_READ, 0);
-    result(client)
-}
-
-/// Whether the function can write at an address.
-pub fn writes(client: &mut RawClient, address: u64, value: u64) -> bool {
-    write_register(client, ADDRESS, address);
-    write_register(client, RESULT, value);
-    write_register(client, DO_WRITE, 0);
-    result(client) == 0
-}
-
 fn word(file: &File, offset: u64) -> u64 {
     let mut bytes = [0; 8];
     file.read_exact_at(&mut bytes, offset).unwrap();
