@@ -9,6 +9,7 @@ pub mod function;
 pub mod nvme;
 pub mod toy;
 pub mod trace;
+pub mod twin;
 pub mod vfio;
 
 use std::fs::File;

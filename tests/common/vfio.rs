@@ -44,6 +44,9 @@ pub const WRITE: u32 = 1 << 1;
 pub const MMAP: u32 = 1 << 2;
 pub const FILE_IO: u32 = 1 << 3;
 
+/// What a client says in VERSION that takes commands on a socket of their own.
+pub const TWIN: &str = "{\"capabilities\":{\"twin_socket\":{\"supported\":true}}}";
+
 pub struct RawClient {
     pub stream: UnixStream,
     next_id: u16,

@@ -1,12 +1,20 @@
-//! The sandbox, on by default: what the kernel says of a daemon's threads, and what a QEMU inherits that is started outside.
+//! The sandbox, on by default: what the kernel says of a daemon's threads, that memory which is not mapped can be accessed
+//! from within, and what a QEMU inherits that is started outside.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
-use super::{ENGINE, end, folder, names, pretended_qemu, serve_with};
+use super::{ENGINE, end, folder, names, pretended_qemu, serve, serve_with};
+use crate::common::engine::{DONE, Descriptor, RESET, register};
+use crate::common::vfio::*;
+use crate::common::{memfd, twin};
 
 /// Fields of /proc/PID/task/TID/status of each thread, and the thread's name.
 fn threads(process: u32, field: &str) -> Vec<(String, String)> {
@@ -71,6 +79,116 @@ fn the_environment_switches_it_off_too() {
         assert!(threads(child.id(), "Seccomp").iter().all(|(_, seen)| seen == filter), "{value:?}: {line}");
         end(child);
     }
+}
+
+/// The engine's memory: a descriptor, and what it copies from one place to another.
+const RAM: u64 = 16 << 10;
+const SOURCE: u64 = 0x1000;
+const DESTINATION: u64 = 0x2000;
+const COPIED: std::ops::Range<usize> = 0x2000..0x2300;
+
+/// Such memory before the copy, with the engine's only descriptor at 0.
+fn memory() -> Vec<u8> {
+    let mut ram = vec![0; RAM as usize];
+    let copy = Descriptor { size: 0x300, source: SOURCE, destination: DESTINATION, ..Descriptor::default() };
+    ram[..64].copy_from_slice(&copy.bytes());
+    ram[SOURCE as usize..][..0x300].iter_mut().zip(1..).for_each(|(byte, at)| *byte = (at * 7 % 251) as u8);
+    ram
+}
+
+/// A client of the daemon's engine; its end of the twin socket, if it wants one.
+fn client(folder: &Path, json: &str) -> (RawClient, Option<UnixStream>) {
+    let mut client = RawClient::connect(&folder.join("dma0.sock"));
+    let (_, twin) = client.version(1, json);
+    (client, twin.map(UnixStream::from))
+}
+
+/// Has the engine do its descriptor, and does not wait for the end.
+fn start_copy(daemon: &Child, client: &mut RawClient) {
+    assert!(threads(daemon.id(), "Seccomp").iter().all(|(_, filter)| filter == "2"));
+    client.region_write(7, 4, &[6, 0]).unwrap();
+    client.region_write(0, register::CHANCMD, &[RESET]).unwrap();
+    until(|| client.region_read(0, register::CHANCMD, 1).unwrap()[0] & RESET == 0);
+    client.region_write(0, register::CHAINADDR, &0_u64.to_le_bytes()).unwrap();
+    client.region_write(0, register::DMACOUNT, &1_u16.to_le_bytes()).unwrap();
+}
+
+fn copy(daemon: &Child, client: &mut RawClient) {
+    start_copy(daemon, client);
+    until(|| u64::from(client.region_read(0, register::CHANSTS, 8).unwrap()[0]) & 7 == DONE);
+}
+
+fn until(mut is_so: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !is_so() {
+        assert!(begun.elapsed() < Duration::from_secs(60));
+    }
+}
+
+#[test]
+fn files_are_read_and_written_from_within() {
+    let folder = folder();
+    let daemon = serve(folder.path());
+    let file = memfd(RAM);
+    file.write_all_at(&memory(), 0).unwrap();
+    let (mut client, _) = client(folder.path(), "");
+    client.dma_map(READ | WRITE | FILE_IO, 0, 0, RAM, &[file.as_raw_fd()]).unwrap();
+    let open = || fs::read_dir(format!("/proc/{}/fd", daemon.id())).unwrap().count();
+    let before = open();
+    // A descriptor that is known by what the sandbox lets the daemon ask of it.
+    client.dma_map(READ | WRITE | FILE_IO, 0, RAM, RAM, &[file.as_raw_fd()]).unwrap();
+    assert_eq!(open(), before);
+    copy(&daemon, &mut client);
+    let mut ram = memory();
+    file.read_exact_at(&mut ram, 0).unwrap();
+    assert_eq!(ram[COPIED], memory()[SOURCE as usize..][..0x300]);
+    drop(client);
+    assert_eq!(end(daemon), "");
+}
+
+#[test]
+fn clients_are_asked_for_memory_from_within() {
+    let folder = folder();
+    let daemon = serve(folder.path());
+    let (mut client, twin) = client(folder.path(), TWIN);
+    let answers = thread::spawn(|| twin::serve(twin.unwrap(), 0, memory(), 1 << 20));
+    client.dma_map(READ | WRITE, 0, 0, RAM, &[]).unwrap();
+    copy(&daemon, &mut client);
+    drop(client);
+    let (ram, count) = answers.join().unwrap();
+    assert_eq!(ram[COPIED], ram[SOURCE as usize..][..0x300]);
+    assert!(count >= 3, "descriptor, source, destination: {count}");
+    assert_eq!(end(daemon), "");
+}
+
+#[test]
+fn writes_that_are_not_answered_are_taken_back_from_within() {
+    let folder = folder();
+    let daemon = serve(folder.path());
+    let (mut client, twin) = client(folder.path(), TWIN);
+    let mut twin = twin.unwrap();
+    client.dma_map(READ | WRITE, 0, 0, RAM, &[]).unwrap();
+    start_copy(&daemon, &mut client);
+    let ram = memory();
+    loop {
+        let asked = twin::take_head(&mut twin).unwrap();
+        if asked.command == command::DMA_WRITE {
+            break;
+        }
+        twin::answer_read(&mut twin, &asked, 0, &ram);
+    }
+    let mut rest = Vec::new();
+    // Both the session and this end.
+    for stream in [&mut client.stream, &mut twin] {
+        stream.read_to_end(&mut rest).unwrap();
+        assert!(rest.is_empty(), "{rest:x?}");
+    }
+    // And nothing but the session.
+    let (mut next, _) = self::client(folder.path(), "");
+    assert_eq!(next.region_read(7, 0, 2).unwrap(), [0x86, 0x80]);
+    drop(next);
+    let said = end(daemon);
+    assert!(said.contains("does not answer DmaWrite"), "{said}");
 }
 
 /// What `viommu run` starts: its status, and the descriptors that it has.

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use viommu::vfio_user::{Backing, ClientMemory};
 
+use crate::common::twin::*;
 use crate::common::vfio::*;
 use crate::memo::Session;
 
@@ -26,69 +27,10 @@ fn memory(max_data: usize) -> (ClientMemory, UnixStream, RawClient) {
     (memory, UnixStream::from(fd.unwrap()), client)
 }
 
-/// A command of the server's.
-#[derive(Debug)]
-struct Asked {
-    id: [u8; 2],
-    command: u16,
-    address: u64,
-    count: u64,
-    data: Vec<u8>,
-}
-
-/// Takes a command; `None` if the server has closed the socket.
-fn take(socket: &mut UnixStream) -> Option<Asked> {
-    let mut head = [0; 32];
-    socket.read_exact(&mut head).ok()?;
-    let word = |at: usize| u32::from_le_bytes(head[at..at + 4].try_into().unwrap());
-    let long = |at: usize| u64::from_le_bytes(head[at..at + 8].try_into().unwrap());
-    assert_eq!((word(8), word(12)), (0, 0));
-    let mut data = vec![0; word(4) as usize - 32];
-    socket.read_exact(&mut data).unwrap();
-    let command = u16::from_le_bytes([head[2], head[3]]);
-    Some(Asked { id: [head[0], head[1]], command, address: long(16), count: long(24), data })
-}
-
-fn answer(socket: &mut UnixStream, asked: &Asked, flags: u32, errno: u32, payload: &[u8]) {
-    let header =
-        [&asked.id[..], &asked.command.to_le_bytes(), &words(&[16 + payload.len() as u32, flags, errno])].concat();
-    socket.write_all(&[&header, payload].concat()).unwrap();
-}
-
-fn echo(asked: &Asked) -> Vec<u8> {
-    [asked.address, asked.count].map(u64::to_le_bytes).concat()
-}
-
-/// Answers all commands from `ram`, which begins at [`BASE`], until the server closes the socket; returns it, and how many
-/// there were.
-fn serve(mut socket: UnixStream, mut ram: Vec<u8>, max_data: usize) -> (Vec<u8>, usize) {
-    let mut count = 0;
-    while let Some(asked) = take(&mut socket) {
-        assert!(asked.count as usize <= max_data, "{asked:?}");
-        count += 1;
-        let at = (asked.address - BASE) as usize;
-        let range = at..at + asked.count as usize;
-        match asked.command {
-            command::DMA_READ => {
-                let payload = [echo(&asked), ram[range].to_vec()].concat();
-                answer(&mut socket, &asked, REPLY, 0, &payload);
-            }
-            command::DMA_WRITE => {
-                ram[range].copy_from_slice(&asked.data);
-                // The count has four bytes in the specification, and eight in libvfio-user.
-                let len = if count % 2 == 0 { 12 } else { 16 };
-                answer(&mut socket, &asked, REPLY, 0, &echo(&asked)[..len]);
-            }
-            other => panic!("{other}"),
-        }
-    }
-    (ram, count)
-}
-
 #[test]
 fn memory_is_read_and_written_in_pieces_that_the_client_takes() {
     let (memory, socket, session) = memory(4096);
-    let client = thread::spawn(|| serve(socket, vec![0; 0x1_0000], 4096));
+    let client = thread::spawn(|| serve(socket, BASE, vec![0; 0x1_0000], 4096));
     let data: Vec<u8> = (0..2 * 4096 + 42).map(|at| (at * 7 % 251) as u8).collect();
     memory.write(BASE + 0x1001, &data).unwrap();
     let mut back = vec![0; data.len()];
@@ -105,7 +47,7 @@ fn memory_is_read_and_written_in_pieces_that_the_client_takes() {
 #[test]
 fn several_threads_take_turns() {
     let (memory, socket, session) = memory(64);
-    let client = thread::spawn(|| serve(socket, vec![0; 0x1_0000], 64));
+    let client = thread::spawn(|| serve(socket, BASE, vec![0; 0x1_0000], 64));
     thread::scope(|scope| {
         for number in 0..4_u8 {
             let memory = &memory;
@@ -133,7 +75,7 @@ fn an_error_of_the_clients_fails_the_access_and_no_other() {
             let asked = take(&mut socket).unwrap();
             answer(&mut socket, &asked, REPLY | ERROR, errno as u32, &[]);
         }
-        serve(socket, vec![3; 0x1000], 4096)
+        serve(socket, BASE, vec![3; 0x1000], 4096)
     });
     let mut errnos = (0..5).map(|_| memory.read(BASE, &mut [0; 8]).unwrap_err().raw_os_error());
     assert_eq!(errnos.next().unwrap(), Some(libc::EIO));

@@ -223,7 +223,7 @@ fn answer_all(mut socket: UnixStream) -> Vec<(u16, u64)> {
 fn memory_without_a_descriptor_is_reached_by_messages() {
     let served = served();
     let mut client = RawClient::connect(&served.path());
-    let (_, fd) = client.version(1, "{\"capabilities\":{\"twin_socket\":{\"supported\":true}}}");
+    let (_, fd) = client.version(1, TWIN);
     let answers = thread::spawn(|| answer_all(UnixStream::from(fd.unwrap())));
     client.region_write(CONFIG, 4, &[6, 0]).unwrap();
     let ram = memfd(PAGE);
@@ -264,7 +264,7 @@ fn a_write_by_message_that_an_unmap_waited_for_does_not_come_later() {
     request(Map { head: head(request_type::MAP), domain, virt_start, virt_end, phys_start, flags }.as_bytes());
 
     let mut client = RawClient::connect(&served.path());
-    let (_, fd) = client.version(1, "{\"capabilities\":{\"twin_socket\":{\"supported\":true}}}");
+    let (_, fd) = client.version(1, TWIN);
     let mut socket = UnixStream::from(fd.unwrap());
     client.region_write(CONFIG, 4, &[6, 0]).unwrap();
     client.dma_map(READ | WRITE, 0, 0x8000, PAGE, &[]).unwrap();
