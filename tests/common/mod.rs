@@ -6,6 +6,7 @@ pub mod accesses;
 pub mod engine;
 pub mod frontend;
 pub mod function;
+pub mod huge;
 pub mod nvme;
 pub mod toy;
 pub mod trace;

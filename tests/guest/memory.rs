@@ -1,11 +1,13 @@
 //! Guest memory in other forms than one piece of small pages: a device must reach all of it.
 
+#[path = "../common/huge.rs"]
+mod huge;
+
 use std::collections::BTreeMap;
-use std::fs;
-use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use self::huge::HugePages;
 use crate::NVME;
 use crate::harness::{Guest, Outcome};
 
@@ -82,48 +84,6 @@ fn virtio_mem() {
     // The kernel keeps some for itself, such as the descriptions of all these pages.
     let reached = plugged.iter().filter(|(_, _, [reads, writes])| *reads > 0 && *writes > 0).count();
     assert!(reached > 2048 * 3 / 4, "{reached} blocks of 2048");
-}
-
-/// Pages of `size` KiB, reserved for a test and given back after it.
-struct HugePages {
-    path: PathBuf,
-    before: u64,
-}
-
-impl HugePages {
-    /// Makes sure that `wanted` are free. `None` if they cannot be had and the user said so.
-    fn reserve(size: u64, wanted: u64) -> Option<HugePages> {
-        let folder = Path::new("/sys/kernel/mm/hugepages").join(format!("hugepages-{size}kB"));
-        let read = |name: &str| fs::read_to_string(folder.join(name)).ok().and_then(|text| text.trim().parse().ok());
-        let path = folder.join("nr_hugepages");
-        let pages = HugePages { before: read("nr_hugepages").unwrap_or(0), path };
-        let free = || read("free_hugepages").unwrap_or(0_u64);
-        for _ in 0..5 {
-            if free() >= wanted {
-                return Some(pages);
-            }
-            // Only root may; the page cache gives way, and what is left is moved together.
-            let _ = fs::write("/proc/sys/vm/drop_caches", "3");
-            let _ = fs::write("/proc/sys/vm/compact_memory", "1");
-            let _ = fs::write(&pages.path, (read("nr_hugepages").unwrap_or(0) + wanted - free()).to_string());
-        }
-        let (free, path) = (free(), pages.path.display().to_string());
-        assert!(
-            free >= wanted || std::env::var_os("VIOMMU_NO_HUGE").is_some_and(|value| value == "1"),
-            "{wanted} free huge pages of {size} KiB were expected and {free} found: as root, write their number to {path} \
-             (soon after boot, while memory is in one piece), or set VIOMMU_NO_HUGE=1 to do without this test"
-        );
-        if free < wanted {
-            println!("left out, as VIOMMU_NO_HUGE says: {wanted} huge pages of {size} KiB cannot be had");
-        }
-        (free >= wanted).then_some(pages)
-    }
-}
-
-impl Drop for HugePages {
-    fn drop(&mut self) {
-        let _ = fs::write(&self.path, self.before.to_string());
-    }
 }
 
 fn huge_pages(name: &str, size: u64) {
