@@ -1,4 +1,4 @@
-//! The one door to guest memory for device models: translate, copy, trace, fault.
+//! The one way to guest memory for device models: translate, copy, trace, fault.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -39,7 +39,7 @@ pub enum DmaError {
     BusMasterOff,
 }
 
-/// Bytes that an endpoint moved through its [`Door`], all handles together.
+/// Bytes that an endpoint moved through its [`DmaContext`], all handles together.
 #[derive(Debug, Default)]
 pub struct DmaCounters {
     /// Bytes read from guest memory through mappings.
@@ -54,7 +54,7 @@ pub struct DmaCounters {
 
 /// An endpoint's access to memory; each thread opens a [`Dma`] of its own.
 #[derive(Clone)]
-pub struct Door {
+pub struct DmaContext {
     iommu: Arc<Iommu>,
     endpoint: Arc<Endpoint>,
     memory: Memory,
@@ -63,12 +63,12 @@ pub struct Door {
     tracer: Tracer,
 }
 
-impl Door {
-    /// The door of the endpoint `id` to `memory`. Bus mastering is off, unless another door of the endpoint's set it.
+impl DmaContext {
+    /// The access of the endpoint `id` to `memory`. Bus mastering is off, unless another context of the endpoint set it.
     pub fn new(iommu: &Arc<Iommu>, id: u32, memory: Memory, tracer: Tracer) -> Self {
         let endpoint = iommu.endpoint(id);
         let bus_master = endpoint.bus_master().clone();
-        Door { iommu: iommu.clone(), endpoint, memory, bus_master, counters: Arc::default(), tracer }
+        DmaContext { iommu: iommu.clone(), endpoint, memory, bus_master, counters: Arc::default(), tracer }
     }
 
     /// The endpoint id.
@@ -76,8 +76,8 @@ impl Door {
         self.endpoint.id()
     }
 
-    /// Whether accesses are possible: the last [`Door::set_bus_master`] of any door of the endpoint's, or a reset of the machine
-    /// since, which takes it.
+    /// Whether accesses are possible: the last [`DmaContext::set_bus_master`] of any context of the endpoint, or a reset
+    /// of the machine since, which takes it.
     pub fn is_bus_master(&self) -> bool {
         self.bus_master.load(Ordering::Acquire)
     }
@@ -94,17 +94,17 @@ impl Door {
 
     /// A handle for one thread.
     pub fn open(&self) -> Dma {
-        Dma { door: self.clone(), reader: self.iommu.reader() }
+        Dma { context: self.clone(), reader: self.iommu.reader() }
     }
 }
 
 /// One thread's access to memory.
 pub struct Dma {
-    door: Door,
+    context: DmaContext,
     reader: Reader,
 }
 
-impl Door {
+impl DmaContext {
     /// Translates ranges; `None` if one of them leads to anything but memory.
     fn runs(&self, guard: &Guard<'_>, ranges: &[(u64, usize)], access: Access) -> Option<Vec<Run>> {
         let mut runs: Vec<Run> = Vec::with_capacity(ranges.len());
@@ -184,13 +184,13 @@ impl Dma {
         offset: u64,
         flags: libc::c_int,
     ) -> bool {
-        let Dma { door, reader } = self;
-        let memory = door.memory.load();
+        let Dma { context, reader } = self;
+        let memory = context.memory.load();
         let guard = reader.enter();
-        if !door.bus_master.load(Ordering::Acquire) {
+        if !context.bus_master.load(Ordering::Acquire) {
             return false;
         }
-        let Some(runs) = door.runs(&guard, ranges, access) else { return false };
+        let Some(runs) = context.runs(&guard, ranges, access) else { return false };
         let Some(parts) = parts(&memory, &runs, access) else { return false };
         let (fd, count, at) = (file.as_raw_fd(), parts.len() as libc::c_int, offset as libc::off_t);
         // SAFETY: `parts` lie in mappings of guest memory that `memory` keeps alive until after the call, writable if they
@@ -229,19 +229,19 @@ impl Dma {
         want: usize,
         copy: impl FnOnce(&Regions, u64, usize) -> Result<(), NoAccess>,
     ) -> Result<Run, DmaError> {
-        let door = &self.door;
-        let memory = door.memory.load();
+        let context = &self.context;
+        let memory = context.memory.load();
         let guard = self.reader.enter();
-        if !door.bus_master.load(Ordering::Acquire) {
+        if !context.bus_master.load(Ordering::Acquire) {
             return Err(DmaError::BusMasterOff);
         }
-        let found = match door.endpoint.translate(&guard, iova, access) {
+        let found = match context.endpoint.translate(&guard, iova, access) {
             Ok(found) => found,
             Err(refused) => {
                 drop(guard);
-                door.counters.faults.fetch_add(1, Ordering::Relaxed);
-                door.iommu.report(Fault {
-                    endpoint: door.endpoint.id(),
+                context.counters.faults.fetch_add(1, Ordering::Relaxed);
+                context.iommu.report(Fault {
+                    endpoint: context.endpoint.id(),
                     reason: refused.reason,
                     access,
                     address: iova,
@@ -253,7 +253,7 @@ impl Dma {
         let limit = COPY_MAX.min(want as u64);
         let mut len = found.len.min(limit);
         while len < limit {
-            match door.endpoint.translate(&guard, iova.wrapping_add(len), access) {
+            match context.endpoint.translate(&guard, iova.wrapping_add(len), access) {
                 Ok(next) if continues(&found, len, &next) => len = len.saturating_add(next.len).min(limit),
                 _ => break,
             }
@@ -269,9 +269,9 @@ impl Dma {
     /// Traces and counts a run, and returns its length.
     fn tell(&self, run: Run, access: Access) -> Result<usize, DmaError> {
         let Run { iova, found, len, result } = run;
-        let door = &self.door;
-        door.tracer.emit(Event::Dma {
-            endpoint: door.endpoint.id(),
+        let context = &self.context;
+        context.tracer.emit(Event::Dma {
+            endpoint: context.endpoint.id(),
             access,
             route: found.route,
             failed: result.is_err(),
@@ -282,13 +282,13 @@ impl Dma {
             tag: found.tag,
         });
         if result.is_err() {
-            door.memory.explain(found.gpa, len);
+            context.memory.explain(found.gpa, len);
             return Err(DmaError::NoMemory { iova, gpa: found.gpa });
         }
         let moved = match (found.route, access) {
-            (Route::Mapped, Access::Read) => &door.counters.read,
-            (Route::Mapped, Access::Write) => &door.counters.written,
-            (Route::Bypass | Route::Msi, _) => &door.counters.bypassed,
+            (Route::Mapped, Access::Read) => &context.counters.read,
+            (Route::Mapped, Access::Write) => &context.counters.written,
+            (Route::Bypass | Route::Msi, _) => &context.counters.bypassed,
         };
         moved.fetch_add(len, Ordering::Relaxed);
         Ok(len as usize)

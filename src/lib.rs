@@ -10,7 +10,7 @@
 //! * [`viommu_trace`]: events, the per-thread rings they go into, and the socket that serves them. A crate of its own.
 //! * [`viommu_socket`]: how all that listen make their sockets. A crate of its own.
 //! * [`iommu`]: the vIOMMU itself: endpoints, domains, address spaces. It knows no socket, no queue and no thread.
-//! * [`dma`]: the one door to guest memory: translate, copy, trace, fault.
+//! * [`dma`]: the one way to guest memory: translate, copy, trace, fault.
 //! * [`memory`]: the guest's memory: regions, the files behind them, and pages that cannot be had.
 //! * [`vhost`]: the only place that knows vhost-user and virtqueues.
 //! * [`vfio_user`]: the only place that knows vfio-user: messages and sessions, over any transport.

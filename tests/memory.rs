@@ -21,7 +21,7 @@ use common::{Ends, memfd};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
-use viommu::dma::{Dma, DmaError, Door};
+use viommu::dma::{Dma, DmaContext, DmaError};
 use viommu::iommu::{EndpointSettings, Iommu, Settings};
 use viommu::memory::{Memory, MemoryMap, REGIONS_MAX, RegionError, sigbus};
 use viommu_trace::Tracer;
@@ -29,12 +29,12 @@ use viommu_trace::Tracer;
 const PAGE: u64 = 4096;
 
 /// An endpoint's way past the IOMMU to memory that is described with [`MemoryMap`].
-fn door(memory: &Memory) -> Door {
+fn dma_context(memory: &Memory) -> DmaContext {
     let endpoints = vec![EndpointSettings { id: EP, reserved: Vec::new() }];
     let iommu = Iommu::new(Settings { endpoints, ..Settings::default() }, Tracer::default());
-    let door = Door::new(&iommu, EP, memory.clone(), Tracer::default());
-    door.set_bus_master(true);
-    door
+    let dma = DmaContext::new(&iommu, EP, memory.clone(), Tracer::default());
+    dma.set_bus_master(true);
+    dma
 }
 
 fn map_file(map: &mut MemoryMap, gpa: u64, len: u64, file: &File) {
@@ -51,7 +51,7 @@ fn an_access_past_the_end_of_a_file_that_was_cut_short_fails() {
     let (cut, whole) = (memfd(64 * PAGE), memfd(PAGE));
     map_file(&mut map, 0, 64 * PAGE, &cut);
     map_file(&mut map, 1 << 20, PAGE, &whole);
-    let mut dma = door(map.memory()).open();
+    let mut dma = dma_context(map.memory()).open();
     assert!(dma.write(8 * PAGE - 4, &[7; 8]).is_ok());
     cut.set_len(4 * PAGE).unwrap();
     assert_eq!(dma.read(8 * PAGE, &mut [0; 8]), Err(DmaError::NoMemory { iova: 8 * PAGE, gpa: 8 * PAGE }));
@@ -78,10 +78,10 @@ fn accesses_go_on_while_files_are_cut_short_and_regions_come_and_go() {
     let (stop, failed) = (AtomicBool::new(false), AtomicBool::new(false));
     let whole = memfd(PAGE);
     map_file(&mut map, 1 << 30, PAGE, &whole);
-    let door = door(map.memory());
+    let dma = dma_context(map.memory());
     thread::scope(|scope| {
         for number in 0..3 {
-            let (mut dma, stop, failed) = (door.open(), &stop, &failed);
+            let (mut dma, stop, failed) = (dma.open(), &stop, &failed);
             scope.spawn(move || {
                 let mut data = vec![number; 64 << 10];
                 while !stop.load(Ordering::Relaxed) {
@@ -215,7 +215,7 @@ fn memory_is_added_and_removed_region_by_region() {
 fn a_client_may_have_65_535_regions() {
     let mut map = MemoryMap::new(Memory::default());
     let file = memfd(PAGE * REGIONS_MAX as u64);
-    let mut dma = door(map.memory()).open();
+    let mut dma = dma_context(map.memory()).open();
     let descriptors = || std::fs::read_dir("/proc/self/fd").unwrap().count();
     let before = descriptors();
     let begun = Instant::now();
@@ -323,7 +323,7 @@ fn an_unmap_waits_for_as_long_as_a_page_takes_to_come() {
     let mut map = MemoryMap::new(Memory::default());
     let file = memfd(4 * PAGE);
     map_file(&mut map, 0, 4 * PAGE, &file);
-    let mut dma = door(map.memory()).open();
+    let mut dma = dma_context(map.memory()).open();
     let held = Held::new(&file, 0, 4 * PAGE);
     let removed = Arc::new(AtomicBool::new(false));
     thread::scope(|scope| {

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use viommu::dma::Door;
+use viommu::dma::DmaContext;
 use viommu::iommu::{EndpointSettings, Iommu, Request, Settings};
 use viommu::memory::{Memory, MemoryMap};
 use viommu::pci::{Bus, Interrupts};
@@ -44,9 +44,9 @@ impl Machine {
         let ram = memfd(PAGES * PAGE);
         let mut map = MemoryMap::new(Memory::default());
         map.map(0, PAGES * PAGE, true, Some((ram.try_clone().unwrap(), 0))).unwrap();
-        let door = Door::new(&iommu, ENDPOINT, map.memory().clone(), Tracer::default());
-        door.set_bus_master(true);
-        let bus = Bus { door, interrupts: Interrupts::default(), tracer: Tracer::default(), duty: None };
+        let dma = DmaContext::new(&iommu, ENDPOINT, map.memory().clone(), Tracer::default());
+        dma.set_bus_master(true);
+        let bus = Bus { dma, interrupts: Interrupts::default(), tracer: Tracer::default(), duty: None };
         let machine = Machine { iommu, ram, _map: map, bus };
         let head = Head { kind: request_type::ATTACH, reserved: [0; 3] };
         let (domain, endpoint) = (DOMAIN.into(), ENDPOINT.into());

@@ -108,7 +108,7 @@ fn socket() -> &'static PathBuf {
         std::thread::spawn(move || {
             let _folder = folder;
             let slot = Slot::new(&iommu, 0x20, Tracer::default());
-            let make = |bus: Bus| -> Box<dyn Function> { Box::new(Accesses { dma: bus.door.open(), bus, address: 0 }) };
+            let make = |bus: Bus| -> Box<dyn Function> { Box::new(Accesses { dma: bus.dma.open(), bus, address: 0 }) };
             server.serve(&slot, &EventFd::new(0).unwrap(), make, || {}).unwrap();
         });
         path

@@ -289,7 +289,7 @@ fn serve(
 ) -> Result<Served> {
     let server = Arc::new(server);
     let end = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).context("Cannot make an event")?;
-    let dma = slot.bus().door.counters().clone();
+    let dma = slot.bus().dma.counters().clone();
     let shutdown = end.try_clone().context("Cannot copy an event")?;
     let control = control.clone();
     let (model, listening) = (disk.clone(), server.clone());

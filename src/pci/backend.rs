@@ -50,8 +50,8 @@ impl<'a> Backend<'a> {
         let function = self.function.as_mut()?;
         let result = contained(&self.bus, || call(function.as_mut()));
         if result.is_none() {
-            log::error!("The function of endpoint {:#x} is dead until it is reset", self.bus.door.endpoint());
-            self.bus.door.set_bus_master(false);
+            log::error!("The function of endpoint {:#x} is dead until it is reset", self.bus.dma.endpoint());
+            self.bus.dma.set_bus_master(false);
             let gone = self.function.take();
             contained(&self.bus, || drop(gone));
         }
@@ -63,11 +63,11 @@ impl<'a> Backend<'a> {
         if self.with(|function| function.reset()).is_none() {
             self.function = contained(&self.bus, || (self.make)(self.bus.clone()));
         }
-        self.bus.door.set_bus_master(false);
+        self.bus.dma.set_bus_master(false);
         self.config.reset();
         self.bus.interrupts.disable_pin(false);
         self.msix_table.fill(0);
-        let endpoint = Some(self.bus.door.endpoint());
+        let endpoint = Some(self.bus.dma.endpoint());
         self.bus.tracer.emit(Event::Reset { reset: ResetKind::Function, endpoint });
     }
 
@@ -120,7 +120,7 @@ impl<'a> Backend<'a> {
 
     fn trace_memory(&self, region: &Region, added: bool) {
         let &Region { gpa, len, writable, .. } = region;
-        let endpoint = Some(self.bus.door.endpoint());
+        let endpoint = Some(self.bus.dma.endpoint());
         self.bus.tracer.emit(Event::Memory { channel: Channel::VfioUser, endpoint, added, gpa, len, writable });
     }
 
@@ -217,7 +217,7 @@ impl Device for Backend<'_> {
                     self.reset_function();
                 } else {
                     if let Some(master) = effect.master {
-                        self.bus.door.set_bus_master(master && self.function.is_some());
+                        self.bus.dma.set_bus_master(master && self.function.is_some());
                     }
                     if effect.master == Some(true) && self.memory.is_unshared() {
                         self.memory.memory().tell_unshared(0);
@@ -294,7 +294,7 @@ impl Drop for Backend<'_> {
     fn drop(&mut self) {
         let function = self.function.take();
         contained(&self.bus, || drop(function));
-        self.bus.door.set_bus_master(false);
+        self.bus.dma.set_bus_master(false);
         self.bus.interrupts.assign_pin(None);
         self.bus.interrupts.disable_pin(false);
         self.bus.interrupts.disable(Kind::Msi);
@@ -307,7 +307,7 @@ impl Drop for Backend<'_> {
 pub(super) fn contained<R>(bus: &Bus, call: impl FnOnce() -> R) -> Option<R> {
     // What the call may have left half done is either never used again (the function) or whole between any two
     // messages (everything else here).
-    let endpoint = bus.door.endpoint();
+    let endpoint = bus.dma.endpoint();
     let result = bus.tracer.contain(endpoint, call);
     if result.is_none() {
         log::error!("Contained a panic in what serves endpoint {endpoint:#x}");

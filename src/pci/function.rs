@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::Interrupts;
-use crate::dma::Door;
+use crate::dma::DmaContext;
 use crate::duty::Duty;
 use viommu_trace::Tracer;
 
@@ -46,10 +46,10 @@ pub struct Identity {
 #[derive(Clone)]
 pub struct Bus {
     /// Its way to memory.
-    pub door: Door,
+    pub dma: DmaContext,
     /// Its interrupts.
     pub interrupts: Interrupts,
-    /// Where its commands and states are traced; the endpoint is `door.endpoint()`.
+    /// Where its commands and states are traced; the endpoint is `dma.endpoint()`.
     pub tracer: Tracer,
     /// What its threads can do while they are awake and have nothing to do.
     pub duty: Option<Arc<dyn Duty>>,

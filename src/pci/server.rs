@@ -11,7 +11,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::backend::{Backend, Make, contained};
 use super::function::{Bus, Function};
 use super::interrupts::Interrupts;
-use crate::dma::Door;
+use crate::dma::DmaContext;
 use crate::duty::Duty;
 use crate::iommu::Iommu;
 use crate::memory::{Memory, MemoryMap};
@@ -20,7 +20,7 @@ use viommu_socket::{self as socket, RETRY, Socket, SocketError};
 use viommu_trace::event::Channel;
 use viommu_trace::{Event, Tracer};
 
-/// A place for a function: an endpoint's door to memory and its interrupts, which outlive the clients that come and go.
+/// A place for a function: an endpoint's way to memory and its interrupts, which outlive the clients that come and go.
 pub struct Slot {
     bus: Bus,
     memory: Memory,
@@ -31,9 +31,9 @@ impl Slot {
     /// The slot of endpoint `endpoint`.
     pub fn new(iommu: &Arc<Iommu>, endpoint: u32, tracer: Tracer) -> Self {
         let memory = Memory::default();
-        let door = Door::new(iommu, endpoint, memory.clone(), tracer.clone());
+        let dma = DmaContext::new(iommu, endpoint, memory.clone(), tracer.clone());
         let interrupts = Interrupts::new(endpoint, tracer.clone());
-        Slot { bus: Bus { door, interrupts, tracer, duty: None }, memory, msix: true }
+        Slot { bus: Bus { dma, interrupts, tracer, duty: None }, memory, msix: true }
     }
 
     /// The same slot, whose functions do `duty` while they are awake and have nothing to do.
@@ -110,7 +110,7 @@ fn serve_one(stream: &mut UnixStream, slot: &Slot, make: Make<'_>, on_device_res
         return Ok(());
     };
     let session = |connected| {
-        let endpoint = Some(slot.bus.door.endpoint());
+        let endpoint = Some(slot.bus.dma.endpoint());
         slot.bus.tracer.emit(Event::Session { channel: Channel::VfioUser, endpoint, connected });
     };
     session(true);

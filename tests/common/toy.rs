@@ -25,7 +25,7 @@ pub const DO_PANIC: u64 = 0x28;
 impl Toy {
     /// In its power-on state.
     pub fn make(bus: Bus) -> Box<dyn Function> {
-        Box::new(Toy { dma: bus.door.open(), bus, address: 0, result: 0 })
+        Box::new(Toy { dma: bus.dma.open(), bus, address: 0, result: 0 })
     }
 }
 

@@ -4,7 +4,7 @@ use std::os::unix::net::UnixListener;
 use std::sync::mpsc;
 use std::thread;
 
-use viommu::dma::{DmaError, Door};
+use viommu::dma::{DmaContext, DmaError};
 use viommu::iommu::{Iommu, Settings};
 use viommu::vhost::{Server, ServerError};
 use viommu_socket::SocketError;
@@ -223,22 +223,22 @@ fn who_was_attached_when_the_machine_is_reset_reaches_nothing() {
     assert_eq!(driver.attach(1, EP), OK);
     assert_eq!(driver.map(1, 0x1000, 0x1fff, 0x5000, READ), OK);
     assert_eq!(driver.attach_bypass(2, EP2), OK);
-    let doors = [EP, EP2, BARE].map(|id| {
-        let door = Door::new(&device.iommu, id, driver.memory.clone(), Tracer::default());
-        door.set_bus_master(true);
-        door
+    let contexts = [EP, EP2, BARE].map(|id| {
+        let dma = DmaContext::new(&device.iommu, id, driver.memory.clone(), Tracer::default());
+        dma.set_bus_master(true);
+        dma
     });
-    let read = |door: &Door| door.open().read(0x1000, &mut [0]);
-    assert_eq!(doors.each_ref().map(read), [Ok(()); 3]);
+    let read = |dma: &DmaContext| dma.open().read(0x1000, &mut [0]);
+    assert_eq!(contexts.each_ref().map(read), [Ok(()); 3]);
     driver.stop_queues();
-    assert_eq!(doors.each_ref().map(read), [Ok(()); 3], "it may be a pause");
+    assert_eq!(contexts.each_ref().map(read), [Ok(()); 3], "it may be a pause");
     device.control.function_reset();
     // For the others addresses are what they were.
-    assert_eq!(doors.each_ref().map(read), [Err(DmaError::BusMasterOff), Ok(()), Ok(())]);
-    assert_eq!(doors.each_ref().map(Door::is_bus_master), [false, true, true]);
+    assert_eq!(contexts.each_ref().map(read), [Err(DmaError::BusMasterOff), Ok(()), Ok(())]);
+    assert_eq!(contexts.each_ref().map(DmaContext::is_bus_master), [false, true, true]);
     // Firmware sets Bus Master Enable anew.
-    doors[0].set_bus_master(true);
-    assert_eq!(read(&doors[0]), Ok(()));
+    contexts[0].set_bus_master(true);
+    assert_eq!(read(&contexts[0]), Ok(()));
 }
 
 #[test]
@@ -251,11 +251,11 @@ fn who_is_attached_when_the_frontend_leaves_reaches_nothing() {
         let mut driver = Driver::new(&device);
         assert_eq!(driver.attach(1, EP), OK);
         assert_eq!(driver.map(1, IOVA, IOVA + 0xfff, 0x5000, READ), OK);
-        let door = Door::new(&device.iommu, EP, driver.memory.clone(), tracer.clone());
-        door.set_bus_master(true);
+        let dma = DmaContext::new(&device.iommu, EP, driver.memory.clone(), tracer.clone());
+        dma.set_bus_master(true);
         let (begun, begins) = mpsc::channel();
         let poller = thread::spawn(move || {
-            let mut dma = door.open();
+            let mut dma = dma.open();
             let mut polled = Ok(0);
             let _ = begun.send(dma.poll(IOVA, 0));
             while polled.is_ok() {

@@ -1,6 +1,6 @@
 //! What the trace says of a reservation, from RESERVE to RELEASE, and what the requests cost.
 
-use viommu::dma::Door;
+use viommu::dma::DmaContext;
 use viommu_trace::event::{Access, Route};
 use viommu_trace::{Event, Tracer};
 use viommu_wire::request::RequestType;
@@ -50,9 +50,9 @@ fn a_reservation_from_its_first_step_to_its_last() {
         // It goes on in memory where the first ends, but is another operation.
         driver.transact(&link(page(2), &[(0x20_2000, 1), (0x30_0000, 1)], SECOND));
         driver.map(1, 0, 0xfff, 0x20_0000, READ);
-        let door = Door::new(&device.iommu, EP, driver.memory.clone(), tracer);
-        door.set_bus_master(true);
-        let mut dma = door.open();
+        let dma = DmaContext::new(&device.iommu, EP, driver.memory.clone(), tracer);
+        dma.set_bus_master(true);
+        let mut dma = dma.open();
         dma.read(START, &mut [0; 4 * PAGE as usize]).unwrap();
         dma.read(0, &mut [0; 8]).unwrap();
         driver.request(&range(request_type::UNLINK, 1, page(1), page(3) - 1, FIRST));

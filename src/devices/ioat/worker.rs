@@ -42,9 +42,9 @@ impl Worker {
         let shared = Arc::new(Shared { bus, state, changed: Condvar::new() });
         let other = shared.clone();
         let thread = std::thread::Builder::new()
-            .name(format!("ioat-{:x}", shared.bus.door.endpoint()))
+            .name(format!("ioat-{:x}", shared.bus.dma.endpoint()))
             .spawn(move || {
-                while other.bus.tracer.contain(other.bus.door.endpoint(), || other.run()).is_none() {
+                while other.bus.tracer.contain(other.bus.dma.endpoint(), || other.run()).is_none() {
                     other.panicked();
                 }
             })
@@ -100,14 +100,14 @@ impl Shared {
         call(&mut state.channel);
         let after = traced_state(&state.channel);
         if after != before {
-            let endpoint = self.bus.door.endpoint();
+            let endpoint = self.bus.dma.endpoint();
             self.bus.tracer.emit(Event::Device { endpoint, model: Model::Ioat, state: after });
         }
     }
 
     /// Executes descriptors until the end.
     fn run(&self) {
-        let mut dma = self.bus.door.open();
+        let mut dma = self.bus.dma.open();
         let mut buffer = Buffer::new();
         while let Some(job) = self.next_job() {
             self.execute(&job, &mut dma, &mut buffer);
@@ -147,7 +147,7 @@ impl Shared {
     fn trace_command(&self, job: &Job, descriptor: &Descriptor, errors: Errors, begun: Instant) {
         let pointer = if descriptor.moves_data() { DataPointer::Address } else { DataPointer::None };
         self.bus.tracer.emit(Event::Command {
-            endpoint: self.bus.door.endpoint(),
+            endpoint: self.bus.dma.endpoint(),
             model: Model::Ioat,
             opcode: descriptor.operation(),
             queue: 0,
@@ -163,7 +163,7 @@ impl Shared {
 
     /// The thread panicked: the channel halts, and the thread goes on.
     fn panicked(&self) {
-        let endpoint = self.bus.door.endpoint();
+        let endpoint = self.bus.dma.endpoint();
         log::error!("The DMA engine of endpoint {endpoint:#x} panicked; its channel is halted");
         self.traced(&mut self.lock(), Channel::fail);
         self.changed.notify_all();

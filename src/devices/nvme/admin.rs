@@ -77,7 +77,7 @@ impl Admin {
         Admin {
             shared: shared.clone(),
             orders: orders.clone(),
-            dma: shared.bus.door.open(),
+            dma: shared.bus.dma.open(),
             sq: SubmissionQueue::new(0, sq.0, sq.1),
             cq,
             cqs: BTreeMap::new(),
@@ -182,7 +182,7 @@ impl Admin {
             self.shared.log_error(0, sqe.cid.get(), status, sqe.nsid.get(), 0);
         }
         self.shared.bus.tracer.emit(Event::Command {
-            endpoint: self.shared.bus.door.endpoint(),
+            endpoint: self.shared.bus.dma.endpoint(),
             model: Model::Nvme,
             opcode: sqe.opcode,
             queue: 0,

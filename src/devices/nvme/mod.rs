@@ -79,7 +79,7 @@ impl Nvme {
         disk.count(|c| &c.power_cycles, 1);
         // The one of before may have gone with some masked.
         bus.interrupts.withhold(0);
-        let dma = bus.door.open();
+        let dma = bus.dma.open();
         let shared = Arc::new(Shared::new(bus, disk));
         let source: Arc<dyn PinSource> = shared.clone();
         shared.bus.interrupts.set_pin_source(Arc::downgrade(&source));
@@ -177,7 +177,7 @@ impl Nvme {
         }
         let orders = Arc::new(Orders::default());
         let admin = Admin::new(&self.shared, &orders, (self.asq, sq_size), (self.acq, cq_size));
-        let name = format!("nvme {:x} admin", self.shared.bus.door.endpoint());
+        let name = format!("nvme {:x} admin", self.shared.bus.dma.endpoint());
         match std::thread::Builder::new().name(name).spawn(move || admin.run()) {
             Ok(thread) => {
                 self.enabled = Some(Enabled { orders, thread });

@@ -201,11 +201,11 @@ impl Shared {
     pub fn fatal(&self) {
         if self.csts.fetch_or(CSTS_FATAL, Ordering::SeqCst) & CSTS_FATAL == 0 {
             // Who takes bus mastering wants it so: QEMU, before it resets the function.
-            let level = if self.bus.door.is_bus_master() { log::Level::Warn } else { log::Level::Debug };
+            let level = if self.bus.dma.is_bus_master() { log::Level::Warn } else { log::Level::Debug };
             log::log!(
                 level,
                 "NVMe {:#x}: a queue cannot be accessed; the controller needs a reset",
-                self.bus.door.endpoint()
+                self.bus.dma.endpoint()
             );
             self.trace_state();
         }
@@ -218,12 +218,12 @@ impl Shared {
 
     pub fn trace_state(&self) {
         let state = u64::from(self.cc.load(Ordering::SeqCst)) | u64::from(self.csts.load(Ordering::SeqCst)) << 32;
-        self.bus.tracer.emit(Event::Device { endpoint: self.bus.door.endpoint(), model: Model::Nvme, state });
+        self.bus.tracer.emit(Event::Device { endpoint: self.bus.dma.endpoint(), model: Model::Nvme, state });
     }
 
     /// Runs a thread of the controller's: a panic of it is the controller's fatal status and nothing more.
     pub fn contained(&self, run: impl FnOnce()) {
-        if self.bus.tracer.contain(self.bus.door.endpoint(), run).is_none() {
+        if self.bus.tracer.contain(self.bus.dma.endpoint(), run).is_none() {
             self.fatal();
         }
     }

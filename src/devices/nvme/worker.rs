@@ -45,7 +45,7 @@ impl Worker {
     ) -> io::Result<Worker> {
         let stop = Arc::new(AtomicBool::new(false));
         let mut work = Work {
-            dma: shared.bus.door.open(),
+            dma: shared.bus.dma.open(),
             executor: Executor::new(shared.clone(), stop.clone()),
             sq: SubmissionQueue::new(queue, base, size),
             cq: cq.clone(),
@@ -58,7 +58,7 @@ impl Worker {
         if let Some(doorbells) = shared.doorbells.get(usize::from(queue)) {
             doorbells.tail.open(size);
         }
-        let name = format!("nvme {:x} q{queue}", shared.bus.door.endpoint());
+        let name = format!("nvme {:x} q{queue}", shared.bus.dma.endpoint());
         let spawned = std::thread::Builder::new().name(name).spawn(move || {
             let shared = work.shared.clone();
             shared.contained(|| {
@@ -228,7 +228,7 @@ impl Work {
             self.shared.log_error(self.queue, sqe.cid.get(), status, sqe.nsid.get(), address);
         }
         self.shared.bus.tracer.emit(Event::Command {
-            endpoint: self.shared.bus.door.endpoint(),
+            endpoint: self.shared.bus.dma.endpoint(),
             model: Model::Nvme,
             opcode: sqe.opcode,
             queue: self.queue,

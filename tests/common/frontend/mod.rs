@@ -15,7 +15,7 @@ use tempfile::TempDir;
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
-use viommu::dma::{Dma, Door};
+use viommu::dma::{Dma, DmaContext};
 use viommu::iommu::{EndpointSettings, Iommu, Reserved, Settings};
 use viommu::memory::{Memory, MemoryMap};
 use viommu::vhost::{Control, Server, Shutdown};
@@ -322,9 +322,9 @@ impl Driver {
 
     /// An endpoint's access to this driver's memory.
     pub fn dma(&self, device: &Device, endpoint: u32) -> Dma {
-        let door = Door::new(&device.iommu, endpoint, self.memory.clone(), Tracer::default());
-        door.set_bus_master(true);
-        door.open()
+        let dma = DmaContext::new(&device.iommu, endpoint, self.memory.clone(), Tracer::default());
+        dma.set_bus_master(true);
+        dma.open()
     }
 
     /// Adds buffers to the event queue, as Linux does once.

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
 use super::*;
-use crate::dma::Door;
+use crate::dma::DmaContext;
 use crate::iommu::{EndpointSettings, Iommu, Settings};
 use crate::memory::{Memory, MemoryMap};
 use viommu_trace::Tracer;
@@ -22,9 +22,9 @@ fn guest() -> (Arc<GuestMemoryMmap>, Dma) {
     let memory = Arc::new(GuestMemoryMmap::from_ranges_with_files([range]).unwrap());
     let endpoints = vec![EndpointSettings { id: 1, reserved: Vec::new() }];
     let iommu = Iommu::new(Settings { endpoints, ..Settings::default() }, Tracer::default());
-    let door = Door::new(&iommu, 1, map.memory().clone(), Tracer::default());
-    door.set_bus_master(true);
-    let dma = door.open();
+    let dma = DmaContext::new(&iommu, 1, map.memory().clone(), Tracer::default());
+    dma.set_bus_master(true);
+    let dma = dma.open();
     (memory, dma)
 }
 
