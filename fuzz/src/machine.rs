@@ -7,8 +7,8 @@ use std::sync::Arc;
 use viommu::dma::DmaContext;
 use viommu::iommu::{EndpointSettings, Iommu, Request, Settings};
 use viommu::memory::{Memory, MemoryMap};
-use viommu::pci::{Bus, Interrupts};
 use viommu_trace::Tracer;
+use viommu::pci::{FunctionContext, Interrupts};
 use viommu_wire::virtio_iommu::{Attach, Head, Map, MapFlags, Unmap, request_type};
 use zerocopy::IntoBytes;
 
@@ -32,7 +32,7 @@ pub struct Machine {
     iommu: Arc<Iommu>,
     ram: File,
     _map: MemoryMap,
-    pub bus: Bus,
+    pub context: FunctionContext,
 }
 
 impl Machine {
@@ -46,8 +46,8 @@ impl Machine {
         map.map(0, PAGES * PAGE, true, Some((ram.try_clone().unwrap(), 0))).unwrap();
         let dma = DmaContext::new(&iommu, ENDPOINT, map.memory().clone(), Tracer::default());
         dma.set_bus_master(true);
-        let bus = Bus { dma, interrupts: Interrupts::default(), tracer: Tracer::default(), duty: None };
-        let machine = Machine { iommu, ram, _map: map, bus };
+        let context = FunctionContext { dma, interrupts: Interrupts::default(), tracer: Tracer::default(), duty: None };
+        let machine = Machine { iommu, ram, _map: map, context };
         let head = Head { kind: request_type::ATTACH, reserved: [0; 3] };
         let (domain, endpoint) = (DOMAIN.into(), ENDPOINT.into());
         machine.request(Attach { head, domain, endpoint, ..Attach::default() }.as_bytes());

@@ -36,7 +36,7 @@ const A_WHILE: Duration = Duration::from_millis(2);
 
 fuzz_target!(|data: &[u8]| {
     let machine = Machine::new();
-    let mut engine = Ioat::new(machine.bus.clone());
+    let mut engine = Ioat::new(machine.context.clone());
     engine.bar_write(0, CHANCMD, &[RESET]);
     let mut input = Input::new(data);
     while step(&machine, &mut engine, &mut input).is_some() {}

@@ -71,7 +71,7 @@ struct Driver<'a> {
 impl<'a> Driver<'a> {
     fn new(machine: &'a Machine) -> Self {
         let disk = disk();
-        let controller = Nvme::new(machine.bus.clone(), disk.clone());
+        let controller = Nvme::new(machine.context.clone(), disk.clone());
         Driver { machine, controller, disk, tails: [0; QUEUES], expected: 0 }
     }
 

@@ -13,7 +13,7 @@ use std::sync::OnceLock;
 use libfuzzer_sys::fuzz_target;
 use viommu::dma::Dma;
 use viommu::iommu::{EndpointSettings, Iommu, Settings};
-use viommu::pci::{Bar, Bus, Function, Identity, Server, Slot};
+use viommu::pci::{Bar, Function, FunctionContext, Identity, Server, Slot};
 use viommu_fuzz::{HANG, Input, leave, memfd};
 use viommu_trace::Tracer;
 use vmm_sys_util::eventfd::EventFd;
@@ -52,7 +52,7 @@ fuzz_target!(|data: &[u8]| {
 /// A function whose registers are an address, and an access there for each write to another one.
 struct Accesses {
     dma: Dma,
-    bus: Bus,
+    context: FunctionContext,
     address: u64,
 }
 
@@ -87,7 +87,7 @@ impl Function for Accesses {
             0 => self.address = value,
             8 => drop(self.dma.read(self.address, &mut bytes)),
             16 => drop(self.dma.write(self.address, &bytes)),
-            _ => self.bus.interrupts.trigger(value as u16),
+            _ => self.context.interrupts.trigger(value as u16),
         }
     }
 
@@ -108,7 +108,9 @@ fn socket() -> &'static PathBuf {
         std::thread::spawn(move || {
             let _folder = folder;
             let slot = Slot::new(&iommu, 0x20, Tracer::default());
-            let make = |bus: Bus| -> Box<dyn Function> { Box::new(Accesses { dma: bus.dma.open(), bus, address: 0 }) };
+            let make = |context: FunctionContext| -> Box<dyn Function> {
+                Box::new(Accesses { dma: context.dma.open(), context, address: 0 })
+            };
             server.serve(&slot, &EventFd::new(0).unwrap(), make, || {}).unwrap();
         });
         path

@@ -289,15 +289,15 @@ fn serve(
 ) -> Result<Served> {
     let server = Arc::new(server);
     let end = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).context("Cannot make an event")?;
-    let dma = slot.bus().dma.counters().clone();
+    let dma = slot.context().dma.counters().clone();
     let shutdown = end.try_clone().context("Cannot copy an event")?;
     let control = control.clone();
     let (model, listening) = (disk.clone(), server.clone());
     let run = move || {
-        let make = |bus| -> Box<dyn Function> {
+        let make = |context| -> Box<dyn Function> {
             match &model {
-                Some(disk) => Box::new(Nvme::new(bus, disk.clone())),
-                None => Box::new(Ioat::new(bus)),
+                Some(disk) => Box::new(Nvme::new(context, disk.clone())),
+                None => Box::new(Ioat::new(context)),
             }
         };
         if let Err(error) = listening.serve(&slot, &shutdown, make, || control.function_reset()) {

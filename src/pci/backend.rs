@@ -8,7 +8,7 @@ use vfio_bindings::bindings::vfio::{
 };
 
 use super::config::{self, Config, MsixBar};
-use super::function::{Bus, Function};
+use super::function::{Function, FunctionContext};
 use super::interrupts::Kind;
 use crate::memory::{MemoryMap, NewRegion, NoAccess, REGIONS_MAX, Region, RegionError, Remote, Source};
 use crate::vfio_user::{Backing, ClientMemory, Device, DmaMap, IrqAction, IrqData, IrqInfo, IrqSet, Refused};
@@ -16,11 +16,11 @@ use viommu_trace::Event;
 use viommu_trace::event::{Channel, ResetKind};
 
 /// Makes a function in its power-on state.
-pub(super) type Make<'a> = &'a dyn Fn(Bus) -> Box<dyn Function>;
+pub(super) type Make<'a> = &'a dyn Fn(FunctionContext) -> Box<dyn Function>;
 
 /// One connection.
 pub(super) struct Backend<'a> {
-    bus: Bus,
+    context: FunctionContext,
     make: Make<'a>,
     on_device_reset: &'a dyn Fn(),
     /// `None` after it panicked, until the next reset.
@@ -32,11 +32,17 @@ pub(super) struct Backend<'a> {
 
 impl<'a> Backend<'a> {
     /// A function in its power-on state; `None` if making it panics.
-    pub fn new(bus: Bus, memory: MemoryMap, msix: bool, make: Make<'a>, on_device_reset: &'a dyn Fn()) -> Option<Self> {
-        let function = contained(&bus, || make(bus.clone()))?;
+    pub fn new(
+        context: FunctionContext,
+        memory: MemoryMap,
+        msix: bool,
+        make: Make<'a>,
+        on_device_reset: &'a dyn Fn(),
+    ) -> Option<Self> {
+        let function = contained(&context, || make(context.clone()))?;
         let config = Config::new(function.identity(), msix);
         let msix_table = vec![0; config.msix_bar().map_or(0, |bar| bar.size as usize / 2)];
-        Some(Backend { bus, make, on_device_reset, function: Some(function), config, memory, msix_table })
+        Some(Backend { context, make, on_device_reset, function: Some(function), config, memory, msix_table })
     }
 
     /// The BAR of the MSI-X table, if this is its region.
@@ -48,12 +54,12 @@ impl<'a> Backend<'a> {
     /// ones and ignores writes.
     fn with<R>(&mut self, call: impl FnOnce(&mut dyn Function) -> R) -> Option<R> {
         let function = self.function.as_mut()?;
-        let result = contained(&self.bus, || call(function.as_mut()));
+        let result = contained(&self.context, || call(function.as_mut()));
         if result.is_none() {
-            log::error!("The function of endpoint {:#x} is dead until it is reset", self.bus.dma.endpoint());
-            self.bus.dma.set_bus_master(false);
+            log::error!("The function of endpoint {:#x} is dead until it is reset", self.context.dma.endpoint());
+            self.context.dma.set_bus_master(false);
             let gone = self.function.take();
-            contained(&self.bus, || drop(gone));
+            contained(&self.context, || drop(gone));
         }
         result
     }
@@ -61,19 +67,19 @@ impl<'a> Backend<'a> {
     /// Resets the function and its configuration space.
     fn reset_function(&mut self) {
         if self.with(|function| function.reset()).is_none() {
-            self.function = contained(&self.bus, || (self.make)(self.bus.clone()));
+            self.function = contained(&self.context, || (self.make)(self.context.clone()));
         }
-        self.bus.dma.set_bus_master(false);
+        self.context.dma.set_bus_master(false);
         self.config.reset();
-        self.bus.interrupts.disable_pin(false);
+        self.context.interrupts.disable_pin(false);
         self.msix_table.fill(0);
-        let endpoint = Some(self.bus.dma.endpoint());
-        self.bus.tracer.emit(Event::Reset { reset: ResetKind::Function, endpoint });
+        let endpoint = Some(self.context.dma.endpoint());
+        self.context.tracer.emit(Event::Reset { reset: ResetKind::Function, endpoint });
     }
 
     /// SET_IRQS of the interrupt pin, which is one.
     fn set_pin(&self, set: IrqSet) -> Result<(), Refused> {
-        let interrupts = &self.bus.interrupts;
+        let interrupts = &self.context.interrupts;
         match (set.action, set.data) {
             (IrqAction::Trigger, IrqData::None) if set.count == 0 => interrupts.assign_pin(None),
             (IrqAction::Trigger, IrqData::EventFd(fds)) => interrupts.assign_pin(fds.into_iter().next()),
@@ -91,7 +97,7 @@ impl<'a> Backend<'a> {
 
     /// SET_IRQS of vectors.
     fn set_vectors(&self, kind: Kind, set: IrqSet) -> Result<(), Refused> {
-        let interrupts = &self.bus.interrupts;
+        let interrupts = &self.context.interrupts;
         let range = set.start as usize..(set.start + set.count) as usize;
         let which = match set.data {
             IrqData::None if range.is_empty() => {
@@ -120,8 +126,8 @@ impl<'a> Backend<'a> {
 
     fn trace_memory(&self, region: &Region, added: bool) {
         let &Region { gpa, len, writable, .. } = region;
-        let endpoint = Some(self.bus.dma.endpoint());
-        self.bus.tracer.emit(Event::Memory { channel: Channel::VfioUser, endpoint, added, gpa, len, writable });
+        let endpoint = Some(self.context.dma.endpoint());
+        self.context.tracer.emit(Event::Memory { channel: Channel::VfioUser, endpoint, added, gpa, len, writable });
     }
 
     /// What an access to a region is to.
@@ -188,7 +194,7 @@ impl Device for Backend<'_> {
     fn region_read(&mut self, region: u32, offset: u64, data: &mut [u8]) {
         match self.target(region, offset) {
             Target::Config => {
-                self.config.set_interrupt_status(self.bus.interrupts.pin_is_asserted());
+                self.config.set_interrupt_status(self.context.interrupts.pin_is_asserted());
                 self.config.read(offset, data);
             }
             Target::Bar(bar) => {
@@ -201,7 +207,7 @@ impl Device for Backend<'_> {
                 for (at, byte) in (at..).zip(data) {
                     *byte = self.msix_table.get(at).copied().unwrap_or_else(|| {
                         let at = at - table;
-                        self.bus.interrupts.pending(at / 8 * 64).to_le_bytes()[at % 8]
+                        self.context.interrupts.pending(at / 8 * 64).to_le_bytes()[at % 8]
                     });
                 }
             }
@@ -217,12 +223,12 @@ impl Device for Backend<'_> {
                     self.reset_function();
                 } else {
                     if let Some(master) = effect.master {
-                        self.bus.dma.set_bus_master(master && self.function.is_some());
+                        self.context.dma.set_bus_master(master && self.function.is_some());
                     }
                     if effect.master == Some(true) && self.memory.is_unshared() {
                         self.memory.memory().tell_unshared(0);
                     }
-                    self.bus.interrupts.disable_pin(effect.pin_disabled);
+                    self.context.interrupts.disable_pin(effect.pin_disabled);
                 }
             }
             Target::Bar(bar) => {
@@ -293,22 +299,22 @@ impl Drop for Backend<'_> {
     /// The client is gone: the function first, since its threads may be in the memory.
     fn drop(&mut self) {
         let function = self.function.take();
-        contained(&self.bus, || drop(function));
-        self.bus.dma.set_bus_master(false);
-        self.bus.interrupts.assign_pin(None);
-        self.bus.interrupts.disable_pin(false);
-        self.bus.interrupts.disable(Kind::Msi);
-        self.bus.interrupts.disable(Kind::Msix);
+        contained(&self.context, || drop(function));
+        self.context.dma.set_bus_master(false);
+        self.context.interrupts.assign_pin(None);
+        self.context.interrupts.disable_pin(false);
+        self.context.interrupts.disable(Kind::Msi);
+        self.context.interrupts.disable(Kind::Msix);
         self.dma_unmap_all();
     }
 }
 
 /// Runs something of a model's, or of its session; `None` if it panics, which is traced.
-pub(super) fn contained<R>(bus: &Bus, call: impl FnOnce() -> R) -> Option<R> {
+pub(super) fn contained<R>(context: &FunctionContext, call: impl FnOnce() -> R) -> Option<R> {
     // What the call may have left half done is either never used again (the function) or whole between any two
     // messages (everything else here).
-    let endpoint = bus.dma.endpoint();
-    let result = bus.tracer.contain(endpoint, call);
+    let endpoint = context.dma.endpoint();
+    let result = context.tracer.contain(endpoint, call);
     if result.is_none() {
         log::error!("Contained a panic in what serves endpoint {endpoint:#x}");
     }

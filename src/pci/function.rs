@@ -44,7 +44,7 @@ pub struct Identity {
 
 /// What a function is given when it is made.
 #[derive(Clone)]
-pub struct Bus {
+pub struct FunctionContext {
     /// Its way to memory.
     pub dma: DmaContext,
     /// Its interrupts.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::backend::{Backend, Make, contained};
-use super::function::{Bus, Function};
+use super::function::{Function, FunctionContext};
 use super::interrupts::Interrupts;
 use crate::dma::DmaContext;
 use crate::duty::Duty;
@@ -22,7 +22,7 @@ use viommu_trace::{Event, Tracer};
 
 /// A place for a function: an endpoint's way to memory and its interrupts, which outlive the clients that come and go.
 pub struct Slot {
-    bus: Bus,
+    context: FunctionContext,
     memory: Memory,
     msix: bool,
 }
@@ -33,12 +33,12 @@ impl Slot {
         let memory = Memory::default();
         let dma = DmaContext::new(iommu, endpoint, memory.clone(), tracer.clone());
         let interrupts = Interrupts::new(endpoint, tracer.clone());
-        Slot { bus: Bus { dma, interrupts, tracer, duty: None }, memory, msix: true }
+        Slot { context: FunctionContext { dma, interrupts, tracer, duty: None }, memory, msix: true }
     }
 
     /// The same slot, whose functions do `duty` while they are awake and have nothing to do.
     pub fn with_duty(mut self, duty: Arc<dyn Duty>) -> Self {
-        self.bus.duty = Some(duty);
+        self.context.duty = Some(duty);
         self
     }
 
@@ -49,8 +49,8 @@ impl Slot {
     }
 
     /// What a function in this slot is given.
-    pub fn bus(&self) -> &Bus {
-        &self.bus
+    pub fn context(&self) -> &FunctionContext {
+        &self.context
     }
 }
 
@@ -84,7 +84,7 @@ impl Server {
         &self,
         slot: &Slot,
         shutdown: &EventFd,
-        make: impl Fn(Bus) -> Box<dyn Function>,
+        make: impl Fn(FunctionContext) -> Box<dyn Function>,
         on_device_reset: impl Fn(),
     ) -> io::Result<()> {
         while socket::wait_readable(self.socket.listener().as_raw_fd(), shutdown.as_raw_fd())? {
@@ -106,15 +106,15 @@ impl Server {
 /// Serves a client that was accepted. Without a function there is nothing to serve, and it is sent away.
 fn serve_one(stream: &mut UnixStream, slot: &Slot, make: Make<'_>, on_device_reset: &dyn Fn()) -> io::Result<()> {
     let memory = MemoryMap::new(slot.memory.clone());
-    let Some(mut backend) = Backend::new(slot.bus.clone(), memory, slot.msix, make, on_device_reset) else {
+    let Some(mut backend) = Backend::new(slot.context.clone(), memory, slot.msix, make, on_device_reset) else {
         return Ok(());
     };
     let session = |connected| {
-        let endpoint = Some(slot.bus.dma.endpoint());
-        slot.bus.tracer.emit(Event::Session { channel: Channel::VfioUser, endpoint, connected });
+        let endpoint = Some(slot.context.dma.endpoint());
+        slot.context.tracer.emit(Event::Session { channel: Channel::VfioUser, endpoint, connected });
     };
     session(true);
-    let served = contained(&slot.bus, || vfio_user::serve(stream, &mut backend));
+    let served = contained(&slot.context, || vfio_user::serve(stream, &mut backend));
     drop(backend);
     session(false);
     served.unwrap_or(Ok(()))

@@ -8,7 +8,7 @@ use std::thread::{self, JoinHandle};
 use tempfile::TempDir;
 use vfio_user::Client;
 use viommu::iommu::{EndpointSettings, Iommu, Settings};
-use viommu::pci::{Bus, Function, Server, Slot};
+use viommu::pci::{Function, FunctionContext, Server, Slot};
 use viommu_trace::Tracer;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -25,7 +25,7 @@ impl Served {
     pub fn new(
         endpoint: u32,
         tracer: Tracer,
-        make: impl Fn(Bus) -> Box<dyn Function> + Send + 'static,
+        make: impl Fn(FunctionContext) -> Box<dyn Function> + Send + 'static,
         on_reset: impl Fn() + Send + 'static,
     ) -> Self {
         Served::in_slot(endpoint, tracer, |slot| slot, make, on_reset)
@@ -36,7 +36,7 @@ impl Served {
         endpoint: u32,
         tracer: Tracer,
         slot: impl FnOnce(Slot) -> Slot,
-        make: impl Fn(Bus) -> Box<dyn Function> + Send + 'static,
+        make: impl Fn(FunctionContext) -> Box<dyn Function> + Send + 'static,
         on_reset: impl Fn() + Send + 'static,
     ) -> Self {
         let dir = tempfile::tempdir().unwrap();

@@ -14,7 +14,7 @@ use vfio_user::Client;
 use viommu::devices::nvme::{Disk, Nvme, NvmeConfig};
 use viommu::duty::Duty;
 use viommu::iommu::Iommu;
-use viommu::pci::{Bus, Function};
+use viommu::pci::{Function, FunctionContext};
 use viommu_trace::Tracer;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -65,9 +65,9 @@ impl Setup {
         File::create(&config.image).unwrap().set_len(bytes).unwrap();
         let disk = Disk::open(config).unwrap();
         let of_controller = disk.clone();
-        let make = move |mut bus: Bus| -> Box<dyn Function> {
-            bus.duty.clone_from(&duty);
-            Box::new(Nvme::new(bus, of_controller.clone()))
+        let make = move |mut context: FunctionContext| -> Box<dyn Function> {
+            context.duty.clone_from(&duty);
+            Box::new(Nvme::new(context, of_controller.clone()))
         };
         Setup { served: Served::new(ENDPOINT, tracer, make, || {}), _dir: dir, disk }
     }

@@ -1,14 +1,14 @@
 //! A PCI function with as little as possible in it.
 
 use viommu::dma::Dma;
-use viommu::pci::{Bar, Bus, Function, Identity};
+use viommu::pci::{Bar, Function, FunctionContext, Identity};
 
 use super::vfio::RawClient;
 
 /// A device whose registers do one thing each.
 pub struct Toy {
     dma: Dma,
-    bus: Bus,
+    context: FunctionContext,
     address: u64,
     result: u64,
 }
@@ -24,8 +24,8 @@ pub const DO_PANIC: u64 = 0x28;
 
 impl Toy {
     /// In its power-on state.
-    pub fn make(bus: Bus) -> Box<dyn Function> {
-        Box::new(Toy { dma: bus.dma.open(), bus, address: 0, result: 0 })
+    pub fn make(context: FunctionContext) -> Box<dyn Function> {
+        Box::new(Toy { dma: context.dma.open(), context, address: 0, result: 0 })
     }
 }
 
@@ -71,7 +71,7 @@ impl Function for Toy {
                 let done = self.dma.write(self.address, &self.result.to_le_bytes()).is_ok();
                 self.result = if done { 0 } else { u64::MAX };
             }
-            DO_INTERRUPT => self.bus.interrupts.trigger(value as u16),
+            DO_INTERRUPT => self.context.interrupts.trigger(value as u16),
             DO_PANIC => panic!("the driver asked for it"),
             _ => {}
         }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use vfio_bindings::bindings::vfio::*;
 use viommu::devices::ioat::Ioat;
 use viommu::iommu::Request;
-use viommu::pci::{Bus, Function};
+use viommu::pci::{Function, FunctionContext};
 use viommu_trace::Tracer;
 use viommu_wire::virtio_iommu::*;
 use vmm_sys_util::eventfd::EventFd;
@@ -42,7 +42,7 @@ impl Setup {
     }
 
     pub fn traced(tracer: Tracer) -> Self {
-        let make = |bus: Bus| -> Box<dyn Function> { Box::new(Ioat::new(bus)) };
+        let make = |context: FunctionContext| -> Box<dyn Function> { Box::new(Ioat::new(context)) };
         let served = Served::new(ENDPOINT, tracer, make, || ());
         served.iommu.set_features(u64::MAX);
         Setup { served, ram: memfd(RAM) }

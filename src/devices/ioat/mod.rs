@@ -22,7 +22,7 @@ mod worker;
 
 use worker::Worker;
 
-use crate::pci::{Bar, Bus, Function, Identity};
+use crate::pci::{Bar, Function, FunctionContext, Identity};
 
 /// The DMA engine, a PCI function.
 pub struct Ioat {
@@ -34,8 +34,8 @@ impl Ioat {
     ///
     /// # Panics
     /// If the system has no thread to give.
-    pub fn new(bus: Bus) -> Self {
-        Ioat { worker: Worker::start(bus) }
+    pub fn new(context: FunctionContext) -> Self {
+        Ioat { worker: Worker::start(context) }
     }
 }
 

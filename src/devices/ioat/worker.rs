@@ -9,7 +9,7 @@ use super::descriptor::{Buffer, Descriptor};
 use super::interrupt::Interrupt;
 use super::registers::Errors;
 use crate::dma::Dma;
-use crate::pci::Bus;
+use crate::pci::FunctionContext;
 use viommu_trace::Event;
 use viommu_trace::event::{DataPointer, Model};
 
@@ -20,7 +20,7 @@ pub struct Worker {
 }
 
 struct Shared {
-    bus: Bus,
+    context: FunctionContext,
     state: Mutex<State>,
     /// There is a job, or one has ended, or the thread is to end.
     changed: Condvar,
@@ -36,15 +36,15 @@ impl Worker {
     ///
     /// # Panics
     /// If the system has no thread to give.
-    pub fn start(bus: Bus) -> Self {
-        let channel = Channel::new(Interrupt::new(bus.interrupts.clone()));
+    pub fn start(context: FunctionContext) -> Self {
+        let channel = Channel::new(Interrupt::new(context.interrupts.clone()));
         let state = Mutex::new(State { channel, quit: false });
-        let shared = Arc::new(Shared { bus, state, changed: Condvar::new() });
+        let shared = Arc::new(Shared { context, state, changed: Condvar::new() });
         let other = shared.clone();
         let thread = std::thread::Builder::new()
-            .name(format!("ioat-{:x}", shared.bus.dma.endpoint()))
+            .name(format!("ioat-{:x}", shared.context.dma.endpoint()))
             .spawn(move || {
-                while other.bus.tracer.contain(other.bus.dma.endpoint(), || other.run()).is_none() {
+                while other.context.tracer.contain(other.context.dma.endpoint(), || other.run()).is_none() {
                     other.panicked();
                 }
             })
@@ -100,14 +100,14 @@ impl Shared {
         call(&mut state.channel);
         let after = traced_state(&state.channel);
         if after != before {
-            let endpoint = self.bus.dma.endpoint();
-            self.bus.tracer.emit(Event::Device { endpoint, model: Model::Ioat, state: after });
+            let endpoint = self.context.dma.endpoint();
+            self.context.tracer.emit(Event::Device { endpoint, model: Model::Ioat, state: after });
         }
     }
 
     /// Executes descriptors until the end.
     fn run(&self) {
-        let mut dma = self.bus.dma.open();
+        let mut dma = self.context.dma.open();
         let mut buffer = Buffer::new();
         while let Some(job) = self.next_job() {
             self.execute(&job, &mut dma, &mut buffer);
@@ -146,8 +146,8 @@ impl Shared {
 
     fn trace_command(&self, job: &Job, descriptor: &Descriptor, errors: Errors, begun: Instant) {
         let pointer = if descriptor.moves_data() { DataPointer::Address } else { DataPointer::None };
-        self.bus.tracer.emit(Event::Command {
-            endpoint: self.bus.dma.endpoint(),
+        self.context.tracer.emit(Event::Command {
+            endpoint: self.context.dma.endpoint(),
             model: Model::Ioat,
             opcode: descriptor.operation(),
             queue: 0,
@@ -163,7 +163,7 @@ impl Shared {
 
     /// The thread panicked: the channel halts, and the thread goes on.
     fn panicked(&self) {
-        let endpoint = self.bus.dma.endpoint();
+        let endpoint = self.context.dma.endpoint();
         log::error!("The DMA engine of endpoint {endpoint:#x} panicked; its channel is halted");
         self.traced(&mut self.lock(), Channel::fail);
         self.changed.notify_all();

@@ -77,7 +77,7 @@ impl Admin {
         Admin {
             shared: shared.clone(),
             orders: orders.clone(),
-            dma: shared.bus.dma.open(),
+            dma: shared.context.dma.open(),
             sq: SubmissionQueue::new(0, sq.0, sq.1),
             cq,
             cqs: BTreeMap::new(),
@@ -181,8 +181,8 @@ impl Admin {
         if status != Status::SUCCESS {
             self.shared.log_error(0, sqe.cid.get(), status, sqe.nsid.get(), 0);
         }
-        self.shared.bus.tracer.emit(Event::Command {
-            endpoint: self.shared.bus.dma.endpoint(),
+        self.shared.context.tracer.emit(Event::Command {
+            endpoint: self.shared.context.dma.endpoint(),
             model: Model::Nvme,
             opcode: sqe.opcode,
             queue: 0,
@@ -231,7 +231,7 @@ impl Admin {
     /// then. What the host writes to memory it would not see in time. A driver that polls disables the pin, and is offered
     /// them; one that enables the pin after that sees it asserted for longer than there is a reason.
     fn offers_shadow_doorbells(&self) -> bool {
-        !self.shared.bus.interrupts.use_pin()
+        !self.shared.context.interrupts.use_pin()
     }
 
     /// Gives data to the host.

@@ -25,7 +25,7 @@ use std::thread::JoinHandle;
 pub use disk::{Counters, Disk, NvmeConfig, OpenError};
 
 use crate::dma::Dma;
-use crate::pci::{Bar, Bus, Function, Identity, PinSource};
+use crate::pci::{Bar, Function, FunctionContext, Identity, PinSource};
 use admin::{Admin, Orders};
 use shared::{Shared, lock};
 use spec::{
@@ -75,14 +75,14 @@ struct Enabled {
 
 impl Nvme {
     /// A controller as it is at power-on.
-    pub fn new(bus: Bus, disk: Arc<Disk>) -> Self {
+    pub fn new(context: FunctionContext, disk: Arc<Disk>) -> Self {
         disk.count(|c| &c.power_cycles, 1);
         // The one of before may have gone with some masked.
-        bus.interrupts.withhold(0);
-        let dma = bus.dma.open();
-        let shared = Arc::new(Shared::new(bus, disk));
+        context.interrupts.withhold(0);
+        let dma = context.dma.open();
+        let shared = Arc::new(Shared::new(context, disk));
         let source: Arc<dyn PinSource> = shared.clone();
-        shared.bus.interrupts.set_pin_source(Arc::downgrade(&source));
+        shared.context.interrupts.set_pin_source(Arc::downgrade(&source));
         Nvme { shared, aqa: 0, asq: 0, acq: 0, interrupt_mask: 0, dma, enabled: None }
     }
 
@@ -134,7 +134,7 @@ impl Nvme {
     /// have something to tell, whether it was told before or not.
     fn mask_interrupts(&mut self, mask: u32) {
         self.interrupt_mask = mask;
-        let unmasked = self.shared.bus.interrupts.withhold(mask);
+        let unmasked = self.shared.context.interrupts.withhold(mask);
         // Not locked any more when one interrupts, since the pin asks for all of them then.
         let cqs = lock(&self.shared.cqs).clone();
         for cq in &cqs {
@@ -177,7 +177,7 @@ impl Nvme {
         }
         let orders = Arc::new(Orders::default());
         let admin = Admin::new(&self.shared, &orders, (self.asq, sq_size), (self.acq, cq_size));
-        let name = format!("nvme {:x} admin", self.shared.bus.dma.endpoint());
+        let name = format!("nvme {:x} admin", self.shared.context.dma.endpoint());
         match std::thread::Builder::new().name(name).spawn(move || admin.run()) {
             Ok(thread) => {
                 self.enabled = Some(Enabled { orders, thread });

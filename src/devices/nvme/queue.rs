@@ -151,7 +151,7 @@ impl CompletionQueue {
 
     fn interrupt(&self, shared: &Shared) {
         if let Some(vector) = self.vector {
-            shared.bus.interrupts.trigger(vector);
+            shared.context.interrupts.trigger(vector);
         }
     }
 

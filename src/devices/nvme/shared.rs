@@ -11,7 +11,7 @@ use super::features::Features;
 use super::log::ErrorLog;
 use super::queue::CompletionQueue;
 use super::spec::{CSTS_FATAL, Status};
-use crate::pci::{Bus, PinSource};
+use crate::pci::{FunctionContext, PinSource};
 use viommu_trace::Event;
 use viommu_trace::event::Model;
 
@@ -136,7 +136,7 @@ impl ShadowBuffers {
 
 /// What the threads of a controller share.
 pub(super) struct Shared {
-    pub bus: Bus,
+    pub context: FunctionContext,
     pub disk: Arc<Disk>,
     /// Controller configuration.
     pub cc: AtomicU32,
@@ -155,10 +155,10 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    pub fn new(bus: Bus, disk: Arc<Disk>) -> Self {
+    pub fn new(context: FunctionContext, disk: Arc<Disk>) -> Self {
         let queues = usize::from(disk.config().queues);
         Shared {
-            bus,
+            context,
             disk,
             cc: AtomicU32::new(0),
             csts: AtomicU32::new(0),
@@ -201,11 +201,11 @@ impl Shared {
     pub fn fatal(&self) {
         if self.csts.fetch_or(CSTS_FATAL, Ordering::SeqCst) & CSTS_FATAL == 0 {
             // Who takes bus mastering wants it so: QEMU, before it resets the function.
-            let level = if self.bus.dma.is_bus_master() { log::Level::Warn } else { log::Level::Debug };
+            let level = if self.context.dma.is_bus_master() { log::Level::Warn } else { log::Level::Debug };
             log::log!(
                 level,
                 "NVMe {:#x}: a queue cannot be accessed; the controller needs a reset",
-                self.bus.dma.endpoint()
+                self.context.dma.endpoint()
             );
             self.trace_state();
         }
@@ -218,12 +218,12 @@ impl Shared {
 
     pub fn trace_state(&self) {
         let state = u64::from(self.cc.load(Ordering::SeqCst)) | u64::from(self.csts.load(Ordering::SeqCst)) << 32;
-        self.bus.tracer.emit(Event::Device { endpoint: self.bus.dma.endpoint(), model: Model::Nvme, state });
+        self.context.tracer.emit(Event::Device { endpoint: self.context.dma.endpoint(), model: Model::Nvme, state });
     }
 
     /// Runs a thread of the controller's: a panic of it is the controller's fatal status and nothing more.
     pub fn contained(&self, run: impl FnOnce()) {
-        if self.bus.tracer.contain(self.bus.dma.endpoint(), run).is_none() {
+        if self.context.tracer.contain(self.context.dma.endpoint(), run).is_none() {
             self.fatal();
         }
     }

@@ -45,7 +45,7 @@ impl Worker {
     ) -> io::Result<Worker> {
         let stop = Arc::new(AtomicBool::new(false));
         let mut work = Work {
-            dma: shared.bus.dma.open(),
+            dma: shared.context.dma.open(),
             executor: Executor::new(shared.clone(), stop.clone()),
             sq: SubmissionQueue::new(queue, base, size),
             cq: cq.clone(),
@@ -53,12 +53,12 @@ impl Worker {
             shared: shared.clone(),
             queue,
             patience: Patience::default(),
-            watch: Watch::new(shared.bus.duty.clone()),
+            watch: Watch::new(shared.context.duty.clone()),
         };
         if let Some(doorbells) = shared.doorbells.get(usize::from(queue)) {
             doorbells.tail.open(size);
         }
-        let name = format!("nvme {:x} q{queue}", shared.bus.dma.endpoint());
+        let name = format!("nvme {:x} q{queue}", shared.context.dma.endpoint());
         let spawned = std::thread::Builder::new().name(name).spawn(move || {
             let shared = work.shared.clone();
             shared.contained(|| {
@@ -227,8 +227,8 @@ impl Work {
         if status != Status::SUCCESS {
             self.shared.log_error(self.queue, sqe.cid.get(), status, sqe.nsid.get(), address);
         }
-        self.shared.bus.tracer.emit(Event::Command {
-            endpoint: self.shared.bus.dma.endpoint(),
+        self.shared.context.tracer.emit(Event::Command {
+            endpoint: self.shared.context.dma.endpoint(),
             model: Model::Nvme,
             opcode: sqe.opcode,
             queue: self.queue,
