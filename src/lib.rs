@@ -19,7 +19,7 @@
 //! * [`cli`]: the `viommu` command, one file a subcommand.
 //! * [`merge`]: one trace of the device's events and the guest's, on one clock.
 //! * [`sandbox`]: what the process gives up once everything is open.
-//! * [`duty`]: what a thread that is awake does for one that sleeps.
+//! * [`poller`]: a queue that one thread polls for another, which sleeps.
 //! * [`topology`]: one TOML file from which endpoints, the VIOT and QEMU's arguments are made.
 //!
 //! Two journeys, both one way:
@@ -31,11 +31,11 @@
 pub mod cli;
 pub mod devices;
 pub mod dma;
-pub mod duty;
 pub mod iommu;
 pub mod memory;
 pub mod merge;
 pub mod pci;
+pub mod poller;
 pub mod sandbox;
 pub mod topology;
 pub mod vfio_user;

@@ -8,14 +8,14 @@ use std::path::{Path, PathBuf};
 /// What a module may import of the crate besides itself, and of the crates in [`CRATES`]. `cli` may all.
 const MAY_IMPORT: [(&str, &[&str]); 11] = [
     ("sandbox", &[]),
-    ("duty", &[]),
+    ("poller", &[]),
     ("iommu", &["wire", "trace"]),
     ("memory", &[]),
     ("dma", &["iommu", "trace", "memory"]),
-    ("vhost", &["wire", "trace", "iommu", "memory", "duty", "socket"]),
+    ("vhost", &["wire", "trace", "iommu", "memory", "poller", "socket"]),
     ("vfio_user", &[]),
-    ("pci", &["trace", "iommu", "dma", "memory", "duty", "socket", "vfio_user"]),
-    ("devices", &["trace", "dma", "duty", "pci"]),
+    ("pci", &["trace", "iommu", "dma", "memory", "poller", "socket", "vfio_user"]),
+    ("devices", &["trace", "dma", "poller", "pci"]),
     ("topology", &["wire", "iommu", "vhost"]),
     ("merge", &["wire", "trace"]),
 ];

@@ -46,7 +46,8 @@ impl Machine {
         map.map(0, PAGES * PAGE, true, Some((ram.try_clone().unwrap(), 0))).unwrap();
         let dma = DmaContext::new(&iommu, ENDPOINT, map.memory().clone(), Tracer::default());
         dma.set_bus_master(true);
-        let context = FunctionContext { dma, interrupts: Interrupts::default(), tracer: Tracer::default(), duty: None };
+        let context =
+            FunctionContext { dma, interrupts: Interrupts::default(), tracer: Tracer::default(), poller: None };
         let machine = Machine { iommu, ram, _map: map, context };
         let head = Head { kind: request_type::ATTACH, reserved: [0; 3] };
         let (domain, endpoint) = (DOMAIN.into(), ENDPOINT.into());

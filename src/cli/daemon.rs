@@ -154,7 +154,7 @@ impl Bound<'_> {
         for ((endpoint, disk), socket) in topology.endpoints.iter().zip(images).zip(sockets) {
             let mut slot = Slot::new(&iommu, endpoint.bdf.id(), tracer.clone());
             if topology.iommu.polling {
-                slot = slot.with_duty(Arc::new(control.clone()));
+                slot = slot.with_poller(Arc::new(control.clone()));
             }
             if !endpoint.msix {
                 slot = slot.without_msix();

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::Interrupts;
 use crate::dma::DmaContext;
-use crate::duty::Duty;
+use crate::poller::QueuePoller;
 use viommu_trace::Tracer;
 
 /// A memory BAR.
@@ -51,8 +51,8 @@ pub struct FunctionContext {
     pub interrupts: Interrupts,
     /// Where its commands and states are traced; the endpoint is `dma.endpoint()`.
     pub tracer: Tracer,
-    /// What its threads can do while they are awake and have nothing to do.
-    pub duty: Option<Arc<dyn Duty>>,
+    /// What its threads can poll while they are awake and have nothing to do.
+    pub poller: Option<Arc<dyn QueuePoller>>,
 }
 
 /// A device model. Its methods are called from the vfio-user thread and must not wait for I/O.

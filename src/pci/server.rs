@@ -12,9 +12,9 @@ use super::backend::{Backend, Make, contained};
 use super::function::{Function, FunctionContext};
 use super::interrupts::Interrupts;
 use crate::dma::DmaContext;
-use crate::duty::Duty;
 use crate::iommu::Iommu;
 use crate::memory::{Memory, MemoryMap};
+use crate::poller::QueuePoller;
 use crate::vfio_user;
 use viommu_socket::{self as socket, RETRY, Socket, SocketError};
 use viommu_trace::event::Channel;
@@ -33,12 +33,12 @@ impl Slot {
         let memory = Memory::default();
         let dma = DmaContext::new(iommu, endpoint, memory.clone(), tracer.clone());
         let interrupts = Interrupts::new(endpoint, tracer.clone());
-        Slot { context: FunctionContext { dma, interrupts, tracer, duty: None }, memory, msix: true }
+        Slot { context: FunctionContext { dma, interrupts, tracer, poller: None }, memory, msix: true }
     }
 
-    /// The same slot, whose functions do `duty` while they are awake and have nothing to do.
-    pub fn with_duty(mut self, duty: Arc<dyn Duty>) -> Self {
-        self.context.duty = Some(duty);
+    /// The same slot, whose threads use `poller` while they are awake and have nothing to do.
+    pub fn with_poller(mut self, poller: Arc<dyn QueuePoller>) -> Self {
+        self.context.poller = Some(poller);
         self
     }
 

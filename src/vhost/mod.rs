@@ -6,10 +6,10 @@
 
 mod backend;
 mod config;
-mod duty;
 mod faults;
 mod inject;
 mod kicks;
+mod poller;
 mod queue;
 mod requests;
 mod reset;
@@ -20,9 +20,9 @@ mod table;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use duty::Poller;
 pub use inject::Injection;
 use inject::Injector;
+use poller::Poller;
 use reset::{Action, Lifecycle};
 pub use server::{Server, ServerError, Shutdown};
 

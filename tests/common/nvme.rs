@@ -12,9 +12,9 @@ use tempfile::TempDir;
 use vfio_bindings::bindings::vfio::*;
 use vfio_user::Client;
 use viommu::devices::nvme::{Disk, Nvme, NvmeConfig};
-use viommu::duty::Duty;
 use viommu::iommu::Iommu;
 use viommu::pci::{Function, FunctionContext};
+use viommu::poller::QueuePoller;
 use viommu_trace::Tracer;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -49,14 +49,14 @@ impl Setup {
 
     /// The same, and what happens is traced.
     pub fn traced(bytes: u64, tracer: Tracer, change: impl FnOnce(&mut NvmeConfig)) -> Self {
-        Setup::on_duty(bytes, tracer, None, change)
+        Setup::polling(bytes, tracer, None, change)
     }
 
-    /// The same, and its threads have a duty.
-    pub fn on_duty(
+    /// The same, and its threads have a queue to poll.
+    pub fn polling(
         bytes: u64,
         tracer: Tracer,
-        duty: Option<Arc<dyn Duty>>,
+        poller: Option<Arc<dyn QueuePoller>>,
         change: impl FnOnce(&mut NvmeConfig),
     ) -> Self {
         let dir = tempfile::tempdir().unwrap();
@@ -66,7 +66,7 @@ impl Setup {
         let disk = Disk::open(config).unwrap();
         let of_controller = disk.clone();
         let make = move |mut context: FunctionContext| -> Box<dyn Function> {
-            context.duty.clone_from(&duty);
+            context.poller.clone_from(&poller);
             Box::new(Nvme::new(context, of_controller.clone()))
         };
         Setup { served: Served::new(ENDPOINT, tracer, make, || {}), _dir: dir, disk }

@@ -18,7 +18,7 @@ use super::spec::{
 };
 use super::worker::Worker;
 use crate::dma::Dma;
-use crate::duty::Watch;
+use crate::poller::PollGuard;
 use viommu_trace::Event;
 use viommu_trace::event::{DataPointer, Model};
 
@@ -195,8 +195,8 @@ impl Admin {
             duration: fetched.elapsed().as_nanos() as u64,
         });
         let done = [Completion { cid: sqe.cid.get(), status, result }];
-        let mut watch = Watch::default();
-        self.cq.post(&mut self.dma, &self.shared, (0, self.sq.head()), &done, &self.orders.stop, &mut watch)
+        let mut guard = PollGuard::default();
+        self.cq.post(&mut self.dma, &self.shared, (0, self.sq.head()), &done, &self.orders.stop, &mut guard)
     }
 
     /// Executes a command: its result, or `None` if it completes later.

@@ -11,7 +11,7 @@ use super::pointer::Runs;
 use super::shared::Shared;
 use super::spec::{NSID, NSID_ALL, Sqe, Status, TRANSFER_MAX, nvm, page_size};
 use crate::dma::{COPY_MAX, Dma};
-use crate::duty::Watch;
+use crate::poller::PollGuard;
 use viommu_trace::event::{Access, DataPointer};
 
 /// The most bytes that are moved between file and host at once.
@@ -83,12 +83,12 @@ impl Executor {
         Executor { shared, stop, runs: Runs::default(), buffer: Vec::new(), host_data: Vec::new() }
     }
 
-    /// Executes a command. `watch` is given back before what may take long.
-    pub fn execute(&mut self, dma: &mut Dma, sqe: &Sqe, moved: &mut Moved, watch: &mut Watch) -> Status {
+    /// Executes a command. `guard` is released before what may take long.
+    pub fn execute(&mut self, dma: &mut Dma, sqe: &Sqe, moved: &mut Moved, guard: &mut PollGuard) -> Status {
         if !matches!(sqe.opcode, nvm::READ | nvm::WRITE) {
-            watch.give_back();
+            guard.release();
         }
-        let result = self.dispatch(dma, sqe, moved, watch);
+        let result = self.dispatch(dma, sqe, moved, guard);
         let disk = &self.shared.disk;
         disk.count(|c| &c.io_count, 1);
         match (sqe.opcode, result.is_ok()) {
@@ -111,14 +111,14 @@ impl Executor {
 
     /// To be called before each chunk of an extent: who maps the next transfer meanwhile waits for no more than one. Who calls
     /// [`Executor::execute`] looks after it.
-    fn between(&self, extent: Extent, chunk: u64, watch: &mut Watch) -> Result<(), Status> {
+    fn between(&self, extent: Extent, chunk: u64, guard: &mut PollGuard) -> Result<(), Status> {
         if chunk != extent.offset {
-            watch.look();
+            guard.poll();
         }
         self.check_stop()
     }
 
-    fn dispatch(&mut self, dma: &mut Dma, sqe: &Sqe, moved: &mut Moved, watch: &mut Watch) -> Result<(), Status> {
+    fn dispatch(&mut self, dma: &mut Dma, sqe: &Sqe, moved: &mut Moved, guard: &mut PollGuard) -> Result<(), Status> {
         if sqe.fuse() != 0 {
             return Err(Status::INVALID_FIELD);
         }
@@ -130,10 +130,10 @@ impl Executor {
                 Err(Status::INVALID_NAMESPACE)
             }
             nvm::FLUSH => self.flush(),
-            nvm::WRITE => self.write(dma, sqe, moved, watch),
-            nvm::READ => self.read(dma, sqe, moved, watch),
+            nvm::WRITE => self.write(dma, sqe, moved, guard),
+            nvm::READ => self.read(dma, sqe, moved, guard),
             nvm::COMPARE => self.compare(dma, sqe, moved),
-            nvm::WRITE_ZEROES => self.write_zeroes(sqe, moved, watch),
+            nvm::WRITE_ZEROES => self.write_zeroes(sqe, moved, guard),
             nvm::DATASET_MANAGEMENT => self.dataset_management(dma, sqe, moved),
             _ => Err(Status::INVALID_OPCODE),
         }
@@ -143,12 +143,12 @@ impl Executor {
         self.shared.disk.flush().map_err(write_fault)
     }
 
-    fn read(&mut self, dma: &mut Dma, sqe: &Sqe, moved: &mut Moved, watch: &mut Watch) -> Result<(), Status> {
+    fn read(&mut self, dma: &mut Dma, sqe: &Sqe, moved: &mut Moved, guard: &mut PollGuard) -> Result<(), Status> {
         let extent = self.transfer(dma, sqe, moved, true)?;
         for (offset, len) in extent.chunks() {
-            self.between(extent, offset, watch)?;
+            self.between(extent, offset, guard)?;
             if !self.exchange(dma, Access::Write, offset, len) {
-                watch.give_back();
+                guard.release();
                 let data = sized(&mut self.buffer, len);
                 self.shared.disk.read(data, offset).map_err(read_error)?;
                 self.runs.write(dma, data)?;
@@ -157,19 +157,19 @@ impl Executor {
         Ok(())
     }
 
-    fn write(&mut self, dma: &mut Dma, sqe: &Sqe, moved: &mut Moved, watch: &mut Watch) -> Result<(), Status> {
+    fn write(&mut self, dma: &mut Dma, sqe: &Sqe, moved: &mut Moved, guard: &mut PollGuard) -> Result<(), Status> {
         self.check_writable()?;
         let extent = self.transfer(dma, sqe, moved, false)?;
         for (offset, len) in extent.chunks() {
-            self.between(extent, offset, watch)?;
+            self.between(extent, offset, guard)?;
             if !self.exchange(dma, Access::Read, offset, len) {
-                watch.give_back();
+                guard.release();
                 let data = sized(&mut self.buffer, len);
                 self.runs.read(dma, data)?;
                 self.shared.disk.write(data, offset).map_err(write_fault)?;
             }
         }
-        self.durable(sqe, watch)
+        self.durable(sqe, guard)
     }
 
     /// Moves the next `len` bytes between the host's memory and the image straight away, if that can be without waiting.
@@ -194,13 +194,13 @@ impl Executor {
         Ok(())
     }
 
-    fn write_zeroes(&mut self, sqe: &Sqe, moved: &mut Moved, watch: &mut Watch) -> Result<(), Status> {
+    fn write_zeroes(&mut self, sqe: &Sqe, moved: &mut Moved, guard: &mut PollGuard) -> Result<(), Status> {
         self.check_writable()?;
         let extent = self.extent(sqe.slba(), u64::from(sqe.cdw12.get() & 0xffff) + 1)?;
         moved.len = extent.len as u32;
         let deallocate = sqe.cdw12.get() & DEAC != 0;
         self.zero(extent, deallocate)?;
-        self.durable(sqe, watch)
+        self.durable(sqe, guard)
     }
 
     fn zero(&self, extent: Extent, deallocate: bool) -> Result<(), Status> {
@@ -279,9 +279,9 @@ impl Executor {
     }
 
     /// Forced unit access, or no write cache.
-    fn durable(&self, sqe: &Sqe, watch: &mut Watch) -> Result<(), Status> {
+    fn durable(&self, sqe: &Sqe, guard: &mut PollGuard) -> Result<(), Status> {
         if sqe.cdw12.get() & FUA != 0 || !self.shared.write_cache.load(Ordering::Relaxed) {
-            watch.give_back();
+            guard.release();
             return self.flush();
         }
         Ok(())

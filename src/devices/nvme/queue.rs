@@ -9,7 +9,7 @@ use zerocopy::little_endian::{U16, U32};
 use super::shared::{Doorbells, InvalidDoorbell, Shadow, Shared, lock};
 use super::spec::{CQE, Cqe, SQE, Sqe, Status};
 use crate::dma::{Dma, DmaError};
-use crate::duty::Watch;
+use crate::poller::PollGuard;
 
 /// The thread is to end: the queue or the controller goes away, or the queue cannot be accessed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,7 +121,7 @@ impl CompletionQueue {
         self.id
     }
 
-    /// Posts completions of the submission queue `sq`, with one interrupt for all that fit; gives `watch` back and waits
+    /// Posts completions of the submission queue `sq`, with one interrupt for all that fit; releases `guard` and waits
     /// for the host while the queue is full.
     pub fn post(
         &self,
@@ -130,7 +130,7 @@ impl CompletionQueue {
         sq: (u16, u16),
         mut done: &[Completion],
         stop: &AtomicBool,
-        watch: &mut Watch,
+        guard: &mut PollGuard,
     ) -> Result<(), Ended> {
         while !done.is_empty() {
             let posted = self.post_some(dma, shared, sq, done).map_err(|_| {
@@ -142,7 +142,7 @@ impl CompletionQueue {
                 self.interrupt(shared);
             } else {
                 // The host that is to consume entries may be waiting for an answer of the IOMMU.
-                watch.give_back();
+                guard.release();
                 self.wait(dma, shared, stop)?;
             }
         }

@@ -12,7 +12,7 @@ use super::queue::{Completion, CompletionQueue, Ended, SubmissionQueue};
 use super::shared::Shared;
 use super::spec::{Sqe, Status, nvm};
 use crate::dma::Dma;
-use crate::duty::Watch;
+use crate::poller::PollGuard;
 use viommu_trace::Event;
 use viommu_trace::event::Model;
 
@@ -53,7 +53,7 @@ impl Worker {
             shared: shared.clone(),
             queue,
             patience: Patience::default(),
-            watch: Watch::new(shared.context.duty.clone()),
+            guard: PollGuard::new(shared.context.poller.clone()),
         };
         if let Some(doorbells) = shared.doorbells.get(usize::from(queue)) {
             doorbells.tail.open(size);
@@ -106,7 +106,7 @@ struct Work {
     queue: u16,
     patience: Patience,
     /// Over the request queue of the IOMMU, as long as the thread is awake and does nothing that may take long.
-    watch: Watch,
+    guard: PollGuard,
 }
 
 impl Work {
@@ -134,22 +134,22 @@ impl Work {
                 return Ok(());
             }
             self.check_stop()?;
-            let (begun, before) = (Instant::now(), self.watch.count());
+            let (begun, before) = (Instant::now(), self.guard.count());
             std::thread::park();
-            // What the duty had to do meanwhile would have been found too.
-            let finds = (self.watch.count() - before).min(1000) as u32 + 1;
+            // What the poller had to do meanwhile would have been found too.
+            let finds = (self.guard.count() - before).min(1000) as u32 + 1;
             if begun.elapsed() / finds < SPIN {
                 self.patience.paid();
             }
         }
     }
 
-    /// Looks for entries, for a while if that was worth it of late. The thread is on watch meanwhile, and stays so if it
-    /// finds some.
+    /// Looks for entries, for a while if that was worth it of late. The thread polls the request queue meanwhile, and
+    /// goes on with that if it finds some.
     fn spin(&mut self) -> Result<bool, Ended> {
         let found = self.find();
         if !matches!(found, Ok(true)) {
-            self.watch.give_back();
+            self.guard.release();
         }
         found
     }
@@ -166,7 +166,7 @@ impl Work {
                 }
                 return Ok(true);
             }
-            if self.watch.look() {
+            if self.guard.poll() {
                 self.patience.paid();
                 begun = Some(Instant::now());
                 continue;
@@ -186,7 +186,7 @@ impl Work {
                     }
                 }
             }
-            self.watch.take();
+            self.guard.acquire();
         }
     }
 
@@ -199,11 +199,11 @@ impl Work {
             let status = if self.stop.load(Ordering::Acquire) {
                 Status::ABORTED_SQ_DELETION
             } else {
-                self.executor.execute(&mut self.dma, sqe, &mut moved, &mut self.watch)
+                self.executor.execute(&mut self.dma, sqe, &mut moved, &mut self.guard)
             };
             self.trace(sqe, status, moved, fetched.elapsed());
             // Whatever became of it: a queue that never gets empty is no reason to keep others waiting.
-            self.watch.look();
+            self.guard.poll();
             done.push(Completion { cid: sqe.cid.get(), status, result: 0 });
             bytes += u64::from(moved.len);
             if bytes >= POST_BYTES || done.len() >= POST_COUNT {
@@ -216,7 +216,7 @@ impl Work {
 
     fn post(&mut self, done: &mut Vec<Completion>) -> Result<(), Ended> {
         let sq = (self.queue, self.sq.head());
-        self.cq.post(&mut self.dma, &self.shared, sq, done, &self.stop, &mut self.watch)?;
+        self.cq.post(&mut self.dma, &self.shared, sq, done, &self.stop, &mut self.guard)?;
         done.clear();
         Ok(())
     }

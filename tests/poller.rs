@@ -9,7 +9,7 @@ use std::thread;
 
 use common::Ends;
 use common::frontend::*;
-use viommu::duty::Duty;
+use viommu::poller::QueuePoller;
 use viommu_wire::request::RequestType;
 
 const PAGE: u64 = 4096;
@@ -50,19 +50,19 @@ fn who_took_the_queue_serves_it_and_its_driver_need_not_kick() {
         assert_eq!(driver.attach(1, EP), OK);
         settle(&device, &driver, 1);
         let served = device.control.count();
-        assert!(device.control.take());
-        assert!(!device.control.look());
+        assert!(device.control.acquire());
+        assert!(!device.control.poll());
         for page in 0..5 {
             let (writable, kicked) = send(&mut driver, page);
             assert!(!kicked);
             driver.settle(EVENTS);
             assert!(driver.used_is_empty(REQUESTS));
-            assert!(device.control.look());
+            assert!(device.control.poll());
             assert_eq!(answer(&mut driver, &writable), OK);
-            assert!(!device.control.look());
+            assert!(!device.control.poll());
             assert_eq!(device.control.count(), served + page + 1);
         }
-        device.control.give_back();
+        device.control.release();
         let (writable, kicked) = send(&mut driver, 5);
         assert!(kicked);
         assert_eq!(answer(&mut driver, &writable), OK);
@@ -74,16 +74,16 @@ fn who_took_the_queue_serves_it_and_its_driver_need_not_kick() {
 #[test]
 fn a_kick_that_nobody_asked_for_is_counted_and_disturbs_nothing() {
     let (device, mut driver, kicks) = idle();
-    assert!(device.control.take());
+    assert!(device.control.acquire());
     for count in 1..=10 {
         driver.kick(REQUESTS);
         eventually("the kick", || device.control.counters().kicks == kicks + count);
         let (writable, kicked) = send(&mut driver, count);
         assert!(!kicked, "the worker asked for kicks");
-        assert!(device.control.look());
+        assert!(device.control.poll());
         assert_eq!(answer(&mut driver, &writable), OK);
     }
-    device.control.give_back();
+    device.control.release();
     settle(&device, &driver, kicks + 10);
 }
 
@@ -92,16 +92,16 @@ fn a_kick_that_nobody_asked_for_is_counted_and_disturbs_nothing() {
 fn a_queue_that_is_polled_for_long_is_hardly_ever_kicked() {
     const REQUESTS_SENT: u64 = (1 << 16) + 100;
     let (device, mut driver, _) = idle();
-    assert!(device.control.take());
+    assert!(device.control.acquire());
     let mut kicks = 0;
     for page in 0..REQUESTS_SENT {
         let (writable, kicked) = send(&mut driver, page);
         kicks += u32::from(kicked);
-        while !device.control.look() && driver.used_is_empty(REQUESTS) {}
+        while !device.control.poll() && driver.used_is_empty(REQUESTS) {}
         assert_eq!(answer(&mut driver, &writable), OK);
     }
     assert!(kicks <= 1, "{kicks} kicks");
-    device.control.give_back();
+    device.control.release();
     assert_eq!(device.iommu.counters().requests[RequestType::Map].total, REQUESTS_SENT);
 }
 
@@ -113,10 +113,10 @@ fn what_nobody_looked_for_wakes_the_worker_when_the_queue_is_given_back() {
         assert_eq!(driver.attach(1, EP), OK);
         settle(&device, &driver, 1);
         for page in 0..50 {
-            assert!(device.control.take());
+            assert!(device.control.acquire());
             let (writable, kicked) = send(&mut driver, page);
             assert!(!kicked);
-            device.control.give_back();
+            device.control.release();
             assert_eq!(answer(&mut driver, &writable), OK);
         }
         assert_eq!(device.control.counters().kicks, 1);
@@ -138,12 +138,12 @@ fn no_request_is_left_and_no_kick_told_twice_while_the_queue_changes_hands() {
             let other = scope.spawn(|| {
                 let mut served = 0;
                 while !done.load(Ordering::Relaxed) {
-                    // A turn on duty, given back and taken again now and then, and a turn off duty.
+                    // A time with the queue, released and acquired again now and then, and a time without.
                     let until = control.count() + TURN;
                     while control.count() < until && !done.load(Ordering::Relaxed) {
-                        assert!(control.take());
-                        served += (0..20).filter(|_| control.look()).count();
-                        control.give_back();
+                        assert!(control.acquire());
+                        served += (0..20).filter(|_| control.poll()).count();
+                        control.release();
                     }
                     let until = control.count() + TURN;
                     while control.count() < until && !done.load(Ordering::Relaxed) {
@@ -171,48 +171,48 @@ fn no_request_is_left_and_no_kick_told_twice_while_the_queue_changes_hands() {
 #[test]
 fn one_at_a_time_takes_a_queue_that_runs() {
     let device = Device::new();
-    assert!(!device.control.take(), "there is no driver");
+    assert!(!device.control.acquire(), "there is no driver");
     let mut driver = Driver::new(&device);
     assert_eq!(driver.attach(1, EP), OK);
-    assert!(device.control.take());
-    assert!(!device.control.take(), "it is taken");
-    device.control.give_back();
+    assert!(device.control.acquire());
+    assert!(!device.control.acquire(), "it is taken");
+    device.control.release();
     let bases = driver.stop_queues();
-    assert!(!device.control.take(), "it does not run");
+    assert!(!device.control.acquire(), "it does not run");
     driver.resume_queues(bases);
-    assert!(device.control.take());
-    device.control.give_back();
+    assert!(device.control.acquire());
+    device.control.release();
     device.control.inject(&["map=nomem".parse().unwrap()]);
-    assert!(!device.control.take(), "its answers may be late");
+    assert!(!device.control.acquire(), "its answers may be late");
     assert_eq!(driver.map(1, 0, PAGE - 1, 0x20_0000, READ), NOMEM);
 }
 
 #[test]
 fn a_queue_that_is_stopped_or_reset_while_taken_is_served_when_it_runs_again() {
     let (device, mut driver, _) = idle();
-    assert!(device.control.take());
+    assert!(device.control.acquire());
     let bases = driver.stop_queues();
     // As during a pause: what is added now waits.
     let (writable, _) = send(&mut driver, 0);
-    assert!(!device.control.look());
+    assert!(!device.control.poll());
     driver.resume_queues(bases);
-    device.control.look();
+    device.control.poll();
     assert_eq!(answer(&mut driver, &writable), OK);
-    device.control.give_back();
+    device.control.release();
     assert_eq!(driver.map(1, PAGE, 2 * PAGE - 1, 0x20_0000, READ), OK);
 
-    assert!(device.control.take());
+    assert!(device.control.acquire());
     driver.reset();
-    assert!(!device.control.look());
-    device.control.give_back();
+    assert!(!device.control.poll());
+    device.control.release();
     assert_eq!(driver.attach(1, EP), OK);
 
     // What was the ring is the guest's again once the queue is stopped.
-    assert!(device.control.take());
+    assert!(device.control.acquire());
     driver.stop_queues();
     let ring = driver.queues[REQUESTS].used;
     driver.write(ring, &[0xa5; 0x1000]);
-    device.control.give_back();
+    device.control.release();
     assert_eq!(driver.read(ring, 0x1000), [0xa5; 0x1000]);
     driver.start_over();
     assert_eq!(driver.attach(1, EP), OK);
@@ -222,11 +222,11 @@ fn a_queue_that_is_stopped_or_reset_while_taken_is_served_when_it_runs_again() {
 fn a_frontend_that_leaves_while_its_queue_is_taken_leaves_it_to_the_next() {
     let (device, driver, _) = idle();
     let (control, done) = (device.control.clone(), AtomicBool::new(false));
-    assert!(control.take());
+    assert!(control.acquire());
     thread::scope(|scope| {
         let looking = scope.spawn(|| {
             while !done.load(Ordering::Relaxed) {
-                control.look();
+                control.poll();
             }
         });
         let end = Ends(&done);
@@ -237,15 +237,15 @@ fn a_frontend_that_leaves_while_its_queue_is_taken_leaves_it_to_the_next() {
         }
         drop(end);
         looking.join().unwrap();
-        control.give_back();
+        control.release();
         assert_eq!(next.attach(1, EP), OK);
-        assert!(control.take());
+        assert!(control.acquire());
         drop(next);
         // Nobody is connected any more.
         eventually("the end of the connection", || {
-            control.look();
-            control.give_back();
-            !control.take()
+            control.poll();
+            control.release();
+            !control.acquire()
         });
     });
 }
@@ -257,11 +257,11 @@ fn who_serves_an_unmap_may_have_used_the_mapping_itself() {
     for _ in 0..100 {
         assert_eq!(driver.map(1, 0, PAGE - 1, 0x20_0000, READ), OK);
         dma.read(0, &mut [0; 64]).unwrap();
-        assert!(device.control.take());
+        assert!(device.control.acquire());
         let (_, writable) = driver.add(REQUESTS, &[Part::R(unmap(1, 0, PAGE - 1).bytes()), Part::W(4)]);
-        assert!(device.control.look());
+        assert!(device.control.poll());
         assert_eq!(answer(&mut driver, &writable), OK);
-        device.control.give_back();
+        device.control.release();
         dma.read(0, &mut [0; 64]).unwrap_err();
     }
 }

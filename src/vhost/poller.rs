@@ -5,7 +5,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use super::backend::Backend;
 use super::{Control, REQUESTS};
-use crate::duty::Duty;
+use crate::poller::QueuePoller;
 
 /// Who polls the request queue.
 #[derive(Default)]
@@ -28,8 +28,8 @@ impl Poller {
 }
 
 /// Serving the request queue.
-impl Duty for Control {
-    fn take(&self) -> bool {
+impl QueuePoller for Control {
+    fn acquire(&self) -> bool {
         let poller = &self.shared.poller;
         // A test that has requests answered late wants no other device to be late with them.
         if self.shared.injector.get().is_some() || poller.taken.swap(true, Ordering::Acquire) {
@@ -42,11 +42,11 @@ impl Duty for Control {
         taken
     }
 
-    fn look(&self) -> bool {
+    fn poll(&self) -> bool {
         self.shared.poller.with(|backend| backend.poll(REQUESTS))
     }
 
-    fn give_back(&self) {
+    fn release(&self) {
         let poller = &self.shared.poller;
         poller.with(|backend| backend.end_polling(REQUESTS));
         poller.taken.store(false, Ordering::Release);
