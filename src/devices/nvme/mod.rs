@@ -4,6 +4,7 @@
 //! reset; the admin queue has a thread, which also creates and deletes the I/O queues; each I/O submission queue has
 //! one, with its own way to memory.
 
+mod adaptive_poll;
 mod admin;
 mod disk;
 mod event;
@@ -11,7 +12,6 @@ mod features;
 mod identify;
 mod io;
 mod log;
-mod patience;
 mod pointer;
 mod queue;
 mod shared;

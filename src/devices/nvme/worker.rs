@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::adaptive_poll::{AdaptivePolling, SPIN};
 use super::io::{Executor, Moved};
-use super::patience::{Patience, SPIN};
 use super::queue::{Completion, CompletionQueue, Ended, SubmissionQueue};
 use super::shared::Shared;
 use super::spec::{Sqe, Status, nvm};
@@ -52,7 +52,7 @@ impl Worker {
             stop: stop.clone(),
             shared: shared.clone(),
             queue,
-            patience: Patience::default(),
+            polling: AdaptivePolling::default(),
             guard: PollGuard::new(shared.context.poller.clone()),
         };
         if let Some(doorbells) = shared.doorbells.get(usize::from(queue)) {
@@ -104,7 +104,7 @@ struct Work {
     cq: Arc<CompletionQueue>,
     stop: Arc<AtomicBool>,
     queue: u16,
-    patience: Patience,
+    polling: AdaptivePolling,
     /// Over the request queue of the IOMMU, as long as the thread is awake and does nothing that may take long.
     guard: PollGuard,
 }
@@ -139,7 +139,7 @@ impl Work {
             // What the poller had to do meanwhile would have been found too.
             let finds = (self.guard.count() - before).min(1000) as u32 + 1;
             if begun.elapsed() / finds < SPIN {
-                self.patience.paid();
+                self.polling.paid();
             }
         }
     }
@@ -162,26 +162,26 @@ impl Work {
             let found = self.usable(found)?;
             if found {
                 if begun.is_some() {
-                    self.patience.paid();
+                    self.polling.paid();
                 }
                 return Ok(true);
             }
             if self.guard.poll() {
-                self.patience.paid();
+                self.polling.paid();
                 begun = Some(Instant::now());
                 continue;
             }
             match begun {
-                None if !self.patience.worth_it(Instant::now()) => return Ok(false),
+                None if !self.polling.worth_it(Instant::now()) => return Ok(false),
                 None => begun = Some(Instant::now()),
                 Some(begun) if begun.elapsed() > SPIN => {
-                    self.patience.wasted();
+                    self.polling.wasted();
                     return Ok(false);
                 }
                 Some(_) => {
                     let before = Instant::now();
                     std::thread::yield_now();
-                    if !self.patience.yielded(before, Instant::now()) {
+                    if !self.polling.yielded(before, Instant::now()) {
                         return Ok(false);
                     }
                 }

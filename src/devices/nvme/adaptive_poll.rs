@@ -16,10 +16,10 @@ const REST: RangeInclusive<Duration> = Duration::from_millis(2)..=Duration::from
 /// who computes all the time.
 const ALONE: Duration = Duration::from_millis(2);
 
-/// Looking costs a processor that others could use, so it is done only while it finds something, or would have, often
-/// enough; and not while others want the processor: then who looks is not there when something comes, and one who sleeps
-/// would be woken sooner. Others that want it now and then, for a moment, are no reason to give up for long.
-pub(super) struct Patience {
+/// Polling burns a CPU. A worker polls only while recent polls found work, or would have, often enough; and it stops when
+/// another task wants the CPU, which would delay what it finds for longer than a wake-up does. A task that wants the CPU
+/// now and then, for a moment, is no reason to stop for long.
+pub(super) struct AdaptivePolling {
     /// Spins in vain until it is over.
     left: u32,
     /// How long the last rest was, and when it is over.
@@ -29,13 +29,13 @@ pub(super) struct Patience {
     yielded: Duration,
 }
 
-impl Default for Patience {
+impl Default for AdaptivePolling {
     fn default() -> Self {
-        Patience { left: SPINS_MAX / 2, rest: *REST.start(), over: None, yielded: ALONE }
+        AdaptivePolling { left: SPINS_MAX / 2, rest: *REST.start(), over: None, yielded: ALONE }
     }
 }
 
-impl Patience {
+impl AdaptivePolling {
     /// Whether to begin to spin.
     pub fn worth_it(&self, now: Instant) -> bool {
         self.left > 0 && self.over.is_none_or(|over| over <= now)
@@ -72,23 +72,23 @@ mod tests {
     const MS: Duration = Duration::from_millis(1);
 
     /// Yields as short as when nobody else wants the processor, for `long` altogether. Returns when they end.
-    fn undisturbed(patience: &mut Patience, mut now: Instant, long: Duration) -> Instant {
+    fn undisturbed(polling: &mut AdaptivePolling, mut now: Instant, long: Duration) -> Instant {
         let end = now + long;
         while now < end {
-            assert!(patience.yielded(now, now + MS / 100));
+            assert!(polling.yielded(now, now + MS / 100));
             now += MS / 100;
         }
         now
     }
 
     /// Loses the processor for `away`, and rests. Returns for how long, and when that is over.
-    fn disturbed(patience: &mut Patience, now: Instant, away: Duration) -> (Duration, Instant) {
-        assert!(patience.worth_it(now));
+    fn disturbed(polling: &mut AdaptivePolling, now: Instant, away: Duration) -> (Duration, Instant) {
+        assert!(polling.worth_it(now));
         let back = now + away;
-        assert!(!patience.yielded(now, back));
-        assert!(!patience.worth_it(back));
-        let over = patience.over.unwrap();
-        assert!(!patience.worth_it(over - MS / 100) && patience.worth_it(over));
+        assert!(!polling.yielded(now, back));
+        assert!(!polling.worth_it(back));
+        let over = polling.over.unwrap();
+        assert!(!polling.worth_it(over - MS / 100) && polling.worth_it(over));
         (over - back, over)
     }
 
@@ -97,10 +97,10 @@ mod tests {
         // However long it keeps it, and however seldom there is something to look for.
         for away in [2 * MS, 4 * MS, 90 * MS] {
             for pause in [Duration::ZERO, 20 * MS] {
-                let (mut patience, mut now) = (Patience::default(), Instant::now());
+                let (mut polling, mut now) = (AdaptivePolling::default(), Instant::now());
                 let rests: Vec<_> = (0..10)
                     .map(|_| {
-                        let (rest, over) = disturbed(&mut patience, now, away);
+                        let (rest, over) = disturbed(&mut polling, now, away);
                         now = over + pause;
                         rest
                     })
@@ -113,20 +113,20 @@ mod tests {
 
     #[test]
     fn who_wants_the_processor_now_and_then_costs_a_short_rest() {
-        let (mut patience, mut now) = (Patience::default(), Instant::now());
+        let (mut polling, mut now) = (AdaptivePolling::default(), Instant::now());
         for _ in 0..10 {
-            let (rest, over) = disturbed(&mut patience, now, 2 * MS);
+            let (rest, over) = disturbed(&mut polling, now, 2 * MS);
             assert_eq!(rest, 2 * MS);
-            now = undisturbed(&mut patience, over, 10 * MS);
+            now = undisturbed(&mut polling, over, 10 * MS);
         }
     }
 
     #[test]
     fn spins_in_vain_are_left_out_until_one_would_have_paid() {
-        let (mut patience, now) = (Patience::default(), Instant::now());
-        (0..SPINS_MAX).for_each(|_| patience.wasted());
-        assert!(!patience.worth_it(now));
-        patience.paid();
-        assert!(patience.worth_it(now));
+        let (mut polling, now) = (AdaptivePolling::default(), Instant::now());
+        (0..SPINS_MAX).for_each(|_| polling.wasted());
+        assert!(!polling.worth_it(now));
+        polling.paid();
+        assert!(polling.worth_it(now));
     }
 }
