@@ -16,6 +16,7 @@
 //! * [`vfio_user`]: the only place that knows vfio-user: messages and sessions, over any transport.
 //! * [`pci`]: what makes a vfio-user device a PCI function: configuration space, BARs, interrupts, memory.
 //! * [`devices`]: the device models; they see a [`pci::Function`] to implement and a [`dma::Dma`] to use.
+//! * [`daemon`]: the composition root: what a topology describes, put together and served.
 //! * [`cli`]: the `viommu` command, one file a subcommand.
 //! * [`merge`]: one trace of the device's events and the guest's, on one clock.
 //! * [`sandbox`]: what the process gives up once everything is open.
@@ -29,6 +30,7 @@
 //!   contiguous run; or a fault, which is a trace event and an entry in the event queue.
 
 pub mod cli;
+pub mod daemon;
 pub mod devices;
 pub mod dma;
 pub mod iommu;

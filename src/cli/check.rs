@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use anyhow::{Result, bail};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-use super::daemon::open_disk;
 use super::source::Source;
 use super::{qemu, say};
+use crate::daemon::open_device;
 use crate::topology::Topology;
 
 /// Check a topology, QEMU, KVM and shared memory, and say what is wrong
@@ -33,7 +33,7 @@ pub fn main(args: &Args) -> Result<()> {
         topology.endpoints.len(),
         topology.iommu.address.get_ref()
     ))?;
-    let mut wrong = images(&topology)?;
+    let mut wrong = devices(&topology)?;
     match qemu::version(&args.qemu) {
         Ok(version) => say(format_args!("QEMU: ok: {version} ({})\n", args.qemu.display()))?,
         Err(error) => {
@@ -62,13 +62,16 @@ pub fn main(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Opens each image as a run would.
-fn images(topology: &Topology) -> Result<usize> {
+/// Opens what each endpoint needs, as a run would.
+fn devices(topology: &Topology) -> Result<usize> {
     let mut wrong = 0;
     for endpoint in &topology.endpoints {
-        match open_disk(endpoint, None) {
-            Ok(None) => {}
-            Ok(Some(disk)) => say(format_args!("{}: ok: {}\n", endpoint.name, disk.config().image.display()))?,
+        match open_device(endpoint, None) {
+            Ok(device) => {
+                if let Some(file) = device.file() {
+                    say(format_args!("{}: ok: {}\n", endpoint.name, file.display()))?;
+                }
+            }
             Err(error) => {
                 say(format_args!("{}: {error:#}\n", endpoint.name))?;
                 wrong += 1;

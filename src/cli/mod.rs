@@ -3,10 +3,10 @@
 mod accel;
 mod args;
 mod check;
-mod daemon;
 mod files;
 mod generate;
 mod logger;
+mod machine;
 mod merge;
 mod qemu;
 mod qmp;
@@ -17,7 +17,6 @@ mod short;
 mod source;
 mod stop;
 mod summary;
-mod table;
 pub mod trace;
 mod viot;
 

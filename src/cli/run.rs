@@ -13,12 +13,12 @@ use clap::ValueEnum;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::daemon::{Bound, Options, open_images};
 use super::sandbox::Sandbox;
 use super::source::Source;
 use super::stop::{Caught, Stop};
 use super::summary::{Files, Summary};
-use super::{accel, files, qemu, say};
+use super::{accel, files, machine, qemu, say};
+use crate::daemon::{Bound, Options, open_devices};
 use crate::topology::qemu::{self as arguments, Paths};
 use crate::topology::{Size, Topology};
 use crate::vhost::Injection;
@@ -139,18 +139,13 @@ pub fn main(args: &Args) -> Result<()> {
     };
     let trace_socket = args.trace_socket.clone().unwrap_or_else(|| folder.join("trace.sock"));
     let sockets = Sockets { paths: Paths { iommu: folder.join("viommu.sock") }, qmp: folder.join("qmp.sock") };
-    let options = Options {
-        paths: sockets.paths.clone(),
-        trace_socket: Some(trace_socket.clone()),
-        qmp: Some(sockets.qmp.clone()),
-        create_images: args.create_images,
-        inject: args.inject.clone(),
-    };
+    let options =
+        Options { paths: sockets.paths.clone(), trace_socket: Some(trace_socket.clone()), inject: args.inject.clone() };
     // Until the images are open a signal ends the process as it ends any other: QEMU and a file system may take their time.
     let accel = accel::choose(args.accel, &args.qemu, args.kernel.as_deref())?;
-    let images = open_images(&topology, options.create_images)?;
+    let devices = open_devices(&topology, args.create_images)?;
     let signals = Caught::new().context("Cannot wait for signals")?;
-    let mut bound = Bound::new(&topology, &options, images)?;
+    let mut bound = Bound::new(&topology, &options, devices)?;
     let outputs = Outputs::open(args, &files)?;
     let recording = match outputs.trace {
         Some(file) => Some((bound.connect_to_trace()?, file)),
@@ -159,11 +154,13 @@ pub fn main(args: &Args) -> Result<()> {
     let started = Instant::now();
     // Outside of the sandbox, and before there are threads: what it connects to waits for them.
     let mut qemu = start_qemu(args, &topology, &sockets, &files, accel)?;
-    args.sandbox.enter(&options, Some(qemu.id()));
+    args.sandbox.enter(&options, Some(&sockets.qmp), Some(qemu.id()));
     let start = || {
         let stop = signals.watch().context("Cannot wait for signals")?;
         let recorder = recording.map(|(stream, file)| record(stream, file)).transpose()?;
-        Ok::<_, Error>((bound.start(&stop)?, stop, recorder))
+        let daemon = bound.start()?;
+        machine::follow(&sockets.qmp, &stop, &daemon)?;
+        Ok::<_, Error>((daemon, stop, recorder))
     };
     let (daemon, stop, recorder) = start().inspect_err(|_| drop(end(&mut qemu)))?;
     let ended = wait(&mut qemu, &stop, args.timeout.map(Duration::from_secs)).context("Cannot wait for QEMU");

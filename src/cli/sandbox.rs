@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::ArgAction;
 use clap::builder::FalseyValueParser;
 
-use super::daemon::Options;
+use crate::daemon::Options;
 use crate::sandbox::{self, Policy};
 
 /// The option that leaves it out.
@@ -22,15 +22,16 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// Enters it, unless it is left out. `child` is the process that the daemon will end.
-    pub fn enter(self, options: &Options, child: Option<u32>) {
+    /// Enters it, unless it is left out. `qmp` is the socket that the daemon will connect to, `child` the process that it
+    /// will end.
+    pub fn enter(self, options: &Options, qmp: Option<&Path>, child: Option<u32>) {
         if self.no_sandbox {
             log::info!("There is no sandbox (--no-sandbox)");
             return;
         }
         let sockets = options.trace_socket.iter().chain([&options.paths.iommu]);
         let folders = sockets.map(|socket| folder(socket)).collect();
-        let connects_in = options.qmp.as_deref().map(folder);
+        let connects_in = qmp.map(folder);
         read_symbols();
         sandbox::enter(&Policy { folders, connects_in, child });
     }

@@ -6,11 +6,11 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde_json::json;
 
-use super::daemon::{Bound, Daemon, Options, open_images};
 use super::sandbox::Sandbox;
-use super::say;
 use super::source::Source;
 use super::stop::{Caught, Stop};
+use super::{machine, say};
+use crate::daemon::{Bound, Daemon, Options, open_devices};
 use crate::topology::Size;
 use crate::topology::qemu::Paths;
 use crate::vhost::Injection;
@@ -62,17 +62,18 @@ pub fn main(args: &Args) -> Result<()> {
     let options = Options {
         paths: Paths { iommu: args.socket_path.clone() },
         trace_socket: args.trace_socket.clone(),
-        qmp: args.qmp.clone(),
-        create_images: args.create_images,
         inject: args.inject.clone(),
     };
     // A file system may keep whoever opens a file waiting; until here a signal ends the process as it ends any other.
-    let images = open_images(&topology, options.create_images)?;
+    let devices = open_devices(&topology, args.create_images)?;
     let signals = Caught::new().context("Cannot wait for signals")?;
-    let bound = Bound::new(&topology, &options, images)?;
-    args.sandbox.enter(&options, None);
+    let bound = Bound::new(&topology, &options, devices)?;
+    args.sandbox.enter(&options, args.qmp.as_deref(), None);
     let stop = signals.watch().context("Cannot wait for signals")?;
-    let daemon = bound.start(&stop)?;
+    let daemon = bound.start()?;
+    if let Some(qmp) = &args.qmp {
+        machine::follow(qmp, &stop, &daemon)?;
+    }
     say(format_args!("viommu: serving on {}\n", args.socket_path.display()))?;
     let turns = match args.trace_turns {
         Some(ms) => trace_by_turns(&daemon, Duration::from_millis(ms), &stop),

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use crate::devices::{MODELS, Model};
 use crate::topology::{Topology, TopologyError};
 
 /// The options that name a topology.
@@ -12,9 +13,19 @@ pub struct Source {
     #[arg(long, value_name = "FILE")]
     topology: Option<PathBuf>,
 
-    /// One endpoint without a file, for example nvme,address=04.0,image=disk.img or dma-engine,address=05.0
-    #[arg(long, value_name = "MODEL,KEY=VALUE,...")]
+    #[arg(long, value_name = "MODEL,KEY=VALUE,...", help = endpoint_help())]
     endpoint: Option<String>,
+}
+
+/// What `--endpoint` is, with an example of each model.
+fn endpoint_help() -> String {
+    let example = |(model, slot): (&Model, u32)| {
+        let keys = model.example.split(',').filter(|key| !key.is_empty());
+        let words = [model.name.to_string(), format!("address={slot:02x}.0")].into_iter();
+        words.chain(keys.map(String::from)).collect::<Vec<_>>().join(",")
+    };
+    let examples: Vec<_> = MODELS.into_iter().zip(4..).map(example).collect();
+    format!("One endpoint without a file, for example {}", examples.join(" or "))
 }
 
 impl Source {

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::daemon::Counts;
 use super::short::short;
+use crate::daemon::Counts;
 
 /// Bytes of results that are read: a guest may write as much as it likes, and says little.
 const RESULTS_MAX: u64 = 4 << 20;

@@ -1,4 +1,12 @@
 //! The device models. They see a [`crate::pci::Function`] to implement and a [`crate::dma::Dma`] to use.
+//!
+//! Each is an entry in [`MODELS`], and nothing outside of here names one.
 
 pub mod ioat;
+pub mod model;
 pub mod nvme;
+
+pub use model::{Configuration, Device, Model};
+
+/// The models.
+pub const MODELS: [&Model; 2] = [&nvme::MODEL, &ioat::MODEL];

@@ -10,6 +10,7 @@ use vfio_bindings::bindings::vfio::{
 use super::config::{self, Config, MsixBar};
 use super::function::{Function, FunctionContext};
 use super::interrupts::Kind;
+use super::server::Slot;
 use crate::memory::{MemoryMap, NewRegion, NoAccess, REGIONS_MAX, Region, RegionError, Remote, Source};
 use crate::vfio_user::{Backing, ClientMemory, Device, DmaMap, IrqAction, IrqData, IrqInfo, IrqSet, Refused};
 use viommu_trace::Event;
@@ -32,15 +33,13 @@ pub(super) struct Backend<'a> {
 
 impl<'a> Backend<'a> {
     /// A function in its power-on state; `None` if making it panics.
-    pub fn new(
-        context: FunctionContext,
-        memory: MemoryMap,
-        msix: bool,
-        make: Make<'a>,
-        on_device_reset: &'a dyn Fn(),
-    ) -> Option<Self> {
+    pub fn new(slot: &Slot, make: Make<'a>, on_device_reset: &'a dyn Fn()) -> Option<Self> {
+        let context = slot.context.clone();
         let function = contained(&context, || make(context.clone()))?;
-        let config = Config::new(function.identity(), msix);
+        let mut identity = function.identity();
+        identity.integrated &= !slot.behind_root_port;
+        let config = Config::new(identity, slot.msix);
+        let memory = MemoryMap::new(slot.memory.clone());
         let msix_table = vec![0; config.msix_bar().map_or(0, |bar| bar.size as usize / 2)];
         Some(Backend { context, make, on_device_reset, function: Some(function), config, memory, msix_table })
     }

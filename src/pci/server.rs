@@ -13,7 +13,7 @@ use super::function::{Function, FunctionContext};
 use super::interrupts::Interrupts;
 use crate::dma::DmaContext;
 use crate::iommu::Iommu;
-use crate::memory::{Memory, MemoryMap};
+use crate::memory::Memory;
 use crate::poller::QueuePoller;
 use crate::vfio_user;
 use viommu_socket::{self as socket, RETRY, Socket, SocketError};
@@ -22,9 +22,10 @@ use viommu_trace::{Event, Tracer};
 
 /// A place for a function: an endpoint's way to memory and its interrupts, which outlive the clients that come and go.
 pub struct Slot {
-    context: FunctionContext,
-    memory: Memory,
-    msix: bool,
+    pub(super) context: FunctionContext,
+    pub(super) memory: Memory,
+    pub(super) msix: bool,
+    pub(super) behind_root_port: bool,
 }
 
 impl Slot {
@@ -33,7 +34,12 @@ impl Slot {
         let memory = Memory::default();
         let dma = DmaContext::new(iommu, endpoint, memory.clone(), tracer.clone());
         let interrupts = Interrupts::new(endpoint, tracer.clone());
-        Slot { context: FunctionContext { dma, interrupts, tracer, poller: None }, memory, msix: true }
+        Slot {
+            context: FunctionContext { dma, interrupts, tracer, poller: None },
+            memory,
+            msix: true,
+            behind_root_port: false,
+        }
     }
 
     /// The same slot, whose threads use `poller` while they are awake and have nothing to do.
@@ -45,6 +51,12 @@ impl Slot {
     /// The same slot, whose functions have no MSI-X, but MSI and an interrupt pin.
     pub fn without_msix(mut self) -> Self {
         self.msix = false;
+        self
+    }
+
+    /// The same slot behind a root port, where no function is integrated into the root complex.
+    pub fn behind_root_port(mut self) -> Self {
+        self.behind_root_port = true;
         self
     }
 
@@ -105,10 +117,7 @@ impl Server {
 
 /// Serves a client that was accepted. Without a function there is nothing to serve, and it is sent away.
 fn serve_one(stream: &mut UnixStream, slot: &Slot, make: Make<'_>, on_device_reset: &dyn Fn()) -> io::Result<()> {
-    let memory = MemoryMap::new(slot.memory.clone());
-    let Some(mut backend) = Backend::new(slot.context.clone(), memory, slot.msix, make, on_device_reset) else {
-        return Ok(());
-    };
+    let Some(mut backend) = Backend::new(slot, make, on_device_reset) else { return Ok(()) };
     let session = |connected| {
         let endpoint = Some(slot.context.dma.endpoint());
         slot.context.tracer.emit(Event::Session { channel: Channel::VfioUser, endpoint, connected });

@@ -13,15 +13,19 @@ use std::num::NonZeroU8;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::Deserialize;
 use toml::Spanned;
+use toml::de::{DeTable, DeValue, Deserializer};
 
 pub use address::{Address, Bdf};
 use problem::Problem;
 pub use size::Size;
 use slots::Slots;
 
+use crate::devices::MODELS;
+use crate::devices::model::{Configuration, Kind, Model, OwnFile, Table};
 use crate::iommu::{EndpointSettings, Limits, Reserved, Settings};
 use viommu_wire::virtio_iommu::ResvMemKind;
 
@@ -111,63 +115,33 @@ pub struct RootPort {
     pub address: Spanned<Address>,
 }
 
-/// What every endpoint has.
+/// The keys that every endpoint may have, whatever its model.
+const COMMON_KEYS: [&str; 5] = ["name", "address", "behind", "hotplug", "msix"];
+
+/// See [`COMMON_KEYS`].
 #[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct NvmeEntry {
+struct Common {
     name: Option<Spanned<String>>,
     address: Spanned<Address>,
     behind: Option<Spanned<String>>,
     #[serde(default)]
     hotplug: bool,
     msix: Option<bool>,
-    image: Spanned<PathBuf>,
-    #[serde(default = "default_block_size", rename = "block-size")]
-    block_size: Spanned<u32>,
-    serial: Option<Spanned<String>>,
 }
 
-fn default_block_size() -> Spanned<u32> {
-    Spanned::new(0..0, 512)
-}
+/// The tables beside those of endpoints.
+const OTHER_TABLES: [&str; 3] = ["machine", "iommu", "root-port"];
 
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct DmaEngineEntry {
-    name: Option<Spanned<String>>,
-    address: Spanned<Address>,
-    msix: Option<bool>,
-}
-
+/// See [`OTHER_TABLES`].
 #[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-struct File {
+#[serde(rename_all = "kebab-case")]
+struct Others {
     #[serde(default)]
     machine: Machine,
     #[serde(default)]
     iommu: IommuDevice,
     #[serde(default)]
     root_port: Vec<RootPort>,
-    #[serde(default)]
-    nvme: Vec<NvmeEntry>,
-    #[serde(default)]
-    dma_engine: Vec<DmaEngineEntry>,
-}
-
-/// Which device model serves an endpoint.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Model {
-    /// An NVMe controller with one namespace.
-    Nvme {
-        /// The raw file behind the namespace, relative to the working directory.
-        image: PathBuf,
-        /// Bytes of a logical block: 512 or 4096.
-        block_size: u32,
-        /// The controller's serial number.
-        serial: String,
-    },
-    /// A DMA engine, compatible with I/OAT.
-    DmaEngine,
 }
 
 /// An endpoint of the IOMMU: a PCI function that this process serves over vfio-user.
@@ -184,7 +158,9 @@ pub struct Endpoint {
     /// Whether it has MSI-X, beside MSI and its interrupt pin.
     pub msix: bool,
     /// What it is.
-    pub model: Model,
+    pub model: &'static Model,
+    /// How it is to be.
+    pub configuration: Arc<dyn Configuration>,
     /// Its bus, device and function number: the endpoint id.
     pub bdf: Bdf,
 }
@@ -198,7 +174,7 @@ pub struct Topology {
     pub iommu: IommuDevice,
     /// Root ports, in the order of the file.
     pub root_ports: Vec<RootPort>,
-    /// Endpoints: NVMe controllers, then DMA engines.
+    /// Endpoints, in the order of [`MODELS`] and then of the file.
     pub endpoints: Vec<Endpoint>,
 }
 
@@ -252,95 +228,103 @@ impl Topology {
 
 /// The file that has the endpoint `text` and nothing else, with a key a line.
 fn endpoint_table(text: &str) -> Result<String, String> {
-    let (model, keys) = text.split_once(',').unwrap_or((text, ""));
-    if !matches!(model, "nvme" | "dma-engine") {
-        return Err(format!("{model:?} is no device model; nvme or dma-engine was expected"));
-    }
-    let mut table = format!("[[{model}]]\n");
+    let (name, keys) = text.split_once(',').unwrap_or((text, ""));
+    let Some(model) = MODELS.into_iter().find(|model| model.name == name) else {
+        return Err(format!(
+            "{name:?} is no device model; {} was expected",
+            alternatives(|model| model.name.to_string())
+        ));
+    };
+    let mut table = format!("[[{name}]]\n");
     for part in keys.split(',').filter(|part| !part.is_empty()) {
         let Some((key, value)) = part.split_once('=') else {
             return Err(format!("{part:?} was found where KEY=VALUE was expected"));
         };
-        let value = match key {
-            "behind" | "hotplug" => {
-                return Err(format!("key `{key}`: root ports, and what is behind them, need a topology file"));
-            }
-            "block-size" => value
-                .parse::<u32>()
-                .map(toml::Value::from)
-                .map_err(|_| format!("key `{key}`: {value:?} is no number of bytes; 512 or 4096 was expected"))?,
-            "msix" => value
-                .parse::<bool>()
-                .map(toml::Value::from)
-                .map_err(|_| format!("key `{key}`: {value:?} was found where true or false was expected"))?,
-            _ => toml::Value::from(value),
-        };
+        let value = option_value(model, key, value).map_err(|what| format!("key `{key}`: {what}"))?;
         table += &format!("{key} = {value}\n");
     }
     Ok(table)
 }
 
-/// Checks the text of a topology.
-fn check(text: &str) -> Result<Topology, Problem> {
-    check_file(toml::from_str(text)?)
+/// What a key's value, given as text, is in a file.
+fn option_value(model: &Model, key: &str, value: &str) -> Result<toml::Value, String> {
+    if matches!(key, "behind" | "hotplug") {
+        return Err("root ports, and what is behind them, need a topology file".into());
+    }
+    if key == "msix" {
+        let flag = value.parse::<bool>();
+        return flag
+            .map_err(|_| format!("{value:?} was found where true or false was expected"))
+            .map(toml::Value::from);
+    }
+    match model.keys.iter().find(|known| known.name == key).map(|known| known.kind) {
+        Some(Kind::Bytes(expected)) => {
+            let number = value.parse::<u32>();
+            let number = number.map_err(|_| format!("{value:?} is no number of bytes; {expected} was expected"))?;
+            Ok(number.into())
+        }
+        Some(Kind::Text) | None => Ok(value.into()),
+    }
 }
 
-/// Checks what the types of [`File`] do not express.
-fn check_file(file: File) -> Result<Topology, Problem> {
+/// Something of each model, as alternatives.
+fn alternatives(of: impl Fn(&Model) -> String) -> String {
+    let all: Vec<_> = MODELS.into_iter().map(of).collect();
+    match all.split_last() {
+        Some((last, before)) if !before.is_empty() => format!("{} or {last}", before.join(", ")),
+        _ => all.concat(),
+    }
+}
+
+/// Checks the text of a topology.
+fn check(text: &str) -> Result<Topology, Problem> {
+    let root = DeTable::parse(text)?;
+    let (span, mut root) = (root.span(), root.into_inner());
+    let names = OTHER_TABLES.into_iter().chain(MODELS.into_iter().map(|model| model.name));
+    check_keys(&root, names)?;
+    let tables = MODELS.map(|model| (model, root.remove(model.name)));
+    let Others { machine, iommu, root_port } =
+        Others::deserialize(Deserializer::from(Spanned::new(span, root))).map_err(Problem::from)?;
     let mut slots = Slots::default();
-    slots.take(None, &file.iommu.address, "iommu")?;
-    for (index, port) in file.root_port.iter().enumerate() {
+    slots.take(None, &iommu.address, "iommu")?;
+    for (index, port) in root_port.iter().enumerate() {
         slots.take(None, &port.address, port.name.get_ref())?;
-        let before = file.root_port.iter().take(index);
+        let before = root_port.iter().take(index);
         check_name(port.name.get_ref(), port.name.span(), before.map(|port| port.name.get_ref().as_str()))?;
     }
-    let mut topology =
-        Topology { machine: file.machine, iommu: file.iommu, root_ports: file.root_port, endpoints: Vec::new() };
-    for (index, entry) in file.nvme.into_iter().enumerate() {
-        let name = entry.name.as_ref().map_or_else(|| format!("nvme{index}"), |name| name.get_ref().clone());
-        let block_size = *entry.block_size.get_ref();
-        if !matches!(block_size, 512 | 4096) {
-            return Err(Problem::of(
-                "block-size",
-                entry.block_size.span(),
-                format!("{block_size} is not supported; 512 or 4096 was expected"),
-            ));
+    let mut topology = Topology { machine, iommu, root_ports: root_port, endpoints: Vec::new() };
+    for (model, tables) in tables {
+        for (index, table) in tables.map_or(Ok(Vec::new()), |tables| array(model, tables))?.into_iter().enumerate() {
+            topology.add(&mut slots, model, index, table)?;
         }
-        let behind = match &entry.behind {
-            None => None,
-            Some(port) => Some(root_port(&topology.root_ports, port)?),
-        };
-        if behind.is_none() && entry.hotplug {
-            return Err(Problem::of(
-                "hotplug",
-                entry.address.span(),
-                "the root bus takes no hot-added device; put the endpoint behind a root port with `behind`",
-            ));
-        }
-        let serial = match entry.serial {
-            Some(serial) => check_serial(serial)?,
-            None => format!("viommu-{name}"),
-        };
-        let image = check_image(&topology, entry.image)?;
-        let model = Model::Nvme { image, block_size, serial };
-        // QEMU up to 11.1 aborts when a vfio-user function with MSI-X is unplugged.
-        let msix = entry.msix.unwrap_or(!entry.hotplug);
-        let name_span = entry.name.map(|name| name.span());
-        let found = Found { name, name_span, behind, hotplug: entry.hotplug, msix, model };
-        add(&mut topology, &mut slots, found, &entry.address)?;
-    }
-    for (index, entry) in file.dma_engine.into_iter().enumerate() {
-        let name = entry.name.as_ref().map_or_else(|| format!("dma{index}"), |name| name.get_ref().clone());
-        let name_span = entry.name.map(|name| name.span());
-        let msix = entry.msix.unwrap_or(true);
-        let found = Found { name, name_span, behind: None, hotplug: false, msix, model: Model::DmaEngine };
-        add(&mut topology, &mut slots, found, &entry.address)?;
     }
     slots.check_first_functions()?;
     if topology.endpoints.is_empty() {
-        return Err(Problem::of_all("it has no endpoint; at least one [[nvme]] or [[dma-engine]] table was expected"));
+        let tables = alternatives(|model| format!("[[{}]]", model.name));
+        return Err(Problem::of_all(format!("it has no endpoint; at least one {tables} table was expected")));
     }
     Ok(topology)
+}
+
+/// Refuses a key that is none of `known`.
+fn check_keys(table: &DeTable<'_>, known: impl Iterator<Item = &'static str>) -> Result<(), Problem> {
+    let known: Vec<_> = known.collect();
+    let Some(unknown) = table.keys().find(|key| !known.contains(&key.get_ref().as_ref())) else { return Ok(()) };
+    let known: Vec<_> = known.iter().map(|key| format!("`{key}`")).collect();
+    let what = format!("unknown field `{}`, expected one of {}", unknown.get_ref(), known.join(", "));
+    Err(Problem::at(unknown.span(), what))
+}
+
+/// The tables of a model's endpoints.
+fn array<'i>(model: &Model, value: Spanned<DeValue<'i>>) -> Result<Vec<Spanned<DeTable<'i>>>, Problem> {
+    let wanted = |span| Problem::at(span, format!("tables [[{}]] were expected", model.name));
+    let span = value.span();
+    let DeValue::Array(values) = value.into_inner() else { return Err(wanted(span)) };
+    let table = |value: Spanned<DeValue<'i>>| match (value.span(), value.into_inner()) {
+        (span, DeValue::Table(table)) => Ok(Spanned::new(span, table)),
+        (span, _) => Err(wanted(span)),
+    };
+    values.into_iter().map(table).collect()
 }
 
 fn root_port(ports: &[RootPort], name: &Spanned<String>) -> Result<usize, Problem> {
@@ -351,16 +335,63 @@ fn root_port(ports: &[RootPort], name: &Spanned<String>) -> Result<usize, Proble
     })
 }
 
-fn add(topology: &mut Topology, slots: &mut Slots, found: Found, address: &Spanned<Address>) -> Result<(), Problem> {
-    let Found { name, name_span, behind, hotplug, msix, model } = found;
-    let endpoints = topology.endpoints.iter().map(|other| other.name.as_str());
-    let ports = topology.root_ports.iter().map(|port| port.name.get_ref().as_str());
-    check_name(&name, name_span.unwrap_or(0..0), endpoints.chain(ports))?;
-    slots.take(behind, address, &name)?;
-    let bus = behind.map_or(0, |port| bus_behind(&topology.root_ports, port));
-    let bdf = Bdf { bus, address: *address.get_ref() };
-    topology.endpoints.push(Endpoint { name, address: *address.get_ref(), behind, hotplug, msix, model, bdf });
-    Ok(())
+impl Topology {
+    /// Adds the endpoint of a table, the one at `index` of its model.
+    fn add(
+        &mut self,
+        slots: &mut Slots,
+        model: &'static Model,
+        index: usize,
+        table: Spanned<DeTable<'_>>,
+    ) -> Result<(), Problem> {
+        let (span, mut own) = (table.span(), table.into_inner());
+        check_keys(&own, COMMON_KEYS.into_iter().chain(model.keys.iter().map(|key| key.name)))?;
+        let mut common = DeTable::new();
+        for key in COMMON_KEYS {
+            common.extend(own.remove_entry(key));
+        }
+        let common = Deserializer::from(Spanned::new(span.clone(), common));
+        let Common { name, address, behind, hotplug, msix } = Common::deserialize(common).map_err(Problem::from)?;
+        let behind = behind.map(|port| root_port(&self.root_ports, &port)).transpose()?;
+        if behind.is_none() && hotplug {
+            return Err(Problem::of(
+                "hotplug",
+                address.span(),
+                "the root bus takes no hot-added device; put the endpoint behind a root port with `behind`",
+            ));
+        }
+        // QEMU up to 11.1 aborts when a vfio-user function with MSI-X is unplugged.
+        let msix = msix.unwrap_or(!hotplug);
+        let name_span = name.as_ref().map_or(0..0, Spanned::span);
+        let name = name.map_or_else(|| format!("{}{index}", model.endpoint_name), Spanned::into_inner);
+        let configuration = (model.configure)(Table::new(Spanned::new(span, own)), &name)?;
+        self.check_own_file(&*configuration)?;
+        let endpoints = self.endpoints.iter().map(|other| other.name.as_str());
+        let ports = self.root_ports.iter().map(|port| port.name.get_ref().as_str());
+        check_name(&name, name_span, endpoints.chain(ports))?;
+        slots.take(behind, &address, &name)?;
+        let bus = behind.map_or(0, |port| bus_behind(&self.root_ports, port));
+        let address = *address.get_ref();
+        let bdf = Bdf { bus, address };
+        self.endpoints.push(Endpoint { name, address, behind, hotplug, msix, model, configuration, bdf });
+        Ok(())
+    }
+
+    /// Refuses a file that is another endpoint's.
+    fn check_own_file(&self, configuration: &dyn Configuration) -> Result<(), Problem> {
+        let Some(OwnFile { key, span, path }) = configuration.own_file() else { return Ok(()) };
+        for endpoint in &self.endpoints {
+            let Some(other) = endpoint.configuration.own_file() else { continue };
+            if same_file(other.path, path) {
+                let is =
+                    if other.path == path { String::new() } else { format!("the same file as {:?}, ", other.path) };
+                let (other_key, owner) = (other.key, &endpoint.name);
+                let what = format!("{path:?} is {is}the {other_key} of {owner:?} already; each endpoint needs its own");
+                return Err(Problem::of(key, span, what));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// A name is an id in QEMU, part of a socket's path and of a serial number.
@@ -382,30 +413,6 @@ fn check_name<'n>(name: &str, span: Range<usize>, mut taken: impl Iterator<Item 
     Ok(())
 }
 
-/// The Identify Controller data structure has 20 bytes of ASCII for it (NVMe base specification).
-fn check_serial(serial: Spanned<String>) -> Result<String, Problem> {
-    let printable = |c: u8| c.is_ascii_graphic() || c == b' ';
-    if (1..=20).contains(&serial.get_ref().len()) && serial.get_ref().bytes().all(printable) {
-        return Ok(serial.into_inner());
-    }
-    let what =
-        format!("{:?} cannot be a serial number; 1 to 20 printable ASCII characters were expected", serial.get_ref());
-    Err(Problem::of("serial", serial.span(), what))
-}
-
-fn check_image(topology: &Topology, image: Spanned<PathBuf>) -> Result<PathBuf, Problem> {
-    for endpoint in &topology.endpoints {
-        let Model::Nvme { image: other, .. } = &endpoint.model else { continue };
-        if same_file(other, image.get_ref()) {
-            let is = if other == image.get_ref() { String::new() } else { format!("the same file as {other:?}, ") };
-            let (image_name, owner) = (image.get_ref(), &endpoint.name);
-            let what = format!("{image_name:?} is {is}the image of {owner:?} already; each endpoint needs its own");
-            return Err(Problem::of("image", image.span(), what));
-        }
-    }
-    Ok(image.into_inner())
-}
-
 /// Whether two paths lead to one file; of files that do not exist, only whether the paths are the same.
 fn same_file(one: &Path, other: &Path) -> bool {
     let file = |path: &Path| std::fs::metadata(path).map(|found| (found.dev(), found.ino()));
@@ -414,15 +421,6 @@ fn same_file(one: &Path, other: &Path) -> bool {
         (Err(_), Err(_)) => std::path::absolute(one).ok() == std::path::absolute(other).ok(),
         _ => false,
     }
-}
-
-struct Found {
-    name: String,
-    name_span: Option<Range<usize>>,
-    behind: Option<usize>,
-    hotplug: bool,
-    msix: bool,
-    model: Model,
 }
 
 /// The bus number that firmware gives to the bus behind a root port: it counts them in the order of their addresses.

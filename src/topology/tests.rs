@@ -128,16 +128,19 @@ fn an_endpoint_alone_is_a_topology() {
     let topology = Topology::of_endpoint("nvme,address=04.0,image=a \"b\".img,block-size=4096").unwrap();
     assert_eq!(topology.endpoints.len(), 1);
     assert_eq!(topology.endpoints[0].bdf.id(), 0x20);
-    let Model::Nvme { image, block_size, .. } = &topology.endpoints[0].model else { panic!("{topology:?}") };
-    assert_eq!((image.to_str(), *block_size), (Some("a \"b\".img"), 4096));
+    assert_eq!(topology.endpoints[0].model.name, "nvme");
+    let configuration = &topology.endpoints[0].configuration;
+    assert_eq!(configuration.own_file().unwrap().path.to_str(), Some("a \"b\".img"));
+    assert!(format!("{configuration:?}").contains("block_size: 4096"), "{configuration:?}");
     assert!(Topology::of_endpoint("dma-engine,address=05.0").is_ok());
 }
 
 #[test]
 fn errors_of_an_endpoint_alone_name_its_keys_and_no_lines() {
+    let floppy = format!("\"floppy\" is no device model; {} was expected", alternatives(|model| model.name.into()));
     for (text, wanted) in [
         ("nvme,address", "\"address\" was found where KEY=VALUE was expected"),
-        ("floppy,address=04.0", "\"floppy\" is no device model; nvme or dma-engine was expected"),
+        ("floppy,address=04.0", floppy.as_str()),
         ("", "\"\" is no device model"),
         ("nvme,address=04.0", "missing field `image`"),
         ("nvme", "missing field `address`"),
@@ -224,4 +227,30 @@ fn what_can_be_unplugged_has_no_msix_unless_it_is_wanted() {
     assert!(!Topology::of_endpoint("dma-engine,address=05.0,msix=false").unwrap().endpoints[0].msix);
     let error = Topology::of_endpoint("dma-engine,address=05.0,msix=no").unwrap_err().to_string();
     assert!(error.contains("key `msix`: \"no\" was found where true or false was expected"), "{error}");
+}
+
+#[test]
+fn what_is_no_model_or_no_key_of_one_is_named_with_what_is_known() {
+    refused("[machine]\n[[floppy]]\naddress = \"04.0\"", &["line 2, column 3", "`floppy`", "`machine`", "`root-port`"]);
+    for model in MODELS {
+        refused("[[floppy]]\n", &["line 1", &format!("`{}`", model.name)]);
+        let table = format!("[[{}]]\naddress = \"04.0\"\ncolour = 5", model.name);
+        refused(&table, &["line 3, column 1", "unknown field `colour`", "`behind`"]);
+        for key in model.keys {
+            refused(&table, &[&format!("`{}`", key.name)]);
+        }
+        refused(&table.replace("[[", "[").replace("]]", "]"), &["line 1", &format!("[[{}]]", model.name)]);
+    }
+}
+
+#[test]
+fn every_model_has_an_example_and_can_be_hot_added_behind_a_root_port() {
+    let port = "[[root-port]]\nname = \"rp\"\naddress = \"06.0\"\n";
+    for model in MODELS {
+        let option = Topology::of_endpoint(&format!("{},address=04.0,{}", model.name, model.example)).unwrap();
+        assert_eq!(option.endpoints[0].name, format!("{}0", model.endpoint_name));
+        let table = endpoint_table(&format!("{},address=00.0,{}", model.name, model.example)).unwrap();
+        let behind = parse(&format!("{port}{table}behind = \"rp\"\nhotplug = true\n")).unwrap();
+        assert_eq!((behind.endpoints[0].bdf.id(), behind.endpoints[0].hotplug), (0x100, true));
+    }
 }

@@ -20,9 +20,33 @@ mod interrupt;
 mod registers;
 mod worker;
 
+use std::error::Error;
+use std::sync::Arc;
+
 use worker::Worker;
 
+use super::model::{Configuration, Device, Model};
 use crate::pci::{Bar, Function, FunctionContext, Identity};
+
+/// The model.
+pub const MODEL: Model =
+    Model { name: "dma-engine", endpoint_name: "dma", example: "", keys: &[], configure: |_, _| Ok(Arc::new(Engine)) };
+
+/// An engine of a topology: it needs nothing.
+#[derive(Debug)]
+struct Engine;
+
+impl Configuration for Engine {
+    fn open(&self, _create: Option<u64>) -> Result<Arc<dyn Device>, Box<dyn Error + Send + Sync>> {
+        Ok(Arc::new(Engine))
+    }
+}
+
+impl Device for Engine {
+    fn make(&self, context: FunctionContext) -> Box<dyn Function> {
+        Box::new(Ioat::new(context))
+    }
+}
 
 /// The DMA engine, a PCI function.
 pub struct Ioat {

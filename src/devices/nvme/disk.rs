@@ -44,6 +44,8 @@ pub enum OpenError {
     Missing(PathBuf),
     #[error("Cannot open the image {path}")]
     Open { path: PathBuf, source: io::Error },
+    #[error("Cannot make the image {path}")]
+    Create { path: PathBuf, source: io::Error },
     #[error(
         "The image {0} is in use, by another process or as the image of another endpoint; a raw image can have one \
          writer only"
@@ -102,11 +104,10 @@ impl Disk {
     /// Opens and locks an image.
     pub fn open(config: NvmeConfig) -> Result<Arc<Disk>, OpenError> {
         let path = || config.image.clone();
-        if !matches!(config.block_size, 512 | 4096) {
+        if !is_block_size(config.block_size) {
             return Err(OpenError::BlockSize(config.block_size));
         }
-        let printable = |c: u8| c.is_ascii_graphic() || c == b' ';
-        if !(1..=20).contains(&config.serial.len()) || !config.serial.bytes().all(printable) {
+        if !is_serial(&config.serial) {
             return Err(OpenError::Serial(config.serial));
         }
         if !(1..=64).contains(&config.queues) {
@@ -213,6 +214,16 @@ impl Disk {
     pub(super) fn count(&self, counter: impl FnOnce(&Counters) -> &AtomicU64, by: u64) {
         counter(&self.counters).fetch_add(by, Ordering::Relaxed);
     }
+}
+
+/// Whether a logical block may have so many bytes.
+pub(super) fn is_block_size(bytes: u32) -> bool {
+    matches!(bytes, 512 | 4096)
+}
+
+/// Whether a text can be a serial number: the Identify Controller data structure has 20 bytes of ASCII for it.
+pub(super) fn is_serial(text: &str) -> bool {
+    (1..=20).contains(&text.len()) && text.bytes().all(|c| c.is_ascii_graphic() || c == b' ')
 }
 
 /// Opens what is at `path`, without waiting: it may be no image but a FIFO, whose other end nobody has opened.

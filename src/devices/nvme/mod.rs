@@ -6,6 +6,7 @@
 
 mod adaptive_poll;
 mod admin;
+mod config;
 mod disk;
 mod event;
 mod features;
@@ -22,6 +23,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 
+pub use config::MODEL;
 pub use disk::{Counters, Disk, NvmeConfig, OpenError};
 
 use crate::dma::Dma;

@@ -1,7 +1,9 @@
-//! The parts, put together: one IOMMU, a server for each endpoint, the trace.
+//! The composition root: from a topology one IOMMU, a server for each endpoint, the trace.
+
+mod table;
 
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
@@ -10,17 +12,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::qmp::{self, MachineEvent};
-use super::stop::Stop;
-use super::table::Table;
-use crate::devices::ioat::Ioat;
-use crate::devices::nvme::{Disk, Nvme, NvmeConfig};
+use crate::devices::Device;
 use crate::dma::DmaCounters;
 use crate::iommu::{Counters, Iommu};
-use crate::pci::{self, Function, Slot};
+use crate::pci::{self, Slot};
 use crate::topology::qemu::Paths;
-use crate::topology::{Endpoint, Model, Size, Topology};
+use crate::topology::{Endpoint, Size, Topology};
 use crate::vhost::{self, Injection};
+use table::Table;
 use viommu_trace::{self as trace, Tracer};
 
 /// How long clients that are still connected may take to leave when the daemon ends.
@@ -33,16 +32,12 @@ const QUEUES_END: Duration = Duration::from_secs(2);
 /// How often that is looked at.
 const TICK: Duration = Duration::from_millis(5);
 
-/// What the command line says of a daemon.
+/// How a daemon is to be, beside its topology.
 pub struct Options {
     /// Where its sockets are.
     pub paths: Paths,
     /// The trace socket, if there is to be one.
     pub trace_socket: Option<PathBuf>,
-    /// QEMU's QMP socket, if it may be used.
-    pub qmp: Option<PathBuf>,
-    /// The size of images that do not exist and are to be made.
-    pub create_images: Option<Size>,
     /// Requests that are to be answered wrongly, for tests of drivers.
     pub inject: Vec<Injection>,
 }
@@ -64,7 +59,7 @@ pub struct Counts {
     pub dma_write_bytes: u64,
     /// Bytes that endpoints read and wrote untranslated.
     pub dma_bypass_bytes: u64,
-    /// I/O commands that NVMe controllers completed.
+    /// I/O commands that endpoints completed.
     pub io_count: u64,
     /// Bytes that these commands moved.
     pub io_bytes: u64,
@@ -74,8 +69,8 @@ pub struct Counts {
     pub events_lost: u64,
 }
 
-/// The open images of a topology's endpoints, in their order; `None` for one that has none.
-pub type Images = Vec<Option<Arc<Disk>>>;
+/// What the endpoints of a topology have open, in their order.
+pub type Devices = Vec<Arc<dyn Device>>;
 
 /// A daemon that has all its files and sockets, and no thread yet: who connects waits. What it made goes with it.
 pub struct Bound<'t> {
@@ -85,8 +80,7 @@ pub struct Bound<'t> {
     trace: Option<trace::Bound>,
     server: vhost::Server,
     sockets: Vec<pci::Server>,
-    images: Images,
-    qmp: Option<PathBuf>,
+    devices: Devices,
     table: Table,
 }
 
@@ -107,12 +101,12 @@ struct Served {
     end: EventFd,
     thread: JoinHandle<()>,
     dma: Arc<DmaCounters>,
-    disk: Option<Arc<Disk>>,
+    device: Arc<dyn Device>,
 }
 
 impl Bound<'_> {
     /// Makes the sockets and the table; waits for nobody.
-    pub fn new<'t>(topology: &'t Topology, options: &Options, images: Images) -> Result<Bound<'t>> {
+    pub fn new<'t>(topology: &'t Topology, options: &Options, devices: Devices) -> Result<Bound<'t>> {
         let (tracer, trace) = match &options.trace_socket {
             // Without a way to see them, events are not even made.
             None => (Tracer::default(), None),
@@ -135,7 +129,7 @@ impl Bound<'_> {
             log::warn!("Some requests are answered wrongly on purpose (--inject)");
             server.control().inject(&options.inject);
         }
-        Ok(Bound { topology, iommu, tracer, trace, server, sockets, images, qmp: options.qmp.clone(), table })
+        Ok(Bound { topology, iommu, tracer, trace, server, sockets, devices, table })
     }
 
     /// A connection to the trace; there must be one.
@@ -145,13 +139,16 @@ impl Bound<'_> {
     }
 
     /// Starts the threads.
-    pub fn start(self, stop: &Stop) -> Result<Daemon> {
-        let Bound { topology, iommu, tracer, trace, mut server, sockets, images, qmp, table } = self;
+    ///
+    /// # Errors
+    /// The system has none to give.
+    pub fn start(self) -> Result<Daemon> {
+        let Bound { topology, iommu, tracer, trace, mut server, sockets, devices, table } = self;
         let trace = trace.map(trace::Bound::start).transpose().context("Cannot start the trace")?;
         let control = server.control();
         let vhost_end = server.shutdown();
         let mut endpoints = Vec::new();
-        for ((endpoint, disk), socket) in topology.endpoints.iter().zip(images).zip(sockets) {
+        for ((endpoint, device), socket) in topology.endpoints.iter().zip(devices).zip(sockets) {
             let mut slot = Slot::new(&iommu, endpoint.bdf.id(), tracer.clone());
             if topology.iommu.polling {
                 slot = slot.with_poller(Arc::new(control.clone()));
@@ -159,7 +156,10 @@ impl Bound<'_> {
             if !endpoint.msix {
                 slot = slot.without_msix();
             }
-            let served = serve(endpoint, socket, disk, slot, &control);
+            if endpoint.behind.is_some() {
+                slot = slot.behind_root_port();
+            }
+            let served = serve(endpoint, socket, device, slot, &control);
             endpoints.push(served.with_context(|| format!("Cannot serve the endpoint {}", endpoint.name))?);
         }
         let vhost_thread = std::thread::Builder::new()
@@ -170,15 +170,6 @@ impl Bound<'_> {
                 }
             })
             .context("Cannot start a thread")?;
-        if let Some(path) = qmp {
-            let control = control.clone();
-            let tell = move |event| match event {
-                MachineEvent::Stop => control.machine_paused(),
-                MachineEvent::Resume => control.machine_resumed(),
-                MachineEvent::Reset => control.machine_reset(),
-            };
-            qmp::watch(path, stop.clone(), tell).context("Cannot start a thread")?;
-        }
         Ok(Daemon { iommu, control, vhost_end, vhost_thread, endpoints, trace, _table: table })
     }
 }
@@ -191,10 +182,14 @@ impl Daemon {
         }
     }
 
-    /// I/O commands that NVMe controllers completed so far.
+    /// The IOMMU's queues, to tell of what happens to the machine.
+    pub fn control(&self) -> &vhost::Control {
+        &self.control
+    }
+
+    /// I/O commands that endpoints completed so far.
     pub fn io_count(&self) -> u64 {
-        let disks = self.endpoints.iter().filter_map(|endpoint| endpoint.disk.as_ref());
-        disks.map(|disk| disk.counters.io_count.load(Ordering::Relaxed)).sum()
+        self.endpoints.iter().map(|endpoint| endpoint.device.statistics().io_count).sum()
     }
 
     /// Ends everything and says what was done.
@@ -247,43 +242,33 @@ impl Served {
         counts.dma_read_bytes += self.dma.read.load(Ordering::Relaxed);
         counts.dma_write_bytes += self.dma.written.load(Ordering::Relaxed);
         counts.dma_bypass_bytes += self.dma.bypassed.load(Ordering::Relaxed);
-        if let Some(disk) = &self.disk {
-            let done = &disk.counters;
-            counts.io_count += done.io_count.load(Ordering::Relaxed);
-            counts.io_bytes += done.bytes_read.load(Ordering::Relaxed) + done.bytes_written.load(Ordering::Relaxed);
-        }
+        let done = self.device.statistics();
+        counts.io_count += done.io_count;
+        counts.io_bytes += done.io_bytes;
     }
 }
 
-/// Opens the images of a topology; those that do not exist are made if a size is given for them.
-pub fn open_images(topology: &Topology, create: Option<Size>) -> Result<Images> {
-    topology.endpoints.iter().map(|endpoint| open_disk(endpoint, create)).collect()
+/// Opens what the endpoints of a topology need; images that do not exist are made if a size is given for them.
+///
+/// # Errors
+/// What cannot be opened, and what to do.
+pub fn open_devices(topology: &Topology, create_images: Option<Size>) -> Result<Devices> {
+    topology.endpoints.iter().map(|endpoint| open_device(endpoint, create_images)).collect()
 }
 
-/// Opens what an endpoint needs; `None` for one that needs nothing.
-pub fn open_disk(endpoint: &Endpoint, create: Option<Size>) -> Result<Option<Arc<Disk>>> {
-    let Model::Nvme { image, block_size, serial } = &endpoint.model else { return Ok(None) };
-    if let Some(size) = create {
-        create_image(image, size).with_context(|| format!("Cannot make the image {}", image.display()))?;
-    }
-    let config = NvmeConfig { block_size: *block_size, ..NvmeConfig::new(image, serial) };
-    let disk = Disk::open(config).with_context(|| format!("Cannot serve the endpoint {}", endpoint.name))?;
-    Ok(Some(disk))
-}
-
-/// Makes an image of zeroes, unless there is one.
-fn create_image(path: &Path, size: Size) -> std::io::Result<()> {
-    match std::fs::File::create_new(path) {
-        Ok(file) => file.set_len(size.0),
-        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
-        Err(error) => Err(error),
-    }
+/// Opens what an endpoint needs.
+///
+/// # Errors
+/// As for [`open_devices`].
+pub fn open_device(endpoint: &Endpoint, create_images: Option<Size>) -> Result<Arc<dyn Device>> {
+    let device = endpoint.configuration.open(create_images.map(|size| size.0));
+    device.map_err(anyhow::Error::from_boxed).with_context(|| format!("Cannot serve the endpoint {}", endpoint.name))
 }
 
 fn serve(
     endpoint: &Endpoint,
     server: pci::Server,
-    disk: Option<Arc<Disk>>,
+    device: Arc<dyn Device>,
     slot: Slot,
     control: &vhost::Control,
 ) -> Result<Served> {
@@ -292,18 +277,14 @@ fn serve(
     let dma = slot.context().dma.counters().clone();
     let shutdown = end.try_clone().context("Cannot copy an event")?;
     let control = control.clone();
-    let (model, listening) = (disk.clone(), server.clone());
+    let (model, listening) = (device.clone(), server.clone());
     let run = move || {
-        let make = |context| -> Box<dyn Function> {
-            match &model {
-                Some(disk) => Box::new(Nvme::new(context, disk.clone())),
-                None => Box::new(Ioat::new(context)),
-            }
-        };
-        if let Err(error) = listening.serve(&slot, &shutdown, make, || control.function_reset()) {
+        if let Err(error) =
+            listening.serve(&slot, &shutdown, |context| model.make(context), || control.function_reset())
+        {
             log::error!("{} is served no more: {error}", listening.path().display());
         }
     };
     let thread = std::thread::Builder::new().name(endpoint.name.clone()).spawn(run).context("Cannot start a thread")?;
-    Ok(Served { server, end, thread, dma, disk })
+    Ok(Served { server, end, thread, dma, device })
 }
