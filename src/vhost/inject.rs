@@ -22,6 +22,8 @@ pub struct Injection {
     every: u64,
     /// and none after so many of the type.
     until: u64,
+    /// Only those since the driver reset the device so many times are met, or counted.
+    resets: u64,
 }
 
 /// What happens to a request.
@@ -82,6 +84,7 @@ impl FromStr for Injection {
             after: 0,
             every: 1,
             until: u64::MAX,
+            resets: 0,
         };
         for part in parts {
             let number = part.split_once('=').and_then(|(key, number)| Some((key, number.parse::<u64>().ok()?)));
@@ -89,13 +92,14 @@ impl FromStr for Injection {
                 (Some(("after", number)), _) => injection.after = number,
                 (Some(("every", number)), _) if number > 0 => injection.every = number,
                 (Some(("until", number)), _) => injection.until = number,
+                (Some(("resets", number)), _) => injection.resets = number,
                 (Some(("ms", number)), Fault::Late(wait)) => wait.time = Duration::from_millis(number),
                 (Some(("behind", number)), Fault::Late(wait)) if u16::try_from(number).is_ok() => {
                     wait.behind = Some(number as u16);
                 }
                 _ => {
                     return Err(format!(
-                        "Expected after=N, every=N, until=N or, for late, ms=N or behind=N, found {part:?}"
+                        "Expected after=N, every=N, until=N, resets=N or, for late, ms=N or behind=N, found {part:?}"
                     ));
                 }
             }
@@ -113,21 +117,30 @@ fn parse_fault(name: &str) -> Option<Fault> {
     }
 }
 
-/// Injections, with the requests of their types counted since the process began.
+/// Injections, with the requests of their types counted since the process began, or the driver's resets.
 pub(super) struct Injector {
     injections: Vec<(Injection, AtomicU64)>,
+    resets: AtomicU64,
 }
 
 impl Injector {
     pub(super) fn new(injections: &[Injection]) -> Injector {
-        Injector { injections: injections.iter().map(|&injection| (injection, AtomicU64::new(0))).collect() }
+        let injections = injections.iter().map(|&injection| (injection, AtomicU64::new(0))).collect();
+        Injector { injections, resets: AtomicU64::new(0) }
+    }
+
+    /// The driver has reset the device.
+    pub(super) fn device_reset(&self) {
+        self.resets.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Counts a request of this type and decides, and traces, what happens to it. The first injection that meets it
     /// does; `None`: it is answered as it should be.
     pub(super) fn decide(&self, request: RequestType, tracer: &Tracer) -> Option<Fault> {
         let mut met = None;
-        for (injection, count) in self.injections.iter().filter(|(injection, _)| injection.request == request) {
+        let resets = self.resets.load(Ordering::Relaxed);
+        let concerned = |(injection, _): &&(Injection, _)| injection.request == request && injection.resets <= resets;
+        for (injection, count) in self.injections.iter().filter(concerned) {
             let number = count.fetch_add(1, Ordering::Relaxed) + 1;
             if met.is_none() && injection.meets(number) {
                 met = Some((injection.fault, number));
@@ -167,10 +180,24 @@ mod tests {
         assert_eq!(late.fault, Fault::Late(Wait { time: Duration::from_millis(20), behind: None }));
         let held: Injection = "link=late:ms=20:behind=7".parse().unwrap();
         assert_eq!(held.fault, Fault::Late(Wait { time: Duration::from_millis(20), behind: Some(7) }));
+        let resumed: Injection = "map=nomem:resets=1:until=1".parse().unwrap();
+        assert_eq!((resumed.resets, resumed.until), (1, 1));
         for text in ["", "link", "lnk=nomem", "link=ok", "link=nomem:every=0", "link=nomem:ms=5", "link=nomem:after"] {
             assert!(text.parse::<Injection>().is_err(), "{text}");
         }
         assert!("link=late:behind=65536".parse::<Injection>().is_err());
+    }
+
+    #[test]
+    fn what_waits_for_resets_counts_from_then_on() {
+        let tracer = Tracer::default();
+        let injector = Injector::new(&["map=nomem:resets=2:after=1:until=2".parse().unwrap()]);
+        let met = || injector.decide(request_type::MAP, &tracer).is_some();
+        assert_eq!([met(), met(), met()], [false; 3]);
+        injector.device_reset();
+        assert_eq!([met(), met()], [false; 2]);
+        injector.device_reset();
+        assert_eq!([met(), met(), met()], [false, true, false]);
     }
 
     #[test]

@@ -106,6 +106,9 @@ impl Shared {
             Some(Action::Resume) => ResetKind::Resume,
             Some(Action::DeviceReset) => {
                 self.iommu.device_reset();
+                if let Some(injector) = self.injector.get() {
+                    injector.device_reset();
+                }
                 ResetKind::Device
             }
             Some(Action::SystemReset) => {

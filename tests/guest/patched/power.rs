@@ -145,3 +145,88 @@ fn an_endpoint_that_is_refused_at_resume_leaves_the_mappings_to_the_next() {
     assert_eq!(outcome.console.matches("could not restore its mappings (-12)").count(), 1);
     assert_eq!(outcome.events("bypass").map(|bypass| &bypass["value"]).collect::<Vec<_>>(), [0]);
 }
+
+/// The domain in which the driver maps nothing: the last one.
+const BLOCKED: u64 = u32::MAX as u64;
+
+/// Of two functions in a slot, and so in one domain, the device takes the first when the guest resumes, but not the first
+/// of its mappings. They come back with the second. The first must not be bypassed: its controller reaches nothing, until
+/// the next resume gives it everything back.
+///
+/// `told` is what the device is told of the first endpoint after the refused mapping: what, its status, and the domain or
+/// the value.
+fn mappings_are_refused_at_resume(injection: Option<&str>, told: &[(&str, &str, Option<u64>)], reason: &str) {
+    const SUSPEND: &str = "set /sys/power/state mem";
+    let [first, second] = [0x20, 0x21];
+    let nvme = |function| format!("[[nvme]]\naddress = \"04.{function}\"\nimage = \"nvme{function}.img\"\n");
+    let workload = [
+        // The order of the endpoints: see above.
+        "set /sys/bus/pci/devices/0000:00:04.1/remove 1",
+        "set /sys/bus/pci/rescan 1",
+        "set /sys/power/pm_test devices",
+        SUSPEND,
+        // The controller's driver waits for its first command, and gives up; what is dead is not suspended.
+        "set --refused /sys/power/state mem",
+        "set /sys/bus/pci/drivers/nvme/unbind 0000:00:04.0",
+        "rebind nvme 0000:00:04.1",
+        SUSPEND,
+        "set /sys/bus/pci/drivers/nvme/bind 0000:00:04.0",
+        "rebind nvme 0000:00:04.0",
+    ];
+    let guest = guest(&[0, 1].map(nvme).concat(), &workload.join(" + "))
+        .append(&format!("{PATIENCE} suspend.pm_test_delay=0 nvme_core.admin_timeout=10"))
+        .inject("map=nomem:resets=1:until=1");
+    let outcome = injection.into_iter().fold(guest, Guest::inject).run();
+    assert_eq!(outcome.results_of("rebind").filter(|result| result["verified"] == true).count(), 2);
+    assert_no_complaint(&outcome);
+    assert_eq!(outcome.console.matches("could not restore its mappings (-12)").count(), 1);
+
+    // From one reset to the next.
+    let is_reset = |event: &Value| event["kind"] == "reset" && event["reset"] == "device";
+    let phases: Vec<&[Value]> = outcome.trace.split(is_reset).collect();
+    let [boot, refused, given] = phases[..] else { panic!("{} resets", phases.len() - 1) };
+    let domain = told_of_endpoints(boot)[0].3;
+    let attached = |endpoint| (endpoint, "ATTACH", "OK", domain);
+    let mut wanted = vec![attached(first)];
+    wanted.extend(told.iter().map(|&(what, status, value)| {
+        let endpoint = if what == "bypass" { 0 } else { first };
+        (endpoint, what, status, value.unwrap_or(domain))
+    }));
+    wanted.push(attached(second));
+    assert_eq!(told_of_endpoints(refused), wanted);
+    assert_eq!(told_of_endpoints(given), [attached(first), attached(second)]);
+
+    let of_first =
+        |kind: &'static str| refused.iter().filter(move |event| event["kind"] == kind && event["endpoint"] == first);
+    assert!(of_first("fault").count() > 0, "the controller tried nothing");
+    assert!(of_first("fault").all(|fault| fault["reason"] == reason));
+    assert_eq!(of_first("dma").next(), None);
+}
+
+/// What the device is told of endpoints, in its order: the endpoint, what is said, and the domain or the value.
+fn told_of_endpoints(events: &[Value]) -> Vec<(u64, &str, &str, u64)> {
+    let told = events.iter().filter_map(|event| {
+        let text = |name: &str| event[name].as_str().unwrap_or_default();
+        let number = |name: &str| event[name].as_u64().unwrap_or_default();
+        match text("kind") {
+            // It is for all of them.
+            "bypass" => Some((0, "bypass", "", number("value"))),
+            "request" if ["ATTACH", "DETACH"].contains(&text("type")) => {
+                Some((number("endpoint"), text("type"), text("status"), number("domain")))
+            }
+            _ => None,
+        }
+    });
+    told.collect()
+}
+
+#[test]
+fn an_endpoint_whose_mappings_are_refused_at_resume_is_moved_to_where_nothing_is_mapped() {
+    mappings_are_refused_at_resume(None, &[("ATTACH", "OK", Some(BLOCKED))], "MAPPING");
+}
+
+#[test]
+fn an_endpoint_that_cannot_be_moved_there_is_detached_without_bypass() {
+    let told = [("ATTACH", "NOMEM", Some(BLOCKED)), ("bypass", "", Some(0)), ("DETACH", "OK", None)];
+    mappings_are_refused_at_resume(Some("attach=nomem:resets=1:after=1:until=2"), &told, "DOMAIN");
+}
