@@ -192,7 +192,7 @@ mod tests {
     fn what_waits_for_resets_counts_from_then_on() {
         let tracer = Tracer::default();
         let injector = Injector::new(&["map=nomem:resets=2:after=1:until=2".parse().unwrap()]);
-        let met = || injector.decide(request_type::MAP, &tracer).is_some();
+        let met = || injector.decide(RequestType::Map, &tracer).is_some();
         assert_eq!([met(), met(), met()], [false; 3]);
         injector.device_reset();
         assert_eq!([met(), met()], [false; 2]);
