@@ -8,9 +8,11 @@
 #   origin/   the files of it that the series touches, as they were
 #   source    what tree/ was unpacked from
 #   objects*/ what was compiled
+#   modules*/ the drivers that are built against it, source and objects
 
 readonly SERIES=6.12
 readonly PATCHES=guest-kernel-patches/linux-$SERIES
+readonly MODULES=guest-kernel-patches/modules
 # Of a full build; grows and shrinks a little with the configuration.
 readonly ABOUT_OBJECTS=1600
 
@@ -26,6 +28,7 @@ use_work_folder() {
 	}
 	tree=$work/tree
 	objects=$work/objects$1
+	modules=$work/modules$1
 	log=$work/build.log
 	mkdir -p "$objects"
 }
@@ -53,6 +56,12 @@ need_build_tools() {
 # The series in its order: all but the cover letter.
 series_files() {
 	find "$PATCHES" -name '[0-9]*.patch' ! -name '0000-*' | LC_ALL=C sort
+}
+
+# The sources of the drivers that are no part of the series, each a folder with a
+# Kbuild.
+module_files() {
+	find "$MODULES" -mindepth 2 -type f | LC_ALL=C sort
 }
 
 # patch_content PATCH: what it changes, not who sent it when.
@@ -245,4 +254,18 @@ compile() {
 	done
 	wait "$pid" || die "The kernel does not build." \
 		"First error: $(grep -m 1 -E 'error:|Error [0-9]' "$log")" "Log: $log"
+}
+
+# compile_modules: copies of the drivers, against the kernel that was compiled.
+compile_modules() {
+	local folder
+	rm -rf "$modules"
+	mkdir -p "$modules"
+	cp -r "$MODULES"/*/ "$modules/"
+	: >"$log"
+	for folder in "$modules"/*; do
+		kernel_make "M=$folder" modules >>"$log" 2>&1 || die "A driver does not build." \
+			"Driver: $MODULES/${folder##*/}" \
+			"First error: $(grep -m 1 -E 'error:|ERROR:|Error [0-9]' "$log")" "Log: $log"
+	done
 }

@@ -4,17 +4,17 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use tempfile::TempDir;
 
-/// A checkout that has just the scripts and the series, so that no other's kernel tree is touched.
+/// A checkout that has just the scripts, the series and a driver, so that no other's kernel tree is touched.
 fn checkout() -> TempDir {
     let folder = tempfile::tempdir().unwrap();
-    for part in ["scripts", "guest-kernel-patches/linux-6.12"] {
+    for part in ["scripts", "guest-kernel-patches/linux-6.12", "guest-kernel-patches/modules/iova_test"] {
         let from = Path::new(env!("CARGO_MANIFEST_DIR")).join(part);
         let to = folder.path().join(part);
         fs::create_dir_all(&to).unwrap();
@@ -232,5 +232,31 @@ fn what_is_said_of_the_series_is_so() {
         let (added, removed) = lines_of(&patch);
         let wanted = format!("| +{added} -{removed} |");
         assert!(row.starts_with(&format!("| {number} | ")) && row.ends_with(&wanted), "{name}: {wanted}, found {row}");
+    }
+}
+
+#[test]
+fn each_driver_is_a_folder_that_the_readme_names() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest-kernel-patches/modules");
+    let readme = fs::read_to_string(folder.join("README.md")).unwrap();
+    let rows: BTreeSet<_> = readme
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `")?.split_once("/` |"))
+        .map(|(name, _)| name.to_owned())
+        .collect();
+    let entries = fs::read_dir(&folder).unwrap().map(Result::unwrap).filter(|entry| entry.path().is_dir());
+    let drivers: BTreeSet<_> = entries.map(|entry| entry.file_name().into_string().unwrap()).collect();
+    assert_eq!(rows, drivers);
+    assert!(!drivers.is_empty());
+    for driver in drivers {
+        for file in fs::read_dir(folder.join(&driver)).unwrap().map(|file| file.unwrap().path()) {
+            let text = fs::read_to_string(&file).unwrap();
+            assert!(text.lines().next().unwrap().contains("SPDX-License-Identifier: GPL-2.0"), "{}", file.display());
+        }
+        let module = format!("obj-m := {driver}.o");
+        assert!(
+            fs::read_to_string(folder.join(&driver).join("Kbuild")).unwrap().contains(&module),
+            "{driver}: {module}"
+        );
     }
 }
