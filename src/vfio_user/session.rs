@@ -76,7 +76,7 @@ impl Session<'_> {
         let is_over = command == Some(Command::Version) && result.is_err() && !self.is_negotiated;
         self.answer(&header, result)?;
         if is_over {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "there is no version that both sides know"));
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "the version was not agreed on"));
         }
         Ok(true)
     }
