@@ -6,7 +6,7 @@ mod btree;
 use btree::BTree;
 use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
-use viommu::iommu::address_space::{AddressSpace, Budget, MapError};
+use viommu::iommu::address_space::{AddressSpace, Budget, MapError, Mapped, Walk};
 use viommu::iommu::grace::{Grace, Reader};
 use viommu_wire::virtio_iommu::MapFlags;
 
@@ -154,6 +154,19 @@ impl Pair {
         }
         Ok(())
     }
+
+    /// What a walk finds is what there is, each mapping whole.
+    fn compare_walk(&mut self) -> Result<(), TestCaseError> {
+        let (mut walk, mut found) = (Walk::default(), Vec::new());
+        while walk.step(&self.real, &self.reader.enter(), |mapped| found.push(mapped)) {}
+        let naive: Vec<_> = self.naive.ranges().collect();
+        let expected = naive.into_iter().filter_map(|(start, end)| {
+            let mapping = self.naive.lookup(start)?;
+            Some(Mapped { start, end, phys: mapping.phys, flags: mapping.flags, tag: None })
+        });
+        prop_assert_eq!(found, expected.collect::<Vec<_>>());
+        Ok(())
+    }
 }
 
 proptest! {
@@ -178,6 +191,7 @@ proptest! {
             prop_assert!(budget.used() >= pair.real.bytes());
         }
         pair.compare_all()?;
+        pair.compare_walk()?;
         grace.synchronize();
         prop_assert_eq!(budget.used(), pair.real.bytes());
         prop_assert_eq!(pair.real.clear().mappings, pair.naive.ranges().count() as u64);

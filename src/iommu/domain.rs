@@ -58,6 +58,11 @@ impl Domains {
         self.by_id.get_mut(&id)
     }
 
+    /// All domains, in any order.
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Entry> {
+        self.by_id.values()
+    }
+
     /// The domain that the endpoint is attached to.
     pub(super) fn of(&self, endpoint: u32) -> Option<u32> {
         self.attached.get(&endpoint).copied()

@@ -11,6 +11,7 @@ pub mod endpoint;
 pub mod fault;
 pub mod grace;
 mod limits;
+mod live;
 mod request;
 mod reservation;
 mod split;
@@ -29,6 +30,7 @@ pub use endpoint::{Endpoint, Translation};
 pub use fault::Fault;
 use fault::{FaultListener, FaultQueue};
 pub use limits::{EndpointSettings, Limits, Reserved, Settings};
+pub use live::{Live, LiveItem};
 pub use request::{NotARequest, Outcome, Request};
 use reservation::Reservations;
 
@@ -45,6 +47,8 @@ pub struct Iommu {
     /// Fixed at the start, so that no request can make the device manage more.
     endpoints: HashMap<u32, Arc<Endpoint>>,
     domains: Mutex<Domains>,
+    /// Held from the first change of a request until the trace has it.
+    journal: Mutex<()>,
     /// What every endpoint reads.
     common: Arc<Common>,
     /// What the driver accepted.
@@ -76,6 +80,7 @@ impl Iommu {
             budget: Budget::new(settings.limits.table_bytes),
             tracer,
             domains: Mutex::default(),
+            journal: Mutex::default(),
             common,
             features: AtomicU64::new(0),
             faults: FaultQueue::new(settings.limits.pending_faults),
@@ -176,6 +181,12 @@ impl Iommu {
         self.common.bypass.store(value == 1, Ordering::Release);
         self.grace.synchronize();
         true
+    }
+
+    /// To be held while requests are executed or the device is reset, and until their events are traced: so that there are
+    /// instants at which the trace has all that was done, and nothing else. See [`Live`].
+    pub fn journal(&self) -> MutexGuard<'_, ()> {
+        self.journal.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits until no access can use anything that requests removed so far. Costs nothing if nothing was removed. The

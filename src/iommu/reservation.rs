@@ -31,6 +31,11 @@ impl Reservations {
         self.ranges.len() as u64
     }
 
+    /// First and last address of each that begins at `from` or behind it, in the order of the addresses.
+    pub(super) fn from(&self, from: u64) -> impl Iterator<Item = (u64, u64)> {
+        self.ranges.range(from..).map(|(start, end)| (*start, *end))
+    }
+
     /// Adds the inclusive range, which must not overlap another.
     pub(super) fn add(&mut self, start: u64, end: u64) -> Result<(), NoMemory> {
         if !self.budget.take(RESERVATION_BYTES) {

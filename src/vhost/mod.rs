@@ -94,6 +94,7 @@ impl Shared {
     fn disconnected(&self) {
         let mut lifecycle = self.lifecycle();
         *lifecycle = Lifecycle::default();
+        let _journal = self.iommu.journal();
         self.iommu.set_features(0);
         self.iommu.system_reset();
         self.tracer.emit(Event::Session { channel: Channel::VhostUser, endpoint: None, connected: false });
@@ -101,6 +102,7 @@ impl Shared {
 
     /// The lifecycle stays locked while its action is done, so that a queue starts after it.
     fn apply(&self, action: Option<Action>) {
+        let _journal = self.iommu.journal();
         let reset = match action {
             None => return,
             Some(Action::Resume) => ResetKind::Resume,

@@ -78,6 +78,7 @@ impl Backend {
         let mut sound = queue.disable_notification(memory).is_ok();
         let begun = Instant::now();
         worker.answers.clear();
+        let journal = self.shared.iommu.journal();
         while sound && worker.answers.len() < BATCH_MAX && (worker.answers.is_empty() || begun.elapsed() < TURN) {
             match queue::pop(queue, memory) {
                 Popped::Chain(chain) => {
@@ -117,6 +118,7 @@ impl Backend {
                 sound &= queue.add_used(memory, answer.head, answer.used).is_ok();
             }
         }
+        drop(journal);
         self.notify(REQUESTS, state, memory);
         sound
     }

@@ -14,10 +14,12 @@ mod loom_tests;
 mod node;
 #[cfg(all(test, not(loom)))]
 mod tests;
+mod walk;
 mod writer;
 
 pub use budget::Budget;
 pub use link::Run;
+pub use walk::{Mapped, Walk};
 
 use std::sync::Arc;
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::node::node_bytes;
-use super::{AddressSpace, Budget, MapError, Mapping, Removed, Run, Splits};
+use super::{AddressSpace, Budget, MapError, Mapped, Mapping, Removed, Run, Splits, Walk};
 use crate::iommu::grace::Grace;
 use viommu_wire::virtio_iommu::MapFlags;
 
@@ -250,4 +250,38 @@ fn a_link_without_memory_changes_nothing() {
     assert_eq!((space.at(start), space.space.mappings(), space.space.bytes()), (None, 0, 0));
     let one = std::iter::once(Run { phys: 0, pages: 1 });
     assert_eq!(space.space.link(start, one, RW, 1), Ok(()));
+}
+
+#[test]
+fn a_walk_finds_links_as_runs_and_each_map_whole() {
+    let space = Space::with_tables(1000);
+    let link = |start, phys, pages, tag| {
+        space.space.link(start, std::iter::once(Run { phys, pages }), RW, tag).unwrap();
+    };
+    // Over the border of two tables; then another tag, another target, and a hole.
+    let start = (1 << 21) - 2 * PAGE;
+    link(start, 0x7000, 4, 7);
+    link(start + 4 * PAGE, 0xb000, 1, 7);
+    link(start + 5 * PAGE, 0xc000, 1, 8);
+    link(start + 6 * PAGE, 0x1_0000, 2, 8);
+    link(start + 9 * PAGE, 0x1_3000, 1, 8);
+    // Two MAPs that lie one behind the other in both spaces are two.
+    space.map(1 << 40, (1 << 40) + 0xfff, 0x5000).unwrap();
+    space.map((1 << 40) + 0x1000, (1 << 40) + 0x7f_ffff, 0x6000).unwrap();
+    let mapped = |start, pages, phys, tag| Mapped { start, end: start + pages * PAGE - 1, phys, flags: RW, tag };
+    let expected = [
+        mapped(start, 5, 0x7000, Some(7)),
+        mapped(start + 5 * PAGE, 1, 0xc000, Some(8)),
+        mapped(start + 6 * PAGE, 2, 0x1_0000, Some(8)),
+        mapped(start + 9 * PAGE, 1, 0x1_3000, Some(8)),
+        mapped(1 << 40, 1, 0x5000, None),
+        mapped((1 << 40) + PAGE, 0x7ff, 0x6000, None),
+    ];
+    let mut reader = space.grace.reader();
+    let (mut walk, mut found, mut steps) = (Walk::default(), Vec::new(), 0);
+    while walk.step(&space.space, &reader.enter(), |mapped| found.push(mapped)) {
+        steps += 1;
+    }
+    assert_eq!(found, expected);
+    assert!(steps >= 2, "one section must not be long");
 }

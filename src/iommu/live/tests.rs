@@ -1,0 +1,245 @@
+//! Whatever requests go on while the state is read: with them it is the state at the end.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Mutex;
+use std::thread;
+
+use proptest::prelude::*;
+use viommu_trace::{Event, Tracer};
+use viommu_wire::request::RequestType;
+use viommu_wire::split::{Extent, F_SPLIT_MAP, Link, Range};
+use viommu_wire::virtio_iommu::{Attach, Detach, Head, Map, Status, Unmap, feature};
+use zerocopy::IntoBytes;
+
+use super::*;
+use crate::iommu::{EndpointSettings, Request, Settings};
+
+const PAGE: u64 = 4096;
+const ENDPOINTS: u32 = 3;
+
+/// All that change anything.
+const TYPES: [RequestType; 8] = [
+    RequestType::Attach,
+    RequestType::Detach,
+    RequestType::Map,
+    RequestType::Unmap,
+    RequestType::Reserve,
+    RequestType::Link,
+    RequestType::Unlink,
+    RequestType::Release,
+];
+
+/// A request of the driver: its type, an endpoint, a domain, the first page and the number of pages.
+type Step = (usize, u32, u32, u64, u64);
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    // Few pages, so that they meet; at both sides of the border of a table.
+    prop::collection::vec((0..TYPES.len(), 0..ENDPOINTS, 0..3u32, 500u64..530, 1u64..5), 1..400)
+}
+
+fn bytes((kind, endpoint, domain, page, pages): Step) -> Vec<u8> {
+    let request = TYPES[kind];
+    let head = Head { kind: request as u8, reserved: [0; 3] };
+    let (start, end) = ((page * PAGE).into(), ((page + pages) * PAGE - 1).into());
+    let (endpoint, domain, reserved) = (endpoint.into(), domain.into(), [0; 4]);
+    let (tag, flags) = ((page + pages).into(), 3.into());
+    match request {
+        RequestType::Attach => Attach { head, domain, endpoint, flags: 0.into(), reserved }.as_bytes().to_vec(),
+        RequestType::Detach => Detach { head, domain, endpoint, reserved: [0; 8] }.as_bytes().to_vec(),
+        RequestType::Map => {
+            let phys_start = ((page * 7) * PAGE).into();
+            Map { head, domain, virt_start: start, virt_end: end, phys_start, flags }.as_bytes().to_vec()
+        }
+        RequestType::Unmap => Unmap { head, domain, virt_start: start, virt_end: end, reserved }.as_bytes().to_vec(),
+        RequestType::Link => {
+            let link = Link { head, domain, virt_start: start, tag, flags, count: 1.into() };
+            [link.as_bytes(), Extent::new(page * 9 * PAGE, pages).unwrap().as_bytes()].concat()
+        }
+        _ => Range { head, domain, virt_start: start, virt_end: end, tag, flags: 0.into() }.as_bytes().to_vec(),
+    }
+}
+
+/// The state as a reader of the trace has it. Of a page that is linked the trace does not say where it leads.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct State {
+    domains: BTreeMap<u32, Domain>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Domain {
+    members: BTreeSet<u32>,
+    reservations: BTreeMap<u64, u64>,
+    /// By page: where it leads, or the tag of its LINK.
+    pages: BTreeMap<u64, Result<u64, u64>>,
+}
+
+impl State {
+    fn item(&mut self, item: &LiveItem) {
+        match *item {
+            LiveItem::Domain { domain, bypass } => {
+                assert!(!bypass);
+                assert!(self.domains.insert(domain, Domain::default()).is_none(), "domain {domain} is there twice");
+            }
+            LiveItem::Attached { endpoint, domain } => {
+                self.domains.get_mut(&domain).unwrap().members.insert(endpoint);
+            }
+            LiveItem::Reservation { domain, start, end } => {
+                self.domains.get_mut(&domain).unwrap().reservations.insert(start, end);
+            }
+            LiveItem::Mapped { domain, mapped } => {
+                let pages = &mut self.domains.get_mut(&domain).unwrap().pages;
+                for page in mapped.start / PAGE..=mapped.end / PAGE {
+                    let leads = mapped.phys + page * PAGE - mapped.start;
+                    assert!(pages.insert(page, mapped.tag.map_or(Ok(leads), Err)).is_none(), "page {page} twice");
+                }
+            }
+        }
+    }
+
+    /// Does to the state what a request that was answered did, by force.
+    fn event(&mut self, event: &Event) {
+        match *event {
+            Event::Request { request, status: 0, endpoint, domain, virt_start, virt_end, phys_start, .. } => {
+                let pages = virt_start / PAGE..=virt_end / PAGE;
+                match RequestType::from_number(request).unwrap() {
+                    RequestType::Attach => {
+                        self.leave(endpoint.unwrap(), Some(domain));
+                        self.domains.entry(domain).or_default().members.insert(endpoint.unwrap());
+                    }
+                    RequestType::Detach => self.leave(endpoint.unwrap(), None),
+                    RequestType::Map => {
+                        let phys = |page| Ok(phys_start + page * PAGE - virt_start);
+                        self.pages(domain).extend(pages.map(|page| (page, phys(page))));
+                    }
+                    RequestType::Unmap => self.pages(domain).retain(|page, _| !pages.contains(page)),
+                    _ => unreachable!(),
+                }
+            }
+            Event::Split { request, status: 0, domain, virt_start, virt_end, tag, .. } => {
+                let pages = virt_start / PAGE..=virt_end / PAGE;
+                match RequestType::from_number(request).unwrap() {
+                    RequestType::Reserve => {
+                        let entry = self.domains.entry(domain).or_default();
+                        entry.reservations.insert(virt_start, virt_end);
+                    }
+                    RequestType::Link => self.pages(domain).extend(pages.map(|page| (page, Err(tag)))),
+                    request => {
+                        self.pages(domain).retain(|page, _| !pages.contains(page));
+                        if request == RequestType::Release {
+                            self.domains.entry(domain).or_default().reservations.remove(&virt_start);
+                        }
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn pages(&mut self, domain: u32) -> &mut BTreeMap<u64, Result<u64, u64>> {
+        &mut self.domains.entry(domain).or_default().pages
+    }
+
+    /// Takes an endpoint off its domain, unless that is `stays`; a domain without endpoints ends.
+    fn leave(&mut self, endpoint: u32, stays: Option<u32>) {
+        self.domains
+            .retain(|&id, domain| Some(id) == stays || !domain.members.remove(&endpoint) || !domain.members.is_empty());
+    }
+}
+
+/// Executes requests in batches, as a virtqueue does, and keeps their events.
+struct Device {
+    iommu: Arc<Iommu>,
+    events: Mutex<Vec<Event>>,
+}
+
+impl Device {
+    fn new() -> Device {
+        let endpoints = (0..ENDPOINTS).map(|id| EndpointSettings { id, reserved: Vec::new() }).collect();
+        let iommu = Iommu::new(Settings { endpoints, ..Settings::default() }, Tracer::default());
+        iommu.set_features(feature::MAP_UNMAP | F_SPLIT_MAP);
+        Device { iommu, events: Mutex::default() }
+    }
+
+    fn batch(&self, steps: &[Step]) {
+        let journal = self.iommu.journal();
+        let done: Vec<Event> = steps
+            .iter()
+            .map(|&step| {
+                let bytes = bytes(step);
+                let request = Request::parse(&bytes, u64::MAX).unwrap();
+                let outcome = self.iommu.execute(&request, &mut []);
+                // So that reading can come in between.
+                thread::yield_now();
+                request.event(outcome, PAGE)
+            })
+            .collect();
+        self.iommu.settle();
+        self.events.lock().unwrap().extend(done);
+        drop(journal);
+    }
+
+    fn now(&self) -> usize {
+        self.events.lock().unwrap().len()
+    }
+
+    /// Reads what is live. Returns it with the number of events there were at the first instant.
+    fn read(&self, pause: impl Fn()) -> (usize, State) {
+        let (mut state, mut begin) = (State::default(), None);
+        let mut live = Live::new(self.iommu.clone());
+        while live.step(
+            || self.now(),
+            |at, item| {
+                begin.get_or_insert(at);
+                // What a domain has that ended meanwhile, or began, is nothing that the reader must know.
+                state.item(&item);
+            },
+        ) {
+            pause();
+        }
+        (begin.unwrap_or_else(|| self.now()), state)
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 2 } else { 200 }))]
+
+    #[test]
+    fn what_is_read_under_a_writer_is_the_state_at_the_end_with_what_was_done_since(
+        before in steps(),
+        during in steps(),
+        size in 1usize..12,
+    ) {
+        let device = Device::new();
+        // Attached, or there is little to do.
+        device.batch(&[(0, 0, 0, 0, 1), (0, 1, 1, 0, 1), (0, 2, 1, 0, 1)]);
+        before.chunks(size).for_each(|steps| device.batch(steps));
+        let readings = thread::scope(|scope| {
+            scope.spawn(|| during.chunks(size).for_each(|steps| device.batch(steps)));
+            [(); 3].map(|()| device.read(thread::yield_now))
+        });
+        let events = device.events.lock().unwrap().clone();
+        let (_, end) = device.read(|| {});
+        let mut all = State::default();
+        events.iter().for_each(|event| all.event(event));
+        prop_assert_eq!(&all, &end, "the events alone");
+        for (begin, mut state) in readings {
+            events[begin..].iter().for_each(|event| state.event(event));
+            prop_assert_eq!(&state, &end, "from event {} on", begin);
+        }
+    }
+}
+
+#[test]
+fn a_status_other_than_ok_changes_nothing() {
+    let device = Device::new();
+    device.batch(&[(2, 0, 9, 0, 1), (1, 0, 9, 0, 1)]);
+    assert!(
+        device
+            .events
+            .lock()
+            .unwrap()
+            .iter()
+            .all(|event| { matches!(event, Event::Request { status, .. } if *status != Status::Ok as u8) })
+    );
+    assert_eq!(device.read(|| {}).1, State::default());
+}
