@@ -7,8 +7,8 @@ use std::sync::Arc;
 use viommu::dma::DmaContext;
 use viommu::iommu::{EndpointSettings, Iommu, Request, Settings};
 use viommu::memory::{Memory, MemoryMap};
-use viommu_trace::Tracer;
 use viommu::pci::{FunctionContext, Interrupts};
+use viommu_trace::Tracer;
 use viommu_wire::virtio_iommu::{Attach, Head, Map, MapFlags, Unmap, request_type};
 use zerocopy::IntoBytes;
 
