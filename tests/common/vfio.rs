@@ -93,7 +93,13 @@ impl RawClient {
     /// The next answer.
     pub fn reply(&mut self) -> Reply {
         let mut header = [0; 16];
-        let (received, fd) = self.stream.recv_with_fd(&mut header).unwrap();
+        // A receive that has a limit is interrupted when the process is stopped and goes on (signal(7)).
+        let (received, fd) = loop {
+            match self.stream.recv_with_fd(&mut header) {
+                Err(error) if error.errno() == libc::EINTR => {}
+                received => break received.unwrap(),
+            }
+        };
         assert_ne!(received, 0, "the server has closed the connection");
         self.stream.read_exact(&mut header[received..]).unwrap();
         let half = |at: usize| u16::from_le_bytes([header[at], header[at + 1]]);
