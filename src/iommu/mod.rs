@@ -184,7 +184,8 @@ impl Iommu {
     }
 
     /// To be held while requests are executed or the device is reset, and until their events are traced: so that there are
-    /// instants at which the trace has all that was done, and nothing else. See [`Live`].
+    /// instants at which the trace has all that was done, and nothing else, but for a request whose answer cannot be
+    /// written. See [`Live`].
     pub fn journal(&self) -> MutexGuard<'_, ()> {
         self.journal.lock().unwrap_or_else(PoisonError::into_inner)
     }

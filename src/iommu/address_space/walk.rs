@@ -39,6 +39,11 @@ pub struct Walk {
 type Left = Option<u64>;
 
 impl Walk {
+    /// Whether something was found that is not given yet, as more of it may follow.
+    pub fn is_open(&self) -> bool {
+        self.open.is_some()
+    }
+
     /// Goes on for a bounded time, and gives `take` what is found, in the order of the addresses. Returns whether there
     /// is more. The guard must be of a reader of the address space's grace periods, and is to be dropped before the next step.
     ///

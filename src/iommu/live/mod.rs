@@ -64,7 +64,8 @@ enum Place {
     Domains,
     /// The reservations of the last domain from this address on.
     Reservations(u64),
-    Mappings(Walk),
+    /// The mappings, and when the walk read the beginning of what it has found and not given yet.
+    Mappings(Walk, u64),
 }
 
 impl Live {
@@ -74,8 +75,11 @@ impl Live {
     }
 
     /// Gives `take` what comes next: little, or nothing. Returns whether there is more. `now` is called at the instant of
-    /// which the first step is, and before all that a later one reads.
-    pub fn step<T: Copy>(&mut self, now: impl Fn() -> T, mut take: impl FnMut(T, LiveItem)) -> bool {
+    /// which the first step is, and before a later one reads; each item comes with what it returned then.
+    ///
+    /// Both are called while requests wait, and must neither wait nor call the device. The first step itself waits for the
+    /// requests that are being done, and so for what these wait for.
+    pub fn step(&mut self, now: impl Fn() -> u64, mut take: impl FnMut(u64, LiveItem)) -> bool {
         match &mut self.place {
             Place::Domains => {
                 let (at, domains) = self.iommu.attached(&now);
@@ -92,16 +96,19 @@ impl Live {
                 let next = self.iommu.reservations(domain, *from, RESERVATIONS, |start, end| {
                     take(at, LiveItem::Reservation { domain, start, end });
                 });
-                self.place = next.map_or_else(|| Place::Mappings(Walk::default()), Place::Reservations);
+                self.place = next.map_or_else(|| Place::Mappings(Walk::default(), at), Place::Reservations);
             }
-            Place::Mappings(walk) => {
+            Place::Mappings(walk, begun) => {
                 let Some(&domain) = self.domains.last() else { return false };
                 let at = now();
                 // Gone meanwhile, and perhaps there again: all that it has by now are requests of since the first step.
                 let entry = self.iommu.domains().get(domain).map(|entry| entry.domain.clone());
                 let space = entry.as_ref().and_then(|domain| domain.space.as_ref());
-                let take = |mapped| take(at, LiveItem::Mapped { domain, mapped });
-                if !space.is_some_and(|space| walk.step(space, &self.reader.enter(), take)) {
+                let mut carried = walk.is_open().then_some(*begun);
+                let take = |mapped| take(carried.take().unwrap_or(at), LiveItem::Mapped { domain, mapped });
+                let more = space.is_some_and(|space| walk.step(space, &self.reader.enter(), take));
+                *begun = carried.unwrap_or(at);
+                if !more {
                     self.domains.pop();
                     self.place = Place::Reservations(0);
                 }

@@ -78,19 +78,19 @@ impl State {
         match *item {
             LiveItem::Domain { domain, bypass } => {
                 assert!(!bypass);
-                assert!(self.domains.insert(domain, Domain::default()).is_none(), "domain {domain} is there twice");
+                self.domains.insert(domain, Domain::default());
             }
             LiveItem::Attached { endpoint, domain } => {
-                self.domains.get_mut(&domain).unwrap().members.insert(endpoint);
+                self.domains.entry(domain).or_default().members.insert(endpoint);
             }
             LiveItem::Reservation { domain, start, end } => {
-                self.domains.get_mut(&domain).unwrap().reservations.insert(start, end);
+                self.domains.entry(domain).or_default().reservations.insert(start, end);
             }
             LiveItem::Mapped { domain, mapped } => {
-                let pages = &mut self.domains.get_mut(&domain).unwrap().pages;
+                let pages = self.pages(domain);
                 for page in mapped.start / PAGE..=mapped.end / PAGE {
                     let leads = mapped.phys + page * PAGE - mapped.start;
-                    assert!(pages.insert(page, mapped.tag.map_or(Ok(leads), Err)).is_none(), "page {page} twice");
+                    pages.insert(page, mapped.tag.map_or(Ok(leads), Err));
                 }
             }
         }
@@ -178,26 +178,25 @@ impl Device {
         drop(journal);
     }
 
-    fn now(&self) -> usize {
-        self.events.lock().unwrap().len()
+    fn now(&self) -> u64 {
+        self.events.lock().unwrap().len() as u64
     }
 
-    /// Reads what is live. Returns it with the number of events there were at the first instant.
-    fn read(&self, pause: impl Fn()) -> (usize, State) {
-        let (mut state, mut begin) = (State::default(), None);
+    /// Reads what is live: each item with the number of events that there were before.
+    fn read(&self, pause: impl Fn()) -> Vec<(u64, LiveItem)> {
+        let mut items = Vec::new();
         let mut live = Live::new(self.iommu.clone());
-        while live.step(
-            || self.now(),
-            |at, item| {
-                begin.get_or_insert(at);
-                // What a domain has that ended meanwhile, or began, is nothing that the reader must know.
-                state.item(&item);
-            },
-        ) {
+        while live.step(|| self.now(), |at, item| items.push((at, item))) {
             pause();
         }
-        (begin.unwrap_or_else(|| self.now()), state)
+        items
     }
+}
+
+fn state(items: &[(u64, LiveItem)]) -> State {
+    let mut state = State::default();
+    items.iter().for_each(|(_, item)| state.item(item));
+    state
 }
 
 proptest! {
@@ -218,13 +217,26 @@ proptest! {
             [(); 3].map(|()| device.read(thread::yield_now))
         });
         let events = device.events.lock().unwrap().clone();
-        let (_, end) = device.read(|| {});
+        let end = state(&device.read(|| {}));
         let mut all = State::default();
         events.iter().for_each(|event| all.event(event));
         prop_assert_eq!(&all, &end, "the events alone");
-        for (begin, mut state) in readings {
-            events[begin..].iter().for_each(|event| state.event(event));
-            prop_assert_eq!(&state, &end, "from event {} on", begin);
+        for items in readings {
+            // There was nothing at the first instant, which is not known then.
+            let Some(&(begin, _)) = items.first() else { continue };
+            prop_assert!(items.is_sorted_by_key(|item| item.0));
+            // All events since the first instant after all items, or each item at its place among them.
+            let mut after = state(&items);
+            events[begin as usize..].iter().for_each(|event| after.event(event));
+            prop_assert_eq!(&after, &end, "from event {} on", begin);
+            let (mut among, mut items) = (State::default(), items.iter().peekable());
+            for number in begin..=events.len() as u64 {
+                while let Some((_, item)) = items.next_if(|item| item.0 <= number) {
+                    among.item(item);
+                }
+                events.get(number as usize).into_iter().for_each(|event| among.event(event));
+            }
+            prop_assert_eq!(&among, &end, "among the events from {} on", begin);
         }
     }
 }
@@ -241,5 +253,5 @@ fn a_status_other_than_ok_changes_nothing() {
             .iter()
             .all(|event| { matches!(event, Event::Request { status, .. } if *status != Status::Ok as u8) })
     );
-    assert_eq!(device.read(|| {}).1, State::default());
+    assert_eq!(device.read(|| {}), []);
 }
