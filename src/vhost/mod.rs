@@ -102,18 +102,19 @@ impl Shared {
 
     /// The lifecycle stays locked while its action is done, so that a queue starts after it.
     fn apply(&self, action: Option<Action>) {
+        // Most often nothing is to be done, and then nobody waits for the requests that are being done.
+        let Some(action) = action else { return };
         let _journal = self.iommu.journal();
         let reset = match action {
-            None => return,
-            Some(Action::Resume) => ResetKind::Resume,
-            Some(Action::DeviceReset) => {
+            Action::Resume => ResetKind::Resume,
+            Action::DeviceReset => {
                 self.iommu.device_reset();
                 if let Some(injector) = self.injector.get() {
                     injector.device_reset();
                 }
                 ResetKind::Device
             }
-            Some(Action::SystemReset) => {
+            Action::SystemReset => {
                 self.iommu.system_reset();
                 ResetKind::System
             }
