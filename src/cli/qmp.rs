@@ -65,11 +65,12 @@ fn event(message: &Value) -> Option<MachineEvent> {
     }
 }
 
-/// What the answer to query-status says. A machine that has not run yet is not paused: no RESUME was missed.
+/// What the answer to query-status says. A machine that has not run yet is not paused, as no RESUME was missed; nor is one
+/// whose guest sleeps, as none will come when it wakes.
 fn status(message: &Value) -> Option<MachineEvent> {
     match message.get("return")?.get("status")?.as_str()? {
-        "running" => Some(MachineEvent::Resume),
-        "prelaunch" | "inmigrate" => None,
+        "running" | "suspended" => Some(MachineEvent::Resume),
+        "preconfig" | "prelaunch" | "inmigrate" => None,
         _ => Some(MachineEvent::Stop),
     }
 }
