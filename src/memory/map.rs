@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use libc::c_int;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
+use nix::sys::statfs::{PROC_SUPER_MAGIC, fstatfs};
 
 use super::mapping::Mapping;
 use super::remote::{FileMemory, Remote};
@@ -278,7 +279,10 @@ impl MemoryMap {
             return Err(RegionError::File(Errno::EINVAL.into()));
         }
         let how = fcntl(&file, FcntlArg::F_GETFL).map_err(|error| RegionError::File(error.into()))?;
-        if let Some(file) = self.open.iter().find_map(|known| known.get(&metadata, |known| known == how)) {
+        // Two descriptors of one /proc/PID/mem may be of the memory before and after an execve(2).
+        let alike =
+            fstatfs(&file).map_err(|error| RegionError::File(error.into()))?.filesystem_type() != PROC_SUPER_MAGIC;
+        if alike && let Some(file) = self.open.iter().find_map(|known| known.get(&metadata, |known| known == how)) {
             return Ok(file);
         }
         self.check_room(0)?;
