@@ -1,6 +1,6 @@
 //! The device models. They see a [`crate::pci::Function`] to implement and a [`crate::dma::Dma`] to use.
 //!
-//! Each is an entry in [`MODELS`], and nothing outside of here names one.
+//! Each is an entry in [`MODELS`], and what serves them names none.
 
 pub mod ioat;
 pub mod model;
