@@ -2,37 +2,8 @@
 
 use std::time::Duration;
 
-/// Enumerations whose numbers and names are part of the trace's format: neither is ever used again for something else.
-macro_rules! named {
-    ($($(#[$meta:meta])* pub enum $type:ident { $($(#[$doc:meta])* $variant:ident = $number:literal $name:literal,)* })*) => { $(
-        $(#[$meta])*
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-        #[repr(u8)]
-        pub enum $type { $($(#[$doc])* $variant = $number,)* }
-
-        impl $type {
-            /// Every value.
-            pub const ALL: &[$type] = &[$($type::$variant),*];
-
-            /// The value with this number.
-            pub fn from_number(number: u8) -> Option<$type> {
-                match number {
-                    $($number => Some($type::$variant),)*
-                    _ => None,
-                }
-            }
-
-            /// Its name in JSON and text.
-            pub fn name(self) -> &'static str {
-                match self {
-                    $($type::$variant => $name,)*
-                }
-            }
-        }
-    )* };
-}
-
-named! {
+// The numbers and names are part of the format: neither is ever used again for something else.
+viommu_wire::named_numbers! {
     /// Who is at the other end of a session, or whose memory a region is.
     pub enum Channel {
         /// The vhost-user connection of the virtio-iommu device.

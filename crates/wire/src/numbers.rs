@@ -1,9 +1,10 @@
-//! Numbers of a specification that have names.
+//! Numbers that have names.
 
-/// Declares an enumeration once: each value with its number and its name. The names are those of the specification
-/// without their common prefix.
+/// Declares enumerations once: each value with its number and its name. Names of a specification's numbers are without
+/// their common prefix.
+#[macro_export]
 macro_rules! named_numbers {
-    ($(#[$meta:meta])* pub enum $type:ident { $($(#[$doc:meta])* $value:ident = $number:literal $name:literal,)* }) => {
+    ($($(#[$meta:meta])* pub enum $type:ident { $($(#[$doc:meta])* $value:ident = $number:literal $name:literal,)* })*) => { $(
         $(#[$meta])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         #[repr(u8)]
@@ -21,7 +22,7 @@ macro_rules! named_numbers {
                 }
             }
 
-            /// Its name in the specification, without the prefix.
+            /// Its name.
             pub const fn name(self) -> &'static str {
                 match self {
                     $($type::$value => $name,)*
@@ -33,7 +34,5 @@ macro_rules! named_numbers {
                 Self::ALL.iter().copied().find(|value| value.name().eq_ignore_ascii_case(name))
             }
         }
-    };
+    )* };
 }
-
-pub(crate) use named_numbers;

@@ -1,6 +1,6 @@
 //! The types of requests: those of the virtio specification (section 5.13.6) and those of the split protocol.
 
-use crate::numbers::named_numbers;
+use crate::named_numbers;
 
 named_numbers! {
     /// What the first byte of a request says, `VIRTIO_IOMMU_T_*`.

@@ -5,7 +5,7 @@
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use crate::numbers::named_numbers;
+use crate::named_numbers;
 
 /// The virtio device type of an IOMMU (section 5).
 pub const DEVICE_ID: u32 = 23;
