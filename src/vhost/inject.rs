@@ -78,7 +78,9 @@ impl FromStr for Injection {
             .and_then(|first| first.split_once('='))
             .ok_or("Expected REQUEST=ANSWER[:KEY=NUMBER]..., for example link=nomem:every=3")?;
         let mut injection = Injection {
-            request: RequestType::from_name(request).ok_or_else(|| format!("There is no request {request:?}"))?,
+            request: lower_case(request)
+                .and_then(RequestType::from_name)
+                .ok_or_else(|| format!("There is no request {request:?}"))?,
             fault: parse_fault(fault)
                 .ok_or_else(|| format!("Expected a status such as nomem, late or silent, found {fault:?}"))?,
             after: 0,
@@ -108,12 +110,17 @@ impl FromStr for Injection {
     }
 }
 
+/// A name as the option has it: the specification's in lower case.
+fn lower_case(name: &str) -> Option<&str> {
+    (!name.bytes().any(|byte| byte.is_ascii_uppercase())).then_some(name)
+}
+
 fn parse_fault(name: &str) -> Option<Fault> {
     match name {
         "silent" => Some(Fault::Silent),
         "late" => Some(Fault::Late(Wait { time: Duration::from_secs(1), behind: None })),
         // A refusal that says OK would be none.
-        name => Status::from_name(name).filter(|status| *status != Status::Ok).map(Fault::Refused),
+        name => lower_case(name).and_then(Status::from_name).filter(|status| *status != Status::Ok).map(Fault::Refused),
     }
 }
 
@@ -182,7 +189,17 @@ mod tests {
         assert_eq!(held.fault, Fault::Late(Wait { time: Duration::from_millis(20), behind: Some(7) }));
         let resumed: Injection = "map=nomem:resets=1:until=1".parse().unwrap();
         assert_eq!((resumed.resets, resumed.until), (1, 1));
-        for text in ["", "link", "lnk=nomem", "link=ok", "link=nomem:every=0", "link=nomem:ms=5", "link=nomem:after"] {
+        for text in [
+            "",
+            "link",
+            "lnk=nomem",
+            "LINK=nomem",
+            "link=NOMEM",
+            "link=ok",
+            "link=nomem:every=0",
+            "link=nomem:ms=5",
+            "link=nomem:after",
+        ] {
             assert!(text.parse::<Injection>().is_err(), "{text}");
         }
         assert!("link=late:behind=65536".parse::<Injection>().is_err());
