@@ -283,8 +283,7 @@ fn check(text: &str) -> Result<Topology, Problem> {
     let names = OTHER_TABLES.into_iter().chain(MODELS.into_iter().map(|model| model.name));
     check_keys(&root, names)?;
     let tables = MODELS.map(|model| (model, root.remove(model.name)));
-    let Others { machine, iommu, root_port } =
-        Others::deserialize(Deserializer::from(Spanned::new(span, root))).map_err(Problem::from)?;
+    let Others { machine, iommu, root_port } = Others::deserialize(Deserializer::from(Spanned::new(span, root)))?;
     let mut slots = Slots::default();
     slots.take(None, &iommu.address, "iommu")?;
     for (index, port) in root_port.iter().enumerate() {
@@ -351,7 +350,7 @@ impl Topology {
             common.extend(own.remove_entry(key));
         }
         let common = Deserializer::from(Spanned::new(span.clone(), common));
-        let Common { name, address, behind, hotplug, msix } = Common::deserialize(common).map_err(Problem::from)?;
+        let Common { name, address, behind, hotplug, msix } = Common::deserialize(common)?;
         let behind = behind.map(|port| root_port(&self.root_ports, &port)).transpose()?;
         if behind.is_none() && hotplug {
             return Err(Problem::of(
