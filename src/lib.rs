@@ -20,6 +20,7 @@
 //! * [`cli`]: the `viommu` command, one file a subcommand.
 //! * [`merge`]: one trace of the device's events and the guest's, on one clock.
 //! * [`sandbox`]: what the process gives up once everything is open.
+//! * `sync`: locks that a panic does not close.
 //! * [`poller`]: a queue that one thread polls for another, which sleeps.
 //! * [`topology`]: one TOML file from which endpoints, the VIOT and QEMU's arguments are made.
 //!
@@ -39,6 +40,7 @@ pub mod merge;
 pub mod pci;
 pub mod poller;
 pub mod sandbox;
+mod sync;
 pub mod topology;
 pub mod vfio_user;
 pub mod vhost;

@@ -5,13 +5,24 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
+use clap::ValueEnum;
 
 use super::qemu;
-use super::run::Accel;
 use super::short::short;
 
 /// What is remembered of a KVM that runs the kernel.
 const WORKS: &str = "ok\n";
+
+/// What makes the guest's processors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Accel {
+    /// KVM if a short boot of the kernel under it succeeds, else TCG
+    Auto,
+    /// The host's processors
+    Kvm,
+    /// Emulation
+    Tcg,
+}
 
 /// What a run uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

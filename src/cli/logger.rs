@@ -7,13 +7,14 @@
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::collections::HashMap;
 use std::panic::PanicHookInfo;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
 use super::short::short;
+use crate::sync::lock;
 
 /// Warnings and errors that one place in the code may say in a [`WINDOW`].
 const BURST: u32 = 5;
@@ -67,7 +68,7 @@ struct Limited {
 
 impl Limited {
     fn places(&self) -> MutexGuard<'_, Places> {
-        self.places.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.places)
     }
 
     fn say_left_out(&self, left_out: &[LeftOut]) {

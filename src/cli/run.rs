@@ -9,7 +9,6 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, Result, bail};
-use clap::ValueEnum;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -17,7 +16,10 @@ use super::sandbox::Sandbox;
 use super::source::Source;
 use super::stop::{Caught, Stop};
 use super::summary::{Files, Summary};
-use super::{accel, files, machine, qemu, say};
+use super::{
+    accel::{self, Accel},
+    files, machine, qemu, say,
+};
 use crate::daemon::{Bound, Options, open_devices};
 use crate::topology::qemu::{self as arguments, Paths};
 use crate::topology::{Size, Topology};
@@ -28,17 +30,6 @@ const QEMU_END: Duration = Duration::from_secs(5);
 
 /// How often a running QEMU is looked at.
 const TICK: Duration = Duration::from_millis(20);
-
-/// What makes the guest's processors.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Accel {
-    /// KVM if a short boot of the kernel under it succeeds, else TCG
-    Auto,
-    /// The host's processors
-    Kvm,
-    /// Emulation
-    Tcg,
-}
 
 /// Run a QEMU with the endpoints of a topology behind the IOMMU
 ///

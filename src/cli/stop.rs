@@ -1,8 +1,9 @@
 //! The end of the process, asked for by a signal or by the end of QEMU.
 
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
+use crate::sync::{lock, unpoisoned};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::iterator::Signals;
 
@@ -39,15 +40,15 @@ impl Stop {
     /// Asks everybody to end.
     pub fn set(&self) {
         let (flag, changed) = &*self.0;
-        *flag.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        *lock(flag) = true;
         changed.notify_all();
     }
 
     /// Waits until the end is asked for, or for `limit`; says whether it is.
     pub fn wait(&self, limit: Duration) -> bool {
         let (flag, changed) = &*self.0;
-        let flag = flag.lock().unwrap_or_else(PoisonError::into_inner);
-        let (flag, _) = changed.wait_timeout_while(flag, limit, |stop| !*stop).unwrap_or_else(PoisonError::into_inner);
+        let flag = lock(flag);
+        let (flag, _) = unpoisoned(changed.wait_timeout_while(flag, limit, |stop| !*stop));
         *flag
     }
 }

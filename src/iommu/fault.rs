@@ -1,8 +1,9 @@
 //! Faults: from the access that was refused to the driver's event queue.
 
 use std::collections::VecDeque;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
+use crate::sync::lock;
 use viommu_trace::event::Access;
 use viommu_wire::virtio_iommu::{FaultFlags, FaultReason, FaultRecord};
 
@@ -57,7 +58,7 @@ impl FaultQueue {
     /// cause. `tell` learns whether it was queued, and before anybody can take it.
     pub(super) fn push(&self, fault: &Fault, tell: impl FnOnce(bool)) {
         {
-            let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut pending = lock(&self.pending);
             let queued = pending.len() < self.limit;
             tell(queued);
             if !queued {
@@ -65,22 +66,22 @@ impl FaultQueue {
             }
             pending.push_back(fault.record());
         }
-        if let Some(listener) = &*self.listener.lock().unwrap_or_else(PoisonError::into_inner) {
+        if let Some(listener) = &*lock(&self.listener) {
             listener();
         }
     }
 
     pub(super) fn pop(&self) -> Option<FaultRecord> {
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+        lock(&self.pending).pop_front()
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
+        lock(&self.pending).is_empty()
     }
 
     /// Forgets all that wait. If any does, `tell` learns how many before a newer one can come.
     pub(super) fn clear(&self, tell: impl FnOnce(usize)) {
-        let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut pending = lock(&self.pending);
         if !pending.is_empty() {
             tell(pending.len());
             pending.clear();
@@ -88,7 +89,7 @@ impl FaultQueue {
     }
 
     pub(super) fn listen(&self, listener: Option<FaultListener>) {
-        *self.listener.lock().unwrap_or_else(PoisonError::into_inner) = listener;
+        *lock(&self.listener) = listener;
     }
 }
 

@@ -19,7 +19,7 @@ mod sync;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use address_space::{AddressSpace, Budget};
 pub use counters::Counters;
@@ -34,6 +34,7 @@ pub use live::{Live, LiveItem};
 pub use request::{NotARequest, Outcome, Request};
 use reservation::Reservations;
 
+use crate::sync::lock;
 use viommu_trace::{Event, Tracer};
 use viommu_wire::split::F_SPLIT_MAP;
 use viommu_wire::virtio_iommu::{Config, FaultRecord, feature};
@@ -187,7 +188,7 @@ impl Iommu {
     /// instants at which the trace has all that was done, and nothing else, but for a request whose answer cannot be
     /// written. See [`Live`].
     pub fn journal(&self) -> MutexGuard<'_, ()> {
-        self.journal.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.journal)
     }
 
     /// Waits until no access can use anything that requests removed so far. Costs nothing if nothing was removed. The
@@ -232,7 +233,7 @@ impl Iommu {
     }
 
     fn domains(&self) -> MutexGuard<'_, Domains> {
-        self.domains.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.domains)
     }
 
     fn new_domain(&self, id: u32, bypass: bool) -> Entry {

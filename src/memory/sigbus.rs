@@ -18,12 +18,13 @@
 //! entry's end is stored last when it is set up and cleared first when it is taken back, and the handler takes an entry
 //! only if its end is the same before and after it loaded the rest.
 
+use crate::sync::lock;
 use std::cell::UnsafeCell;
 use std::io;
 use std::mem::MaybeUninit;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering, fence};
-use std::sync::{Mutex, Once, PoisonError};
+use std::sync::{Mutex, Once};
 
 /// How many blocks of a mapping are told apart; with more, none of it is trusted.
 const BLOCKS: usize = 24;
@@ -78,7 +79,7 @@ impl Watch {
                 log::warn!("Guest memory that cannot be had will end this process: no handler for SIGBUS: {error}");
             }
         });
-        let free = FREE.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let free = lock(&FREE).pop();
         let entry = free.unwrap_or_else(|| {
             let entry: &'static Entry = Box::leak(Box::default());
             let push = |head| {
@@ -119,7 +120,7 @@ impl Watch {
 impl Drop for Watch {
     fn drop(&mut self) {
         self.0.end.store(0, Ordering::SeqCst);
-        FREE.lock().unwrap_or_else(PoisonError::into_inner).push(self.0);
+        lock(&FREE).push(self.0);
     }
 }
 

@@ -2,9 +2,10 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Mutex, RwLock, Weak};
 
 use super::pin::{Pin, PinSource, Unmasker};
+use crate::sync::{lock, unpoisoned};
 use viommu_socket::set_nonblocking;
 use viommu_trace::{Event, Tracer};
 
@@ -58,7 +59,7 @@ impl Interrupts {
         if shared.pin.is_assigned() {
             return shared.pin_sent(shared.pin.update());
         }
-        let lines = shared.lines.read().unwrap_or_else(PoisonError::into_inner);
+        let lines = unpoisoned(shared.lines.read());
         let (line, vector) = if lines.msi.is_empty() {
             (lines.msix.get(usize::from(vector)), vector)
         } else if lines.withholds(vector) {
@@ -81,7 +82,7 @@ impl Interrupts {
     pub fn withhold(&self, vectors: u32) -> u32 {
         let Some(shared) = &self.0 else { return 0 };
         shared.pin_sent(shared.pin.withhold(vectors));
-        let mut lines = shared.lines.write().unwrap_or_else(PoisonError::into_inner);
+        let mut lines = unpoisoned(shared.lines.write());
         let before = std::mem::replace(&mut lines.withheld, vectors);
         if lines.msi.is_empty() { 0 } else { before & !vectors }
     }
@@ -155,7 +156,7 @@ impl Interrupts {
         if sinks.iter().any(Option::is_some) {
             self.assign_pin(None);
         }
-        let mut lines = shared.lines.write().unwrap_or_else(PoisonError::into_inner);
+        let mut lines = unpoisoned(shared.lines.write());
         let lines = lines.of(kind);
         for (number, sink) in (start..).zip(sinks) {
             let sink = sink.filter(|sink| {
@@ -181,13 +182,13 @@ impl Interrupts {
     /// Takes the descriptors of all vectors of a kind away.
     pub(super) fn disable(&self, kind: Kind) {
         let Some(shared) = &self.0 else { return };
-        shared.lines.write().unwrap_or_else(PoisonError::into_inner).of(kind).clear();
+        unpoisoned(shared.lines.write()).of(kind).clear();
     }
 
     /// Masks or unmasks a vector; one that was triggered while masked is sent when unmasked.
     pub(super) fn mask(&self, kind: Kind, vector: usize, masked: bool) {
         let Some(shared) = &self.0 else { return };
-        let mut lines = shared.lines.write().unwrap_or_else(PoisonError::into_inner);
+        let mut lines = unpoisoned(shared.lines.write());
         let Some(line) = lines.of(kind).get(vector) else { return };
         let mut line = lock(line);
         line.masked = masked;
@@ -199,7 +200,7 @@ impl Interrupts {
     /// The pending bits of the 64 MSI-X vectors from `first` on.
     pub(super) fn pending(&self, first: usize) -> u64 {
         let Some(shared) = &self.0 else { return 0 };
-        let lines = shared.lines.read().unwrap_or_else(PoisonError::into_inner);
+        let lines = unpoisoned(shared.lines.read());
         let vectors = lines.msix.iter().skip(first).take(64).enumerate();
         vectors.fold(0, |bits, (bit, line)| bits | u64::from(lock(line).pending) << bit)
     }
@@ -243,10 +244,6 @@ impl Lines {
     fn withholds(&self, vector: u16) -> bool {
         self.withheld.checked_shr(u32::from(vector)).is_some_and(|bits| bits & 1 != 0)
     }
-}
-
-fn lock(line: &Mutex<Line>) -> std::sync::MutexGuard<'_, Line> {
-    line.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

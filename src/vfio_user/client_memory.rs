@@ -16,7 +16,7 @@ use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -26,6 +26,7 @@ use nix::sys::time::TimeSpec;
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use super::message::{Command, DmaAccess, Header, HeaderFlags};
+use crate::sync::{lock, unpoisoned};
 
 /// How long an access may wait for others' to end, and then how long the client may take to answer it. A client that does not
 /// is not asked again.
@@ -96,7 +97,7 @@ impl ClientMemory {
     fn in_turn(&self, deadline: Instant, ask: impl FnOnce(&mut Socket) -> io::Result<()>) -> io::Result<()> {
         let left = left(deadline)?;
         let waited = self.0.free.wait_timeout_while(self.place(), left, |place| place.is_none());
-        let (mut place, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        let (mut place, _) = unpoisoned(waited);
         let mut socket = place.take().ok_or(io::ErrorKind::TimedOut)?;
         drop(place);
         let result = ask(&mut socket);
@@ -106,7 +107,7 @@ impl ClientMemory {
     }
 
     fn place(&self) -> MutexGuard<'_, Option<Socket>> {
-        self.0.socket.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0.socket)
     }
 }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::{VhostUserBackend, VringState, VringT};
@@ -20,6 +20,7 @@ use super::requests::Answer;
 use super::ring::Ring;
 use super::table::{Table, TableError};
 use super::{Memory, QUEUES, REQUESTS, Shared, config};
+use crate::sync::lock;
 use viommu_trace::Event;
 use viommu_trace::event::Channel;
 use viommu_wire::trace::NO_ENDPOINT;
@@ -374,15 +375,6 @@ impl VhostUserBackend for Backend {
         self.serve_contained(event, rings);
         Ok(())
     }
-}
-
-/// Whether the frontend started and enabled the queue.
-pub(super) fn is_served(state: &VringState) -> bool {
-    state.is_enabled() && state.get_queue().ready()
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -6,9 +6,9 @@ use vm_memory::GuestMemoryMmap;
 use zerocopy::IntoBytes;
 
 use super::EVENTS;
-use super::backend::{Backend, Worker, is_served};
+use super::backend::{Backend, Worker};
 use super::queue::{self, BadChain, Buffers, Popped};
-use super::ring::Ring;
+use super::ring::{Ring, is_served};
 use viommu_wire::virtio_iommu::FaultRecord;
 
 impl Backend {

@@ -18,7 +18,7 @@ mod server;
 mod table;
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 pub use inject::Injection;
 use inject::Injector;
@@ -27,6 +27,7 @@ use reset::{Action, Lifecycle};
 pub use server::{Server, ServerError, Shutdown};
 
 use crate::iommu::Iommu;
+use crate::sync::lock;
 use viommu_trace::event::{Channel, ResetKind};
 use viommu_trace::{Event, Tracer};
 
@@ -123,7 +124,7 @@ impl Shared {
     }
 
     fn lifecycle(&self) -> MutexGuard<'_, Lifecycle> {
-        self.lifecycle.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.lifecycle)
     }
 }
 

@@ -1,11 +1,12 @@
 //! The request queue as another thread than its worker serves it, while that one sleeps.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, RwLock};
 
 use super::backend::Backend;
 use super::{Control, REQUESTS};
 use crate::poller::QueuePoller;
+use crate::sync::unpoisoned;
 
 /// Who polls the request queue.
 #[derive(Default)]
@@ -18,11 +19,11 @@ pub(super) struct Poller {
 impl Poller {
     /// A frontend came, or goes. When this returns, nobody polls the one before any more.
     pub fn connect(&self, backend: Option<Arc<Backend>>) {
-        *self.backend.write().unwrap_or_else(PoisonError::into_inner) = backend;
+        *unpoisoned(self.backend.write()) = backend;
     }
 
     fn with<R: Default>(&self, act: impl FnOnce(&Backend) -> R) -> R {
-        let backend = self.backend.read().unwrap_or_else(PoisonError::into_inner);
+        let backend = unpoisoned(self.backend.read());
         backend.as_ref().map_or_else(R::default, |backend| act(backend))
     }
 }

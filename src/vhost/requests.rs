@@ -8,10 +8,10 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestMemoryMmap;
 
 use super::REQUESTS;
-use super::backend::{Backend, Worker, is_served};
+use super::backend::{Backend, Worker};
 use super::inject::Fault;
 use super::queue::{self, BadChain, Popped};
-use super::ring::Ring;
+use super::ring::{Ring, is_served};
 use crate::iommu::{NotARequest, Request};
 use viommu_trace::Event;
 use viommu_wire::virtio_iommu::Tail;

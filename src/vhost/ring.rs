@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::{Error, QueueT};
@@ -12,9 +12,9 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::event::EventConsumer;
 
 use super::Memory;
-use super::backend::is_served;
 use super::kicks::Kicks;
 use super::queue::{self, Taken};
+use crate::sync::lock;
 use viommu_socket::set_nonblocking;
 
 /// A virtqueue that knows whether it was just started, whether it was kicked, and that never ends a connection for
@@ -40,6 +40,11 @@ struct Watch {
     kicks: Mutex<Kicks>,
     /// What the worker waits with, and the queue's number there.
     epoll: OnceLock<(OwnedFd, usize)>,
+}
+
+/// Whether the frontend started and enabled the queue.
+pub(super) fn is_served(state: &VringState) -> bool {
+    state.is_enabled() && state.get_queue().ready()
 }
 
 impl Ring {
@@ -89,7 +94,7 @@ impl Ring {
     }
 
     fn kicks(&self) -> MutexGuard<'_, Kicks> {
-        self.watch.kicks.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.watch.kicks)
     }
 
     /// The worker waits for the queue's kicks with this epoll, in which the queue has this number. To be called once.
@@ -145,7 +150,7 @@ impl Ring {
 
     /// Waits until it is the caller's turn to take the lock in `inner`, and makes others wait until it has it.
     fn turn(&self) -> MutexGuard<'_, ()> {
-        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.turn)
     }
 
     /// Whether the driver's size can be that of a split virtqueue; if not, the size is not the driver's.

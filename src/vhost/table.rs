@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use nix::sys::statfs::HUGETLBFS_MAGIC;
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
@@ -12,6 +12,7 @@ use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap, GuestMem
 use super::Memory;
 use crate::memory::sigbus::{self, PAGE, Watch};
 use crate::memory::{PATIENCE, block, wait_until_unused};
+use crate::sync::lock;
 
 /// The most regions of a table: as many as the crate tells a frontend that asks (GET_MAX_MEM_SLOTS).
 const REGIONS_MAX: usize = 509;
@@ -94,7 +95,7 @@ impl Table {
     }
 
     fn watches(&self) -> MutexGuard<'_, HashMap<usize, Watch>> {
-        self.watches.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.watches)
     }
 }
 
