@@ -3,11 +3,13 @@
 # newest in trixie-backports) chooses the guest's kernel.
 KERNEL ?= patched
 
-.PHONY: help demo test miri asan fuzz soak bench bench-guest compare guest-kernel check-patches check-kernel-debug setup update clean
+.PHONY: help demo test lint clippy quick miri asan fuzz soak bench bench-guest compare guest-kernel check-patches check-kernel-debug setup update clean
 
 help:
 	@echo 'make demo         the NVMe flow from end to end, and its summary'
 	@echo 'make test         format, lints, unit and integration tests, guest boots'
+	@echo 'make quick        format, lints, unit and socket tests: no network, no guest'
+	@echo 'make lint         format, clippy, spelling, links and lines of the documents'
 	@echo 'make miri         the unit tests of what is lock-free, under Miri'
 	@echo 'make asan         unit and socket tests under the address sanitizer'
 	@echo 'make fuzz         each fuzz target, SECONDS=60 long'
@@ -32,11 +34,7 @@ demo:
 # two processors.
 test:
 	@scripts/setup patched
-	cargo fmt --all --check
-	cargo clippy --workspace --all-targets -- -D warnings
-	cargo clippy --test guest -- -D warnings
-	cargo fmt --manifest-path fuzz/Cargo.toml --check
-	cargo clippy --manifest-path fuzz/Cargo.toml --target-dir target -- -D warnings
+	@$(MAKE) --no-print-directory lint
 	VIOMMU_STRESS_SECONDS=60 cargo test --workspace
 	scripts/fuzz 20
 	RUSTFLAGS='--cfg loom' cargo test --release --target-dir target/loom -p viommu -p viommu-trace --lib loom_
@@ -45,6 +43,21 @@ test:
 	cargo test --test guest -- --test-threads=1 --skip patched::
 	scripts/prepare-guest patched
 	cargo test --test guest -- --test-threads=1 patched::
+
+lint: clippy
+	$$(scripts/get-typos)
+	cargo test --test documents
+
+clippy:
+	cargo fmt --all --check
+	cargo fmt --manifest-path fuzz/Cargo.toml --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	cargo clippy --test guest -- -D warnings
+	cargo clippy --manifest-path fuzz/Cargo.toml --target-dir target -- -D warnings
+
+# Spelling is left to `make lint`: the checker comes from the network.
+quick: clippy
+	cargo test --workspace
 
 # Half a minute. The tables' entries hold addresses as numbers, so provenance is exposed.
 miri:

@@ -23,7 +23,7 @@ impl Table {
     /// waiting for anybody.
     pub fn publish(path: &Path, topology: &Topology) -> Result<Table> {
         let table = viot::table(topology);
-        if is_anothers(path, &table) {
+        if is_of_another_daemon(path, &table) {
             log::warn!(
                 "{} was the table of another viommu, which still serves another topology: a QEMU that it has yet to get \
                  would find the wrong one. Give each its own folder",
@@ -47,7 +47,7 @@ fn publish(path: &Path, table: &[u8]) -> io::Result<Table> {
 }
 
 /// Whether a living daemon has another table at `path`.
-fn is_anothers(path: &Path, table: &[u8]) -> bool {
+fn is_of_another_daemon(path: &Path, table: &[u8]) -> bool {
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY;
     let Ok(file) = OpenOptions::new().read(true).custom_flags(flags).open(path) else { return false };
     if !file.metadata().is_ok_and(|found| found.is_file()) {

@@ -162,12 +162,12 @@ mod tests {
     fn descriptors_come_with_their_bytes_and_those_too_many_are_closed() {
         let (mut a, mut b) = UnixStream::pair().unwrap();
         let (mut ours, theirs) = UnixStream::pair().unwrap();
-        a.send(&mut [IoSlice::new(b"hel"), IoSlice::new(b"lo")], &[theirs.as_fd(); MAX_FDS]).unwrap();
+        a.send(&mut [IoSlice::new(b"one "), IoSlice::new(b"two")], &[theirs.as_fd(); MAX_FDS]).unwrap();
         a.send(&mut [IoSlice::new(b"!")], &[theirs.as_fd()]).unwrap();
         drop(theirs);
         let (mut fds, mut data) = (Descriptors::default(), [0; 16]);
-        assert_eq!(b.receive(&mut data, &mut fds).unwrap(), 5);
-        assert_eq!(&data[..5], b"hello");
+        assert_eq!(b.receive(&mut data, &mut fds).unwrap(), 7);
+        assert_eq!(&data[..7], b"one two");
         assert_eq!(fds.lost(), None);
         assert_eq!(b.receive(&mut data, &mut fds).unwrap(), 1);
         assert_eq!(fds.lost(), Some(Lost::TooMany));
