@@ -3,8 +3,6 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
-mod common;
-
 use std::fs;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
@@ -16,13 +14,13 @@ use std::time::{Duration, Instant};
 
 use ::vhost::VhostBackend;
 use ::vhost::vhost_user::Frontend;
-use common::function::Served;
-use common::memfd;
-use common::toy::*;
-use common::vfio::*;
 use viommu::iommu::{EndpointSettings, Iommu, Settings};
 use viommu::pci::{self, Function, Identity, Slot};
 use viommu::vhost;
+use viommu_testkit::function::Served;
+use viommu_testkit::memfd;
+use viommu_testkit::toy::*;
+use viommu_testkit::vfio::*;
 use viommu_trace::Tracer;
 use vmm_sys_util::eventfd::EventFd;
 

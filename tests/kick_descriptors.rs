@@ -3,15 +3,13 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
-mod common;
-
 use std::fs;
 use std::os::fd::{FromRawFd, IntoRawFd};
 use std::os::unix::net::UnixStream;
 
-use common::frontend::*;
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
+use viommu_testkit::frontend::*;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// How many descriptors the device's epoll waits for as the kick of the request queue, open or closed by now. There may be

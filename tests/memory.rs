@@ -2,8 +2,6 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
-mod common;
-
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
@@ -16,14 +14,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::frontend::*;
-use common::{Ends, memfd};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use viommu::dma::{Dma, DmaContext, DmaError};
 use viommu::iommu::{EndpointSettings, Iommu, Settings};
 use viommu::memory::{Memory, MemoryMap, REGIONS_MAX, RegionError, sigbus};
+use viommu_testkit::frontend::*;
+use viommu_testkit::{Ends, memfd};
 use viommu_trace::Tracer;
 
 const PAGE: u64 = 4096;

@@ -2,8 +2,6 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
-mod common;
-
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::AsRawFd;
@@ -13,14 +11,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use common::function::Served;
-use common::memfd;
-use common::toy::*;
-use common::vfio::{self, RawClient};
 use vfio_bindings::bindings::vfio::*;
 use vfio_user::Client;
 use viommu::pci::{Server, Slot};
 use viommu_socket::SocketError;
+use viommu_testkit::function::Served;
+use viommu_testkit::memfd;
+use viommu_testkit::toy::*;
+use viommu_testkit::vfio::{self, RawClient};
 use viommu_trace::Tracer;
 use vmm_sys_util::eventfd::EventFd;
 

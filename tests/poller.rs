@@ -2,14 +2,12 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
-mod common;
-
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use common::Ends;
-use common::frontend::*;
 use viommu::poller::QueuePoller;
+use viommu_testkit::Ends;
+use viommu_testkit::frontend::*;
 use viommu_wire::request::RequestType;
 
 const PAGE: u64 = 4096;

@@ -6,9 +6,8 @@ use std::time::Instant;
 
 use vhost::{VhostBackend, VringConfigData};
 use viommu::iommu::Limits;
+use viommu_testkit::frontend::*;
 use viommu_wire::virtio_iommu::request_type;
-
-use crate::common::frontend::*;
 
 /// Makes a chain of the given descriptors, numbered from 0, available, and waits until it is given back with nothing
 /// written; then does a request in the usual way.

@@ -1,9 +1,8 @@
 //! The requests that QEMU's own test of its own device sends, with every byte of its ranges scaled to a granule where
 //! it maps single bytes, and the statuses that it expects.
 
+use viommu_testkit::frontend::*;
 use zerocopy::little_endian::U32;
-
-use crate::common::frontend::*;
 
 const PAGE: u64 = 0x1000;
 

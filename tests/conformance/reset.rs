@@ -8,11 +8,10 @@ use viommu::dma::{DmaContext, DmaError};
 use viommu::iommu::{Iommu, Settings};
 use viommu::vhost::{Server, ServerError};
 use viommu_socket::SocketError;
+use viommu_testkit::frontend::*;
+use viommu_testkit::trace::Recorder;
 use viommu_trace::Tracer;
 use viommu_wire::trace::Kind;
-
-use crate::common::frontend::*;
-use crate::common::trace::Recorder;
 
 /// A driver with [`EP`] attached to domain 1, a mapping there, and `bypass` 0.
 fn busy(device: &Device) -> Driver {

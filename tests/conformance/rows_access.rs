@@ -2,13 +2,12 @@
 
 use viommu::dma::DmaError;
 use viommu::iommu::Limits;
+use viommu_testkit::accesses::*;
+use viommu_testkit::frontend::*;
 use viommu_trace::event::Access;
 use viommu_wire::request::RequestType;
 use viommu_wire::virtio_iommu::*;
 use zerocopy::FromBytes;
-
-use crate::common::accesses::*;
-use crate::common::frontend::*;
 
 /// The properties of an endpoint, as a driver parses them.
 fn properties(driver: &mut Driver, endpoint: u32) -> Vec<ProbeResvMem> {

@@ -3,9 +3,8 @@
 use viommu::iommu::Limits;
 use viommu_wire::virtio_iommu::*;
 
+use viommu_testkit::frontend::*;
 use zerocopy::little_endian::U32;
-
-use crate::common::frontend::*;
 
 #[test]
 fn row_13_attach_with_an_unknown_flag() {

@@ -5,9 +5,8 @@ use vhost::vhost_user::message::VhostUserConfigFlags;
 use viommu::iommu::Limits;
 use viommu_wire::virtio_iommu::*;
 
+use viommu_testkit::frontend::*;
 use zerocopy::little_endian::{U32, U64};
-
-use crate::common::frontend::*;
 
 #[test]
 fn row_01_features() {

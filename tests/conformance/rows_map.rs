@@ -3,9 +3,8 @@
 use viommu::iommu::Limits;
 use viommu_wire::virtio_iommu::*;
 
+use viommu_testkit::frontend::*;
 use zerocopy::little_endian::U64;
-
-use crate::common::frontend::*;
 
 /// A device, and a driver with [`EP`] attached to domain 1.
 fn attached() -> (Device, Driver) {

@@ -4,14 +4,13 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
+use viommu_testkit::frontend::*;
+use viommu_testkit::trace::Recorder;
+use viommu_testkit::{Ends, Numbers};
 use viommu_trace::Event;
 use viommu_trace::event::ResetKind;
 use viommu_wire::trace::Kind;
 use vmm_sys_util::eventfd::EventFd;
-
-use crate::common::frontend::*;
-use crate::common::trace::Recorder;
-use crate::common::{Ends, Numbers};
 
 const ROUNDS: u64 = 400;
 

@@ -1,13 +1,12 @@
 //! What of all this is on the trace.
 
 use viommu::iommu::{Limits, Settings};
+use viommu_testkit::frontend::*;
+use viommu_testkit::trace::Recorder;
 use viommu_trace::Event;
 use viommu_trace::event::{Channel, ResetKind};
 use viommu_wire::request::RequestType;
 use viommu_wire::virtio_iommu::{FaultReason, MapFlags, Status, request_type};
-
-use crate::common::frontend::*;
-use crate::common::trace::Recorder;
 
 /// Everything that is traced while `act` uses a device, and when the device ends after it.
 fn record(act: impl FnOnce(&Device)) -> Vec<Event> {

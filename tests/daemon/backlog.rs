@@ -7,14 +7,13 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::{end, folder, serve_with};
+use viommu_testkit::frontend::{Driver, EP2, OK, REQUESTS};
+use viommu_testkit::memfd;
 use viommu_trace::event::Channel;
 use viommu_trace::{Choice, Event, Reader};
 use viommu_wire::trace::Kind;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
-
-use super::common::frontend::{Driver, EP2, OK, REQUESTS};
-use super::common::memfd;
-use super::{end, folder, serve_with};
 
 /// How many come before the one that is of use.
 const COUNT: usize = 400;

@@ -1,10 +1,10 @@
 //! Images that the file system does not take more for.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use super::common::memfd;
-use super::common::nvme::{Driver, FOLDERS, PAGE, RAM, io, pattern};
 use super::{end, serve_on};
+use viommu_testkit::nvme::{Driver, PAGE, RAM, io, pattern};
+use viommu_testkit::{folders, memfd};
 
 const WRITE: u8 = 1;
 const READ: u8 = 2;
@@ -31,7 +31,7 @@ fn limit_files(process: u32, bytes: u64) {
 
 #[test]
 fn a_write_for_which_the_file_system_has_no_room_fails_alone() {
-    FOLDERS.iter().map(Path::new).for_each(without_room);
+    folders().iter().map(PathBuf::as_path).for_each(without_room);
 }
 
 fn without_room(parent: &Path) {

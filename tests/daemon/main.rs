@@ -3,8 +3,6 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
 mod backlog;
-#[path = "../common/mod.rs"]
-mod common;
 mod image;
 mod sandbox;
 mod startup;
@@ -467,7 +465,7 @@ fn a_refusal_is_logged_with_its_causes() {
 /// A request that takes long stands for an access to memory that does not end: either keeps the thread of the virtqueues.
 #[test]
 fn sigterm_ends_it_though_the_virtqueues_are_stuck() {
-    use common::frontend::{Driver, EP2, Part, REQUESTS, attach, eventually};
+    use viommu_testkit::frontend::{Driver, EP2, Part, REQUESTS, attach, eventually};
     let folder = folder();
     let arguments = ["--inject", "attach=late:ms=3600000", "--trace-socket", "trace.sock"];
     let (mut child, _) = serve_with(folder.path(), &arguments);

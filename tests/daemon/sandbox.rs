@@ -12,9 +12,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::{ENGINE, end, folder, names, pretended_qemu, serve, serve_with};
-use crate::common::engine::{DONE, Descriptor, RESET, register};
-use crate::common::vfio::*;
-use crate::common::{memfd, twin};
+use viommu_testkit::engine::{DONE, Descriptor, RESET, register};
+use viommu_testkit::vfio::*;
+use viommu_testkit::{memfd, twin};
 
 /// Fields of /proc/PID/task/TID/status of each thread, and the thread's name.
 fn threads(process: u32, field: &str) -> Vec<(String, String)> {

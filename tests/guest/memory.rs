@@ -1,15 +1,11 @@
 //! Guest memory in other forms than one piece of small pages: a device must reach all of it.
 
-#[path = "../common/huge.rs"]
-mod huge;
-
 use std::collections::BTreeMap;
 
-use serde_json::Value;
-
-use self::huge::HugePages;
 use crate::NVME;
 use crate::harness::{Guest, Outcome};
+use serde_json::Value;
+use viommu_testkit::huge::HugePages;
 
 /// The regions of at least `len` bytes that the controller had in the end, each with the numbers of accesses to it: reads and
 /// writes through a mapping.

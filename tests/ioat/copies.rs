@@ -1,10 +1,9 @@
 //! What drivers look for, and what they have copied.
 
-use vfio_bindings::bindings::vfio::*;
-use viommu_wire::virtio_iommu::*;
-
-use crate::common::engine::*;
 use crate::setup::*;
+use vfio_bindings::bindings::vfio::*;
+use viommu_testkit::engine::*;
+use viommu_wire::virtio_iommu::*;
 
 #[test]
 fn it_is_what_drivers_look_for() {

@@ -3,10 +3,9 @@
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-use vfio_bindings::bindings::vfio::*;
-
-use crate::common::engine::*;
 use crate::setup::*;
+use vfio_bindings::bindings::vfio::*;
+use viommu_testkit::engine::*;
 
 /// Where the test itself copies to.
 const ELSEWHERE: u64 = 0x300000;

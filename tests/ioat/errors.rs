@@ -1,10 +1,9 @@
 //! What cannot be done halts the channel and says why.
 
-use vfio_bindings::bindings::vfio::*;
-use viommu_wire::virtio_iommu::*;
-
-use crate::common::engine::*;
 use crate::setup::*;
+use vfio_bindings::bindings::vfio::*;
+use viommu_testkit::engine::*;
+use viommu_wire::virtio_iommu::*;
 
 #[test]
 fn what_lies_before_the_first_bad_address_is_copied() {

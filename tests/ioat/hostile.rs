@@ -1,10 +1,9 @@
 //! Software that does what none should: whatever it writes, the engine lives, and is whole after a reset.
 
+use crate::setup::*;
+use viommu_testkit::engine::*;
 use viommu_trace as trace;
 use viommu_wire::trace::Kind;
-
-use crate::common::engine::*;
-use crate::setup::*;
 
 #[test]
 fn random_registers_and_descriptors_do_no_harm() {

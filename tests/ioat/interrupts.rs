@@ -2,11 +2,10 @@
 
 use std::os::fd::AsRawFd;
 
-use vfio_bindings::bindings::vfio::*;
-use vmm_sys_util::eventfd::EventFd;
-
-use crate::common::engine::*;
 use crate::setup::*;
+use vfio_bindings::bindings::vfio::*;
+use viommu_testkit::engine::*;
+use vmm_sys_util::eventfd::EventFd;
 
 #[test]
 fn one_interrupt_is_sent_for_each_arming() {

@@ -9,14 +9,13 @@ use vfio_bindings::bindings::vfio::*;
 use viommu::devices::ioat::Ioat;
 use viommu::iommu::Request;
 use viommu::pci::{Function, FunctionContext};
+use viommu_testkit::engine::*;
+use viommu_testkit::function::Served;
+use viommu_testkit::memfd;
 use viommu_trace::Tracer;
 use viommu_wire::virtio_iommu::*;
 use vmm_sys_util::eventfd::EventFd;
 use zerocopy::{Immutable, IntoBytes};
-
-use crate::common::engine::*;
-use crate::common::function::Served;
-use crate::common::memfd;
 
 pub const ENDPOINT: u32 = 0x30;
 pub const RAM: u64 = 16 << 20;

@@ -1,13 +1,12 @@
 //! What of all this is on the trace.
 
+use crate::setup::*;
+use viommu_testkit::engine::*;
+use viommu_testkit::trace::Recorder;
 use viommu_trace::Event;
 use viommu_trace::event::{Access, DataPointer, Model, Route};
 use viommu_wire::trace::Kind;
 use viommu_wire::virtio_iommu::*;
-
-use crate::common::engine::*;
-use crate::common::trace::Recorder;
-use crate::setup::*;
 
 #[test]
 fn descriptors_accesses_and_states_are_traced() {

@@ -3,10 +3,9 @@
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 
-use viommu::devices::nvme::{Disk, NvmeConfig, OpenError};
-
-use crate::common::nvme::{PAGE, Setup, Sqe, io, pattern};
 use crate::{COMPARE, DATASET_MANAGEMENT, FLUSH, READ, WRITE, WRITE_ZEROES};
+use viommu::devices::nvme::{Disk, NvmeConfig, OpenError};
+use viommu_testkit::nvme::{PAGE, Setup, Sqe, io, pattern};
 
 #[test]
 fn blocks_can_be_compared_zeroed_and_deallocated() {

@@ -2,8 +2,8 @@
 
 use std::os::unix::fs::FileExt;
 
-use crate::common::nvme::{CC_ENABLED, PAGE, Setup, Sqe, io, pattern, register};
 use crate::{FLUSH, READ};
+use viommu_testkit::nvme::{CC_ENABLED, PAGE, Setup, Sqe, io, pattern, register};
 
 #[test]
 fn the_controller_says_what_it_is() {

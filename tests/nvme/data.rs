@@ -4,8 +4,9 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 
-use crate::common::nvme::{Driver, FOLDERS, PAGE, RAM, Setup, Sqe, io, pattern};
 use crate::{COMPARE, READ, WRITE, WRITE_ZEROES};
+use viommu_testkit::folders;
+use viommu_testkit::nvme::{Driver, PAGE, RAM, Setup, Sqe, io, pattern};
 
 /// Writes a PRP list that begins two entries before the end of its page, so that a long one chains at once.
 fn write_list(driver: &Driver, lists: u64, pages: &[u64]) -> u64 {
@@ -25,9 +26,9 @@ fn write_list(driver: &Driver, lists: u64, pages: &[u64]) -> u64 {
     }
 }
 
-/// Runs a test with an image in each of the [`FOLDERS`].
+/// Runs a test with an image in each of the [`folders`].
 fn wherever_the_image_is(test: impl Fn(&Setup)) {
-    for folder in FOLDERS {
+    for folder in folders() {
         let folder = tempfile::tempdir_in(folder).unwrap();
         test(&Setup::with(64 << 20, |config| config.image = folder.path().join("disk.img")));
     }

@@ -2,8 +2,8 @@
 
 use std::sync::atomic::Ordering;
 
-use crate::common::nvme::{CC_ENABLED, Done, Driver, PAGE, RAM, Setup, Sqe, io, register};
 use crate::{COMPARE, FLUSH, READ, WRITE, WRITE_ZEROES};
+use viommu_testkit::nvme::{CC_ENABLED, Done, Driver, PAGE, RAM, Setup, Sqe, io, register};
 
 /// Gives the controller `count` reads of 1 MiB into distinct memory, and a first one that is complete, so that it is
 /// in the middle of them.

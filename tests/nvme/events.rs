@@ -1,7 +1,7 @@
 //! Asynchronous events, log pages and interrupts.
 
-use crate::common::nvme::{Setup, Sqe, io};
 use crate::{READ, WRITE};
+use viommu_testkit::nvme::{Setup, Sqe, io};
 
 #[test]
 fn events_are_told_once_until_their_log_is_read() {

@@ -8,7 +8,7 @@ use viommu_trace as trace;
 use viommu_wire::trace::Kind;
 
 use crate::READ;
-use crate::common::nvme::{CC_ENABLED, Driver, PAGE, RAM, Setup, io, pattern};
+use viommu_testkit::nvme::{CC_ENABLED, Driver, PAGE, RAM, Setup, io, pattern};
 
 /// The same numbers in each run.
 struct Random(u64);

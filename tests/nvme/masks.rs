@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use vfio_bindings::bindings::vfio::*;
 
 use crate::READ;
-use crate::common::nvme::{Driver, Setup, Sqe, io};
+use viommu_testkit::nvme::{Driver, Setup, Sqe, io};
 
 const INTMS: u64 = 0x0c;
 const INTMC: u64 = 0x10;

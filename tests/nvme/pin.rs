@@ -8,7 +8,7 @@ use vfio_bindings::bindings::vfio::*;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::READ;
-use crate::common::nvme::{Driver, Setup, Sqe, io};
+use viommu_testkit::nvme::{Driver, Setup, Sqe, io};
 
 const INTMS: u64 = 0x0c;
 const INTMC: u64 = 0x10;

@@ -8,14 +8,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
+use crate::{FLUSH, READ, WRITE};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use viommu::devices::nvme::Disk;
 use viommu::poller::QueuePoller;
+use viommu_testkit::folders;
+use viommu_testkit::nvme::{Driver, Setup, Sqe, io};
 use viommu_trace::Tracer;
-
-use crate::common::nvme::{Driver, FOLDERS, Setup, Sqe, io};
-use crate::{FLUSH, READ, WRITE};
 
 /// A queue that notes who has it.
 #[derive(Default)]
@@ -129,7 +129,7 @@ fn assert_polling(poller: &Noted, setup: &Setup, driver: &mut Driver, commands: 
 
 #[test]
 fn a_worker_goes_on_polling_while_it_reads_and_writes_what_is_in_memory() {
-    let (poller, folder) = (Arc::new(Noted::default()), tempfile::tempdir_in(FOLDERS[0]).unwrap());
+    let (poller, folder) = (Arc::new(Noted::default()), tempfile::tempdir_in(&folders()[0]).unwrap());
     let (setup, mut driver, data) = polling(&poller, folder.path());
     let commands = [io(READ, 0, 8, [data, 0]), io(WRITE, 0, 8, [data, 0])];
     assert_polling(&poller, &setup, &mut driver, &commands, |status| status == 0);
@@ -138,7 +138,7 @@ fn a_worker_goes_on_polling_while_it_reads_and_writes_what_is_in_memory() {
 /// A guest may have nothing but failing commands, and always more of them: the IOMMU's requests are served all the same.
 #[test]
 fn a_worker_looks_after_the_duty_whatever_becomes_of_its_commands() {
-    let (poller, folder) = (Arc::new(Noted::default()), tempfile::tempdir_in(FOLDERS[0]).unwrap());
+    let (poller, folder) = (Arc::new(Noted::default()), tempfile::tempdir_in(&folders()[0]).unwrap());
     let (setup, mut driver, data) = polling(&poller, folder.path());
     let past = setup.disk.blocks();
     let sgl = |opcode| Sqe { flags: 1 << 6, ..io(opcode, 0, 8, [data, 0xf0 << 56 | 4096]) };
@@ -157,7 +157,7 @@ fn a_worker_looks_after_the_duty_whatever_becomes_of_its_commands() {
 /// A flush, and a write that is to be durable, may take long wherever the image is.
 #[test]
 fn a_worker_gives_the_duty_back_before_it_flushes() {
-    let (poller, folder) = (Arc::new(Noted::default()), tempfile::tempdir_in(FOLDERS[0]).unwrap());
+    let (poller, folder) = (Arc::new(Noted::default()), tempfile::tempdir_in(&folders()[0]).unwrap());
     let (_setup, mut driver, data) = polling(&poller, folder.path());
     let write = io(WRITE, 0, 8, [data, 0]);
     for sqe in [io(FLUSH, 0, 1, [0; 2]), Sqe { cdw12: write.cdw12 | 1 << 30, ..write }] {
@@ -170,7 +170,7 @@ fn a_worker_gives_the_duty_back_before_it_flushes() {
 
 #[test]
 fn a_worker_gives_the_duty_back_before_it_waits_for_the_disk() {
-    let (poller, folder) = (Arc::new(Noted::default()), tempfile::tempdir_in(FOLDERS[1]).unwrap());
+    let (poller, folder) = (Arc::new(Noted::default()), tempfile::tempdir_in(&folders()[1]).unwrap());
     let (_setup, mut driver, data) = polling(&poller, folder.path());
     // What is on the disk, and not in memory any more.
     let image = OpenOptions::new().write(true).open(folder.path().join("disk.img")).unwrap();
@@ -192,7 +192,7 @@ fn a_worker_gives_the_duty_back_before_it_waits_for_the_disk() {
 /// The host may wait for an answer of the IOMMU before it consumes completions.
 #[test]
 fn a_worker_without_room_for_completions_does_not_poll() {
-    let (poller, folder) = (Arc::new(Noted::default()), tempfile::tempdir_in(FOLDERS[0]).unwrap());
+    let (poller, folder) = (Arc::new(Noted::default()), tempfile::tempdir_in(&folders()[0]).unwrap());
     let (_setup, mut driver, data) = polling(&poller, folder.path());
     let submit = |driver: &mut Driver, count| {
         (0..count).for_each(|_| _ = driver.put(1, io(READ, 0, 8, [data, 0])));

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::READ;
-use crate::common::nvme::{Driver, RAM, Setup, Sqe, io};
+use viommu_testkit::nvme::{Driver, RAM, Setup, Sqe, io};
 
 #[test]
 fn queues_are_created_and_deleted_in_order() {

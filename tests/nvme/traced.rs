@@ -1,15 +1,15 @@
 //! What of all this is on the trace.
 
+use crate::{READ, WRITE};
 use viommu::iommu::Request;
+use viommu_testkit::folders;
+use viommu_testkit::nvme::{CC_ENABLED, ENDPOINT, PAGE, RAM, Setup, Sqe, io};
+use viommu_testkit::trace::Recorder;
 use viommu_trace::Event;
 use viommu_trace::event::{Access, Channel, DataPointer, Model, ResetKind, Route};
 use viommu_wire::trace::Kind;
 use viommu_wire::virtio_iommu::{Attach, Head, Map, MapFlags, Status, request_type};
 use zerocopy::IntoBytes;
-
-use crate::common::nvme::{CC_ENABLED, ENDPOINT, FOLDERS, PAGE, RAM, Setup, Sqe, io};
-use crate::common::trace::Recorder;
-use crate::{READ, WRITE};
 
 /// Of the events that the trace has of a session, those of a bad read and a good write, and what is around them.
 #[test]
@@ -98,7 +98,7 @@ fn request(setup: &Setup, bytes: &[u8]) {
 #[test]
 fn the_pages_of_a_transfer_are_traced_wherever_the_image_is() {
     const DOMAIN: u32 = 3;
-    for folder in FOLDERS {
+    for folder in folders() {
         let folder = tempfile::tempdir_in(folder).unwrap();
         let (recorder, tracer) = Recorder::start(&[Kind::Dma, Kind::Fault, Kind::Command]);
         let setup = Setup::traced(1 << 20, tracer, |config| config.image = folder.path().join("disk.img"));

@@ -7,13 +7,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use viommu::iommu::{Iommu, Request};
-use viommu_wire::virtio_iommu::Status;
-
-use crate::common::Numbers;
-use crate::common::frontend::{IntoBytesRequest, READ as MAP_READ, WRITE as MAP_WRITE, attach, map, unmap};
-use crate::common::nvme::{Driver, ENDPOINT, PAGE, Setup, Sqe, io};
 use crate::{COMPARE, DATASET_MANAGEMENT, FLUSH, READ, WRITE, WRITE_ZEROES};
+use viommu::iommu::{Iommu, Request};
+use viommu_testkit::Numbers;
+use viommu_testkit::frontend::{IntoBytesRequest, READ as MAP_READ, WRITE as MAP_WRITE, attach, map, unmap};
+use viommu_testkit::nvme::{Driver, ENDPOINT, PAGE, Setup, Sqe, io};
+use viommu_wire::virtio_iommu::Status;
 
 /// What is always mapped: the admin queue.
 const FIXED: u64 = 4;

@@ -1,11 +1,10 @@
 //! Reservations and tables up to the budget, again and again: the same number each time, and all of it comes back.
 
-use viommu::iommu::Limits;
-use viommu_wire::split::request_type::*;
-
-use crate::common::frontend::*;
 use crate::daemon::amount;
 use crate::requests::{link_bytes, range};
+use viommu::iommu::Limits;
+use viommu_testkit::frontend::*;
+use viommu_wire::split::request_type::*;
 
 const PAGE: u64 = 4096;
 /// Far enough apart that each page needs tables of its own.

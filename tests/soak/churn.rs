@@ -5,14 +5,13 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
+use crate::daemon::*;
+use viommu_testkit::engine::Engine;
+use viommu_testkit::frontend::{self, eventually};
+use viommu_testkit::memfd;
+use viommu_testkit::nvme;
 use viommu_trace::{Choice, Reader};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
-
-use crate::common::engine::Engine;
-use crate::common::frontend::{self, eventually};
-use crate::common::memfd;
-use crate::common::nvme;
-use crate::daemon::*;
 
 const SOCKETS: [&str; 4] = ["viommu.sock", "nvme0.sock", "dma0.sock", "trace.sock"];
 

@@ -2,9 +2,9 @@
 
 use std::fs::OpenOptions;
 
-use crate::common::memfd;
-use crate::common::nvme::{self, io};
 use crate::daemon::*;
+use viommu_testkit::memfd;
+use viommu_testkit::nvme::{self, io};
 
 const READ: u8 = 2;
 /// Media and data integrity errors: Unrecovered Read Error.

@@ -1,11 +1,10 @@
 //! Memory that comes and goes, and does not stay.
 
-use viommu_trace::{Choice, Reader};
-
-use crate::common::frontend;
-use crate::common::memfd;
-use crate::common::nvme::{self, io};
 use crate::daemon::*;
+use viommu_testkit::frontend;
+use viommu_testkit::memfd;
+use viommu_testkit::nvme::{self, io};
+use viommu_trace::{Choice, Reader};
 
 /// What the daemon may grow by once everything has happened often enough.
 const GROWTH: u64 = 4 << 20;

@@ -4,10 +4,10 @@ use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::common::engine::{Descriptor, Engine};
-use crate::common::memfd;
-use crate::common::nvme::{self, io};
 use crate::daemon::*;
+use viommu_testkit::engine::{Descriptor, Engine};
+use viommu_testkit::memfd;
+use viommu_testkit::nvme::{self, io};
 
 /// Where the peer finds the sockets.
 const FOLDER: &str = "VIOMMU_SOAK_FOLDER";

@@ -5,11 +5,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use crate::common::engine::Engine;
-use crate::common::frontend::{Driver, EVENTS, OK, Part, RAM, READ, REQUESTS, WRITE};
-use crate::common::nvme::{self, io};
 use crate::daemon::*;
 use crate::requests::{link_bytes, range};
+use viommu_testkit::engine::Engine;
+use viommu_testkit::frontend::{Driver, EVENTS, OK, Part, RAM, READ, REQUESTS, WRITE};
+use viommu_testkit::nvme::{self, io};
 use viommu_wire::split::request_type::*;
 
 const PAGE: u64 = 4096;

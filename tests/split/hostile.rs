@@ -1,11 +1,10 @@
 //! Drivers that do what none should, and drivers without the feature.
 
+use crate::requests::*;
 use vhost::VhostBackend;
+use viommu_testkit::frontend::*;
 use viommu_wire::split::*;
 use viommu_wire::virtio_iommu::{Head, feature};
-
-use crate::common::frontend::*;
-use crate::requests::*;
 
 const TYPES: [u8; 4] = [request_type::RESERVE, request_type::LINK, request_type::UNLINK, request_type::RELEASE];
 

@@ -2,14 +2,13 @@
 
 use std::time::{Duration, Instant};
 
+use crate::requests::*;
+use crate::traced::record;
+use viommu_testkit::frontend::*;
 use viommu_trace::Event;
 use viommu_trace::event::Answer;
 use viommu_wire::request::RequestType;
 use viommu_wire::split::request_type;
-
-use crate::common::frontend::*;
-use crate::requests::*;
-use crate::traced::record;
 
 const END: u64 = 16 * PAGE - 1;
 const IOERR: u8 = 1;

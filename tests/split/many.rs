@@ -4,13 +4,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Instant;
 
+use crate::requests::*;
 use viommu::iommu::Request;
+use viommu_testkit::Ends;
+use viommu_testkit::frontend::*;
 use viommu_wire::split::request_type;
 use viommu_wire::virtio_iommu::Status;
-
-use crate::common::Ends;
-use crate::common::frontend::*;
-use crate::requests::*;
 
 /// A tenth of what there is room for: a debug build needs a second or two for them.
 const COUNT: u64 = 400_000;

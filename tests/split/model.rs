@@ -4,17 +4,16 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use crate::requests::{PAGE, link_bytes, range};
 use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
 use viommu::iommu::grace::Reader;
 use viommu::iommu::{Endpoint, EndpointSettings, Iommu, Request, Settings};
+use viommu_testkit::frontend::{EP, IntoBytesRequest, READ, WRITE, attach, map, unmap};
 use viommu_trace::Tracer;
 use viommu_trace::event::Access;
 use viommu_wire::split::request_type::*;
 use viommu_wire::virtio_iommu::Status;
-
-use crate::common::frontend::{EP, IntoBytesRequest, READ, WRITE, attach, map, unmap};
-use crate::requests::{PAGE, link_bytes, range};
 
 /// The pages that are used, around the border of a GiB: so there are several tables.
 const PAGES: u64 = 1100;

@@ -1,11 +1,10 @@
 //! Which rule comes first where several are broken, and in which order requests are answered.
 
-use viommu::iommu::Limits;
-use viommu_wire::split::*;
-
-use crate::common::frontend::*;
 use crate::requests::*;
 use crate::rules::{END, KINDS, START};
+use viommu::iommu::Limits;
+use viommu_testkit::frontend::*;
+use viommu_wire::split::*;
 
 #[test]
 fn the_first_rule_that_is_broken_gives_the_status() {

@@ -1,10 +1,9 @@
 //! The protocol's requests, as a driver makes them.
 
+use viommu_testkit::frontend::*;
 use viommu_wire::split::*;
 use viommu_wire::virtio_iommu::Head;
 use zerocopy::IntoBytes;
-
-use crate::common::frontend::*;
 
 pub const PAGE: u64 = 0x1000;
 

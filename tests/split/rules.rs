@@ -1,14 +1,13 @@
 //! Rules S1 to S14.
 
+use crate::requests::*;
 use viommu::dma::DmaError;
 use viommu::iommu::Limits;
+use viommu_testkit::accesses::*;
+use viommu_testkit::frontend::*;
 use viommu_trace::event::Access;
 use viommu_wire::split::*;
 use viommu_wire::virtio_iommu::{FaultReason, MapFlags, feature};
-
-use crate::common::accesses::*;
-use crate::common::frontend::*;
-use crate::requests::*;
 
 pub const KINDS: [u8; 3] = [request_type::RESERVE, request_type::UNLINK, request_type::RELEASE];
 

@@ -1,14 +1,13 @@
 //! What the trace says of a reservation, from RESERVE to RELEASE, and what the requests cost.
 
+use crate::requests::*;
 use viommu::dma::DmaContext;
+use viommu_testkit::frontend::*;
+use viommu_testkit::trace::Recorder;
 use viommu_trace::event::{Access, Route};
 use viommu_trace::{Event, Tracer};
 use viommu_wire::request::RequestType;
 use viommu_wire::split::*;
-
-use crate::common::frontend::*;
-use crate::common::trace::Recorder;
-use crate::requests::*;
 
 /// Everything that is traced while `act` uses a device.
 pub fn record(act: impl FnOnce(&Device, Tracer)) -> Vec<Event> {

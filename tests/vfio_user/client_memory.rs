@@ -6,11 +6,10 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use viommu::vfio_user::{Backing, ClientMemory};
-
-use crate::common::twin::*;
-use crate::common::vfio::*;
 use crate::memo::Session;
+use viommu::vfio_user::{Backing, ClientMemory};
+use viommu_testkit::twin::*;
+use viommu_testkit::vfio::*;
 
 const BASE: u64 = 0x10_0000;
 

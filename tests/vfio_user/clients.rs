@@ -2,15 +2,14 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 
+use crate::dma::served;
 use serde_json::json;
 use vfio_bindings::bindings::vfio::*;
 use vfio_user::Client;
+use viommu_testkit::memfd;
+use viommu_testkit::toy::*;
+use viommu_testkit::vfio::*;
 use vmm_sys_util::eventfd::EventFd;
-
-use crate::common::memfd;
-use crate::common::toy::*;
-use crate::common::vfio::*;
-use crate::dma::served;
 
 const CONFIG: u32 = VFIO_PCI_CONFIG_REGION_INDEX;
 const RAM: u64 = 4 << 20;

@@ -7,18 +7,17 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::thread;
 
+use crate::memo::Session;
 use viommu::iommu::Request;
 use viommu::memory::REGIONS_MAX;
+use viommu_testkit::function::Served;
+use viommu_testkit::huge::HugePages;
+use viommu_testkit::memfd;
+use viommu_testkit::toy::*;
+use viommu_testkit::vfio::*;
 use viommu_trace::Tracer;
 use viommu_wire::virtio_iommu::*;
 use zerocopy::IntoBytes;
-
-use crate::common::function::Served;
-use crate::common::huge::HugePages;
-use crate::common::memfd;
-use crate::common::toy::*;
-use crate::common::vfio::*;
-use crate::memo::Session;
 
 const PAGE: u64 = 4096;
 const CONFIG: u32 = 7;

@@ -2,10 +2,9 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 
-use vmm_sys_util::eventfd::EventFd;
-
-use crate::common::vfio::*;
 use crate::memo::{MASKABLE, PLAIN, Session};
+use viommu_testkit::vfio::*;
+use vmm_sys_util::eventfd::EventFd;
 
 const NONE: u32 = 1 << 0;
 const BOOL: u32 = 1 << 1;

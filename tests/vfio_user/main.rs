@@ -2,14 +2,11 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
-#[path = "../common/mod.rs"]
-mod common;
-mod memo;
-
 mod client_memory;
 mod clients;
 mod dma;
 mod interrupts;
+mod memo;
 mod messages;
 mod pipes;
 mod versions;

@@ -6,8 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 
 use viommu::vfio_user::{Device, DmaMap, IrqInfo, IrqSet, Refused, Transport, serve};
-
-use crate::common::vfio::RawClient;
+use viommu_testkit::vfio::RawClient;
 
 /// Bytes of region 0, the only one that there is of two.
 pub const SIZE: u64 = 2 << 20;

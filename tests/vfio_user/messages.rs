@@ -5,10 +5,9 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::process::Command;
 
-use viommu::vfio_user::{MAX_DATA, MAX_MESSAGE};
-
-use crate::common::vfio::*;
 use crate::memo::{SIZE, Session};
+use viommu::vfio_user::{MAX_DATA, MAX_MESSAGE};
+use viommu_testkit::vfio::*;
 
 /// Commands whose payload has a structure, and the bytes of that.
 const FIXED: [(u16, usize); 10] = [

@@ -4,10 +4,9 @@ use std::io::{self, IoSlice, PipeReader, PipeWriter, Read, Write, pipe};
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 
-use viommu::vfio_user::{Descriptors, Transport};
-
-use crate::common::vfio::{access, command, words};
 use crate::memo::Session;
+use viommu::vfio_user::{Descriptors, Transport};
+use viommu_testkit::vfio::{access, command, words};
 
 struct Pipes {
     from: PipeReader,

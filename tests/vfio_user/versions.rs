@@ -1,10 +1,9 @@
 //! VERSION.
 
+use crate::memo::Session;
 use serde_json::json;
 use viommu::vfio_user::Backing;
-
-use crate::common::vfio::*;
-use crate::memo::Session;
+use viommu_testkit::vfio::*;
 
 #[test]
 fn the_server_says_what_it_can_whatever_the_client_says() {

@@ -26,7 +26,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 pub use self::requests::*;
 pub use self::virtqueue::*;
-use crate::common::memfd;
+use crate::memfd;
 
 /// Bytes of guest memory, which begins at 0.
 pub const RAM: u64 = 64 << 20;

@@ -24,9 +24,6 @@ use super::memfd;
 pub const ENDPOINT: u32 = 0x20;
 pub const RAM: u64 = 64 << 20;
 pub const PAGE: u64 = 4096;
-/// A folder in memory, whose files never have to be waited for, and one on the machine's disk: the controller has different
-/// ways to images there.
-pub const FOLDERS: [&str; 2] = ["/dev/shm", env!("CARGO_TARGET_TMPDIR")];
 /// How long the controller may take for anything that a test asks of it.
 const PATIENCE: Duration = Duration::from_secs(60);
 

@@ -1,0 +1,68 @@
+//! What viommu's tests and benchmarks share, and nobody else uses: a driver with its virtqueues behind a vhost-user
+//! frontend, vfio-user clients, drivers of the device models.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+#![allow(missing_docs, reason = "the names are the specifications'")]
+#![allow(clippy::new_without_default, reason = "a test says what it makes")]
+
+pub mod accesses;
+pub mod engine;
+pub mod frontend;
+pub mod function;
+pub mod huge;
+pub mod nvme;
+pub mod toy;
+pub mod trace;
+pub mod twin;
+pub mod vfio;
+
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+/// Sets what another thread looks at to end, when it is dropped: also if the thread that has it panics, since a scope waits
+/// for the other one before it lets the panic be told.
+pub struct Ends<'a>(pub &'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
+/// Numbers that look like random ones; the first of them must not be 0.
+pub struct Numbers(pub u64);
+
+impl Numbers {
+    /// The next one, less than `limit`.
+    pub fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % limit
+    }
+}
+
+/// Memory that can be shared with a device, as a guest's RAM is; `len` bytes of zeros.
+pub fn memfd(len: u64) -> File {
+    let file = File::from(memfd_create("guest", MFdFlags::MFD_CLOEXEC).unwrap());
+    file.set_len(len).unwrap();
+    file
+}
+
+/// A folder in memory, whose files never have to be waited for, and one on the machine's disk: the NVMe controller has
+/// different ways to images there.
+pub fn folders() -> [PathBuf; 2] {
+    let on_disk = binaries().join("tmp");
+    std::fs::create_dir_all(&on_disk).unwrap();
+    ["/dev/shm".into(), on_disk]
+}
+
+/// The folder with what was built together with this program: a binary, or a test or benchmark in `deps/` below it.
+pub fn binaries() -> PathBuf {
+    let program = std::env::current_exe().unwrap();
+    let folder = program.parent().unwrap();
+    if folder.ends_with("deps") { folder.parent().unwrap() } else { folder }.into()
+}
