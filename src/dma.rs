@@ -132,9 +132,9 @@ impl Dma {
     pub fn read(&mut self, iova: u64, data: &mut [u8]) -> Result<(), DmaError> {
         let mut done = 0;
         while done < data.len() {
-            done += self.run(iova.wrapping_add(done as u64), Access::Read, data.len() - done, |memory, gpa, len| {
-                memory.read(gpa, &mut data[done..done + len])
-            })?;
+            let (iova, rest) = (iova.wrapping_add(done as u64), &mut data[done..]);
+            done +=
+                self.access_run(iova, Access::Read, rest.len(), |memory, gpa, len| memory.read(gpa, &mut rest[..len]))?;
         }
         Ok(())
     }
@@ -143,10 +143,9 @@ impl Dma {
     pub fn write(&mut self, iova: u64, data: &[u8]) -> Result<(), DmaError> {
         let mut done = 0;
         while done < data.len() {
+            let (iova, rest) = (iova.wrapping_add(done as u64), &data[done..]);
             done +=
-                self.run(iova.wrapping_add(done as u64), Access::Write, data.len() - done, |memory, gpa, len| {
-                    memory.write(gpa, &data[done..done + len])
-                })?;
+                self.access_run(iova, Access::Write, rest.len(), |memory, gpa, len| memory.write(gpa, &rest[..len]))?;
         }
         Ok(())
     }
@@ -157,12 +156,12 @@ impl Dma {
     pub fn poll(&mut self, iova: u64, known: u32) -> Result<u32, DmaError> {
         let mut bytes = [0; 4];
         let run =
-            self.reach(iova, Access::Read, bytes.len(), |memory, gpa, len| memory.read(gpa, &mut bytes[..len]))?;
+            self.access(iova, Access::Read, bytes.len(), |memory, gpa, len| memory.read(gpa, &mut bytes[..len]))?;
         let value = u32::from_le_bytes(bytes);
         if run.len as usize == bytes.len() && run.result.is_ok() && value == known {
             return Ok(value);
         }
-        let len = self.tell(run, Access::Read)?;
+        let len = self.record(run, Access::Read)?;
         if len < bytes.len() {
             // It crosses a page.
             self.read(iova.wrapping_add(len as u64), &mut bytes[len..])?;
@@ -176,7 +175,7 @@ impl Dma {
     ///
     /// `false` if not all of it was moved, or the ranges do not all lead to memory: nothing is traced, counted or reported
     /// of it then, and [`Dma::read`] and [`Dma::write`] are to do it or to find out why it cannot be done.
-    pub fn exchange(
+    pub fn transfer_direct(
         &mut self,
         ranges: &[(u64, usize)],
         access: Access,
@@ -191,38 +190,38 @@ impl Dma {
             return false;
         }
         let Some(runs) = context.runs(&guard, ranges, access) else { return false };
-        let Some(parts) = parts(&memory, &runs, access) else { return false };
-        let (fd, count, at) = (file.as_raw_fd(), parts.len() as libc::c_int, offset as libc::off_t);
-        // SAFETY: `parts` lie in mappings of guest memory that `memory` keeps alive until after the call, writable if they
+        let Some(iovecs) = iovecs(&memory, &runs, access) else { return false };
+        let (fd, count, at) = (file.as_raw_fd(), iovecs.len() as libc::c_int, offset as libc::off_t);
+        // SAFETY: `iovecs` lie in mappings of guest memory that `memory` keeps alive until after the call, writable if they
         // are to be written. Others may access that memory at the same time, but no reference to it exists; and what the
         // kernel finds missing in a mapping makes the call fail.
         let moved = unsafe {
             match access {
-                Access::Write => libc::preadv2(fd, parts.as_ptr(), count, at, flags),
-                Access::Read => libc::pwritev2(fd, parts.as_ptr(), count, at, flags),
+                Access::Write => libc::preadv2(fd, iovecs.as_ptr(), count, at, flags),
+                Access::Read => libc::pwritev2(fd, iovecs.as_ptr(), count, at, flags),
             }
         };
         drop(guard);
         // Another thread may have found a page missing, and something else in its place.
         let sound = runs.iter().all(|run| memory.is_sound(run.found.gpa, run.len));
-        let wanted: usize = parts.iter().map(|part| part.iov_len).sum();
-        sound && usize::try_from(moved) == Ok(wanted) && runs.into_iter().all(|run| self.tell(run, access).is_ok())
+        let wanted: usize = iovecs.iter().map(|iovec| iovec.iov_len).sum();
+        sound && usize::try_from(moved) == Ok(wanted) && runs.into_iter().all(|run| self.record(run, access).is_ok())
     }
 
     /// Does the first contiguous run of an access of `want` bytes and returns its length.
-    fn run(
+    fn access_run(
         &mut self,
         iova: u64,
         access: Access,
         want: usize,
         copy: impl FnOnce(&Regions, u64, usize) -> Result<(), NoAccess>,
     ) -> Result<usize, DmaError> {
-        let run = self.reach(iova, access, want, copy)?;
-        self.tell(run, access)
+        let run = self.access(iova, access, want, copy)?;
+        self.record(run, access)
     }
 
     /// Translates and copies the first contiguous run of an access.
-    fn reach(
+    fn access(
         &mut self,
         iova: u64,
         access: Access,
@@ -267,7 +266,7 @@ impl Dma {
     }
 
     /// Traces and counts a run, and returns its length.
-    fn tell(&self, run: Run, access: Access) -> Result<usize, DmaError> {
+    fn record(&self, run: Run, access: Access) -> Result<usize, DmaError> {
         let Run { iova, found, len, result } = run;
         let context = &self.context;
         context.tracer.emit(Event::Dma {
@@ -309,15 +308,15 @@ fn continues(found: &Translation, len: u64, next: &Translation) -> bool {
 }
 
 /// Where runs are in this process; `None` if some of it is not, is no memory, or may not be accessed so.
-fn parts(memory: &Regions, runs: &[Run], access: Access) -> Option<Vec<libc::iovec>> {
-    let mut parts = Vec::with_capacity(runs.len());
+fn iovecs(memory: &Regions, runs: &[Run], access: Access) -> Option<Vec<libc::iovec>> {
+    let mut iovecs = Vec::with_capacity(runs.len());
     for run in runs {
-        let part = |piece: Piece<'_>| {
+        let push = |piece: Piece<'_>| {
             let Piece::Mapped(slice) = piece else { return Err(NoAccess) };
-            parts.push(libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() });
+            iovecs.push(libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() });
             Ok(())
         };
-        memory.each(run.found.gpa, run.len, access == Access::Write, part).ok()?;
+        memory.each(run.found.gpa, run.len, access == Access::Write, push).ok()?;
     }
-    Some(parts)
+    Some(iovecs)
 }

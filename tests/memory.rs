@@ -58,7 +58,7 @@ fn an_access_past_the_end_of_a_file_that_was_cut_short_fails() {
     assert!(dma.write(8 * PAGE, &[1; 8]).is_err());
     assert!(dma.read(3 * PAGE, &mut [0; 6 * 4096]).is_err());
     let backing = memfd(8 * PAGE);
-    let mut exchange = |gpa| dma.exchange(&[(gpa, 4096)], viommu_trace::event::Access::Read, &backing, 0, 0);
+    let mut exchange = |gpa| dma.transfer_direct(&[(gpa, 4096)], viommu_trace::event::Access::Read, &backing, 0, 0);
     assert!(exchange(0) && !exchange(8 * PAGE) && !exchange(9 * PAGE));
     assert!(dma.write(1 << 20, &[1; 8]).is_ok());
     // With very many, none is trusted any more.

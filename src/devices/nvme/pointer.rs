@@ -163,7 +163,8 @@ impl Runs {
         self.used = 0;
     }
 
-    /// Exchanges the next bytes, `len` of them, with a file: see [`Dma::exchange`]. If that cannot be they are the next still.
+    /// Exchanges the next bytes, `len` of them, with a file: see [`Dma::transfer_direct`]. If that cannot be
+    /// they are the next still.
     pub fn exchange(
         &mut self,
         dma: &mut Dma,
@@ -179,7 +180,7 @@ impl Runs {
             ranges.push((address, now));
             rest -= now;
         }
-        let done = rest == 0 && dma.exchange(&ranges, access, file, offset, flags);
+        let done = rest == 0 && dma.transfer_direct(&ranges, access, file, offset, flags);
         if !done {
             (self.at, self.used) = before;
         }
