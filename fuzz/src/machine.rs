@@ -61,7 +61,7 @@ impl Machine {
     fn request(&self, bytes: &[u8]) {
         let request = Request::parse(bytes, self.iommu.features()).unwrap();
         self.iommu.execute(&request, &mut []);
-        self.iommu.settle();
+        self.iommu.synchronize();
     }
 
     fn map(&self, first: u64, end: u64, flags: MapFlags) {

@@ -124,7 +124,7 @@ impl Pair {
             9 | 10 => self.link(domain, start, b, target),
             11 | 12 => self.unlink(domain, start, end),
             13 => self.release(domain, start, end),
-            14 => self.iommu.settle(),
+            14 => self.iommu.synchronize(),
             // Bytes that may be any request; all but PROBE would change the device behind the model's back.
             _ => {
                 let bytes = [&[c, a][..], input.bytes(usize::from(b).min(80))].concat();

@@ -2,7 +2,7 @@
 //!
 //! One side changes it, under one lock: [`Iommu::execute`] and the resets. The other side reads, without a lock:
 //! [`Endpoint::translate`] inside a guard of a [`grace::Reader`]. What a request removed may be in use by a reader until
-//! [`Iommu::settle`] returns, so the driver is told of a removal only after it.
+//! [`Iommu::synchronize`] returns, so the driver is told of a removal only after it.
 
 pub mod address_space;
 pub mod counters;
@@ -193,7 +193,7 @@ impl Iommu {
 
     /// Waits until no access can use anything that requests removed so far. Costs nothing if nothing was removed. The
     /// caller must hold no guard.
-    pub fn settle(&self) {
+    pub fn synchronize(&self) {
         let removed = self.domains().take_removed();
         if let Some(retired) = removed {
             self.grace.synchronize();
@@ -212,7 +212,7 @@ impl Iommu {
             self.counts.undelivered(count as u64);
             self.tracer.emit(Event::Undelivered { count: count as u64 });
         });
-        self.settle();
+        self.synchronize();
     }
 
     /// The machine was reset: as [`Iommu::device_reset`], and `bypass` has its boot value again. Functions that were not reset
@@ -249,6 +249,6 @@ impl Iommu {
 impl Drop for Iommu {
     fn drop(&mut self) {
         // Endpoints and readers may outlive the device; what was retired must still not be freed under them.
-        self.settle();
+        self.synchronize();
     }
 }

@@ -158,7 +158,7 @@ impl From<MapError> for Status {
 
 impl Iommu {
     /// Does a request. `properties` is the device-writable part before the tail; it is all written by PROBE, and
-    /// otherwise left alone. After a request that removes something, [`Iommu::settle`] must be called before the
+    /// otherwise left alone. After a request that removes something, [`Iommu::synchronize`] must be called before the
     /// driver is told.
     pub fn execute(&self, request: &Request<'_>, properties: &mut [u8]) -> Outcome {
         let done = match request {

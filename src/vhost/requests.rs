@@ -107,7 +107,7 @@ impl Backend {
         }
         // The rule that all hangs on: the driver is not told of a removal while an access may still use what was
         // removed.
-        self.shared.iommu.settle();
+        self.shared.iommu.synchronize();
         self.shared.counts.batches.fetch_add(1, Ordering::Relaxed);
         for answer in worker.answers.drain(..) {
             if let Some(event) = answer.event {

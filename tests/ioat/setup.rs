@@ -56,7 +56,7 @@ impl Setup {
         let bytes = [request.as_bytes(), &[0; 4]].concat();
         let request = Request::parse(&bytes, self.served.iommu.features()).unwrap();
         assert_eq!(self.served.iommu.execute(&request, &mut []).status, Status::Ok);
-        self.served.iommu.settle();
+        self.served.iommu.synchronize();
     }
 
     pub fn attach(&self) {

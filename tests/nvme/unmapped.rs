@@ -35,7 +35,7 @@ fn answer(iommu: &Iommu, request: &impl IntoBytesRequest) {
     let bytes = request.bytes();
     let request = Request::parse(&bytes, iommu.features()).unwrap();
     assert_eq!(iommu.execute(&request, &mut []).status, Status::Ok, "{bytes:x?}");
-    iommu.settle();
+    iommu.synchronize();
 }
 
 /// Pages are where they are in memory, so that there is but one kind of address.

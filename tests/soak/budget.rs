@@ -79,7 +79,7 @@ fn the_budget_is_the_same_in_each_lap() {
     assert!(laps[0].0 > 1000 && laps[0].1 > 10, "{laps:?}");
     assert!(laps.iter().all(|lap| *lap == laps[0]), "{laps:?}");
     eventually("the end of the last tables", || {
-        device.iommu.settle();
+        device.iommu.synchronize();
         device.iommu.counters().table_bytes == 0
     });
 }

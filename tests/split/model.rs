@@ -176,7 +176,7 @@ impl Pair {
     fn execute(&self, bytes: &[u8]) -> (Status, u64) {
         let request = Request::parse(bytes, self.iommu.features()).unwrap();
         let outcome = self.iommu.execute(&request, &mut []);
-        self.iommu.settle();
+        self.iommu.synchronize();
         (outcome.status, outcome.granules)
     }
 

@@ -483,7 +483,7 @@ fn rule_s12_reservations_die_with_their_domain() {
     // Their memory comes back too.
     driver.reset();
     assert_eq!(driver.attach(1, EP), OK);
-    device.iommu.settle();
+    device.iommu.synchronize();
     assert_eq!(device.iommu.counters().table_bytes, 0);
 }
 

@@ -264,7 +264,7 @@ fn a_write_by_message_that_an_unmap_waited_for_does_not_come_later() {
         let bytes = [request, &[0; 4]].concat();
         let request = Request::parse(&bytes, served.iommu.features()).unwrap();
         assert_eq!(served.iommu.execute(&request, &mut []).status, Status::Ok);
-        served.iommu.settle();
+        served.iommu.synchronize();
     };
     let head = |kind| Head { kind, ..Head::default() };
     let (domain, last) = (1.into(), (PAGE - 1).into());

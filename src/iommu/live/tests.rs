@@ -173,7 +173,7 @@ impl Device {
                 request.event(outcome, PAGE)
             })
             .collect();
-        self.iommu.settle();
+        self.iommu.synchronize();
         self.events.lock().unwrap().extend(done);
         drop(journal);
     }
