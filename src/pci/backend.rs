@@ -35,7 +35,7 @@ impl<'a> Backend<'a> {
     /// A function in its power-on state; `None` if making it panics.
     pub fn new(slot: &Slot, make: Make<'a>, on_device_reset: &'a dyn Fn()) -> Option<Self> {
         let context = slot.context.clone();
-        let function = contained(&context, || make(context.clone()))?;
+        let function = catch_panic(&context, || make(context.clone()))?;
         let mut identity = function.identity();
         identity.integrated &= !slot.behind_root_port;
         let config = Config::new(identity, slot.msix);
@@ -53,12 +53,12 @@ impl<'a> Backend<'a> {
     /// ones and ignores writes.
     fn with<R>(&mut self, call: impl FnOnce(&mut dyn Function) -> R) -> Option<R> {
         let function = self.function.as_mut()?;
-        let result = contained(&self.context, || call(function.as_mut()));
+        let result = catch_panic(&self.context, || call(function.as_mut()));
         if result.is_none() {
             log::error!("The function of endpoint {:#x} is dead until it is reset", self.context.dma.endpoint());
             self.context.dma.set_bus_master(false);
             let gone = self.function.take();
-            contained(&self.context, || drop(gone));
+            catch_panic(&self.context, || drop(gone));
         }
         result
     }
@@ -66,7 +66,7 @@ impl<'a> Backend<'a> {
     /// Resets the function and its configuration space.
     fn reset_function(&mut self) {
         if self.with(|function| function.reset()).is_none() {
-            self.function = contained(&self.context, || (self.make)(self.context.clone()));
+            self.function = catch_panic(&self.context, || (self.make)(self.context.clone()));
         }
         self.context.dma.set_bus_master(false);
         self.config.reset();
@@ -298,7 +298,7 @@ impl Drop for Backend<'_> {
     /// The client is gone: the function first, since its threads may be in the memory.
     fn drop(&mut self) {
         let function = self.function.take();
-        contained(&self.context, || drop(function));
+        catch_panic(&self.context, || drop(function));
         self.context.dma.set_bus_master(false);
         self.context.interrupts.assign_pin(None);
         self.context.interrupts.disable_pin(false);
@@ -309,13 +309,13 @@ impl Drop for Backend<'_> {
 }
 
 /// Runs something of a model's, or of its session; `None` if it panics, which is traced.
-pub(super) fn contained<R>(context: &FunctionContext, call: impl FnOnce() -> R) -> Option<R> {
+pub(super) fn catch_panic<R>(context: &FunctionContext, call: impl FnOnce() -> R) -> Option<R> {
     // What the call may have left half done is either never used again (the function) or whole between any two
     // messages (everything else here).
     let endpoint = context.dma.endpoint();
-    let result = context.tracer.contain(endpoint, call);
+    let result = context.tracer.catch_panic(endpoint, call);
     if result.is_none() {
-        log::error!("Contained a panic in what serves endpoint {endpoint:#x}");
+        log::error!("Caught a panic in what serves endpoint {endpoint:#x}");
     }
     result
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::backend::{Backend, Make, contained};
+use super::backend::{Backend, Make, catch_panic};
 use super::function::{Function, FunctionContext};
 use super::interrupts::Interrupts;
 use crate::dma::DmaContext;
@@ -123,7 +123,7 @@ fn serve_one(stream: &mut UnixStream, slot: &Slot, make: Make<'_>, on_device_res
         slot.context.tracer.emit(Event::Session { channel: Channel::VfioUser, endpoint, connected });
     };
     session(true);
-    let served = contained(&slot.context, || vfio_user::serve(stream, &mut backend));
+    let served = catch_panic(&slot.context, || vfio_user::serve(stream, &mut backend));
     drop(backend);
     session(false);
     served.unwrap_or(Ok(()))

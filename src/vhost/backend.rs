@@ -131,7 +131,7 @@ impl Backend {
         }
         let served = &self.shared.counts.batches;
         let before = served.load(Ordering::Relaxed);
-        self.serve_contained(index as u16, rings);
+        self.serve_catching_panics(index as u16, rings);
         // Nothing comes of a queue that is none.
         served.load(Ordering::Relaxed) != before
     }
@@ -156,10 +156,10 @@ impl Backend {
     }
 
     /// Never an error, and never a panic: either would end the worker for good.
-    fn serve_contained(&self, event: u16, rings: &[Ring]) {
+    fn serve_catching_panics(&self, event: u16, rings: &[Ring]) {
         // Locked until it is said what came of it: nobody may see a queue start between the failure and that.
         let mut worker = lock(&self.worker);
-        let whole = self.contained(|| {
+        let whole = self.catch_panic(|| {
             self.serve(&mut worker, event, rings);
             !self.lost_memory()
         });
@@ -260,11 +260,11 @@ impl Backend {
 
     /// Runs what serves a queue; false, that is, not to be trusted any more, if it panics. A queue's lock is to be taken
     /// outside of it: a panic that came past the lock would poison it, and the crate would panic in its turn.
-    pub(super) fn contained(&self, serve: impl FnOnce() -> bool) -> bool {
+    pub(super) fn catch_panic(&self, serve: impl FnOnce() -> bool) -> bool {
         // What the call may have left half done is the queue, which is left alone, and the worker's buffers, which are
         // filled anew for each request.
-        self.shared.tracer.contain(NO_ENDPOINT, serve).unwrap_or_else(|| {
-            log::error!("Contained a panic in what serves the virtqueues");
+        self.shared.tracer.catch_panic(NO_ENDPOINT, serve).unwrap_or_else(|| {
+            log::error!("Caught a panic in what serves the virtqueues");
             false
         })
     }
@@ -372,7 +372,7 @@ impl VhostUserBackend for Backend {
     }
 
     fn handle_event(&self, event: u16, _events: EventSet, rings: &[Ring], _thread: usize) -> io::Result<()> {
-        self.serve_contained(event, rings);
+        self.serve_catching_panics(event, rings);
         Ok(())
     }
 }
@@ -393,13 +393,13 @@ mod tests {
         let backend = Backend::new(Arc::new(shared)).unwrap();
         let ring = Ring::new(memory, 256).unwrap();
         let mut state = ring.get_mut();
-        let sound = backend.contained(|| {
+        let sound = backend.catch_panic(|| {
             state.get_queue_mut().set_size(128);
             panic!("a bug of the device's");
         });
         assert!(!sound);
         drop(state);
         assert_eq!(ring.get_ref().get_queue().size(), 128);
-        assert!(backend.contained(|| true));
+        assert!(backend.catch_panic(|| true));
     }
 }

@@ -24,7 +24,7 @@ impl Backend {
             drop(state);
             return self.leave_requests();
         }
-        worker.sound[EVENTS] = self.contained(|| self.serve_faults(worker, &mut state, memory));
+        worker.sound[EVENTS] = self.catch_panic(|| self.serve_faults(worker, &mut state, memory));
         if !worker.sound[EVENTS] {
             self.distrust(EVENTS);
         }

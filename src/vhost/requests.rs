@@ -56,7 +56,7 @@ impl Backend {
             if !worker.sound[REQUESTS] || worker.silent {
                 return;
             }
-            worker.sound[REQUESTS] = self.contained(|| self.serve_batch(worker, &mut state, memory));
+            worker.sound[REQUESTS] = self.catch_panic(|| self.serve_batch(worker, &mut state, memory));
             if !worker.sound[REQUESTS] {
                 return self.distrust(REQUESTS);
             }

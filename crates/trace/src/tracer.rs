@@ -176,7 +176,7 @@ impl Tracer {
 
     /// Runs something that must not take its thread down; `None` if it panics, which is traced as a panic of
     /// `endpoint`. What the call changes must be whole, or not used any more, wherever it may panic.
-    pub fn contain<R>(&self, endpoint: u32, call: impl FnOnce() -> R) -> Option<R> {
+    pub fn catch_panic<R>(&self, endpoint: u32, call: impl FnOnce() -> R) -> Option<R> {
         let result = catch_unwind(AssertUnwindSafe(call));
         if result.is_err() {
             self.emit(Event::Panic { endpoint });

@@ -44,7 +44,7 @@ impl Worker {
         let thread = std::thread::Builder::new()
             .name(format!("ioat-{:x}", shared.context.dma.endpoint()))
             .spawn(move || {
-                while other.context.tracer.contain(other.context.dma.endpoint(), || other.run()).is_none() {
+                while other.context.tracer.catch_panic(other.context.dma.endpoint(), || other.run()).is_none() {
                     other.panicked();
                 }
             })

@@ -95,7 +95,7 @@ impl Admin {
             doorbells.tail.subscribe();
         }
         let shared = self.shared.clone();
-        shared.contained(|| {
+        shared.catch_panic(|| {
             let Err(Ended) = self.serve();
         });
         self.end_workers();

@@ -222,8 +222,8 @@ impl Shared {
     }
 
     /// Runs a thread of the controller's: a panic of it is the controller's fatal status and nothing more.
-    pub fn contained(&self, run: impl FnOnce()) {
-        if self.context.tracer.contain(self.context.dma.endpoint(), run).is_none() {
+    pub fn catch_panic(&self, run: impl FnOnce()) {
+        if self.context.tracer.catch_panic(self.context.dma.endpoint(), run).is_none() {
             self.fatal();
         }
     }

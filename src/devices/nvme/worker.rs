@@ -61,7 +61,7 @@ impl Worker {
         let name = format!("nvme {:x} q{queue}", shared.context.dma.endpoint());
         let spawned = std::thread::Builder::new().name(name).spawn(move || {
             let shared = work.shared.clone();
-            shared.contained(|| {
+            shared.catch_panic(|| {
                 // Only an end leads out.
                 let Err(Ended) = work.run();
             });
