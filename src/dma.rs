@@ -203,9 +203,9 @@ impl Dma {
         };
         drop(guard);
         // Another thread may have found a page missing, and something else in its place.
-        let sound = runs.iter().all(|run| memory.is_sound(run.found.gpa, run.len));
+        let intact = runs.iter().all(|run| memory.is_intact(run.found.gpa, run.len));
         let wanted: usize = iovecs.iter().map(|iovec| iovec.iov_len).sum();
-        sound && usize::try_from(moved) == Ok(wanted) && runs.into_iter().all(|run| self.record(run, access).is_ok())
+        intact && usize::try_from(moved) == Ok(wanted) && runs.into_iter().all(|run| self.record(run, access).is_ok())
     }
 
     /// Does the first contiguous run of an access of `want` bytes and returns its length.

@@ -221,7 +221,7 @@ impl Regions {
     }
 
     /// Whether all pages of a range, which is memory, could be had so far.
-    pub fn is_sound(&self, gpa: u64, len: u64) -> bool {
+    pub fn is_intact(&self, gpa: u64, len: u64) -> bool {
         !sigbus::any() || !self.touching(gpa, gpa.saturating_add(len - 1)).any(|region| region.is_bad(gpa, len))
     }
 }

@@ -66,7 +66,7 @@ pub(super) struct Worker {
     /// Bytes that are written into a chain.
     pub(super) reply: Vec<u8>,
     /// A queue that was set up rightly, and in which nothing impossible was found since.
-    pub(super) sound: [bool; QUEUES],
+    pub(super) usable: [bool; QUEUES],
     /// The request queue is to be left alone until it is started anew, though nothing is wrong with it.
     pub(super) silent: bool,
     /// The index at which the queue was started.
@@ -164,8 +164,7 @@ impl Backend {
             !self.lost_memory()
         });
         if !whole {
-            worker.sound = [false; QUEUES];
-            (0..QUEUES).for_each(|index| self.distrust(index));
+            (0..QUEUES).for_each(|index| self.mark_broken(&mut worker, index));
         }
     }
 
@@ -175,7 +174,7 @@ impl Backend {
         let memory = self.table.memory().memory();
         for (index, ring) in rings.iter().enumerate() {
             if ring.take_started() {
-                (worker.base[index], worker.sound[index]) = self.start(index, ring, &memory);
+                self.start(worker, index, ring, &memory);
                 worker.silent &= index != REQUESTS;
             }
         }
@@ -194,24 +193,24 @@ impl Backend {
         self.deliver_faults(worker, rings, &memory);
     }
 
-    /// A queue was started. Returns where, and whether it can be used.
-    fn start(&self, index: usize, ring: &Ring, memory: &GuestMemoryMmap) -> (u16, bool) {
+    /// A queue was started. Notes where, and whether it can be used.
+    fn start(&self, worker: &mut Worker, index: usize, ring: &Ring, memory: &GuestMemoryMmap) {
         // Locked until the lifecycle knows: a frontend that stops the queue now stops one that is known to have started.
         let state = ring.get_ref();
         let queue = state.get_queue();
         let (base, size) = (queue.next_avail(), queue.size());
+        (worker.base[index], worker.usable[index]) = (base, queue.ready());
         if !queue.ready() {
             // Stopped again before anybody saw it start.
-            return (base, false);
+            return;
         }
         let valid = ring.has_size() && queue.is_valid(memory) && !self.table.is_lost();
         self.shared.queue_started(index, base);
         self.shared.tracer.emit(Event::Queue { queue: index as u8, started: true, index: base, size });
         drop(state);
         if !valid {
-            self.distrust(index);
+            self.mark_broken(worker, index);
         }
-        (base, valid)
     }
 
     /// A queue was stopped, if it was running.
@@ -253,7 +252,8 @@ impl Backend {
 
     /// Something impossible was found in a queue: it is left alone until it is set up anew. The specification's way to
     /// say so, DEVICE_NEEDS_RESET, does not exist in vhost-user.
-    pub(super) fn distrust(&self, index: usize) {
+    pub(super) fn mark_broken(&self, worker: &mut Worker, index: usize) {
+        worker.usable[index] = false;
         log::warn!("Virtqueue {index} is not a virtqueue: it is ignored until the driver resets the device");
         self.trace_malformed(index, 0, 0, 0);
     }
@@ -393,11 +393,11 @@ mod tests {
         let backend = Backend::new(Arc::new(shared)).unwrap();
         let ring = Ring::new(memory, 256).unwrap();
         let mut state = ring.get_mut();
-        let sound = backend.catch_panic(|| {
+        let usable = backend.catch_panic(|| {
             state.get_queue_mut().set_size(128);
             panic!("a bug of the device's");
         });
-        assert!(!sound);
+        assert!(!usable);
         drop(state);
         assert_eq!(ring.get_ref().get_queue().size(), 128);
         assert!(backend.catch_panic(|| true));

@@ -16,7 +16,7 @@ impl Backend {
     pub(super) fn deliver_faults(&self, worker: &mut Worker, rings: &[Ring], memory: &GuestMemoryMmap) {
         let ring = &rings[EVENTS];
         let mut state = ring.get_mut();
-        if !is_served(&state) || !worker.sound[EVENTS] {
+        if !is_served(&state) || !worker.usable[EVENTS] {
             return;
         }
         // What a start means comes first: a reset drops the faults.
@@ -24,19 +24,18 @@ impl Backend {
             drop(state);
             return self.leave_requests();
         }
-        worker.sound[EVENTS] = self.catch_panic(|| self.serve_faults(worker, &mut state, memory));
-        if !worker.sound[EVENTS] {
-            self.distrust(EVENTS);
+        if !self.catch_panic(|| self.serve_faults(worker, &mut state, memory)) {
+            self.mark_broken(worker, EVENTS);
         }
     }
 
     /// Delivers what can be. Returns false if the queue is not one.
     fn serve_faults(&self, worker: &mut Worker, state: &mut VringState, memory: &GuestMemoryMmap) -> bool {
         let queue = state.get_queue_mut();
-        let (mut sound, mut used_any) = (true, false);
+        let (mut usable, mut used_any) = (true, false);
         // No more than the ring holds, so that a driver that keeps adding useless buffers does not keep the worker.
         for _ in 0..queue.size() {
-            if !sound || !self.shared.iommu.has_fault() {
+            if !usable || !self.shared.iommu.has_fault() {
                 break;
             }
             match queue::pop(queue, memory) {
@@ -52,7 +51,7 @@ impl Backend {
                         }
                     };
                     if head < queue.size() {
-                        sound &= queue.add_used(memory, head, used).is_ok();
+                        usable &= queue.add_used(memory, head, used).is_ok();
                         used_any = true;
                     }
                 }
@@ -61,16 +60,16 @@ impl Backend {
                     match queue.enable_notification(memory) {
                         Ok(true) => {}
                         Ok(false) => break,
-                        Err(_) => sound = false,
+                        Err(_) => usable = false,
                     }
                 }
-                Popped::Broken => sound = false,
+                Popped::Broken => usable = false,
             }
         }
         if used_any {
             self.notify(EVENTS, state, memory);
         }
-        sound
+        usable
     }
 
     /// Writes the oldest fault into the buffers. Returns the bytes written.

@@ -53,20 +53,16 @@ impl Backend {
             if rings.iter().any(Ring::is_starting) {
                 break;
             }
-            if !worker.sound[REQUESTS] || worker.silent {
+            if !worker.usable[REQUESTS] || worker.silent {
                 return;
             }
-            worker.sound[REQUESTS] = self.catch_panic(|| self.serve_batch(worker, &mut state, memory));
-            if !worker.sound[REQUESTS] {
-                return self.distrust(REQUESTS);
+            if !self.catch_panic(|| self.serve_batch(worker, &mut state, memory)) {
+                return self.mark_broken(worker, REQUESTS);
             }
             match ring.rest(&mut state, memory) {
                 Some(true) => {}
                 Some(false) => return,
-                None => {
-                    worker.sound[REQUESTS] = false;
-                    return self.distrust(REQUESTS);
-                }
+                None => return self.mark_broken(worker, REQUESTS),
             }
         }
         self.leave_requests();
@@ -75,11 +71,11 @@ impl Backend {
     /// Answers one batch. Returns false if the queue is not one.
     fn serve_batch(&self, worker: &mut Worker, state: &mut VringState, memory: &GuestMemoryMmap) -> bool {
         let queue = state.get_queue_mut();
-        let mut sound = queue.disable_notification(memory).is_ok();
+        let mut usable = queue.disable_notification(memory).is_ok();
         let begun = Instant::now();
         worker.answers.clear();
         let journal = self.shared.iommu.journal();
-        while sound && worker.answers.len() < BATCH_MAX && (worker.answers.is_empty() || begun.elapsed() < TURN) {
+        while usable && worker.answers.len() < BATCH_MAX && (worker.answers.is_empty() || begun.elapsed() < TURN) {
             match queue::pop(queue, memory) {
                 Popped::Chain(chain) => {
                     let (start, head) = (Instant::now(), chain.head_index());
@@ -99,11 +95,11 @@ impl Backend {
                     worker.answers.push(Answer { head, used, start, event });
                 }
                 Popped::Empty => break,
-                Popped::Broken => sound = false,
+                Popped::Broken => usable = false,
             }
         }
         if worker.answers.is_empty() {
-            return sound;
+            return usable;
         }
         // The rule that all hangs on: the driver is not told of a removal while an access may still use what was
         // removed.
@@ -115,12 +111,12 @@ impl Backend {
             }
             // A head outside of the queue cannot be given back.
             if answer.head < queue.size() {
-                sound &= queue.add_used(memory, answer.head, answer.used).is_ok();
+                usable &= queue.add_used(memory, answer.head, answer.used).is_ok();
             }
         }
         drop(journal);
         self.notify(REQUESTS, state, memory);
-        sound
+        usable
     }
 
     /// Does the request in the buffers and writes its answer. Returns the bytes written, and what to trace; `None` for
