@@ -30,8 +30,8 @@ struct Line {
 struct Lines {
     msi: Vec<Mutex<Line>>,
     msix: Vec<Mutex<Line>>,
-    /// The function's vectors that it withholds from MSI, a bit each.
-    withheld: u32,
+    /// The vectors that the function masks for MSI, a bit each.
+    msi_mask: u32,
 }
 
 struct Shared {
@@ -52,7 +52,7 @@ impl Interrupts {
 
     /// Sends vector `vector`; nothing happens while the guest has it disabled, and a masked one is sent when it is
     /// unmasked. With MSI, where the guest may have enabled fewer vectors than the function has, the number's low
-    /// bits count; nothing happens there while [`Interrupts::withhold`] is in effect for it. With the pin, the model's
+    /// bits count; nothing happens there while [`Interrupts::mask_msi`] masks it. With the pin, the model's
     /// reasons count and not the vector: see [`Interrupts::set_pin_source`].
     pub fn trigger(&self, vector: u16) {
         let Some(shared) = &self.0 else { return };
@@ -62,7 +62,7 @@ impl Interrupts {
         let lines = unpoisoned(shared.lines.read());
         let (line, vector) = if lines.msi.is_empty() {
             (lines.msix.get(usize::from(vector)), vector)
-        } else if lines.withholds(vector) {
+        } else if lines.masks_msi(vector) {
             return;
         } else {
             let low = usize::from(vector) % lines.msi.len();
@@ -73,17 +73,17 @@ impl Interrupts {
         }
     }
 
-    /// Withholds those of the function's first 32 vectors whose bits are set, and no others, for a function that masks by
+    /// Masks those of the function's first 32 vectors whose bits are set, and no others, for a function that masks by
     /// registers of its own. It comes before all that MSI and the pin do: vectors have the function's numbers, a triggered
     /// one does not become pending, and none is sent after this returned. MSI-X is not affected.
     ///
-    /// Returns the vectors that were withheld and are not any more, none without MSI: the function is to trigger those
+    /// Returns the vectors that were masked and are not any more, none without MSI: the function is to trigger those
     /// that still have a reason. The pin asks for itself.
-    pub fn withhold(&self, vectors: u32) -> u32 {
+    pub fn mask_msi(&self, vectors: u32) -> u32 {
         let Some(shared) = &self.0 else { return 0 };
-        shared.pin_sent(shared.pin.withhold(vectors));
+        shared.pin_sent(shared.pin.mask_vectors(vectors));
         let mut lines = unpoisoned(shared.lines.write());
-        let before = std::mem::replace(&mut lines.withheld, vectors);
+        let before = std::mem::replace(&mut lines.msi_mask, vectors);
         if lines.msi.is_empty() { 0 } else { before & !vectors }
     }
 
@@ -240,9 +240,9 @@ impl Lines {
         }
     }
 
-    /// Whether the function withholds a vector from MSI; those from 32 on have no bit.
-    fn withholds(&self, vector: u16) -> bool {
-        self.withheld.checked_shr(u32::from(vector)).is_some_and(|bits| bits & 1 != 0)
+    /// Whether the function masks a vector for MSI; those from 32 on have no bit.
+    fn masks_msi(&self, vector: u16) -> bool {
+        self.msi_mask.checked_shr(u32::from(vector)).is_some_and(|bits| bits & 1 != 0)
     }
 }
 
@@ -290,16 +290,16 @@ mod tests {
     }
 
     #[test]
-    fn a_function_withholds_msi_by_its_own_numbers() {
+    fn a_function_masks_msi_by_its_own_numbers() {
         let interrupts = Interrupts::new(8, Tracer::default());
         let (msi, msix) = (events(2), events(1));
         interrupts.assign(Kind::Msix, 0, msix.iter().map(sink));
-        assert_eq!(interrupts.withhold(1 << 5), 0);
+        assert_eq!(interrupts.mask_msi(1 << 5), 0);
         interrupts.trigger(0);
         assert_eq!(msix[0].read().unwrap(), 1);
-        assert_eq!(interrupts.withhold(0), 0, "MSI-X withheld nothing");
+        assert_eq!(interrupts.mask_msi(0), 0, "MSI-X masked nothing");
         interrupts.assign(Kind::Msi, 0, msi.iter().map(sink));
-        interrupts.withhold(1 << 5 | 1 << 31);
+        interrupts.mask_msi(1 << 5 | 1 << 31);
         interrupts.trigger(5);
         assert!(msi[1].read().is_err());
         // Both fold onto the same one; the last has no bit.
@@ -307,7 +307,7 @@ mod tests {
             interrupts.trigger(vector);
             assert_eq!(msi[1].read().unwrap(), 1, "{vector}");
         }
-        assert_eq!(interrupts.withhold(1 << 31 | 1), 1 << 5);
+        assert_eq!(interrupts.mask_msi(1 << 31 | 1), 1 << 5);
         assert!(msi[1].read().is_err(), "whether it still has a reason is the function's to say");
         interrupts.trigger(5);
         assert_eq!(msi[1].read().unwrap(), 1);

@@ -40,8 +40,8 @@ struct State {
     masked: bool,
     /// By Interrupt Disable in the command register.
     disabled: bool,
-    /// Vectors that the model withholds.
-    withheld: u32,
+    /// Vectors that the model masks, a bit each.
+    masked_vectors: u32,
     source: Option<Weak<dyn PinSource>>,
     unmasker: Option<Unmasker>,
 }
@@ -50,7 +50,7 @@ impl State {
     /// Whether the model asserts the pin.
     fn level(&self) -> bool {
         let source = self.source.as_ref().and_then(Weak::upgrade);
-        source.is_some_and(|source| source.reasons() & !self.withheld != 0)
+        source.is_some_and(|source| source.reasons() & !self.masked_vectors != 0)
     }
 
     /// Sends an event if the pin is asserted and may be. Returns whether it was sent.
@@ -104,10 +104,10 @@ impl Pin {
         self.is_assigned() && self.lock().update()
     }
 
-    /// The model withholds these vectors, and no others.
-    pub fn withhold(&self, vectors: u32) -> bool {
+    /// The model masks these vectors, and no others.
+    pub fn mask_vectors(&self, vectors: u32) -> bool {
         let mut state = self.lock();
-        state.withheld = vectors;
+        state.masked_vectors = vectors;
         state.update()
     }
 

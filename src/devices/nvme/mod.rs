@@ -80,7 +80,7 @@ impl Nvme {
     pub fn new(context: FunctionContext, disk: Arc<Disk>) -> Self {
         disk.count(|c| &c.power_cycles, 1);
         // The one of before may have gone with some masked.
-        context.interrupts.withhold(0);
+        context.interrupts.mask_msi(0);
         let dma = context.dma.open();
         let shared = Arc::new(Shared::new(context, disk));
         let source: Arc<dyn PinSource> = shared.clone();
@@ -136,7 +136,7 @@ impl Nvme {
     /// have something to tell, whether it was told before or not.
     fn mask_interrupts(&mut self, mask: u32) {
         self.interrupt_mask = mask;
-        let unmasked = self.shared.context.interrupts.withhold(mask);
+        let unmasked = self.shared.context.interrupts.mask_msi(mask);
         // Not locked any more when one interrupts, since the pin asks for all of them then.
         let cqs = lock(&self.shared.cqs).clone();
         for cq in &cqs {
