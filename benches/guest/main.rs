@@ -4,7 +4,7 @@
 //! Both boot the same kernel with the same initial RAM file system on the same QEMU; ours has a trace socket. They run by
 //! turns ([`common::tandem`]), in rounds of boots; what is given is the median of all rounds with the range that encloses
 //! the true median with a confidence of 95 %. What tracing costs is less than boots differ: it is measured within a boot
-//! ([`turns`]).
+//! ([`trace_overhead`]).
 //!
 //! A buffer of 128 KiB is one run of physical memory or 32, which makes 1 MAP or 32 for each I/O. Both are measured: the
 //! guest has enough memory for Linux to use huge pages, so that a boot does not decide it.
@@ -21,11 +21,11 @@ use serde_json::{Value, json};
 
 #[path = "../common/mod.rs"]
 mod common;
-mod turns;
+mod trace_overhead;
 
 use common::tandem::{self, Io, Measured, Running};
 use common::{Cores, Daemon, Guest, MISSED, Median, median, verdict};
-use turns::Reader;
+use trace_overhead::Reader;
 
 /// Name, workload, and the I/O that it does.
 const CASES: [(&str, &str, Io); 8] = [
@@ -77,7 +77,7 @@ fn main() -> ExitCode {
     for round in 0..TURNS_ROUNDS {
         for (reader, all) in [(Reader::None, &mut traced), (Reader::Binary, &mut watched)] {
             eprintln!("tracing by turns, round {} of {TURNS_ROUNDS}: reader {reader:?}", round + 1);
-            all.iter_mut().zip(turns::boot(reader, &cores)).for_each(|(all, ratio)| all.push(ratio));
+            all.iter_mut().zip(trace_overhead::boot(reader, &cores)).for_each(|(all, ratio)| all.push(ratio));
         }
     }
     let mut measured = vec![BTreeMap::new(); CASES.len()];
@@ -138,7 +138,7 @@ fn report(
     let mut text = format!(
         "I/Os per second and their ratio, median of {rounds} rounds of boots; ratio of turns with and without tracing, median of \
          {TURNS_ROUNDS} boots of {} s a case; each with the spread of the median\n\n",
-        turns::SECONDS
+        trace_overhead::SECONDS
     );
     let head = ["case", "QEMU's", "ours", "ours/QEMU's", "traced/untraced", "watched/untraced"];
     let mut line = |[case, qemu, ours, to_qemu, traced, watched]: [&str; 6]| {

@@ -5,8 +5,8 @@
 mod setup;
 
 mod copies;
-mod ends;
 mod errors;
 mod hostile;
 mod interrupts;
+mod teardown;
 mod traced;

@@ -5,13 +5,13 @@
 mod blocks;
 mod controller;
 mod data;
-mod ends;
 mod events;
 mod hostile;
-mod masks;
+mod interrupt_masks;
 mod pin;
 mod poller;
 mod queues;
+mod teardown;
 mod traced;
 mod unmapped;
 
