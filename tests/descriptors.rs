@@ -10,13 +10,14 @@ use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use ::vhost::VhostBackend;
 use ::vhost::vhost_user::Frontend;
 use viommu::iommu::{EndpointSettings, Iommu, Settings};
 use viommu::pci::{self, Function, Identity, Slot};
 use viommu::vhost;
+use viommu_testkit::PATIENCE;
 use viommu_testkit::function::Served;
 use viommu_testkit::memfd;
 use viommu_testkit::toy::*;
@@ -27,9 +28,6 @@ use vmm_sys_util::eventfd::EventFd;
 const ENDPOINT: u32 = 0x20;
 const PAGE: u64 = 4096;
 const CONFIG: u32 = 7;
-
-/// How long anything may take.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Passes on what is logged.
 struct Log(Mutex<Sender<String>>);

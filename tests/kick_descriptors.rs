@@ -10,6 +10,7 @@ use std::os::unix::net::UnixStream;
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 use viommu_testkit::frontend::*;
+use viommu_testkit::{PATIENCE, wait_until};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// How many descriptors the device's epoll waits for as the kick of the request queue, open or closed by now. There may be
@@ -53,7 +54,7 @@ fn a_kick_that_was_replaced_or_is_broken_is_not_waited_for() {
     driver.frontend.set_vring_kick(REQUESTS, &broken).unwrap();
     assert_eq!(registered(), 1);
     drop(ours);
-    eventually("the end of the descriptor", || registered() == 0);
+    wait_until(PATIENCE, "the end of the descriptor", || registered() == 0);
 
     // Stopped and started again, all is well.
     driver.reset();

@@ -9,12 +9,12 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
 
 use vfio_bindings::bindings::vfio::*;
 use vfio_user::Client;
 use viommu::pci::{Server, Slot};
 use viommu_socket::SocketError;
+use viommu_testkit::PATIENCE;
 use viommu_testkit::function::Served;
 use viommu_testkit::memfd;
 use viommu_testkit::toy::*;
@@ -24,8 +24,6 @@ use vmm_sys_util::eventfd::EventFd;
 
 const ENDPOINT: u32 = 0x20;
 const RAM: u64 = 1 << 20;
-/// How long anything may take: only a hang takes longer.
-const PATIENCE: Duration = Duration::from_secs(60);
 const CONFIG: u32 = VFIO_PCI_CONFIG_REGION_INDEX;
 
 /// The device on a socket, and how often its client reset it.

@@ -8,6 +8,7 @@ use std::thread;
 use viommu::poller::QueuePoller;
 use viommu_testkit::Ends;
 use viommu_testkit::frontend::*;
+use viommu_testkit::{PATIENCE, wait_until};
 use viommu_wire::request::RequestType;
 
 const PAGE: u64 = 4096;
@@ -75,7 +76,7 @@ fn a_kick_that_nobody_asked_for_is_counted_and_disturbs_nothing() {
     assert!(device.control.acquire());
     for count in 1..=10 {
         driver.kick(REQUESTS);
-        eventually("the kick", || device.control.counters().kicks == kicks + count);
+        wait_until(PATIENCE, "the kick", || device.control.counters().kicks == kicks + count);
         let (writable, kicked) = send(&mut driver, count);
         assert!(!kicked, "the worker asked for kicks");
         assert!(device.control.poll());
@@ -240,7 +241,7 @@ fn a_frontend_that_leaves_while_its_queue_is_taken_leaves_it_to_the_next() {
         assert!(control.acquire());
         drop(next);
         // Nobody is connected any more.
-        eventually("the end of the connection", || {
+        wait_until(PATIENCE, "the end of the connection", || {
             control.poll();
             control.release();
             !control.acquire()

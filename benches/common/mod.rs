@@ -1,27 +1,13 @@
-//! Guests for the benchmarks: the daemon that serves their devices, a QEMU, and the results of their workloads.
+//! What the benchmarks that boot guests share: who runs where, guests by turns, and medians.
 
 use std::fs;
-use std::io::Read;
-use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
 
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
-use serde_json::Value;
+use viommu_testkit::guest::{Folder, Guest, Running};
+use viommu_testkit::{PATIENCE, wait_until};
 
 pub mod tandem;
-
-/// How long one guest may take.
-const LIMIT: Duration = Duration::from_secs(900);
-
-/// The folder with QEMU, kernel and initial RAM file system that `scripts/prepare-guest FLAVOUR` made.
-pub fn guest_files(flavour: &str) -> PathBuf {
-    let files = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/guest").join(flavour);
-    assert!(files.join("initramfs").exists(), "no guest in {files:?}; run scripts/prepare-guest {flavour}");
-    files
-}
 
 /// Who runs on which of the machine's cores. Where threads land by chance, the daemon shares a core with the guest's
 /// processor in some boots and not in others, and that alone makes throughput differ by a factor of three.
@@ -43,205 +29,26 @@ impl Cores {
         Cores { processor }
     }
 
-    /// Gives the guest's processor its core. QEMU names its thread, not long after it was started.
-    fn keep_processor(&self, qemu: u32) {
-        let processor = || {
-            let threads = fs::read_dir(format!("/proc/{qemu}/task")).ok()?;
-            threads
-                .flatten()
-                .find(|thread| fs::read_to_string(thread.path().join("comm")).is_ok_and(|name| name.contains("CPU")))
-        };
-        let deadline = Instant::now() + Duration::from_secs(60);
-        while Instant::now() < deadline {
-            if let Some(thread) = processor() {
-                let id = thread.file_name().to_string_lossy().parse().unwrap();
-                return sched_setaffinity(Pid::from_raw(id), &self.processor).unwrap();
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        panic!("QEMU has no thread that is named after a CPU");
+    /// Boots a guest whose processor has its core. QEMU names the thread, not long after it was started.
+    pub fn start(&self, guest: Guest) -> Running {
+        let running = guest.start();
+        let mut thread = None;
+        wait_until(PATIENCE, "a thread of QEMU's that is named after a CPU", || {
+            let threads = fs::read_dir(format!("/proc/{}/task", running.pid())).into_iter().flatten().flatten();
+            let is_processor = |name: String| name.contains("CPU");
+            thread = threads
+                .filter(|thread| fs::read_to_string(thread.path().join("comm")).is_ok_and(is_processor))
+                .find_map(|thread| thread.file_name().to_string_lossy().parse().ok());
+            thread.is_some()
+        });
+        sched_setaffinity(Pid::from_raw(thread.unwrap()), &self.processor).unwrap();
+        running
     }
-}
-
-/// A guest that runs workloads of `viommu-guest` and powers off.
-pub struct Guest<'a> {
-    /// Where its processor runs.
-    pub cores: &'a Cores,
-    /// Where sockets, images and results are.
-    pub folder: &'a Path,
-    /// What [`guest_files`] takes.
-    pub flavour: &'a str,
-    /// QEMU's accelerator, and what goes with it.
-    pub accel: &'a str,
-    /// QEMU's arguments for machine and devices.
-    pub devices: &'a str,
-    /// More words for the kernel's command line.
-    pub append: &'a str,
-    /// Workloads, separated by `+`.
-    pub workload: &'a str,
-}
-
-impl Guest<'_> {
-    /// Boots it, waits for its end and returns what it said.
-    pub fn run(&self) -> Vec<Value> {
-        let ended = self.boot().wait();
-        let values = results(self.folder);
-        let good = values.iter().any(|value| value["event"] == "end" && value["ok"] == true);
-        assert!(ended && good, "{}: the guest failed or did not end; {}", self.workload, said(self.folder));
-        values
-    }
-
-    /// Starts it.
-    pub fn boot(&self) -> Qemu {
-        let _ = fs::remove_file(self.folder.join("results.jsonl"));
-        let Guest { accel, devices, append, .. } = self;
-        let files = guest_files(self.flavour);
-        let files = files.display();
-        // Commas: one word for the kernel, which takes 32 at most.
-        let workload = self.workload.replace(' ', ",");
-        let line = format!(
-            "exec {files}/qemu -accel {accel} -cpu max -no-user-config -nodefaults -display none -no-reboot {devices} \
-             -serial file:console.log -serial file:results.jsonl -kernel {files}/vmlinuz -initrd {files}/initramfs \
-             -append 'console=ttyS0 panic=-1 {append} -- {workload}'"
-        );
-        let mut command = Command::new("sh");
-        command.arg("-c").arg(line).current_dir(self.folder).stdin(Stdio::null());
-        let qemu = Qemu(end_with_this_process(&mut command).spawn().unwrap());
-        self.cores.keep_processor(qemu.id());
-        qemu
-    }
-}
-
-/// A QEMU that runs; killed when dropped.
-pub struct Qemu(Child);
-
-impl Qemu {
-    /// Its process.
-    pub fn id(&self) -> u32 {
-        self.0.id()
-    }
-
-    /// Whether it is over.
-    pub fn ended(&mut self) -> bool {
-        self.0.try_wait().unwrap().is_some()
-    }
-
-    /// Kills it, if it is not over.
-    pub fn kill(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-
-    /// Waits for its end. `false`: it did not come in time.
-    fn wait(&mut self) -> bool {
-        let deadline = Instant::now() + LIMIT;
-        while Instant::now() < deadline {
-            if self.ended() {
-                return true;
-            }
-            std::thread::sleep(Duration::from_millis(50));
-        }
-        false
-    }
-}
-
-impl Drop for Qemu {
-    fn drop(&mut self) {
-        self.kill();
-    }
-}
-
-/// Has a process killed when this one ends, however it does: one that is stopped would stay for ever.
-fn end_with_this_process(command: &mut Command) -> &mut Command {
-    // SAFETY: between fork and exec only async-signal-safe calls are allowed; this is one system call.
-    unsafe {
-        command.pre_exec(|| {
-            nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL).map_err(std::io::Error::from)
-        })
-    }
-}
-
-/// What a guest in this folder has said so far of its workloads.
-fn results(folder: &Path) -> Vec<Value> {
-    let text = fs::read_to_string(folder.join("results.jsonl")).unwrap_or_default();
-    text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
-}
-
-/// What a guest in this folder said.
-fn said(folder: &Path) -> String {
-    let results = fs::read_to_string(folder.join("results.jsonl")).unwrap_or_default();
-    let console = fs::read(folder.join("console.log")).unwrap_or_default();
-    format!("its results:\n{results}\nits console:\n{}", String::from_utf8_lossy(&console))
 }
 
 /// Makes the image of the NVMe controller. Not sparse: a hole reads faster than data.
-pub fn write_image(folder: &Path) {
-    fs::write(folder.join("disk.img"), vec![0x5a; 256 << 20]).unwrap();
-}
-
-/// QEMU's arguments for the machine and the devices of `topology.toml` in this folder.
-pub fn devices(folder: &Path) -> String {
-    let output = viommu(folder, &["args", "--machine"]).output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap().trim().to_string()
-}
-
-fn viommu(folder: &Path, args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_viommu"));
-    command.current_dir(folder).args(args).args(["--topology", "topology.toml", "--socket-path", "viommu.sock"]);
-    command
-}
-
-/// `viommu serve` with `topology.toml` in a folder; ends when dropped.
-pub struct Daemon(Child);
-
-impl Daemon {
-    /// Starts it, with more arguments or none.
-    pub fn start(folder: &Path, args: &[&str]) -> Daemon {
-        let mut command = viommu(folder, &["serve"]);
-        let daemon = Daemon(end_with_this_process(command.args(args).stdout(Stdio::piped())).spawn().unwrap());
-        wait_for(&folder.join("nvme0.sock"));
-        daemon
-    }
-
-    /// Its process.
-    pub fn id(&self) -> u32 {
-        self.0.id()
-    }
-
-    /// Ends it, and returns what it printed.
-    pub fn end(mut self) -> String {
-        self.terminate();
-        let mut text = String::new();
-        self.0.stdout.take().unwrap().read_to_string(&mut text).unwrap();
-        text
-    }
-
-    /// SIGTERM, so that the sockets are removed.
-    fn terminate(&self) {
-        let pid = Pid::from_raw(self.0.id() as i32);
-        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        self.terminate();
-        // It would wait for somebody to read what it prints.
-        drop(self.0.stdout.take());
-        let _ = self.0.wait();
-    }
-}
-
-/// Waits until there is a file.
-pub fn wait_for(path: &Path) {
-    for _ in 0..500 {
-        if path.exists() {
-            return;
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    panic!("{path:?} did not appear");
+pub fn write_image(folder: &Folder) {
+    folder.write("disk.img", vec![0x5a; 256 << 20]);
 }
 
 /// The median of values, of which there is at least one.

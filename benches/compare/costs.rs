@@ -1,45 +1,34 @@
 //! What mapping costs the guest: its workload map-cost, once timed by the clock, and once in a guest whose clock counts
 //! instructions.
 
-use std::fs;
-
 use serde_json::{Value, json};
+use viommu_testkit::guest::{Folder, Guest, Serve};
 
-use super::common::{self, Cores, Daemon, Guest};
+use super::common::Cores;
 use super::{SIZES, Setup};
 
 /// One tick of the time stamp counter is one instruction of the guest, so that a time is the same in each run. It is not
 /// while the guest waits for the device, which does not care about the guest's clock.
-const COUNT_INSTRUCTIONS: &str = "tcg,thread=single -icount shift=0";
+fn count_instructions(guest: Guest) -> Guest {
+    guest.accel("tcg,thread=single").qemu(&["-icount", "shift=0"])
+}
 
 /// Boots two guests, and adds to each size in `all` what they say.
 pub fn measure(setup: Setup, cores: &Cores, all: &mut Value) {
-    let folder = tempfile::tempdir().unwrap();
-    fs::write(folder.path().join("topology.toml"), setup.topology(true)).unwrap();
-    fs::File::create(folder.path().join("disk.img")).unwrap().set_len(256 << 20).unwrap();
-    let devices = common::devices(folder.path());
-    let boot = |accel, ios| {
+    let boot = |ios, change: fn(Guest) -> Guest| {
+        let folder = Folder::new();
         let sizes = SIZES.iter().map(|size| format!("map-cost --ios {ios} {}", size.options()));
         let workload = sizes.collect::<Vec<_>>().join(" + ");
-        let daemon = Daemon::start(folder.path(), &[]);
-        let append = setup.mode.append;
-        let guest = Guest {
-            cores,
-            folder: folder.path(),
-            flavour: setup.variant.kernel,
-            accel,
-            devices: &devices,
-            append,
-            workload: &workload,
-        };
-        let results = guest.run();
+        let daemon = Serve::start(&folder, &setup.topology(true), &["--create-images", "256M"]);
+        let guest = daemon.guest(&workload).kernel(setup.variant.kernel).append(setup.mode.append);
+        let outcome = cores.start(change(guest)).wait();
         daemon.end();
-        setup.check(&results);
-        results.into_iter().filter(|value| value["workload"] == "map-cost").collect::<Vec<_>>()
+        setup.check(&outcome.results);
+        outcome.results_of("map-cost").cloned().collect::<Vec<_>>()
     };
-    let timed = boot(super::ACCEL, 512);
+    let timed = boot(512, |guest| guest);
     // All are the same, so a few do.
-    let counted = boot(COUNT_INSTRUCTIONS, 64);
+    let counted = boot(64, count_instructions);
     for (size, (timed, counted)) in SIZES.iter().zip(timed.iter().zip(&counted)) {
         let of = &mut all[size.name];
         let ticks_per_us = timed["ticks"]["ticks_per_us"].as_f64().unwrap();

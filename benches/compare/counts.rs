@@ -6,8 +6,9 @@
 use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
+use viommu_testkit::guest::Guest;
 
-use super::{SIZES, Setup, Size, harness};
+use super::{SIZES, Setup, Size};
 
 /// The size of the I/Os that part the phases, in bytes.
 const MARK: u64 = 1536;
@@ -32,7 +33,7 @@ fn count_with(setup: Setup, polling: bool) -> Value {
             format!("{once} + {mark} + {once} + {mark} + {twice} + {mark}")
         })
         .collect();
-    let guest = harness::Guest::new(&setup.topology(polling), &phases.join(" + "));
+    let guest = Guest::new(&setup.topology(polling), &phases.join(" + "));
     let outcome = guest.kernel(setup.variant.kernel).append(setup.mode.append).run();
     let kernel = setup.check(&outcome.results);
     for name in ["faults", "events_lost", "requests_failed"] {

@@ -17,16 +17,10 @@ mod throughput;
 
 #[path = "../common/mod.rs"]
 mod common;
-#[allow(dead_code)]
-#[path = "../../tests/guest/harness.rs"]
-mod harness;
 
 /// Rounds for throughput, at least 6: of 9, the second lowest and the second highest value enclose the median
 /// with a confidence of 96 %.
 const ROUNDS: usize = 9;
-
-/// Emulation, so that results compare between machines, with and without KVM.
-pub const ACCEL: &str = "tcg,thread=multi";
 
 /// The sizes whose requests and costs are looked at.
 pub const SIZES: [Size; 2] = [

@@ -6,10 +6,11 @@ use std::path::Path;
 use std::process::{Command, ExitCode};
 
 use serde_json::{Value, json};
+use viommu_testkit::guest::{ACCEL, guest_files};
 
-use super::common::{self, MISSED, Median, REACHED, verdict};
+use super::common::{MISSED, Median, REACHED, verdict};
 use super::throughput::CASES;
-use super::{ACCEL, SIZES, Setup};
+use super::{SIZES, Setup};
 
 /// Where docs/results.md has the tables.
 const BEGIN: &str = "<!-- make compare writes from here -->";
@@ -91,7 +92,7 @@ fn about(measured: &Value, rounds: usize, cores: usize) -> Value {
         "date": said(Path::new("date"), "+%Y-%m-%d"),
         "command": format!("VIOMMU_COMPARE_ROUNDS={rounds} make compare"),
         "kernels": { "unpatched": kernel("unpatched"), "patched": kernel("patched_on") },
-        "qemu": said(&common::guest_files("patched").join("qemu"), "--version"),
+        "qemu": said(&guest_files("patched").join("qemu"), "--version"),
         "accel": ACCEL,
         "cores": cores,
         "processor": processor.trim_start_matches([' ', '\t', ':']),

@@ -1,13 +1,12 @@
 //! Throughput: the variants by turns, in rounds of boots.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::path::Path;
 
 use serde_json::{Value, json};
+use viommu_testkit::guest::{Folder, Serve};
 
-use super::common::tandem::{self, Io, Measured, Running};
-use super::common::{self, Cores, Daemon, Guest, median};
+use super::common::tandem::{self, Contender, Io, Measured};
+use super::common::{self, Cores, median};
 use super::{MODES, Mode, Setup, VARIANTS, Variant};
 
 /// Name, workload, and the I/O that it does.
@@ -28,7 +27,7 @@ pub fn measure(rounds: usize, cores: &Cores, all: &mut Value) {
         for mode in MODES {
             for (case, (name, workload, io)) in CASES.iter().enumerate() {
                 eprintln!("throughput, round {} of {rounds}: {}, {name}", round + 1, mode.name);
-                let start = |variant, folder: &Path| {
+                let start = |variant, folder: &Folder| {
                     boot(Setup { variant, mode }, cores, folder, &format!("--op randread {workload}"))
                 };
                 tandem::round(&VARIANTS, *io, round, measured.entry((mode, case)).or_default(), start);
@@ -52,19 +51,11 @@ pub fn measure(rounds: usize, cores: &Cores, all: &mut Value) {
 }
 
 /// Boots a guest whose reads never end.
-fn boot(setup: Setup, cores: &Cores, folder: &Path, options: &str) -> Running {
-    fs::write(folder.join("topology.toml"), setup.topology(true)).unwrap();
+fn boot(setup: Setup, cores: &Cores, folder: &Folder, options: &str) -> Contender {
     common::write_image(folder);
-    let daemon = Daemon::start(folder, &[]);
-    let guest = Guest {
-        cores,
-        folder,
-        flavour: setup.variant.kernel,
-        accel: super::ACCEL,
-        devices: &common::devices(folder),
-        append: setup.mode.append,
-        workload: &format!("nvme-io {options} --seconds {}", tandem::ENDLESS_SECONDS),
-    };
+    let daemon = Serve::start(folder, &setup.topology(true), &[]);
+    let workload = format!("nvme-io {options} --seconds {}", tandem::ENDLESS_SECONDS);
+    let guest = daemon.guest(&workload).kernel(setup.variant.kernel).append(setup.mode.append);
     let check = move |results: &[Value]| drop(setup.check(results));
-    Running { qemu: guest.boot(), daemon: Some(daemon), check: Box::new(check) }
+    Contender { guest: cores.start(guest), daemon: Some(daemon), check: Box::new(check) }
 }

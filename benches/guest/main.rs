@@ -18,13 +18,14 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use serde_json::{Value, json};
+use viommu_testkit::guest::{Folder, Guest, Serve};
 
 #[path = "../common/mod.rs"]
 mod common;
 mod trace_overhead;
 
-use common::tandem::{self, Io, Measured, Running};
-use common::{Cores, Daemon, Guest, MISSED, Median, median, verdict};
+use common::tandem::{self, Contender, Io, Measured};
+use common::{Cores, MISSED, Median, median, verdict};
 use trace_overhead::Reader;
 
 /// Name, workload, and the I/O that it does.
@@ -92,27 +93,34 @@ fn main() -> ExitCode {
     report(&measured, &traced, &watched, rounds)
 }
 
-/// Boots a guest that does this I/O without end.
-fn start(variant: Variant, cores: &Cores, folder: &Path, options: &str) -> Running {
-    common::write_image(folder);
-    fs::write(folder.join("topology.toml"), TOPOLOGY).unwrap();
-    let daemon = (variant == Variant::Ours).then(|| Daemon::start(folder, &["--trace-socket", "trace.sock"]));
-    let devices = match variant {
-        Variant::Qemu => {
-            "-machine q35,memory-backend=m -m 768M -object memory-backend-memfd,id=m,size=768M,share=on -smp 1 \
-             -device virtio-iommu-pci,addr=03.0 -drive if=none,id=d,file=disk.img,format=raw \
-             -device nvme,drive=d,serial=bench,addr=04.0"
-                .to_string()
-        }
-        Variant::Ours => common::devices(folder),
-    };
-    let workload = format!("nvme-io {options} --seconds {}", tandem::ENDLESS_SECONDS);
-    Running { qemu: guest(cores, folder, &devices, &workload).boot(), daemon, check: Box::new(check_buffers) }
-}
+/// QEMU's own machine and devices.
+const QEMUS_OWN: [&str; 14] = [
+    "-machine",
+    "q35,memory-backend=m",
+    "-m",
+    "768M",
+    "-object",
+    "memory-backend-memfd,id=m,size=768M,share=on",
+    "-smp",
+    "1",
+    "-device",
+    "virtio-iommu-pci,addr=03.0",
+    "-drive",
+    "if=none,id=d,file=disk.img,format=raw",
+    "-device",
+    "nvme,drive=d,serial=bench,addr=04.0",
+];
 
-/// A guest with the stock kernel.
-fn guest<'a>(cores: &'a Cores, folder: &'a Path, devices: &'a str, workload: &'a str) -> Guest<'a> {
-    Guest { cores, folder, flavour: "stock", accel: "tcg,thread=multi", devices, append: "", workload }
+/// Boots a guest that does this I/O without end.
+fn start(variant: Variant, cores: &Cores, folder: &Folder, options: &str) -> Contender {
+    common::write_image(folder);
+    let workload = format!("nvme-io {options} --seconds {}", tandem::ENDLESS_SECONDS);
+    let daemon = (variant == Variant::Ours).then(|| Serve::start(folder, TOPOLOGY, &["--trace-socket", "trace.sock"]));
+    let guest = match &daemon {
+        None => Guest::plain(QEMUS_OWN, &workload).folder(folder),
+        Some(daemon) => daemon.guest(&workload),
+    };
+    Contender { guest: cores.start(guest), daemon, check: Box::new(check_buffers) }
 }
 
 /// Makes sure that buffers lay in memory as their case wants it.

@@ -12,9 +12,10 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use serde::Deserialize;
+use viommu_testkit::guest::{Folder, Serve};
 use viommu_trace::now_ns;
 
-use super::common::{self, Cores, Daemon, median, tandem};
+use super::common::{self, Cores, median};
 use super::{CASES, TOPOLOGY};
 
 /// Milliseconds of a turn that are looked at.
@@ -52,26 +53,21 @@ impl Turn {
 
 /// Boots a guest, and returns the ratio of traced turns to untraced ones in each case.
 pub fn boot(reader: Reader, cores: &Cores) -> Vec<f64> {
-    let folder = tandem::folder();
-    let folder = folder.path();
-    common::write_image(folder);
-    fs::write(folder.join("topology.toml"), TOPOLOGY).unwrap();
-    let socket = folder.join("trace.sock");
+    let folder = Folder::in_memory();
+    common::write_image(&folder);
     let turn = TURN_MS.to_string();
-    let daemon = Daemon::start(folder, &["--trace-socket", "trace.sock", "--trace-turns", &turn]);
-    let client = (reader == Reader::Binary).then(|| watch(&socket));
-    let arrivals = Arrivals::of(&folder.join("results.jsonl"));
+    let daemon = Serve::start(&folder, TOPOLOGY, &["--trace-socket", "trace.sock", "--trace-turns", &turn]);
+    let client = (reader == Reader::Binary).then(|| watch(&folder.join("trace.sock")));
     let cases = CASES.iter().map(|(_, options, _)| format!("nvme-io {options} --seconds {SECONDS}"));
-    let workload = cases.collect::<Vec<_>>().join(" + ");
-    let results = super::guest(cores, folder, &common::devices(folder), &workload).run();
-    super::check_buffers(&results);
+    let guest = cores.start(daemon.guest(&cases.collect::<Vec<_>>().join(" + ")));
+    let arrivals = Arrivals::of(&folder.join("results.jsonl"));
+    super::check_buffers(&guest.wait().results);
     let ends = arrivals.end();
-    let printed = daemon.end();
+    let (_, printed) = daemon.end();
     if let Some(client) = client {
         assert!(client.join().unwrap() > 1 << 20, "the client of the trace got next to nothing");
     }
-    // The first line says that it serves.
-    let turns: Vec<Turn> = printed.lines().skip(1).map(|line| serde_json::from_str(line).unwrap()).collect();
+    let turns: Vec<Turn> = printed.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(ends.len(), CASES.len(), "not every case has a result");
     ends.iter().map(|end| ratio(&turns, *end)).collect()
 }
@@ -96,7 +92,6 @@ struct Arrivals {
 
 impl Arrivals {
     fn of(path: &Path) -> Arrivals {
-        let _ = fs::remove_file(path);
         let (path, over) = (path.to_owned(), Arc::new(AtomicBool::new(false)));
         let ended = over.clone();
         let thread = std::thread::spawn(move || {
@@ -121,7 +116,6 @@ impl Arrivals {
 
 /// Reads the trace to its end, and returns its length.
 fn watch(socket: &Path) -> JoinHandle<u64> {
-    common::wait_for(socket);
     let mut stream = UnixStream::connect(socket).unwrap();
     stream.write_all(b"{\"format\":\"binary\"}\n").unwrap();
     std::thread::spawn(move || {

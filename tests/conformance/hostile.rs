@@ -7,6 +7,7 @@ use std::time::Instant;
 use vhost::{VhostBackend, VringConfigData};
 use viommu::iommu::Limits;
 use viommu_testkit::frontend::*;
+use viommu_testkit::{PATIENCE, wait_until};
 use viommu_wire::virtio_iommu::request_type;
 
 /// Makes a chain of the given descriptors, numbered from 0, available, and waits until it is given back with nothing
@@ -219,7 +220,7 @@ fn rings_outside_of_memory() {
             driver.kick(REQUESTS);
         }
         driver.start_queue(EVENTS, 0);
-        eventually("the complaint", || device.control.counters().malformed == 1);
+        wait_until(PATIENCE, "the complaint", || device.control.counters().malformed == 1);
         // The driver does better after a reset.
         driver.stop_queues();
         driver.start_over();
@@ -251,7 +252,7 @@ fn a_queue_size_that_is_no_power_of_two() {
     driver.frontend.set_vring_kick(REQUESTS, &driver.queues[REQUESTS].kick).unwrap();
     driver.add(REQUESTS, &[Part::R(attach(1, EP, 0).bytes()), Part::W(4)]);
     driver.kick(REQUESTS);
-    eventually("the complaint", || device.control.counters().malformed == 1);
+    wait_until(PATIENCE, "the complaint", || device.control.counters().malformed == 1);
     driver.settle(REQUESTS);
     assert!(driver.used_is_empty(REQUESTS));
     driver.stop_queues();

@@ -10,6 +10,7 @@ use viommu::vhost::{Server, ServerError};
 use viommu_socket::SocketError;
 use viommu_testkit::frontend::*;
 use viommu_testkit::trace::Recorder;
+use viommu_testkit::{PATIENCE, wait_until};
 use viommu_trace::Tracer;
 use viommu_wire::trace::Kind;
 
@@ -173,14 +174,14 @@ fn many_sessions_leave_no_descriptor_behind() {
     let device = Device::new();
     drop(busy(&device));
     drop(busy(&device));
-    eventually("the end of the session", || device.iommu.counters().mappings_live == 0);
+    wait_until(PATIENCE, "the end of the session", || device.iommu.counters().mappings_live == 0);
     let before = count();
     for _ in 0..50 {
         drop(busy(&device));
     }
-    eventually("the end of the sessions", || device.iommu.counters().mappings_live == 0);
+    wait_until(PATIENCE, "the end of the sessions", || device.iommu.counters().mappings_live == 0);
     // The last session may still be closing its own.
-    eventually("all descriptors closed", || count() <= before);
+    wait_until(PATIENCE, "all descriptors closed", || count() <= before);
 }
 
 #[test]

@@ -4,6 +4,7 @@ use viommu::dma::DmaError;
 use viommu::iommu::Limits;
 use viommu_testkit::accesses::*;
 use viommu_testkit::frontend::*;
+use viommu_testkit::{PATIENCE, wait_until};
 use viommu_trace::event::Access;
 use viommu_wire::request::RequestType;
 use viommu_wire::virtio_iommu::*;
@@ -347,7 +348,7 @@ fn row_49_no_notification_that_the_driver_does_not_want() {
         // And the one that it does want comes.
         ask_for_notification(&driver, event_idx, 0);
         driver.attach(1, EP);
-        eventually("the notification", || driver.queues[REQUESTS].call.read().is_ok());
+        wait_until(PATIENCE, "the notification", || driver.queues[REQUESTS].call.read().is_ok());
     }
 }
 
@@ -372,7 +373,7 @@ fn row_49_a_batch_has_one_notification() {
         assert_eq!(used, head, "in order");
         assert_eq!(driver.collect(len, &writable).status(), OK);
     }
-    eventually("the notification", || driver.queues[REQUESTS].call.read().is_ok());
+    wait_until(PATIENCE, "the notification", || driver.queues[REQUESTS].call.read().is_ok());
     driver.settle(EVENTS);
     let after = device.control.counters();
     assert_eq!(after.notifications - before.notifications, 1);

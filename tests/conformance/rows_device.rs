@@ -3,6 +3,7 @@
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserConfigFlags;
 use viommu::iommu::Limits;
+use viommu_testkit::{PATIENCE, wait_until};
 use viommu_wire::virtio_iommu::*;
 
 use viommu_testkit::frontend::*;
@@ -270,6 +271,6 @@ fn a_session_begins_as_at_power_on() {
         assert_eq!(driver.map(1, 0, 0xfff, 0x5000, READ), OK);
         driver.write_bypass(0);
         drop(driver);
-        eventually("the reset after a disconnect", || device.iommu.counters().mappings_live == 0);
+        wait_until(PATIENCE, "the reset after a disconnect", || device.iommu.counters().mappings_live == 0);
     }
 }

@@ -20,6 +20,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use viommu_testkit::{PATIENCE, wait_until};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 /// Runs the command in `folder` until it fails; what it said.
@@ -465,7 +466,7 @@ fn a_refusal_is_logged_with_its_causes() {
 /// A request that takes long stands for an access to memory that does not end: either keeps the thread of the virtqueues.
 #[test]
 fn sigterm_ends_it_though_the_virtqueues_are_stuck() {
-    use viommu_testkit::frontend::{Driver, EP2, Part, REQUESTS, attach, eventually};
+    use viommu_testkit::frontend::{Driver, EP2, Part, REQUESTS, attach};
     let folder = folder();
     let arguments = ["--inject", "attach=late:ms=3600000", "--trace-socket", "trace.sock"];
     let (mut child, _) = serve_with(folder.path(), &arguments);
@@ -484,7 +485,7 @@ fn sigterm_ends_it_though_the_virtqueues_are_stuck() {
     let stuck = lines.any(|line| line.unwrap().contains("\"kind\":\"injected\""));
     assert!(stuck, "the request was not met");
     kill(Pid::from_raw(child.id() as i32), Signal::SIGTERM).unwrap();
-    eventually("the end", || child.try_wait().unwrap().is_some());
+    wait_until(PATIENCE, "the end", || child.try_wait().unwrap().is_some());
     assert!(!folder.path().join("viommu.sock").exists());
 }
 

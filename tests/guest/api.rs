@@ -2,8 +2,8 @@
 //! many requests it takes.
 
 use serde_json::Value;
+use viommu_testkit::guest::{Guest, Outcome};
 
-use crate::harness::{Guest, Outcome};
 use crate::nvme_in;
 
 /// Pages of each case that is counted, and their bytes.

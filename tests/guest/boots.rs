@@ -1,6 +1,7 @@
 //! Configurations in which a guest must come up and do its I/O.
 
-use crate::harness::{Guest, Outcome};
+use viommu_testkit::guest::{Guest, Outcome};
+
 use crate::{NVME, nvme_in};
 
 /// Small and large I/O, with physically scattered pages.
@@ -8,8 +9,7 @@ const IO: &str =
     "nvme-io --op verify --bs 4k --depth 8 --total 2M + nvme-io --op verify --bs 128k --depth 4 --total 8M --scatter";
 
 fn endpoint<'a>(outcome: &'a Outcome, bdf: &str) -> &'a serde_json::Value {
-    let boot = outcome.results.iter().find(|result| result["event"] == "boot").expect("a report of the boot");
-    boot["pci"].as_array().unwrap().iter().find(|function| function["bdf"] == bdf).expect("the function")
+    outcome.results.function(bdf)
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! A file system with real files on a namespace behind the IOMMU.
 
+use viommu_testkit::guest::Guest;
+
 use crate::NVME;
-use crate::harness::Guest;
 
 fn files_are_as_they_were_written(kernel: &'static str) {
     let outcome = Guest::new(NVME, "fs").kernel(kernel).run();

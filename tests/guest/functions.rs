@@ -2,12 +2,13 @@
 
 use std::collections::BTreeSet;
 
+use viommu_testkit::guest::{Guest, Outcome};
+
 use crate::NVME;
-use crate::harness::{Guest, Outcome};
 
 /// The functions that a boot report names, and their drivers.
 fn drivers(outcome: &Outcome) -> Vec<(String, String)> {
-    let boot = outcome.results.iter().find(|result| result["event"] == "boot").expect("a report of the boot");
+    let boot = outcome.results.boot();
     let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
     boot["pci"].as_array().unwrap().iter().map(|found| (text(&found["bdf"]), text(&found["driver"]))).collect()
 }

@@ -1,9 +1,9 @@
 //! The guest's own events beside the device's, on one clock.
 
 use serde_json::Value;
+use viommu_testkit::guest::{Guest, Outcome};
 
 use crate::NVME;
-use crate::harness::{Guest, Outcome};
 
 /// Bytes of an I/O: 32 pages, each somewhere else in memory.
 const BYTES: u64 = 128 << 10;

@@ -1,13 +1,12 @@
 //! Controllers that come and go while the guest runs.
 
 use std::os::unix::net::UnixStream;
-use std::process::Command;
 
 use serde_json::{Value, json};
+use viommu_testkit::guest::{Guest, Outcome, Running};
+use viommu_testkit::process::viommu;
 use viommu_trace::{Choice, Event, Reader};
 use viommu_wire::trace::Kind;
-
-use crate::harness::{Guest, Outcome, Running};
 
 /// The second controller is not there at first.
 const TOPOLOGY: &str = "[[root-port]]\nname = \"rp1\"\naddress = \"06.0\"\n\
@@ -22,7 +21,7 @@ fn wait_for(guest: &Running, name: &str, round: u64) {
 
 /// What `viommu args` has for QMP's device_add.
 fn arguments(guest: &Running) -> Value {
-    let arguments = Command::new(env!("CARGO_BIN_EXE_viommu"))
+    let arguments = viommu()
         .current_dir(guest.path("."))
         .args(["args", "--topology", "topology.toml", "--hotplug", "nvme1", "--socket-path"])
         .arg(guest.path("viommu.sock").canonicalize().unwrap())

@@ -1,13 +1,11 @@
 //! What happens to a guest and to the daemon in the course of their lives.
 
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
+use viommu_testkit::guest::{Folder, Guest, Outcome, Serve};
 
-use crate::harness::{Guest, LIMIT, Outcome, Process, guest_files};
 use crate::{BUSY, NVME, nvme_in};
 
 #[test]
@@ -102,120 +100,44 @@ fn rogue_dma_without_a_domain_faults() {
     assert_eq!(outcome.events("dma").count(), 0, "an access went through");
 }
 
-/// `serve` for a QEMU that the test starts itself.
-struct Daemon {
-    folder: tempfile::TempDir,
-    child: Process,
-}
-
-impl Daemon {
-    fn start() -> Daemon {
-        let folder = tempfile::tempdir().unwrap();
-        std::fs::write(folder.path().join("topology.toml"), nvme_in("memory = \"512M\"")).unwrap();
-        let child = Command::new(env!("CARGO_BIN_EXE_viommu"))
-            .current_dir(folder.path())
-            .args([
-                "serve",
-                "--topology",
-                "topology.toml",
-                "--socket-path",
-                "viommu.sock",
-                "--trace-socket",
-                "trace.sock",
-            ])
-            .args(["--create-images", "64M"])
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
-        let daemon = Daemon { folder, child: Process(child) };
-        for name in ["viommu.sock", "nvme0.sock", "trace.sock", "viot.bin"] {
-            let begun = Instant::now();
-            while !daemon.folder.path().join(name).exists() {
-                assert!(begun.elapsed() < LIMIT, "{name} did not appear");
-                std::thread::sleep(Duration::from_millis(20));
-            }
-        }
-        daemon
-    }
-
-    /// A QEMU by the line that `viommu args` prints, as a user would start it.
-    fn qemu(&self, workload: &str, results: &str) -> Process {
-        let files = guest_files("stock");
-        let args = Command::new(env!("CARGO_BIN_EXE_viommu"))
-            .current_dir(self.folder.path())
-            .args(["args", "--machine", "--topology", "topology.toml", "--socket-path", "viommu.sock"])
-            .output()
-            .unwrap();
-        let args = String::from_utf8(args.stdout).unwrap();
-        let line = format!(
-            "exec {qemu} -accel tcg,thread=multi -cpu max -nodefaults -display none -no-reboot \
-             -serial file:console.log -serial file:{results} -qmp unix:test-qmp.sock,server=on,wait=off \
-             -kernel {kernel} -initrd {initrd} -append 'console=ttyS0 panic=-1 -- {workload}' {args}",
-            qemu = files.join("qemu").display(),
-            kernel = files.join("vmlinuz").display(),
-            initrd = files.join("initramfs").display(),
-            args = args.trim(),
-        );
-        let mut command = Command::new("sh");
-        command.arg("-c").arg(line).current_dir(self.folder.path()).stdin(Stdio::null());
-        Process(command.spawn().unwrap())
-    }
-
-    fn wait_for(&self, results: &str, wanted: &str) {
-        let begun = Instant::now();
-        while begun.elapsed() < LIMIT {
-            if std::fs::read_to_string(self.folder.path().join(results)).unwrap_or_default().contains(wanted) {
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(50));
-        }
-        panic!("{wanted} did not come; the console: {}", self.console());
-    }
-
-    fn console(&self) -> String {
-        std::fs::read_to_string(self.folder.path().join("console.log")).unwrap_or_default()
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            println!("==== the guest's console ====\n{}", self.console());
-        }
-    }
+/// `viommu serve` of a controller, and its folder.
+fn serve() -> (Folder, Serve) {
+    let folder = Folder::new();
+    let arguments = ["--trace-socket", "trace.sock", "--create-images", "256M"];
+    let daemon = Serve::start(&folder, &nvme_in("memory = \"512M\""), &arguments);
+    (folder, daemon)
 }
 
 #[test]
 fn a_killed_qemu_leaves_a_daemon_that_serves_the_next() {
-    let daemon = Daemon::start();
-    let mut first = daemon.qemu(BUSY, "first.jsonl");
-    daemon.wait_for("first.jsonl", "\"event\":\"begin\"");
+    let (_folder, daemon) = serve();
+    let first = daemon.guest(BUSY).start();
+    first.wait_for_result("the beginning of the I/O", |result| result["event"] == "begin");
     std::thread::sleep(Duration::from_secs(2));
     first.kill();
-    let mut second = daemon.qemu("nvme-io --op verify --bs 64k --depth 4 --total 4M", "second.jsonl");
-    daemon.wait_for("second.jsonl", "\"event\":\"end\"");
-    second.end();
-    daemon.wait_for("second.jsonl", "\"verified\":true");
+    let second = daemon.guest("nvme-io --op verify --bs 64k --depth 4 --total 4M").run();
+    assert!(second.results_of("nvme-io").all(|result| result["verified"] == true));
 }
 
 #[test]
 fn sigterm_ends_the_daemon_and_its_sockets() {
-    let mut daemon = Daemon::start();
-    let qemu = daemon.qemu(BUSY, "results.jsonl");
-    daemon.wait_for("results.jsonl", "\"event\":\"boot\"");
-    kill(Pid::from_raw(daemon.child.0.id() as i32), Signal::SIGTERM).unwrap();
-    daemon.child.end();
-    for name in ["viommu.sock", "nvme0.sock", "trace.sock"] {
-        assert!(!daemon.folder.path().join(name).exists(), "{name} is left");
+    const SOCKETS: [&str; 3] = ["viommu.sock", "nvme0.sock", "trace.sock"];
+    let (folder, daemon) = serve();
+    let guest = daemon.guest(BUSY).start();
+    guest.wait_for_result("the boot report", |result| result["event"] == "boot");
+    assert!(SOCKETS.iter().all(|name| folder.join(name).exists()));
+    let (status, _) = daemon.end();
+    assert!(status.success(), "{status}");
+    for name in SOCKETS {
+        assert!(!folder.join(name).exists(), "{name} is left");
     }
-    drop(qemu);
 }
 
 #[test]
 fn sigterm_ends_run_and_its_qemu() {
     let guest = Guest::new(NVME, BUSY).start();
     guest.wait_for_result("the boot report", |result| result["event"] == "boot");
-    kill(Pid::from_raw(guest.pid() as i32), Signal::SIGTERM).unwrap();
+    guest.signal(Signal::SIGTERM);
     let outcome = guest.end();
     assert!(outcome.status.success(), "{}", outcome.status);
     assert!(outcome.count("events") > 0, "a summary is left");

@@ -8,7 +8,6 @@ mod boots;
 mod file_system;
 mod functions;
 mod guest_trace;
-mod harness;
 mod hotplug;
 mod lifecycles;
 mod memory;

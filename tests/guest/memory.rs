@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use crate::NVME;
-use crate::harness::{Guest, Outcome};
 use serde_json::Value;
+use viommu_testkit::guest::{Guest, Outcome};
 use viommu_testkit::huge::HugePages;
 
 /// The regions of at least `len` bytes that the controller had in the end, each with the numbers of accesses to it: reads and

@@ -2,9 +2,11 @@
 
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::net::UnixStream;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
-use crate::harness::{Guest, LIMIT};
+use viommu_testkit::guest::{Guest, LIMIT};
+use viommu_testkit::process::viommu;
+
 use crate::{BUSY, NVME};
 
 #[test]
@@ -30,7 +32,7 @@ fn a_plain_client_follows_a_running_guest() {
 fn viommu_trace_prints_what_is_asked_for() {
     let guest = Guest::new(NVME, BUSY).start();
     guest.wait_for_result("the boot report", |result| result["event"] == "boot");
-    let mut trace = Command::new(env!("CARGO_BIN_EXE_viommu"))
+    let mut trace = viommu()
         .args(["trace", "--kind", "request", "--format", "text", "--count", "20", "--socket"])
         .arg(guest.path("trace.sock"))
         .stdout(Stdio::piped())

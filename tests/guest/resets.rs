@@ -2,8 +2,7 @@
 //! they use, and nobody is bothered with it.
 
 use serde_json::json;
-
-use crate::harness::{Guest, Outcome, Running};
+use viommu_testkit::guest::{Guest, Outcome, Running};
 
 const TWO: &str =
     "[[nvme]]\naddress = \"04.0\"\nimage = \"nvme0.img\"\n[[nvme]]\naddress = \"05.0\"\nimage = \"nvme1.img\"\n";

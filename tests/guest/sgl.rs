@@ -2,8 +2,9 @@
 
 use std::collections::BTreeSet;
 
+use viommu_testkit::guest::{Guest, Outcome};
+
 use crate::NVME;
-use crate::harness::{Guest, Outcome};
 
 /// The kinds of pointers that I/O commands of at least this many bytes used.
 fn pointers(outcome: &Outcome, least: u64) -> BTreeSet<String> {

@@ -2,20 +2,18 @@
 //! each event, and whether there is another one is decided when it is unmasked.
 
 use std::os::fd::AsRawFd;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use vfio_bindings::bindings::vfio::*;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::READ;
+use viommu_testkit::PATIENCE;
 use viommu_testkit::nvme::{Driver, Setup, Sqe, io};
 
 const INTMS: u64 = 0x0c;
 const INTMC: u64 = 0x10;
 const CONFIG: u32 = VFIO_PCI_CONFIG_REGION_INDEX;
-
-/// How long anything may take.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A driver that uses the pin. It has not touched the controller yet.
 fn driver_with_pin(setup: &Setup) -> Driver {

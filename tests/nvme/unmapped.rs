@@ -5,11 +5,12 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::{COMPARE, DATASET_MANAGEMENT, FLUSH, READ, WRITE, WRITE_ZEROES};
 use viommu::iommu::{Iommu, Request};
 use viommu_testkit::Numbers;
+use viommu_testkit::PATIENCE;
 use viommu_testkit::frontend::{IntoBytesRequest, READ as MAP_READ, WRITE as MAP_WRITE, attach, map, unmap};
 use viommu_testkit::nvme::{Driver, ENDPOINT, PAGE, Setup, Sqe, io};
 use viommu_wire::virtio_iommu::Status;
@@ -28,8 +29,6 @@ const END: u64 = DATA + 96;
 const UNMAPPED: usize = 2;
 /// Pages with data that are to be taken away, and how long that may take at most.
 const WRITTEN: u64 = 4000;
-const PATIENCE: Duration = Duration::from_secs(60);
-
 /// Does a request; it is answered when this returns.
 fn answer(iommu: &Iommu, request: &impl IntoBytesRequest) {
     let bytes = request.bytes();

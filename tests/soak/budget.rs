@@ -4,6 +4,7 @@ use crate::daemon::amount;
 use crate::requests::{link_bytes, range};
 use viommu::iommu::Limits;
 use viommu_testkit::frontend::*;
+use viommu_testkit::{PATIENCE, wait_until};
 use viommu_wire::split::request_type::*;
 
 const PAGE: u64 = 4096;
@@ -78,7 +79,7 @@ fn the_budget_is_the_same_in_each_lap() {
     println!("reservations and tables of {table_bytes} bytes: {laps:?}");
     assert!(laps[0].0 > 1000 && laps[0].1 > 10, "{laps:?}");
     assert!(laps.iter().all(|lap| *lap == laps[0]), "{laps:?}");
-    eventually("the end of the last tables", || {
+    wait_until(PATIENCE, "the end of the last tables", || {
         device.iommu.synchronize();
         device.iommu.counters().table_bytes == 0
     });

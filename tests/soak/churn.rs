@@ -7,9 +7,10 @@ use std::path::Path;
 
 use crate::daemon::*;
 use viommu_testkit::engine::Engine;
-use viommu_testkit::frontend::{self, eventually};
+use viommu_testkit::frontend;
 use viommu_testkit::memfd;
 use viommu_testkit::nvme;
+use viommu_testkit::{PATIENCE, wait_until};
 use viommu_trace::{Choice, Reader};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
@@ -43,14 +44,14 @@ fn connections_without_use_leave_nothing_behind() {
     disturb_all(40);
     all_are_served(&daemon);
     let mut before = 0;
-    eventually("an end of the first ones", || {
+    wait_until(PATIENCE, "an end of the first ones", || {
         let now = daemon.descriptors();
         std::mem::replace(&mut before, now) == now
     });
     let memory = daemon.resident();
     disturb_all(amount(200, 20_000));
     all_are_served(&daemon);
-    eventually("an end of all connections", || daemon.descriptors() <= before);
+    wait_until(PATIENCE, "an end of all connections", || daemon.descriptors() <= before);
     let after = daemon.resident();
     // The backlog of the trace is in it.
     assert!(after < memory + (24 << 20), "{memory} bytes before, {after} after");
@@ -94,7 +95,7 @@ fn a_second_frontend_waits_until_the_first_one_leaves() {
         assert_eq!(early.unwrap_err().kind(), ErrorKind::WouldBlock);
         drop(first);
         second.set_nonblocking(false).unwrap();
-        second.set_read_timeout(Some(frontend::PATIENCE)).unwrap();
+        second.set_read_timeout(Some(PATIENCE)).unwrap();
         second.read_exact(&mut [0; ANSWER]).unwrap();
     }
     daemon.end();

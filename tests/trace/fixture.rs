@@ -4,16 +4,13 @@ use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use serde_json::Value;
 use tempfile::TempDir;
+pub use viommu_testkit::PATIENCE;
 use viommu_trace::event::LossPlace;
 use viommu_trace::{self as trace, Choice, Counters, Event, Options, Reader, TraceHandle, Tracer};
 use viommu_wire::trace::Record;
-
-/// How long anything may take: only a hang takes longer.
-pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// One at a time: some tests measure time, and the machine may have two processors only.
 pub fn alone() -> MutexGuard<'static, ()> {

@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use viommu_trace::event::Access;
 
-use super::frontend::*;
+use crate::frontend::*;
+use crate::{PATIENCE, wait_until};
 
 /// What the endpoint reads at an address: a number of 8 bytes.
 pub fn read_at(driver: &Driver, device: &Device, iova: u64) -> Option<u64> {
@@ -27,7 +28,7 @@ pub fn waits_for_access(driver: &mut Driver, device: &Device, iova: u64, request
     let before = device.iommu.counters();
     let (_, writable) = driver.add(REQUESTS, &[Part::R(request), Part::W(4)]);
     driver.kick(REQUESTS);
-    eventually("the request", || device.iommu.counters() != before);
+    wait_until(PATIENCE, "the request", || device.iommu.counters() != before);
     thread::sleep(QUIET);
     assert!(driver.used_is_empty(REQUESTS), "answered while an access is under way");
     drop(guard);

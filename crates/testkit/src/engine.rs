@@ -3,10 +3,12 @@
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use vfio_bindings::bindings::vfio::*;
 use vfio_user::Client;
+
+use crate::PATIENCE;
 
 /// The registers, as Linux's `drivers/dma/ioat/registers.h` has them; the channel's are in a block at 0x80.
 pub mod register {
@@ -52,9 +54,6 @@ pub mod chanerr {
 pub const INTERRUPT: u32 = 1 << 0;
 pub const COMPLETION: u32 = 1 << 3;
 pub const NULL: u32 = 1 << 5;
-
-/// How long the engine may take for what a test gives it.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A descriptor.
 #[derive(Clone, Copy, Debug, Default)]

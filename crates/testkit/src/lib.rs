@@ -1,5 +1,5 @@
 //! What viommu's tests and benchmarks share, and nobody else uses: a driver with its virtqueues behind a vhost-user
-//! frontend, vfio-user clients, drivers of the device models.
+//! frontend, vfio-user clients, drivers of the device models, and whole guests.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 #![allow(missing_docs, reason = "the names are the specifications'")]
@@ -9,18 +9,23 @@ pub mod accesses;
 pub mod engine;
 pub mod frontend;
 pub mod function;
+pub mod guest;
 pub mod huge;
 pub mod nvme;
+pub mod process;
 pub mod toy;
 pub mod trace;
 pub mod twin;
 pub mod vfio;
+mod wait;
 
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
+
+pub use wait::{PATIENCE, wait_until};
 
 /// Sets what another thread looks at to end, when it is dropped: also if the thread that has it panics, since a scope waits
 /// for the other one before it lets the panic be told.

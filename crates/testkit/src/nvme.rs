@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tempfile::TempDir;
 use vfio_bindings::bindings::vfio::*;
@@ -18,15 +18,12 @@ use viommu::poller::QueuePoller;
 use viommu_trace::Tracer;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::function::Served;
-use super::memfd;
+use crate::function::Served;
+use crate::{PATIENCE, memfd};
 
 pub const ENDPOINT: u32 = 0x20;
 pub const RAM: u64 = 64 << 20;
 pub const PAGE: u64 = 4096;
-/// How long the controller may take for anything that a test asks of it.
-const PATIENCE: Duration = Duration::from_secs(60);
-
 /// A controller behind an IOMMU in bypass, on a socket, with an image in a temporary folder.
 pub struct Setup {
     served: Served,

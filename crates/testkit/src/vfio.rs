@@ -4,9 +4,10 @@ use std::io::Read;
 use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
 
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+use crate::PATIENCE;
 
 /// Commands, as the specification numbers them.
 pub mod command {
@@ -34,9 +35,6 @@ pub mod command {
 pub const REPLY: u32 = 1 << 0;
 pub const NO_REPLY: u32 = 1 << 4;
 pub const ERROR: u32 = 1 << 5;
-
-/// How long an answer may take.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Where DMA_MAP's flags say how.
 pub const READ: u32 = 1 << 0;

@@ -1,9 +1,9 @@
 //! Configurations in which it must come up, and what its I/O costs there.
 
 use serde_json::Value;
+use viommu_testkit::guest::Outcome;
 
 use super::{IO, assert_no_complaint, assert_nothing_left, count_of_io, guest, requests_of_io};
-use crate::harness::Outcome;
 use crate::{NVME, nvme_in};
 
 /// I/Os of [`large_io`], and bytes of each: 32 pages.

@@ -2,10 +2,10 @@
 //! nothing is kept of it. What the device does to which request is [`viommu run --inject`](viommu::vhost::Injection).
 
 use serde_json::{Value, json};
+use viommu_testkit::guest::Outcome;
 
 use super::{assert_no_complaint, assert_nothing_left, guest, requests_of, requests_of_io};
 use crate::NVME;
-use crate::harness::Outcome;
 
 /// The one result of the reads that may fail.
 fn reads(outcome: &Outcome) -> &Value {

@@ -5,9 +5,9 @@
 use std::fs;
 
 use serde_json::{Value, json};
+use viommu_testkit::guest::{Guest, Outcome, guest_files};
 
 use super::{IO, assert_no_complaint, assert_nothing_left, guest, requests_of};
-use crate::harness::{Guest, Outcome, guest_files};
 use crate::{NVME, nvme_in};
 
 /// An hour.

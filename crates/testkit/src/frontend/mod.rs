@@ -9,7 +9,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures};
@@ -26,15 +25,12 @@ use zerocopy::{FromBytes, IntoBytes};
 
 pub use self::requests::*;
 pub use self::virtqueue::*;
-use crate::memfd;
+use crate::{PATIENCE, memfd, wait_until};
 
 /// Bytes of guest memory, which begins at 0.
 pub const RAM: u64 = 64 << 20;
 /// What the driver gives as the address of its own mapping of guest address 0.
 pub const USER_BASE: u64 = 0x7f00_0000_0000;
-/// How long anything may take: only a hang takes longer.
-pub const PATIENCE: Duration = Duration::from_secs(60);
-
 /// An endpoint with an MSI region, as x86 has it.
 pub const EP: u32 = 0x20;
 /// One more.
@@ -343,15 +339,6 @@ impl Driver {
 /// Waits until the device has seen `kicks` kicks and looks into the queue no more. A request may be answered before its kick
 /// is seen: that the queue was enabled, or the look after the last batch, found it first.
 pub fn settle(device: &Device, driver: &Driver, kicks: u64) {
-    eventually("the kick", || device.control.counters().kicks == kicks);
+    wait_until(PATIENCE, "the kick", || device.control.counters().kicks == kicks);
     driver.settle(EVENTS);
-}
-
-/// Waits until `condition` holds.
-pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
-    let begin = Instant::now();
-    while !condition() {
-        assert!(begin.elapsed() < PATIENCE, "{what} does not happen");
-        thread::sleep(Duration::from_millis(1));
-    }
 }

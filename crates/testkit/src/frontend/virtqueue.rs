@@ -9,7 +9,8 @@ use viommu_wire::virtio_iommu::Tail;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use zerocopy::FromBytes;
 
-use super::{Driver, EVENT_IDX, PATIENCE, eventually};
+use super::{Driver, EVENT_IDX};
+use crate::{PATIENCE, wait_until};
 
 /// Where the queues are.
 pub(super) const QUEUE_BASES: [u64; 2] = [0x1_0000, 0x2_0000];
@@ -186,7 +187,7 @@ impl Driver {
     pub fn settle(&self, index: usize) {
         for _ in 0..3 {
             self.kick(index);
-            eventually("a kick is taken", || self.queues[index].kick_is_taken());
+            wait_until(PATIENCE, "a kick is taken", || self.queues[index].kick_is_taken());
         }
     }
 

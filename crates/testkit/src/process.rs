@@ -1,0 +1,77 @@
+//! Processes that tests start, none of which outlives its test.
+
+use std::cell::RefCell;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, ChildStdout, Command, ExitStatus};
+use std::time::Duration;
+
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::{binaries, wait_until};
+
+/// The `viommu` that was built together with the test that runs; it ends with the thread that starts it.
+pub fn viommu() -> Command {
+    let path = binaries().join("viommu");
+    assert!(path.exists(), "there is no {path:?}; build the whole package");
+    let mut command = Command::new(path);
+    end_with_us(&mut command);
+    command
+}
+
+/// Has a process killed when the thread that starts it ends, however it does: a test that is killed ends nobody else.
+pub fn end_with_us(command: &mut Command) -> &mut Command {
+    // SAFETY: between fork and exec the closure makes one system call and touches no memory that another thread may
+    // hold locked.
+    unsafe { command.pre_exec(|| set_pdeathsig(Signal::SIGKILL).map_err(std::io::Error::from)) }
+}
+
+/// A process that is killed when this is dropped.
+pub struct Process(RefCell<Child>);
+
+impl Process {
+    /// Starts it.
+    pub fn start(command: &mut Command) -> Process {
+        let child = end_with_us(command).spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+        Process(RefCell::new(child))
+    }
+
+    pub fn id(&self) -> u32 {
+        self.0.borrow().id()
+    }
+
+    /// Whether it is over.
+    pub fn ended(&self) -> bool {
+        self.0.borrow_mut().try_wait().unwrap().is_some()
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.0.borrow().id() as i32), signal).unwrap();
+    }
+
+    /// Kills it, if it is not over.
+    pub fn kill(&self) {
+        // It may have ended.
+        let _ = self.0.borrow_mut().kill();
+        let _ = self.0.borrow_mut().wait();
+    }
+
+    /// Waits for its end.
+    pub fn wait(&self, limit: Duration) -> ExitStatus {
+        wait_until(limit, "the end of the process", || self.ended());
+        self.0.borrow_mut().wait().unwrap()
+    }
+
+    /// Its standard output, if that is a pipe and was not taken before.
+    pub fn stdout(&self) -> Option<ChildStdout> {
+        self.0.borrow_mut().stdout.take()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
