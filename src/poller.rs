@@ -31,7 +31,7 @@ pub trait QueuePoller: Send + Sync {
 
 /// A thread's hold of a queue that it can poll, if there is one. Released when dropped.
 #[derive(Default)]
-pub(crate) struct PollGuard {
+pub struct PollGuard {
     poller: Option<Arc<dyn QueuePoller>>,
     /// When it was last polled; `None` if it is not acquired.
     polled: Option<Instant>,

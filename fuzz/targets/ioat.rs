@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use libfuzzer_sys::fuzz_target;
-use viommu::devices::ioat::Ioat;
+use viommu::devices::ioat;
 use viommu::pci::Function;
 use viommu_fuzz::{Input, Machine};
 
@@ -36,11 +36,11 @@ const A_WHILE: Duration = Duration::from_millis(2);
 
 fuzz_target!(|data: &[u8]| {
     let machine = Machine::new();
-    let mut engine = Ioat::new(machine.context.clone());
+    let mut engine = ioat::make(machine.context.clone());
     engine.bar_write(0, CHANCMD, &[RESET]);
     let mut input = Input::new(data);
-    while step(&machine, &mut engine, &mut input).is_some() {}
-    wait(&mut engine);
+    while step(&machine, engine.as_mut(), &mut input).is_some() {}
+    wait(engine.as_mut());
     machine.unmap_all();
     engine.reset();
     machine.check_unmapped();
@@ -48,7 +48,7 @@ fuzz_target!(|data: &[u8]| {
     machine.check_unmapped();
 });
 
-fn step(machine: &Machine, engine: &mut Ioat, input: &mut Input) -> Option<()> {
+fn step(machine: &Machine, engine: &mut dyn Function, input: &mut Input) -> Option<()> {
     match input.u8()? % 8 {
         0..=2 => put_descriptor(machine, input)?,
         3 => {
@@ -97,7 +97,7 @@ fn put_descriptor(machine: &Machine, input: &mut Input) -> Option<()> {
 }
 
 /// Waits until the channel has done what it was given, but no longer than it takes to see it at work.
-fn wait(engine: &mut Ioat) {
+fn wait(engine: &mut dyn Function) {
     let begun = Instant::now();
     let mut status = [0; 8];
     engine.bar_read(0, CHANSTS, &mut status);

@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::devices::Device;
 use crate::dma::DmaCounters;
 use crate::iommu::{Counters, Iommu};
-use crate::pci::{self, Slot};
+use crate::pci::{self, Function, Slot};
 use crate::topology::qemu::Paths;
 use crate::topology::{Endpoint, Size, Topology};
 use crate::vhost::{self, Injection};
@@ -279,9 +279,12 @@ fn serve(
     let control = control.clone();
     let (model, listening) = (device.clone(), server.clone());
     let run = move || {
-        if let Err(error) =
-            listening.serve(&slot, &shutdown, |context| model.make(context), || control.function_reset())
-        {
+        if let Err(error) = listening.serve(
+            &slot,
+            &shutdown,
+            |context| -> Box<dyn Function> { model.make(context) },
+            || control.function_reset(),
+        ) {
             log::error!("{} is served no more: {error}", listening.path().display());
         }
     };

@@ -3,6 +3,7 @@
 //! Each is an entry in [`MODELS`], and what serves them names none.
 
 pub mod ioat;
+pub mod kit;
 pub mod model;
 pub mod nvme;
 

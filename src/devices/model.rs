@@ -10,7 +10,8 @@ use serde::de::DeserializeOwned;
 use toml::Spanned;
 use toml::de::{DeTable, Deserializer};
 
-use crate::pci::{Function, FunctionContext};
+use super::kit::Lifecycle;
+use crate::pci::FunctionContext;
 
 /// A device model: an entry in [`super::MODELS`].
 pub struct Model {
@@ -82,7 +83,7 @@ pub struct OwnFile<'c> {
 /// What an endpoint has for all of its life, over all functions that clients find in it and all their resets.
 pub trait Device: Send + Sync {
     /// A function in its power-on state.
-    fn make(&self, context: FunctionContext) -> Box<dyn Function>;
+    fn make(&self, context: FunctionContext) -> Box<dyn Lifecycle>;
 
     /// The file that it has open.
     fn file(&self) -> Option<&Path> {
@@ -92,6 +93,22 @@ pub trait Device: Send + Sync {
     /// What its functions did so far.
     fn statistics(&self) -> Statistics {
         Statistics::default()
+    }
+}
+
+/// An endpoint that needs nothing but what makes its functions.
+#[derive(Clone, Copy, Debug)]
+pub struct Plain(pub fn(FunctionContext) -> Box<dyn Lifecycle>);
+
+impl Configuration for Plain {
+    fn open(&self, _create: Option<u64>) -> Result<Arc<dyn Device>, Box<dyn Error + Send + Sync>> {
+        Ok(Arc::new(*self))
+    }
+}
+
+impl Device for Plain {
+    fn make(&self, context: FunctionContext) -> Box<dyn Lifecycle> {
+        (self.0)(context)
     }
 }
 

@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 use vfio_bindings::bindings::vfio::*;
-use viommu::devices::ioat::Ioat;
+use viommu::devices::ioat;
 use viommu::iommu::Request;
 use viommu::pci::{Function, FunctionContext};
 use viommu_testkit::engine::*;
@@ -41,7 +41,7 @@ impl Setup {
     }
 
     pub fn traced(tracer: Tracer) -> Self {
-        let make = |context: FunctionContext| -> Box<dyn Function> { Box::new(Ioat::new(context)) };
+        let make = |context: FunctionContext| -> Box<dyn Function> { ioat::make(context) };
         let served = Served::new(ENDPOINT, tracer, make, || ());
         served.iommu.set_features(u64::MAX);
         Setup { served, ram: memfd(RAM) }

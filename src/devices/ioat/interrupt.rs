@@ -1,9 +1,6 @@
 //! When the channel's interrupt is sent.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-
-use crate::pci::{Interrupts, PinSource};
+use serde::{Deserialize, Serialize};
 
 /// Software takes interrupts. Reading INTRCTRL clears it, so that a handler that has begun is not disturbed.
 const MASTER: u8 = 1 << 0;
@@ -19,40 +16,18 @@ const VECTOR_PER_CHANNEL: u8 = 1 << 3;
 /// Either bit of INTRCTRL lets a message through: on hardware the master enable is for INTx and MSI, where one handler
 /// serves all channels, and drivers that use a vector per channel leave it off. The pin is asserted while INTRCTRL says so:
 /// there is an interrupt, and the master enable is on.
-#[derive(Default)]
+#[derive(Default, Serialize, Deserialize)]
 pub struct Interrupt {
-    interrupts: Interrupts,
-    pin: Arc<Pin>,
     enable: u8,
     sent: bool,
     due: bool,
     attention: bool,
-}
-
-/// Whether the pin is asserted, for who asks without the channel's lock.
-#[derive(Default)]
-struct Pin(AtomicBool);
-
-impl PinSource for Pin {
-    fn reasons(&self) -> u32 {
-        u32::from(self.0.load(Ordering::SeqCst))
-    }
+    /// It is to be sent now.
+    #[serde(skip)]
+    message: bool,
 }
 
 impl Interrupt {
-    /// Armed, but not enabled.
-    pub fn new(interrupts: Interrupts) -> Self {
-        let pin = Arc::<Pin>::default();
-        let source: Arc<dyn PinSource> = pin.clone();
-        interrupts.set_pin_source(Arc::downgrade(&source));
-        Interrupt { interrupts, pin, ..Interrupt::default() }
-    }
-
-    /// As it was at first.
-    pub fn reset(&mut self) {
-        *self = Interrupt::new(self.interrupts.clone());
-    }
-
     /// The channel was reset: what was due is not any more.
     pub fn reset_channel(&mut self) {
         self.due = false;
@@ -92,7 +67,6 @@ impl Interrupt {
     /// INTRCTRL was read.
     pub fn control_was_read(&mut self) {
         self.enable &= !MASTER;
-        self.set_pin();
     }
 
     /// ATTNSTATUS.
@@ -103,27 +77,30 @@ impl Interrupt {
     /// ATTNSTATUS was read.
     pub fn attention_was_read(&mut self) {
         self.attention = false;
-        self.set_pin();
+    }
+
+    /// Whether it is to be sent now, which it is once.
+    pub fn take_message(&mut self) -> bool {
+        std::mem::take(&mut self.message)
+    }
+
+    /// Whether the pin is asserted.
+    pub fn pin(&self) -> bool {
+        self.control() & INTERRUPT != 0
+    }
+
+    /// Whether it can be in this state.
+    pub fn is_possible(&self) -> bool {
+        self.enable & !(MASTER | VECTOR_PER_CHANNEL) == 0
     }
 
     fn send(&mut self) {
-        let now = self.due && !self.sent && self.enable != 0;
-        if now {
+        if self.due && !self.sent && self.enable != 0 {
             self.due = false;
             self.sent = true;
             self.attention = true;
+            self.message = true;
         }
-        self.set_pin();
-        if now {
-            self.interrupts.trigger(0);
-        } else {
-            // The master enable may be on again.
-            self.interrupts.level_changed();
-        }
-    }
-
-    fn set_pin(&self) {
-        self.pin.0.store(self.control() & INTERRUPT != 0, Ordering::SeqCst);
     }
 }
 
@@ -156,11 +133,10 @@ mod tests {
         interrupt.raise();
         assert!(!interrupt.is_disarmed());
         assert_eq!(interrupt.attention(), 0);
+        assert!(!interrupt.take_message());
         interrupt.write_control(MASTER);
         assert!(interrupt.is_disarmed());
-        interrupt.reset();
-        interrupt.write_control(MASTER);
-        assert!(!interrupt.is_disarmed());
+        assert_eq!((interrupt.take_message(), interrupt.take_message()), (true, false));
     }
 
     #[test]
@@ -186,20 +162,18 @@ mod tests {
     fn the_pin_is_asserted_until_the_handler_takes_over() {
         let mut interrupt = enabled();
         interrupt.raise();
-        assert_eq!(interrupt.pin.reasons(), 0, "the master enable is off");
+        assert!(!interrupt.pin(), "the master enable is off");
         interrupt.write_control(MASTER);
-        assert_eq!(interrupt.pin.reasons(), 1);
+        assert!(interrupt.pin());
         interrupt.control_was_read();
-        assert_eq!(interrupt.pin.reasons(), 0);
+        assert!(!interrupt.pin());
         // One that came meanwhile, of which the handler does not know yet.
         interrupt.write_control(MASTER);
-        assert_eq!(interrupt.pin.reasons(), 1);
+        assert!(interrupt.pin());
         interrupt.attention_was_read();
-        assert_eq!(interrupt.pin.reasons(), 0);
+        assert!(!interrupt.pin());
         interrupt.arm();
         interrupt.raise();
-        assert_eq!(interrupt.pin.reasons(), 1);
-        interrupt.reset();
-        assert_eq!(interrupt.pin.reasons(), 0);
+        assert!(interrupt.pin());
     }
 }

@@ -9,174 +9,140 @@
 //! * `channel`: their state, without any DMA;
 //! * `interrupt`: when the interrupt is sent;
 //! * `descriptor`: a descriptor's format and execution;
-//! * `worker`: the thread that executes descriptors.
+//! * `executor`: what executes descriptors.
 //!
 //! What hardware has beyond that is not there and not advertised: XOR and RAID operations, fill, CRC, page breaks, direct
 //! cache access, interrupt coalescing, and the copies of CHANERR in configuration space, which read as zero.
 
 mod channel;
 mod descriptor;
+mod executor;
 mod interrupt;
 mod registers;
-mod worker;
 
-use std::error::Error;
 use std::sync::Arc;
 
-use worker::Worker;
+use channel::{Channel, Job, Status};
+use executor::Descriptors;
+use registers::{CHANNELS, COMPATIBLE_V2, Control, Errors, Id, REGISTERS, TRANSFER_LOG2, VERSION};
 
-use super::model::{Configuration, Device, Model};
-use crate::pci::{Bar, Function, FunctionContext, Identity};
+use super::kit::registers::{RegisterMap, RegisterWrite};
+use super::kit::{Engine, Lifecycle, StateMachine};
+use super::model::{Model, Plain};
+use crate::pci::{Bar, FunctionContext, Identity};
+use viommu_trace::event;
 
 /// The model.
-pub const MODEL: Model =
-    Model { name: "dma-engine", endpoint_name: "dma", example: "", keys: &[], configure: |_, _| Ok(Arc::new(Engine)) };
+pub const MODEL: Model = Model {
+    name: Channel::NAME,
+    endpoint_name: "dma",
+    example: "",
+    keys: &[],
+    configure: |_, _| Ok(Arc::new(Plain(make))),
+};
 
-/// An engine of a topology: it needs nothing.
-#[derive(Debug)]
-struct Engine;
-
-impl Configuration for Engine {
-    fn open(&self, _create: Option<u64>) -> Result<Arc<dyn Device>, Box<dyn Error + Send + Sync>> {
-        Ok(Arc::new(Engine))
-    }
+/// An engine in its power-on state: the channel is halted.
+pub fn make(context: FunctionContext) -> Box<dyn Lifecycle> {
+    Box::new(Engine::<Channel>::new(context))
 }
 
-impl Device for Engine {
-    fn make(&self, context: FunctionContext) -> Box<dyn Function> {
-        Box::new(Ioat::new(context))
-    }
-}
+impl StateMachine for Channel {
+    type Register = Id;
+    type Job = Job;
+    type Executor = Descriptors;
 
-/// The DMA engine, a PCI function.
-pub struct Ioat {
-    worker: Worker,
-}
+    const NAME: &'static str = "dma-engine";
+    const VERSION: u32 = 1;
+    const IDENTITY: Identity = Identity {
+        vendor: 0x8086,
+        device: 0x2021,
+        subsystem_vendor: 0x8086,
+        subsystem: 0x0000,
+        class: 0x08_80_00,
+        revision: 4,
+        bars: &[Bar { index: 0, size: registers::BAR_SIZE, wide: true }],
+        vectors: CHANNELS as u16,
+        integrated: true,
+    };
+    const REGISTERS: RegisterMap<Id> = REGISTERS;
 
-impl Ioat {
-    /// An engine in its power-on state: the channel is halted.
-    ///
-    /// # Panics
-    /// If the system has no thread to give.
-    pub fn new(context: FunctionContext) -> Self {
-        Ioat { worker: Worker::start(context) }
-    }
-}
-
-impl Function for Ioat {
-    fn identity(&self) -> Identity {
-        Identity {
-            vendor: 0x8086,
-            device: 0x2021,
-            subsystem_vendor: 0x8086,
-            subsystem: 0x0000,
-            class: 0x08_80_00,
-            revision: 4,
-            bars: &[Bar { index: 0, size: registers::BAR_SIZE, wide: true }],
-            vectors: u16::from(registers::CHANNELS),
-            integrated: true,
-        }
-    }
-
-    fn bar_read(&mut self, _bar: u8, offset: u64, data: &mut [u8]) {
-        let image = self.worker.read(|channel| read_all(channel, offset, data.len()));
-        data.fill(0);
-        let Some(from) = usize::try_from(offset).ok().and_then(|at| image.get(at..)) else { return };
-        for (byte, register) in data.iter_mut().zip(from) {
-            *byte = *register;
-        }
-    }
-
-    fn bar_write(&mut self, _bar: u8, offset: u64, data: &[u8]) {
-        let Ok(offset) = usize::try_from(offset) else { return };
-        self.worker.change(|channel| write(channel, &Write { offset, data }));
-    }
-
-    fn reset(&mut self) {
-        self.worker.reset();
-    }
-}
-
-/// All registers; of those that change when they are read, the ones that `len` bytes from `offset` on touch do.
-fn read_all(channel: &mut channel::Channel, offset: u64, len: usize) -> [u8; registers::END] {
-    use registers::*;
-
-    let mut image = [0; END];
-    let mut put = |at: usize, value: &[u8]| image[at..at + value.len()].copy_from_slice(value);
-    put(CHANCNT, &[CHANNELS]);
-    put(XFERCAP, &[TRANSFER_LOG2]);
-    put(INTRCTRL, &[channel.interrupt.control()]);
-    put(ATTNSTATUS, &channel.interrupt.attention().to_le_bytes());
-    put(CBVER, &[VERSION]);
-    put(CHANCTRL, &channel.control().bits().to_le_bytes());
-    put(DMA_COMP, &COMPATIBLE_V2.to_le_bytes());
-    put(CHANCMD, &[channel.pending_command().bits()]);
-    put(DMACOUNT, &channel.count().to_le_bytes());
-    put(CHANSTS, &channel.chansts().to_le_bytes());
-    put(CHAINADDR, &channel.chain_address().to_le_bytes());
-    put(CHANCMP, &channel.completion_address().to_le_bytes());
-    put(CHANERR, &channel.errors().bits().to_le_bytes());
-    put(CHANERRMSK, &channel.error_mask().to_le_bytes());
-
-    let touches = |register: usize| (offset..offset.saturating_add(len as u64)).contains(&(register as u64));
-    if touches(INTRCTRL) {
-        channel.interrupt.control_was_read();
-    }
-    if touches(ATTNSTATUS) {
-        channel.interrupt.attention_was_read();
-    }
-    image
-}
-
-/// A write of any size at any place.
-struct Write<'a> {
-    offset: usize,
-    data: &'a [u8],
-}
-
-impl Write<'_> {
-    /// What a register of `N` bytes at `at` is to be: `now`, with the bytes that are written. `None` if none is.
-    fn to<const N: usize>(&self, at: usize, now: [u8; N]) -> Option<[u8; N]> {
-        let mut value = now;
-        let mut touched = false;
-        for (place, byte) in (at..).zip(&mut value) {
-            if let Some(&new) = place.checked_sub(self.offset).and_then(|from| self.data.get(from)) {
-                *byte = new;
-                touched = true;
+    fn read(&mut self, register: Id) -> u64 {
+        match register {
+            Id::ChannelCount => CHANNELS.into(),
+            Id::TransferCapacity => TRANSFER_LOG2.into(),
+            Id::InterruptControl => {
+                let value = self.interrupt.control();
+                self.interrupt.control_was_read();
+                value.into()
             }
+            Id::AttentionStatus => {
+                let value = self.interrupt.attention();
+                self.interrupt.attention_was_read();
+                value.into()
+            }
+            Id::Version => VERSION.into(),
+            Id::Compatibility => COMPATIBLE_V2.into(),
+            Id::ChannelControl => self.control().bits().into(),
+            Id::ChannelCommand => self.pending_command().bits().into(),
+            Id::DescriptorCount => self.count().into(),
+            Id::ChannelStatus => self.chansts(),
+            Id::ChainAddress => self.chain_address(),
+            Id::CompletionAddress => self.completion_address(),
+            Id::ChannelErrors => self.errors().bits().into(),
+            Id::ErrorMask => self.error_mask().into(),
         }
-        touched.then_some(value)
     }
-}
 
-/// Writes registers, in the order of their addresses except that DMACOUNT, which starts the channel, is the last.
-fn write(channel: &mut channel::Channel, write: &Write<'_>) {
-    use registers::*;
+    fn write(&mut self, write: &RegisterWrite<'_, Id>) {
+        match write.id() {
+            Id::InterruptControl => self.interrupt.write_control(write.over(0) as u8),
+            Id::ChannelControl => {
+                // The interrupt disable bit reads as one when writing a one arms it: of it, only what is written counts.
+                let before = self.control().difference(Control::INTERRUPT_DISABLE).bits();
+                self.set_control(Control::from_bits_truncate(write.over(before.into()) as u16));
+            }
+            Id::ChannelCommand => self.command(write.over(0) as u8),
+            Id::DescriptorCount => self.set_count(write.over(self.count().into()) as u16),
+            Id::ChainAddress => self.set_chain_address(write.over(self.chain_address())),
+            Id::CompletionAddress => self.set_completion_address(write.over(self.completion_address())),
+            Id::ChannelErrors => self.clear_errors(Errors::from_bits_truncate(write.over(0) as u32)),
+            Id::ErrorMask => self.set_error_mask(write.over(self.error_mask().into()) as u32),
+            Id::ChannelCount
+            | Id::TransferCapacity
+            | Id::AttentionStatus
+            | Id::Version
+            | Id::Compatibility
+            | Id::ChannelStatus => {}
+        }
+    }
 
-    if let Some([value]) = write.to(INTRCTRL, [0]) {
-        channel.interrupt.write_control(value);
+    fn take_job(&mut self) -> Option<Job> {
+        Channel::take_job(self)
     }
-    // The interrupt disable bit reads as one when writing a one arms it: of it, only what is written counts.
-    let control = channel.control().difference(Control::INTERRUPT_DISABLE).bits();
-    if let Some(value) = write.to(CHANCTRL, control.to_le_bytes()) {
-        channel.set_control(Control::from_bits_truncate(u16::from_le_bytes(value)));
+
+    fn fail(&mut self) {
+        Channel::fail(self);
     }
-    if let Some([value]) = write.to(CHANCMD, [0]) {
-        channel.command(value);
+
+    fn take_interrupts(&mut self) -> u32 {
+        self.interrupt.take_message().into()
     }
-    if let Some(value) = write.to(CHAINADDR, channel.chain_address().to_le_bytes()) {
-        channel.set_chain_address(u64::from_le_bytes(value));
+
+    fn reasons(&self) -> u32 {
+        self.interrupt.pin().into()
     }
-    if let Some(value) = write.to(CHANCMP, channel.completion_address().to_le_bytes()) {
-        channel.set_completion_address(u64::from_le_bytes(value));
+
+    /// CHANSTS's state, where a channel that is done counts as active, since it goes from one to the other with each piece
+    /// of work, and CHANERR.
+    fn traced(&self) -> Option<(event::Model, u64)> {
+        let status = match self.status() {
+            Status::Done => Status::Active,
+            other => other,
+        };
+        Some((event::Model::Ioat, u64::from(self.errors().bits()) << 32 | status as u64))
     }
-    if let Some(value) = write.to(CHANERR, [0; 4]) {
-        channel.clear_errors(Errors::from_bits_truncate(u32::from_le_bytes(value)));
-    }
-    if let Some(value) = write.to(CHANERRMSK, channel.error_mask().to_le_bytes()) {
-        channel.set_error_mask(u32::from_le_bytes(value));
-    }
-    if let Some(value) = write.to(DMACOUNT, channel.count().to_le_bytes()) {
-        channel.set_count(u16::from_le_bytes(value));
+
+    fn check(&self) -> Result<(), &'static str> {
+        Channel::check(self)
     }
 }

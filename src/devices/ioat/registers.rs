@@ -2,40 +2,63 @@
 //!
 //! The names are those of Intel's data sheets ("DMA engine", "Intel QuickData Technology").
 
+use serde::{Deserialize, Serialize};
+
+use crate::devices::kit::registers::{Access, Register, RegisterMap};
+
 /// Bytes of BAR 0, as on hardware; what is not named here reads as zero and ignores writes.
 pub const BAR_SIZE: u64 = 0x4000;
 
-/// Number of channels, 8 bits.
-pub const CHANCNT: usize = 0x00;
-/// Largest transfer of a descriptor, 8 bits: log2 of the bytes.
-pub const XFERCAP: usize = 0x01;
-/// Interrupt control, 8 bits; see [`super::interrupt`].
-pub const INTRCTRL: usize = 0x03;
-/// Attention status, 32 bits: bit n for an interrupt of channel n. Reading clears it.
-pub const ATTNSTATUS: usize = 0x04;
-/// Version, 8 bits: major, minor.
-pub const CBVER: usize = 0x08;
+/// Which register.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Id {
+    /// Number of channels.
+    ChannelCount,
+    /// Largest transfer of a descriptor: log2 of the bytes.
+    TransferCapacity,
+    /// Interrupt control; see [`super::interrupt`]. Reading it has an effect.
+    InterruptControl,
+    /// Attention status: bit n for an interrupt of channel n. Reading clears it.
+    AttentionStatus,
+    /// Version: major, minor.
+    Version,
+    /// Channel control, of [`Control`].
+    ChannelControl,
+    /// Which older programming interfaces the channel has.
+    Compatibility,
+    /// Channel command, of [`Command`].
+    ChannelCommand,
+    /// Descriptor count: how many descriptors there are since CHAINADDR was written, modulo 2^16.
+    DescriptorCount,
+    /// Channel status: the address of the last completed descriptor, and a [`super::channel::Status`].
+    ChannelStatus,
+    /// Descriptor chain address.
+    ChainAddress,
+    /// Where completions are written.
+    CompletionAddress,
+    /// Channel errors, of [`Errors`].
+    ChannelErrors,
+    /// Which errors cause no interrupt.
+    ErrorMask,
+}
 
-/// Channel control, 16 bits.
-pub const CHANCTRL: usize = 0x80;
-/// Which older programming interfaces the channel has, 16 bits.
-pub const DMA_COMP: usize = 0x82;
-/// Channel command, 8 bits.
-pub const CHANCMD: usize = 0x84;
-/// Descriptor count, 16 bits: how many descriptors there are since CHAINADDR was written, modulo 2^16.
-pub const DMACOUNT: usize = 0x86;
-/// Channel status, 64 bits: the address of the last completed descriptor, and a [`super::channel::Status`].
-pub const CHANSTS: usize = 0x88;
-/// Descriptor chain address, 64 bits.
-pub const CHAINADDR: usize = 0x90;
-/// Where completions are written, 64 bits.
-pub const CHANCMP: usize = 0x98;
-/// Channel errors, 32 bits, of [`Errors`]. Writing a one clears an error.
-pub const CHANERR: usize = 0xa8;
-/// Which errors cause no interrupt, 32 bits.
-pub const CHANERRMSK: usize = 0xac;
-/// Bytes up to the end of the last register.
-pub const END: usize = 0xb0;
+/// All registers.
+pub const REGISTERS: RegisterMap<Id> = RegisterMap::new(&[
+    Register::new(Id::ChannelCount, "CHANCNT", 0x00, 1, Access::ReadOnly),
+    Register::new(Id::TransferCapacity, "XFERCAP", 0x01, 1, Access::ReadOnly),
+    Register::new(Id::InterruptControl, "INTRCTRL", 0x03, 1, Access::ReadWrite),
+    Register::new(Id::AttentionStatus, "ATTNSTATUS", 0x04, 4, Access::ReadOnly),
+    Register::new(Id::Version, "CBVER", 0x08, 1, Access::ReadOnly),
+    Register::new(Id::ChannelControl, "CHANCTRL", 0x80, 2, Access::ReadWrite),
+    Register::new(Id::Compatibility, "DMA_COMP", 0x82, 2, Access::ReadOnly),
+    Register::new(Id::ChannelCommand, "CHANCMD", 0x84, 1, Access::ReadWrite),
+    Register::new(Id::DescriptorCount, "DMACOUNT", 0x86, 2, Access::ReadWrite).doorbell(),
+    Register::new(Id::ChannelStatus, "CHANSTS", 0x88, 8, Access::ReadOnly),
+    Register::new(Id::ChainAddress, "CHAINADDR", 0x90, 8, Access::ReadWrite),
+    Register::new(Id::CompletionAddress, "CHANCMP", 0x98, 8, Access::ReadWrite),
+    Register::new(Id::ChannelErrors, "CHANERR", 0xa8, 4, Access::WriteOne),
+    Register::new(Id::ErrorMask, "CHANERRMSK", 0xac, 4, Access::ReadWrite),
+]);
 
 /// One channel: what each function of a server processor has. More functions, and not more channels, make more of them.
 pub const CHANNELS: u8 = 1;
@@ -50,7 +73,7 @@ pub const COMPATIBLE_V2: u16 = 1 << 1;
 
 bitflags::bitflags! {
     /// CHANCTRL.
-    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
     pub struct Control: u16 {
         /// Read: the interrupt was sent and no further one is. Write: one more may be sent.
         const INTERRUPT_DISABLE = 1 << 0;
@@ -82,7 +105,7 @@ bitflags::bitflags! {
 
 bitflags::bitflags! {
     /// CHANERR: why the channel halted.
-    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
     pub struct Errors: u32 {
         /// The source cannot be read.
         const SOURCE_ADDRESS = 1 << 0;

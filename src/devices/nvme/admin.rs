@@ -1,147 +1,175 @@
-//! The admin queue's thread: it also creates and deletes the I/O queues.
+//! The admin queue's thread, which executes what [`Commands`] say: it also creates and deletes the I/O queues.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use zerocopy::little_endian::U64;
 
-use super::features::{self, Value};
-use super::identify::{AER_LIMIT, identify};
-use super::log;
+use super::commands::{Commands, Waiting, Work};
 use super::pointer::Runs;
 use super::queue::{Completion, CompletionQueue, Ended, SubmissionQueue};
+use super::queue_table::NewQueue;
+use super::registers::AdminQueues;
 use super::shared::{Shared, lock};
-use super::spec::{
-    CSTS_SHUTDOWN, CSTS_SHUTDOWN_COMPLETE, QUEUE_ENTRIES_MAX, Sqe, Status, TRANSFER_MAX, admin, page_size,
-};
-use super::worker::Worker;
-use crate::dma::Dma;
-use crate::poller::PollGuard;
+use super::spec::{CSTS_SHUTDOWN, CSTS_SHUTDOWN_COMPLETE, Sqe, Status};
+use super::worker::IoQueue;
+use crate::devices::kit::{self, Interruption, Task, ThreadContext};
 use viommu_trace::Event;
 use viommu_trace::event::{DataPointer, Model};
 
-/// The admin commands that are implemented.
-pub(super) const OPCODES: [u8; 11] = [
-    admin::DELETE_SQ,
-    admin::CREATE_SQ,
-    admin::GET_LOG_PAGE,
-    admin::DELETE_CQ,
-    admin::CREATE_CQ,
-    admin::IDENTIFY,
-    admin::ABORT,
-    admin::SET_FEATURES,
-    admin::GET_FEATURES,
-    admin::ASYNC_EVENT_REQUEST,
-    admin::DOORBELL_BUFFER_CONFIG,
-];
-
-/// How the vfio-user thread speaks to the admin thread.
-#[derive(Default)]
-pub(super) struct Orders {
-    /// The controller is reset: end at once.
-    pub stop: AtomicBool,
-    /// The controller is shut down: 0, or CC.SHN.
-    pub shutdown: AtomicU8,
-}
-
 /// The admin queue, and all that hangs on it.
 pub(super) struct Admin {
-    shared: Arc<Shared>,
-    orders: Arc<Orders>,
-    dma: Dma,
-    sq: SubmissionQueue,
-    cq: Arc<CompletionQueue>,
-    cqs: BTreeMap<u16, Arc<CompletionQueue>>,
-    workers: BTreeMap<u16, Worker>,
-    /// Asynchronous Event Requests that wait, and since when.
-    waiting: Vec<(Sqe, Instant)>,
+    pub(super) shared: Arc<Shared>,
+    pub(super) sq: SubmissionQueue,
+    pub(super) cq: Arc<CompletionQueue>,
+    pub(super) cqs: BTreeMap<u16, Arc<CompletionQueue>>,
+    pub(super) queues: BTreeMap<u16, Queue>,
+    pub(super) commands: Commands,
     runs: Runs,
-    /// I/O queues that the host may create, as Set Features granted them: submission and completion queues.
-    granted: (u16, u16),
     /// Bytes that the command in execution has transferred, for the trace.
     moved: u32,
+    /// Completions that are not posted yet.
+    pub(super) done: Vec<Completion>,
+    /// It has processed its last command: the controller is shut down or fatal.
+    pub(super) ended: bool,
+}
+
+/// An I/O submission queue.
+pub(super) enum Queue {
+    Running(Task<IoQueue>),
+    /// While the admin queue is quiesced; `None` if its thread could not be started.
+    Resting(Option<Box<IoQueue>>),
+}
+
+impl Queue {
+    /// Has its thread end, and waits for that. There is no DMA and no interrupt of its after that.
+    fn end(self) {
+        if let Queue::Running(task) = self {
+            task.end(Interruption::Stop);
+        }
+    }
 }
 
 impl Admin {
-    /// With an admin queue of `sq` entries at the first address, and one of `cq` at the second.
-    pub fn new(shared: &Arc<Shared>, orders: &Arc<Orders>, sq: (u64, u32), cq: (u64, u32)) -> Self {
-        let queues = shared.disk.config().queues;
+    /// With these admin queues, for a memory page of so many bytes.
+    pub fn new(shared: &Arc<Shared>, page_size: u64, queues: AdminQueues) -> Self {
+        let AdminQueues { sq, cq } = queues;
         if let Some(doorbells) = shared.doorbells.first() {
             doorbells.tail.open(sq.1);
             doorbells.head.open(cq.1);
         }
-        let cq = Arc::new(CompletionQueue::new(0, cq.0, cq.1, Some(0)));
+        let (sq, cq) = (SubmissionQueue::new(0, sq.0, sq.1), CompletionQueue::new(0, cq.0, cq.1, Some(0)));
+        Admin::with_queues(shared, page_size, sq, cq)
+    }
+
+    pub(super) fn with_queues(shared: &Arc<Shared>, page_size: u64, sq: SubmissionQueue, cq: CompletionQueue) -> Self {
+        let cq = Arc::new(cq);
         *lock(&shared.cqs) = vec![cq.clone()];
         Admin {
             shared: shared.clone(),
-            orders: orders.clone(),
-            dma: shared.context.dma.open(),
-            sq: SubmissionQueue::new(0, sq.0, sq.1),
+            sq,
             cq,
             cqs: BTreeMap::new(),
-            workers: BTreeMap::new(),
-            waiting: Vec::new(),
+            queues: BTreeMap::new(),
+            commands: Commands::new(shared.disk.clone(), shared.reports.clone(), page_size),
             runs: Runs::default(),
-            granted: (queues, queues),
             moved: 0,
+            done: Vec::new(),
+            ended: false,
         }
     }
 
-    /// Processes commands until the controller is reset or shut down; then no thread of its I/O queues' runs.
-    pub fn run(mut self) {
-        if let Some(doorbells) = self.shared.doorbells.first() {
-            doorbells.tail.subscribe();
+    /// What its thread is called.
+    pub fn name(&self) -> String {
+        format!("nvme {:x} admin", self.shared.context.dma.endpoint())
+    }
+
+    /// Whether it has processed its last command.
+    pub fn has_ended(&self) -> bool {
+        self.ended
+    }
+
+    /// Processes commands until an interruption, a shutdown or the fatal status.
+    fn serve(&mut self, thread: &mut ThreadContext) -> Result<std::convert::Infallible, Ended> {
+        let mut entries = Vec::new();
+        loop {
+            self.post(thread)?;
+            if thread.interruption().is_some()
+                || self.shared.shutdown.load(Ordering::Acquire) != 0
+                || self.shared.is_fatal()
+            {
+                return Err(Ended);
+            }
+            self.send_events(thread)?;
+            let found = self.sq.poll(&mut thread.dma, &self.shared);
+            if !self.usable(found)? {
+                std::thread::park();
+                continue;
+            }
+            let fetched = self.sq.fetch(&mut thread.dma, 1, &mut entries);
+            self.usable(fetched)?;
+            for sqe in &entries {
+                self.command(thread, sqe)?;
+            }
         }
-        let shared = self.shared.clone();
-        shared.catch_panic(|| {
-            let Err(Ended) = self.serve();
-        });
-        self.end_workers();
-        if self.orders.shutdown.load(Ordering::Acquire) != 0 && !self.orders.stop.load(Ordering::Acquire) {
-            self.shut_down();
-        }
-        lock(&shared.cqs).clear();
-        for doorbells in &shared.doorbells {
+    }
+
+    /// Ends the controller's queues for good.
+    pub fn end(&mut self) {
+        self.ended = true;
+        self.interrupt_queues(Interruption::Stop);
+        std::mem::take(&mut self.queues).into_values().for_each(Queue::end);
+        self.close();
+    }
+
+    /// Nobody has a queue any more.
+    pub(super) fn close(&self) {
+        lock(&self.shared.cqs).clear();
+        for doorbells in &self.shared.doorbells {
             doorbells.tail.close();
             doorbells.head.close();
         }
     }
 
-    fn serve(&mut self) -> Result<std::convert::Infallible, Ended> {
-        let mut entries = Vec::new();
-        loop {
-            if self.orders.stop.load(Ordering::Acquire)
-                || self.orders.shutdown.load(Ordering::Acquire) != 0
-                || self.shared.is_fatal()
-            {
-                return Err(Ended);
-            }
-            self.send_events()?;
-            let found = self.sq.poll(&mut self.dma, &self.shared);
-            if !self.usable(found)? {
-                std::thread::park();
-                continue;
-            }
-            let fetched = self.sq.fetch(&mut self.dma, 1, &mut entries);
-            self.usable(fetched)?;
-            for sqe in &entries {
-                self.command(sqe)?;
+    /// Tells all I/O queues at once, since each may be in a command.
+    fn interrupt_queues(&self, interruption: Interruption) {
+        for queue in self.queues.values() {
+            if let Queue::Running(task) = queue {
+                task.interrupt(interruption);
             }
         }
     }
 
-    /// Ends the I/O queues: all at once first, since each may be in a command.
-    fn end_workers(&mut self) {
-        self.workers.values().for_each(Worker::stop);
-        std::mem::take(&mut self.workers).into_values().for_each(Worker::join);
+    fn quiesce_queues(&mut self) {
+        self.interrupt_queues(Interruption::Quiesce);
+        for queue in self.queues.values_mut() {
+            *queue = match std::mem::replace(queue, Queue::Resting(None)) {
+                Queue::Running(task) => Queue::Resting(task.end(Interruption::Quiesce).map(Box::new)),
+                resting => resting,
+            };
+        }
+    }
+
+    fn resume_queues(&mut self) {
+        for (id, queue) in &mut self.queues {
+            let Queue::Resting(resting) = queue else { continue };
+            let Some(resting) = resting.take() else { continue };
+            match Task::start(&self.shared.context, resting.name(), *resting) {
+                Ok(task) => *queue = Queue::Running(task),
+                Err(error) => {
+                    ::log::error!("No thread for submission queue {id}: {error}");
+                    self.shared.fatal();
+                }
+            }
+        }
     }
 
     /// The second half of a shutdown: what was written is made durable.
     fn shut_down(&self) {
         const ABRUPT: u8 = 2;
-        if self.orders.shutdown.load(Ordering::Acquire) != ABRUPT
+        if self.shared.shutdown.load(Ordering::Acquire) != ABRUPT
             && let Err(error) = self.shared.disk.flush()
         {
             ::log::error!("The image is not durable: {error}");
@@ -152,31 +180,44 @@ impl Admin {
     }
 
     /// Completes Asynchronous Event Requests for which there are events.
-    fn send_events(&mut self) -> Result<(), Ended> {
-        while !self.waiting.is_empty() {
-            let Some(result) = lock(&self.shared.events).take() else { break };
-            let (request, fetched) = self.waiting.remove(0);
-            self.complete(&request, fetched, 0, Status::SUCCESS, result)?;
+    fn send_events(&mut self, thread: &mut ThreadContext) -> Result<(), Ended> {
+        while let Some((request, result)) = self.commands.take_event() {
+            self.complete_waiting(thread, &request, Status::SUCCESS, result)?;
         }
         Ok(())
     }
 
-    fn command(&mut self, sqe: &Sqe) -> Result<(), Ended> {
-        let fetched = Instant::now();
+    /// Completes a command that waited.
+    fn complete_waiting(
+        &mut self,
+        thread: &mut ThreadContext,
+        Waiting { sqe, fetched }: &Waiting,
+        status: Status,
+        result: u32,
+    ) -> Result<(), Ended> {
         self.moved = 0;
-        let (status, result) = match self.dispatch(sqe) {
-            Ok(Some(result)) => (Status::SUCCESS, result),
-            Err(status) => (status, 0),
-            Ok(None) => {
-                self.waiting.push((*sqe, fetched));
-                return Ok(());
-            }
-        };
-        self.complete(sqe, fetched, self.moved, status, result)
+        self.complete(thread, sqe, *fetched, status, result)
     }
 
-    /// Counts, traces and posts the completion of a command that was fetched at `fetched` and moved `moved` bytes.
-    fn complete(&mut self, sqe: &Sqe, fetched: Instant, moved: u32, status: Status, result: u32) -> Result<(), Ended> {
+    fn command(&mut self, thread: &mut ThreadContext, sqe: &Sqe) -> Result<(), Ended> {
+        let fetched = Instant::now();
+        self.moved = 0;
+        match self.execute(thread, sqe, fetched) {
+            Ok(Some(result)) => self.complete(thread, sqe, fetched, Status::SUCCESS, result),
+            Ok(None) => Ok(()),
+            Err(status) => self.complete(thread, sqe, fetched, status, 0),
+        }
+    }
+
+    /// Counts, traces and posts the completion of a command that was fetched at `fetched`.
+    fn complete(
+        &mut self,
+        thread: &mut ThreadContext,
+        sqe: &Sqe,
+        fetched: Instant,
+        status: Status,
+        result: u32,
+    ) -> Result<(), Ended> {
         self.shared.disk.count(|c| &c.admin_count, 1);
         if status != Status::SUCCESS {
             self.shared.log_error(0, sqe.cid.get(), status, sqe.nsid.get(), 0);
@@ -188,43 +229,48 @@ impl Admin {
             queue: 0,
             id: sqe.cid.get(),
             status: status.0,
-            pointer: if moved == 0 { DataPointer::None } else { DataPointer::Prp },
+            pointer: if self.moved == 0 { DataPointer::None } else { DataPointer::Prp },
             address: 0,
             data: sqe.data[0].get(),
-            len: moved,
+            len: self.moved,
             duration: fetched.elapsed().as_nanos() as u64,
         });
-        let done = [Completion { cid: sqe.cid.get(), status, result }];
-        let mut guard = PollGuard::default();
-        self.cq.post(&mut self.dma, &self.shared, (0, self.sq.head()), &done, &self.orders.stop, &mut guard)
+        self.done.push(Completion { cid: sqe.cid.get(), status, result });
+        self.post(thread)
+    }
+
+    fn post(&mut self, thread: &mut ThreadContext) -> Result<(), Ended> {
+        self.cq.post(thread, &self.shared, (0, self.sq.head()), &mut self.done)
     }
 
     /// Executes a command: its result, or `None` if it completes later.
-    fn dispatch(&mut self, sqe: &Sqe) -> Result<Option<u32>, Status> {
-        // Over PCI Express, admin commands use PRPs.
-        if OPCODES.contains(&sqe.opcode) && (sqe.fuse() != 0 || sqe.psdt() != 0) {
-            return Err(Status::INVALID_FIELD);
-        }
-        let done = match sqe.opcode {
-            admin::DELETE_SQ => self.delete_sq(sqe),
-            admin::CREATE_SQ => self.create_sq(sqe),
-            admin::GET_LOG_PAGE => self.get_log_page(sqe),
-            admin::DELETE_CQ => self.delete_cq(sqe),
-            admin::CREATE_CQ => self.create_cq(sqe),
-            admin::IDENTIFY => {
-                let page = identify(&self.shared.disk, sqe, self.offers_shadow_doorbells());
-                page.and_then(|page| self.send(sqe, &page))
+    fn execute(&mut self, thread: &mut ThreadContext, sqe: &Sqe, fetched: Instant) -> Result<Option<u32>, Status> {
+        let len = self.commands.data_len(sqe)?;
+        let data = self.receive(thread, sqe, len)?;
+        match self.commands.command(sqe, &data, fetched, self.offers_shadow_doorbells())? {
+            Work::Complete(result) => {
+                self.shared.write_cache.store(self.commands.write_cache(), Ordering::Relaxed);
+                return Ok(Some(result));
             }
-            admin::ABORT => return self.abort(sqe).map(Some),
-            admin::SET_FEATURES => return self.set_features(sqe).map(Some),
-            admin::GET_FEATURES => return self.get_features(sqe).map(Some),
-            // It completes when there is an event.
-            admin::ASYNC_EVENT_REQUEST if self.waiting.len() < AER_LIMIT => return Ok(None),
-            admin::ASYNC_EVENT_REQUEST => Err(Status::AER_LIMIT_EXCEEDED),
-            admin::DOORBELL_BUFFER_CONFIG if self.offers_shadow_doorbells() => self.doorbell_buffer_config(sqe),
-            _ => Err(Status::INVALID_OPCODE),
-        };
-        done.map(|()| Some(0))
+            Work::Wait => return Ok(None),
+            Work::Send(data) => self.send(thread, sqe, &data)?,
+            Work::SendLog(data, log) => {
+                self.send(thread, sqe, &data)?;
+                log.into_iter().for_each(|log| self.commands.log_was_read(log));
+            }
+            Work::CreateCq(queue, vector) => self.create_cq(thread, queue, vector)?,
+            Work::CreateSq(queue, cq) => self.create_sq(thread, queue, cq)?,
+            Work::DeleteCq(id) => self.delete_cq(id),
+            Work::DeleteSq(id) => self.delete_sq(id),
+            Work::Abort(request) => {
+                // If it cannot be posted, the controller is fatal and the thread ends at once.
+                let _ = self.complete_waiting(thread, &request, Status::ABORT_REQUESTED, 0);
+            }
+            Work::ShadowDoorbells { doorbells, event_indexes } => {
+                self.set_shadow_doorbells(thread, doorbells, event_indexes)?;
+            }
+        }
+        Ok(Some(0))
     }
 
     /// With the interrupt pin, the controller must know at once up to where completions are acknowledged: it lowers the pin
@@ -235,217 +281,102 @@ impl Admin {
     }
 
     /// Gives data to the host.
-    fn send(&mut self, sqe: &Sqe, data: &[u8]) -> Result<(), Status> {
-        self.point(sqe, data.len())?;
-        self.runs.write(&mut self.dma, data)
+    fn send(&mut self, thread: &mut ThreadContext, sqe: &Sqe, data: &[u8]) -> Result<(), Status> {
+        self.point(thread, sqe, data.len())?;
+        self.runs.write(&mut thread.dma, data)
     }
 
     /// Takes data from the host.
-    fn receive(&mut self, sqe: &Sqe, len: usize) -> Result<Vec<u8>, Status> {
+    fn receive(&mut self, thread: &mut ThreadContext, sqe: &Sqe, len: usize) -> Result<Vec<u8>, Status> {
         let mut data = vec![0; len];
         if len > 0 {
-            self.point(sqe, len)?;
-            self.runs.read(&mut self.dma, &mut data)?;
+            self.point(thread, sqe, len)?;
+            self.runs.read(&mut thread.dma, &mut data)?;
         }
         Ok(data)
     }
 
-    fn point(&mut self, sqe: &Sqe, len: usize) -> Result<(), Status> {
+    fn point(&mut self, thread: &mut ThreadContext, sqe: &Sqe, len: usize) -> Result<(), Status> {
         self.moved = len as u32;
-        let page = self.page_size();
-        self.runs.set_prp(&mut self.dma, page, sqe.data.map(U64::get), len as u64)
+        self.runs.set_prp(&mut thread.dma, self.commands.page_size(), sqe.data.map(U64::get), len as u64)
     }
 
-    fn page_size(&self) -> u64 {
-        page_size(self.shared.cc.load(Ordering::Relaxed))
-    }
-
-    fn vectors(&self) -> u16 {
-        self.shared.disk.config().queues + 1
-    }
-
-    /// What both kinds of queue creation share: the identifier, the size and the address.
-    fn new_queue(&self, sqe: &Sqe, granted: u16, exists: bool) -> Result<(u16, u32, u64), Status> {
-        const PHYSICALLY_CONTIGUOUS: u32 = 1;
-        let id = sqe.cdw10.get() as u16;
-        let size = (sqe.cdw10.get() >> 16) + 1;
-        if id == 0 || id > granted || exists {
-            return Err(Status::INVALID_QUEUE_ID);
-        }
-        if !(2..=QUEUE_ENTRIES_MAX).contains(&size) {
-            return Err(Status::INVALID_QUEUE_SIZE);
-        }
-        if sqe.cdw11.get() & PHYSICALLY_CONTIGUOUS == 0 {
-            return Err(Status::INVALID_FIELD);
-        }
-        let base = sqe.data[0].get();
-        if !base.is_multiple_of(self.page_size()) {
-            return Err(Status::PRP_OFFSET_INVALID);
-        }
-        Ok((id, size, base))
-    }
-
-    fn create_cq(&mut self, sqe: &Sqe) -> Result<(), Status> {
-        const INTERRUPTS_ENABLED: u32 = 1 << 1;
-        let exists = self.cqs.contains_key(&(sqe.cdw10.get() as u16));
-        let (id, size, base) = self.new_queue(sqe, self.granted.1, exists)?;
-        let vector = (sqe.cdw11.get() >> 16) as u16;
-        if vector >= self.vectors() {
-            return Err(Status::INVALID_INTERRUPT_VECTOR);
-        }
-        let vector = (sqe.cdw11.get() & INTERRUPTS_ENABLED != 0).then_some(vector);
+    fn create_cq(&mut self, thread: &mut ThreadContext, queue: NewQueue, vector: Option<u16>) -> Result<(), Status> {
+        let NewQueue { id, size, base } = queue;
         if let Some(doorbells) = self.shared.doorbells.get(usize::from(id)) {
             doorbells.head.open(size);
         }
-        self.start_shadow(self.shared.shadow.head(id).map(|shadow| shadow.doorbell), 0)?;
-        let cq = Arc::new(CompletionQueue::new(id, base, size, vector));
+        self.start_shadow(thread, self.shared.shadow.head(id).map(|shadow| shadow.doorbell), 0)?;
+        self.add_cq(CompletionQueue::new(id, base, size, vector));
+        Ok(())
+    }
+
+    /// Adds a completion queue. Returns whether there was none of its identifier.
+    pub(super) fn add_cq(&mut self, cq: CompletionQueue) -> bool {
+        let (id, cq) = (cq.id(), Arc::new(cq));
         lock(&self.shared.cqs).push(cq.clone());
         self.cqs.insert(id, cq);
-        Ok(())
+        self.commands.queues.add_cq(id)
     }
 
-    fn create_sq(&mut self, sqe: &Sqe) -> Result<(), Status> {
-        let cq = (sqe.cdw11.get() >> 16) as u16;
-        if cq == 0 {
-            return Err(Status::INVALID_QUEUE_ID);
+    fn create_sq(&mut self, thread: &mut ThreadContext, queue: NewQueue, cq_id: u16) -> Result<(), Status> {
+        let NewQueue { id, size, base } = queue;
+        let cq = self.cqs.get(&cq_id).ok_or(Status::COMPLETION_QUEUE_INVALID)?.clone();
+        self.start_shadow(thread, self.shared.shadow.tail(id).map(|shadow| shadow.doorbell), 0)?;
+        let doorbell = self.shared.doorbells.get(usize::from(id)).map(|doorbells| &doorbells.tail);
+        if let Some(doorbell) = doorbell {
+            doorbell.open(size);
         }
-        let cq = self.cqs.get(&cq).ok_or(Status::COMPLETION_QUEUE_INVALID)?.clone();
-        let exists = self.workers.contains_key(&(sqe.cdw10.get() as u16));
-        let (id, size, base) = self.new_queue(sqe, self.granted.0, exists)?;
-        self.start_shadow(self.shared.shadow.tail(id).map(|shadow| shadow.doorbell), 0)?;
-        let worker = Worker::start(&self.shared, id, base, size, &cq).map_err(|error| {
-            ::log::error!("No thread for submission queue {id}: {error}");
-            Status::INTERNAL_ERROR
-        })?;
-        self.workers.insert(id, worker);
-        Ok(())
+        let queue = IoQueue::new(&self.shared, SubmissionQueue::new(id, base, size), &cq);
+        match Task::start(&self.shared.context, queue.name(), queue) {
+            Ok(task) => {
+                self.queues.insert(id, Queue::Running(task));
+                self.commands.queues.add_sq(id, cq_id);
+                Ok(())
+            }
+            Err(error) => {
+                ::log::error!("No thread for submission queue {id}: {error}");
+                if let Some(doorbell) = doorbell {
+                    doorbell.close();
+                }
+                Err(Status::INTERNAL_ERROR)
+            }
+        }
     }
 
-    fn delete_sq(&mut self, sqe: &Sqe) -> Result<(), Status> {
-        let worker = self.workers.remove(&(sqe.cdw10.get() as u16)).ok_or(Status::INVALID_QUEUE_ID)?;
-        worker.join();
-        Ok(())
+    fn delete_sq(&mut self, id: u16) {
+        if let Some(queue) = self.queues.remove(&id) {
+            queue.end();
+        }
+        if let Some(doorbells) = self.shared.doorbells.get(usize::from(id)) {
+            doorbells.tail.close();
+        }
     }
 
-    fn delete_cq(&mut self, sqe: &Sqe) -> Result<(), Status> {
-        let id = sqe.cdw10.get() as u16;
-        if !self.cqs.contains_key(&id) {
-            return Err(Status::INVALID_QUEUE_ID);
-        }
-        if self.workers.values().any(|worker| worker.cq == id) {
-            return Err(Status::INVALID_QUEUE_DELETION);
-        }
+    fn delete_cq(&mut self, id: u16) {
         self.cqs.remove(&id);
         lock(&self.shared.cqs).retain(|cq| cq.id() != id);
         if let Some(doorbells) = self.shared.doorbells.get(usize::from(id)) {
             doorbells.head.close();
         }
-        Ok(())
-    }
-
-    fn get_log_page(&mut self, sqe: &Sqe) -> Result<(), Status> {
-        const RETAIN_EVENT: u32 = 1 << 15;
-        let log = sqe.cdw10.get() as u8;
-        let dwords = u64::from(sqe.cdw10.get() >> 16) | u64::from(sqe.cdw11.get() & 0xffff) << 16;
-        let len = (dwords + 1) * 4;
-        let offset = u64::from(sqe.cdw12.get()) | u64::from(sqe.cdw13.get()) << 32;
-        let page = log::page(&self.shared, log)?;
-        let Some(rest) = usize::try_from(offset).ok().and_then(|at| page.get(at..)) else {
-            return Err(Status::INVALID_FIELD);
-        };
-        if offset % 4 != 0 || len > TRANSFER_MAX {
-            return Err(Status::INVALID_FIELD);
-        }
-        let mut data = rest.to_vec();
-        data.resize(len as usize, 0);
-        self.send(sqe, &data)?;
-        if sqe.cdw10.get() & RETAIN_EVENT == 0 {
-            lock(&self.shared.events).read(log);
-        }
-        Ok(())
-    }
-
-    /// Only Asynchronous Event Requests can be aborted: everything else is done, or as good as done, when it is found.
-    fn abort(&mut self, sqe: &Sqe) -> Result<u32, Status> {
-        const NOT_ABORTED: u32 = 1;
-        let queue = sqe.cdw10.get() as u16;
-        let cid = (sqe.cdw10.get() >> 16) as u16;
-        if queue != 0 {
-            return Ok(NOT_ABORTED);
-        }
-        let Some(at) = self.waiting.iter().position(|(waiting, _)| waiting.cid.get() == cid) else {
-            return Ok(NOT_ABORTED);
-        };
-        let (request, fetched) = self.waiting.remove(at);
-        // If it cannot be posted, the controller is fatal and the thread ends at once.
-        let _ = self.complete(&request, fetched, 0, Status::ABORT_REQUESTED, 0);
-        Ok(0)
-    }
-
-    fn set_features(&mut self, sqe: &Sqe) -> Result<u32, Status> {
-        let feature = sqe.cdw10.get() as u8;
-        if feature == features::id::NUMBER_OF_QUEUES {
-            return self.set_number_of_queues(sqe.cdw11.get());
-        }
-        let data = self.receive(sqe, features::data_len(sqe))?;
-        let mut features = lock(&self.shared.features);
-        features.set(sqe, &data, self.vectors())?;
-        if feature == features::id::VOLATILE_WRITE_CACHE {
-            self.shared.write_cache.store(sqe.cdw11.get() & 1 != 0, Ordering::Relaxed);
-        }
-        if features.temperature_event() {
-            lock(&self.shared.events).temperature();
-        }
-        Ok(0)
-    }
-
-    fn set_number_of_queues(&mut self, wanted: u32) -> Result<u32, Status> {
-        let (sqs, cqs) = (wanted as u16, (wanted >> 16) as u16);
-        if sqs == u16::MAX || cqs == u16::MAX {
-            return Err(Status::INVALID_FIELD);
-        }
-        if !self.cqs.is_empty() {
-            return Err(Status::COMMAND_SEQUENCE_ERROR);
-        }
-        let most = self.shared.disk.config().queues;
-        self.granted = ((sqs + 1).min(most), (cqs + 1).min(most));
-        Ok(self.number_of_queues())
-    }
-
-    fn number_of_queues(&self) -> u32 {
-        u32::from(self.granted.0 - 1) | u32::from(self.granted.1 - 1) << 16
-    }
-
-    fn get_features(&mut self, sqe: &Sqe) -> Result<u32, Status> {
-        if sqe.cdw10.get() as u8 == features::id::NUMBER_OF_QUEUES {
-            return Ok(self.number_of_queues());
-        }
-        let value = lock(&self.shared.features).get(sqe, self.vectors())?;
-        match value {
-            Value::Dword(value) => Ok(value),
-            Value::Data(data) => self.send(sqe, &data).map(|()| 0),
-        }
     }
 
     /// From now on the host writes doorbells of I/O queues to memory, and registers only when asked (section 5.7).
-    fn doorbell_buffer_config(&mut self, sqe: &Sqe) -> Result<(), Status> {
-        let [doorbells, event_indexes] = sqe.data.map(U64::get);
-        let page = self.page_size();
-        if doorbells == 0 || event_indexes == 0 {
-            return Err(Status::INVALID_FIELD);
-        }
-        if doorbells % page != 0 || event_indexes % page != 0 {
-            return Err(Status::PRP_OFFSET_INVALID);
-        }
+    fn set_shadow_doorbells(
+        &mut self,
+        thread: &mut ThreadContext,
+        doorbells: u64,
+        event_indexes: u64,
+    ) -> Result<(), Status> {
         let shared = self.shared.clone();
         // The host uses them when this command is complete: until then the registers hold what they must begin with.
         for id in self.cqs.keys() {
             let head = shared.doorbells.get(usize::from(*id)).map_or(0, |d| d.head.value());
-            self.dma.write(doorbells.wrapping_add(8 * u64::from(*id) + 4), &head.to_le_bytes())?;
+            thread.dma.write(doorbells.wrapping_add(8 * u64::from(*id) + 4), &head.to_le_bytes())?;
         }
-        for id in self.workers.keys() {
+        for id in self.queues.keys() {
             let tail = shared.doorbells.get(usize::from(*id)).map_or(0, |d| d.tail.value());
-            self.dma.write(doorbells.wrapping_add(8 * u64::from(*id)), &tail.to_le_bytes())?;
+            thread.dma.write(doorbells.wrapping_add(8 * u64::from(*id)), &tail.to_le_bytes())?;
         }
         shared.shadow.set(doorbells, event_indexes);
         // Each worker has to say when it wants to be woken.
@@ -454,9 +385,9 @@ impl Admin {
     }
 
     /// A new queue's shadow doorbell.
-    fn start_shadow(&mut self, shadow: Option<u64>, value: u32) -> Result<(), Status> {
+    fn start_shadow(&self, thread: &mut ThreadContext, shadow: Option<u64>, value: u32) -> Result<(), Status> {
         match shadow {
-            Some(address) => Ok(self.dma.write(address, &value.to_le_bytes())?),
+            Some(address) => Ok(thread.dma.write(address, &value.to_le_bytes())?),
             None => Ok(()),
         }
     }
@@ -467,5 +398,36 @@ impl Admin {
             self.shared.fatal();
             Ended
         })
+    }
+}
+
+impl kit::Work for Admin {
+    /// Processes commands until the controller is reset or shut down; then no thread of its I/O queues' runs.
+    fn run(&mut self, thread: &mut ThreadContext) {
+        let shared = self.shared.clone();
+        let Some(doorbells) = shared.doorbells.first() else { return };
+        self.resume_queues();
+        doorbells.tail.subscribe();
+        let Err(Ended) = self.serve(thread);
+        doorbells.tail.unsubscribe();
+        let goes_on = shared.shutdown.load(Ordering::Acquire) == 0 && !shared.is_fatal();
+        match thread.interruption() {
+            Some(Interruption::Quiesce) if goes_on => self.quiesce_queues(),
+            interruption => {
+                self.end();
+                if shared.shutdown.load(Ordering::Acquire) != 0 && interruption != Some(Interruption::Stop) {
+                    self.shut_down();
+                }
+            }
+        }
+    }
+
+    fn panicked(&mut self) -> bool {
+        self.shared.fatal();
+        self.end();
+        if self.shared.shutdown.load(Ordering::Acquire) != 0 {
+            self.shut_down();
+        }
+        false
     }
 }

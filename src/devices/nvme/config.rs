@@ -13,8 +13,9 @@ use toml::Spanned;
 
 use super::Nvme;
 use super::disk::{Disk, NvmeConfig, OpenError, is_block_size, is_serial};
+use crate::devices::kit::Lifecycle;
 use crate::devices::model::{Configuration, Device, Key, KeyError, Kind, Model, OwnFile, Statistics, Table};
-use crate::pci::{Function, FunctionContext};
+use crate::pci::FunctionContext;
 
 /// The model.
 pub const MODEL: Model = Model {
@@ -96,7 +97,7 @@ fn create_image(path: &Path, bytes: u64) -> Result<(), OpenError> {
 struct Opened(Arc<Disk>);
 
 impl Device for Opened {
-    fn make(&self, context: FunctionContext) -> Box<dyn Function> {
+    fn make(&self, context: FunctionContext) -> Box<dyn Lifecycle> {
         Box::new(Nvme::new(context, self.0.clone()))
     }
 

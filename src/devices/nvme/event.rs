@@ -1,7 +1,12 @@
 //! Asynchronous events (section 5.2), and what the error log keeps of a failed command.
 
 use std::collections::VecDeque;
+use std::sync::{Mutex, MutexGuard};
 
+use serde::{Deserialize, Serialize};
+
+use super::log::ErrorLog;
+use super::shared::lock;
 use super::spec::Status;
 
 /// Error status: the log page that tells more.
@@ -16,7 +21,7 @@ const TYPE_HEALTH: u8 = 1;
 const HEALTH_TEMPERATURE: u8 = 1;
 
 /// One command that failed.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(super) struct ErrorInfo {
     pub queue: u16,
     pub cid: u16,
@@ -25,8 +30,27 @@ pub(super) struct ErrorInfo {
     pub lba: u64,
 }
 
+/// What any thread may have to tell the host.
+#[derive(Default)]
+pub(super) struct Reports {
+    events: Mutex<AsyncEvents>,
+    errors: Mutex<ErrorLog>,
+}
+
+impl Reports {
+    /// Events that the host was not told of yet.
+    pub fn events(&self) -> MutexGuard<'_, AsyncEvents> {
+        lock(&self.events)
+    }
+
+    /// Commands that failed; a reset keeps them.
+    pub fn errors(&self) -> MutexGuard<'_, ErrorLog> {
+        lock(&self.errors)
+    }
+}
+
 /// Events that the host was not told of yet.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(super) struct AsyncEvents {
     queue: VecDeque<(u8, u8, u8)>,
     /// By type: told, and no more of that type until the host has read its log page.
@@ -57,6 +81,11 @@ impl AsyncEvents {
         let (kind, information, log) = self.queue.remove(at)?;
         self.masked[usize::from(kind)] = true;
         Some(u32::from(kind) | u32::from(information) << 8 | u32::from(log) << 16)
+    }
+
+    /// Whether a controller can have such events.
+    pub fn are_possible(&self) -> bool {
+        self.queue.iter().all(|event| usize::from(event.0) < self.masked.len())
     }
 
     /// The host has read a log page.

@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
+use serde::{Deserialize, Serialize};
+
 use super::spec::{Sqe, Status};
 
 #[allow(missing_docs, reason = "the names are the specification's")]
@@ -45,6 +47,15 @@ pub(super) struct Features {
     values: BTreeMap<(u8, u32), u32>,
     timestamp: Option<(u64, Instant)>,
     host_behavior: Option<Box<[u8; 512]>>,
+}
+
+/// The same, to be kept.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct SavedFeatures {
+    values: Vec<(u8, u32, u32)>,
+    /// Milliseconds, as they are now.
+    timestamp: Option<u64>,
+    host_behavior: Option<Vec<u8>>,
 }
 
 /// What Get Features gives.
@@ -134,6 +145,30 @@ impl Features {
         let over = self.value(id::TEMPERATURE_THRESHOLD, 0) as u16;
         let under = self.value(id::TEMPERATURE_THRESHOLD, UNDER) as u16;
         TEMPERATURE >= over || TEMPERATURE <= under
+    }
+
+    /// Whether writes need not be durable at once.
+    pub fn write_cache(&self) -> bool {
+        self.value(id::VOLATILE_WRITE_CACHE, 0) & 1 != 0
+    }
+
+    /// What they are to go on from.
+    pub fn save(&self) -> SavedFeatures {
+        SavedFeatures {
+            values: self.values.iter().map(|(&(feature, selector), &value)| (feature, selector, value)).collect(),
+            timestamp: self.timestamp.map(|(base, since)| base.wrapping_add(since.elapsed().as_millis() as u64)),
+            host_behavior: self.host_behavior.as_deref().map(|data| data.to_vec()),
+        }
+    }
+
+    /// Those that go on from there; `None` if there are no such.
+    pub fn load(saved: &SavedFeatures) -> Option<Self> {
+        let host_behavior = saved.host_behavior.as_ref().map(|data| data.as_slice().try_into().map(Box::new));
+        Some(Features {
+            values: saved.values.iter().map(|&(feature, selector, value)| ((feature, selector), value)).collect(),
+            timestamp: saved.timestamp.map(|base| (base, Instant::now())),
+            host_behavior: host_behavior.transpose().ok()?,
+        })
     }
 
     /// Milliseconds in 48 bits, and where they come from: the host, or the time since the reset.

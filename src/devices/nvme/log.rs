@@ -3,9 +3,11 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::event::ErrorInfo;
+use serde::{Deserialize, Serialize};
+
+use super::disk::Disk;
+use super::event::{ErrorInfo, Reports};
 use super::features::TEMPERATURE;
-use super::shared::{Shared, lock};
 use super::spec::{Status, nvm};
 
 /// Log page identifiers.
@@ -23,7 +25,7 @@ pub(super) const ERROR_ENTRIES: usize = 64;
 pub(super) const FIRMWARE: &str = env!("CARGO_PKG_VERSION");
 
 /// The commands that failed last, newest first.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(super) struct ErrorLog {
     entries: VecDeque<(u64, ErrorInfo)>,
     count: u64,
@@ -38,11 +40,11 @@ impl ErrorLog {
     }
 }
 
-/// The whole of a log page.
-pub(super) fn page(shared: &Shared, log: u8) -> Result<Vec<u8>, Status> {
+/// The whole of a log page; whether the temperature is past a threshold is in that of the health.
+pub(super) fn page(disk: &Disk, reports: &Reports, warning: bool, log: u8) -> Result<Vec<u8>, Status> {
     match log {
-        id::ERROR => Ok(errors(&lock(&shared.error_log))),
-        id::HEALTH => Ok(health(shared)),
+        id::ERROR => Ok(errors(&reports.errors())),
+        id::HEALTH => Ok(health(disk, reports, warning)),
         id::FIRMWARE => Ok(firmware()),
         id::EFFECTS => Ok(effects()),
         _ => Err(Status::INVALID_LOG_PAGE),
@@ -66,10 +68,9 @@ fn errors(log: &ErrorLog) -> Vec<u8> {
 }
 
 /// SMART / health information (figure 194).
-fn health(shared: &Shared) -> Vec<u8> {
+fn health(disk: &Disk, reports: &Reports, warning: bool) -> Vec<u8> {
     let mut page = vec![0; 512];
-    let warning = lock(&shared.features).temperature_warning();
-    let counters = &shared.disk.counters;
+    let counters = &disk.counters;
     let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
     // In thousands of 512-byte units, rounded up.
     let units = |counter: &AtomicU64| get(counter).div_ceil(512_000);
@@ -82,9 +83,9 @@ fn health(shared: &Shared) -> Vec<u8> {
     put(&mut page, 64, &get(&counters.reads).to_le_bytes());
     put(&mut page, 80, &get(&counters.writes).to_le_bytes());
     put(&mut page, 112, &get(&counters.power_cycles).to_le_bytes());
-    put(&mut page, 128, &(shared.disk.opened().elapsed().as_secs() / 3600).to_le_bytes());
+    put(&mut page, 128, &(disk.opened().elapsed().as_secs() / 3600).to_le_bytes());
     put(&mut page, 144, &get(&counters.unsafe_shutdowns).to_le_bytes());
-    put(&mut page, 176, &lock(&shared.error_log).count.to_le_bytes());
+    put(&mut page, 176, &reports.errors().count.to_le_bytes());
     page
 }
 
@@ -105,7 +106,7 @@ fn effects() -> Vec<u8> {
     let mut set = |base: usize, opcode: u8, effect: u32| {
         put(&mut page, base + 4 * usize::from(opcode), &effect.to_le_bytes());
     };
-    for opcode in super::admin::OPCODES {
+    for opcode in super::commands::OPCODES {
         set(0, opcode, SUPPORTED);
     }
     for opcode in [nvm::FLUSH, nvm::READ, nvm::COMPARE] {

@@ -1,11 +1,15 @@
 //! An NVMe controller (NVM Express base specification 1.4) with one namespace in a raw file.
 //!
-//! Who does what: registers and doorbells are the vfio-user thread's ([`Nvme`]), which never waits for I/O but at a
-//! reset; the admin queue has a thread, which also creates and deletes the I/O queues; each I/O submission queue has
-//! one, with its own way to memory.
+//! State machines, which do no DMA and know no thread: `registers` says what a write of a register asks for, `commands`
+//! what an admin command does, with the queues that there are in `queue_table`, and `operation` what an I/O command does.
+//!
+//! Their executors, each with its own way to memory: registers and doorbells are the vfio-user thread's ([`Nvme`]), which
+//! never waits for I/O but at a reset; the admin queue has a thread (`admin`), which also creates and deletes the I/O
+//! queues; each I/O submission queue has one (`worker`, `io`).
 
 mod adaptive_poll;
 mod admin;
+mod commands;
 mod config;
 mod disk;
 mod event;
@@ -13,27 +17,30 @@ mod features;
 mod identify;
 mod io;
 mod log;
+mod operation;
 mod pointer;
 mod queue;
+mod queue_table;
+mod registers;
+mod saved;
 mod shared;
 mod spec;
 mod worker;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::thread::JoinHandle;
 
 pub use config::MODEL;
 pub use disk::{Counters, Disk, NvmeConfig, OpenError};
 
+use crate::devices::kit::{Interruption, Lifecycle, LoadError, SavedState, Task};
 use crate::dma::Dma;
 use crate::pci::{Bar, Function, FunctionContext, Identity, PinSource};
-use admin::{Admin, Orders};
+use admin::Admin;
+use registers::{DOORBELLS, REGISTERS, Registers, Request};
+use saved::SavedController;
 use shared::{Shared, lock};
-use spec::{
-    CC_ENABLE, CC_FIXED, CSTS_FATAL, CSTS_READY, CSTS_SHUTDOWN, CSTS_SHUTDOWN_COMPLETE, CSTS_SHUTDOWN_OCCURRING,
-    MPS_MAX, QUEUE_ENTRIES_MAX, VERSION, register,
-};
+use spec::{CSTS_FATAL, CSTS_READY, CSTS_SHUTDOWN, CSTS_SHUTDOWN_COMPLETE, CSTS_SHUTDOWN_OCCURRING};
 
 /// The numbers of SPDK's NVMe controller over vfio-user. QEMU's own would bring drivers' workarounds for older versions
 /// of that one with them: Linux would leave Write Zeroes and the namespace's identifiers out.
@@ -47,32 +54,21 @@ const CLASS: u32 = 0x01_08_02;
 /// Registers and the doorbells of 64 queue pairs and the admin queue.
 const BAR_SIZE: u64 = 0x2000;
 
-/// How long the host should wait for CSTS.RDY to change, in units of 500 ms.
-const READY_TIMEOUT: u64 = 60;
-
-/// CC.SHN.
-fn shutdown_notification(cc: u32) -> u8 {
-    (cc >> 14 & 3) as u8
-}
-
 /// An NVMe controller.
 pub struct Nvme {
     shared: Arc<Shared>,
-    /// Admin queue attributes and addresses, which a reset by CC.EN keeps.
-    aqa: u32,
-    asq: u64,
-    acq: u64,
-    /// Vectors that are masked, a bit each (sections 3.1.3 and 3.1.4).
-    interrupt_mask: u32,
+    registers: Registers,
     /// The vfio-user thread's way to the shadow doorbells.
     dma: Dma,
     enabled: Option<Enabled>,
+    /// It is quiesced.
+    at_rest: bool,
 }
 
-/// An enabled controller.
-struct Enabled {
-    orders: Arc<Orders>,
-    thread: JoinHandle<()>,
+/// The queues of an enabled controller.
+enum Enabled {
+    Running(Task<Admin>),
+    Resting(Box<Admin>),
 }
 
 impl Nvme {
@@ -85,58 +81,13 @@ impl Nvme {
         let shared = Arc::new(Shared::new(context, disk));
         let source: Arc<dyn PinSource> = shared.clone();
         shared.context.interrupts.set_pin_source(Arc::downgrade(&source));
-        Nvme { shared, aqa: 0, asq: 0, acq: 0, interrupt_mask: 0, dma, enabled: None }
+        Nvme { shared, registers: Registers::default(), dma, enabled: None, at_rest: false }
     }
 
-    fn capabilities() -> u64 {
-        const CONTIGUOUS_QUEUES: u64 = 1 << 16;
-        const NVM_COMMAND_SET: u64 = 1 << 37;
-        u64::from(QUEUE_ENTRIES_MAX - 1)
-            | CONTIGUOUS_QUEUES
-            | READY_TIMEOUT << 24
-            | NVM_COMMAND_SET
-            | u64::from(MPS_MAX) << 52
-    }
-
-    /// The register's dword at `offset`, a multiple of 4.
-    fn register(&self, offset: u64) -> u32 {
-        match offset {
-            register::CAP => Self::capabilities() as u32,
-            0x04 => (Self::capabilities() >> 32) as u32,
-            register::VS => VERSION,
-            register::INTMS | register::INTMC => self.interrupt_mask,
-            register::CC => self.shared.cc.load(Ordering::SeqCst),
-            register::CSTS => self.shared.csts.load(Ordering::SeqCst),
-            register::AQA => self.aqa,
-            register::ASQ => self.asq as u32,
-            0x2c => (self.asq >> 32) as u32,
-            register::ACQ => self.acq as u32,
-            0x34 => (self.acq >> 32) as u32,
-            _ => 0,
-        }
-    }
-
-    fn set_register(&mut self, offset: u64, value: u32) {
-        let low = |old: u64| old >> 32 << 32 | u64::from(value & !0xfff);
-        let high = |old: u64| old & 0xffff_ffff | u64::from(value) << 32;
-        match offset {
-            register::INTMS => self.mask_interrupts(self.interrupt_mask | value),
-            register::INTMC => self.mask_interrupts(self.interrupt_mask & !value),
-            register::CC => self.set_cc(value),
-            register::AQA => self.aqa = value & 0x0fff_0fff,
-            register::ASQ => self.asq = low(self.asq),
-            0x2c => self.asq = high(self.asq),
-            register::ACQ => self.acq = low(self.acq),
-            0x34 => self.acq = high(self.acq),
-            _ => {}
-        }
-    }
-
-    /// Masks the vectors of these bits, and no others. Those that are not masked any more are sent if their queues still
-    /// have something to tell, whether it was told before or not.
-    fn mask_interrupts(&mut self, mask: u32) {
-        self.interrupt_mask = mask;
-        let unmasked = self.shared.context.interrupts.mask_msi(mask);
+    /// Masks the vectors that the registers say, and no others. Those that are not masked any more are sent if their
+    /// queues still have something to tell, whether it was told before or not.
+    fn mask_interrupts(&mut self) {
+        let unmasked = self.shared.context.interrupts.mask_msi(self.registers.interrupt_mask);
         // Not locked any more when one interrupts, since the pin asks for all of them then.
         let cqs = lock(&self.shared.cqs).clone();
         for cq in &cqs {
@@ -146,51 +97,49 @@ impl Nvme {
         }
     }
 
-    /// The threads read CC for the page size, so it changes only while there are none; while the controller is enabled,
-    /// the fields that the host must not change then (section 3.1.5) stay as they are.
-    fn set_cc(&mut self, mut cc: u32) {
-        let before = self.shared.cc.load(Ordering::SeqCst);
-        let (was, is) = (before & CC_ENABLE != 0, cc & CC_ENABLE != 0);
-        if was && is {
-            cc = cc & !CC_FIXED | before & CC_FIXED;
-        } else if was {
+    /// Does what a write of a register asks for.
+    fn act(&mut self, request: Request) {
+        if request.mask {
+            self.mask_interrupts();
+        }
+        if request.disable {
             self.disable();
         }
-        self.shared.cc.store(cc, Ordering::SeqCst);
-        if is && !was {
-            self.enable(cc);
+        // The threads read CC for the page size, so it changes only while there are none.
+        self.shared.cc.store(self.registers.cc, Ordering::SeqCst);
+        if request.enable {
+            self.enable();
         }
-        if shutdown_notification(cc) != 0 && shutdown_notification(before) == 0 {
-            self.shut_down(shutdown_notification(cc));
+        if let Some(notification) = request.shutdown {
+            self.shut_down(notification);
         }
     }
 
-    fn enable(&mut self, cc: u32) {
-        // Command set, page size, arbitration, and what the admin queue must be.
-        let supported = cc >> 4 & 7 == 0 && cc >> 7 & 0xf <= MPS_MAX && cc >> 11 & 7 == 0;
-        let sq_size = (self.aqa & 0xfff) + 1;
-        let cq_size = (self.aqa >> 16) + 1;
-        let page = spec::page_size(cc);
-        let aligned = self.asq.is_multiple_of(page) && self.acq.is_multiple_of(page);
-        if !supported || !aligned || sq_size < 2 || cq_size < 2 {
-            self.shared.csts.store(CSTS_FATAL, Ordering::SeqCst);
-            self.shared.trace_state();
-            return;
+    fn enable(&mut self) {
+        let started = match self.registers.admin_queues() {
+            Some(queues) => self.start(Admin::new(&self.shared, self.registers.page_size(), queues)),
+            None => false,
+        };
+        self.shared.csts.store(if started { CSTS_READY } else { CSTS_FATAL }, Ordering::SeqCst);
+        self.shared.trace_state();
+    }
+
+    /// Starts the admin queue's thread, unless the controller is at rest. Returns whether there was one.
+    fn start(&mut self, admin: Admin) -> bool {
+        if self.at_rest {
+            self.enabled = Some(Enabled::Resting(Box::new(admin)));
+            return true;
         }
-        let orders = Arc::new(Orders::default());
-        let admin = Admin::new(&self.shared, &orders, (self.asq, sq_size), (self.acq, cq_size));
-        let name = format!("nvme {:x} admin", self.shared.context.dma.endpoint());
-        match std::thread::Builder::new().name(name).spawn(move || admin.run()) {
-            Ok(thread) => {
-                self.enabled = Some(Enabled { orders, thread });
-                self.shared.csts.store(CSTS_READY, Ordering::SeqCst);
+        match Task::start(&self.shared.context, admin.name(), admin) {
+            Ok(task) => {
+                self.enabled = Some(Enabled::Running(task));
+                true
             }
             Err(error) => {
                 ::log::error!("No thread for an admin queue: {error}");
-                self.shared.csts.store(CSTS_FATAL, Ordering::SeqCst);
+                false
             }
         }
-        self.shared.trace_state();
     }
 
     /// A controller reset: all queues are gone when it returns.
@@ -198,21 +147,21 @@ impl Nvme {
         self.stop();
         self.shared.cc.store(0, Ordering::SeqCst);
         self.shared.csts.store(0, Ordering::SeqCst);
+        self.shared.shutdown.store(0, Ordering::SeqCst);
         self.shared.shadow.set(0, 0);
         self.shared.write_cache.store(true, Ordering::Relaxed);
-        *lock(&self.shared.features) = Default::default();
-        *lock(&self.shared.events) = Default::default();
-        self.mask_interrupts(0);
+        *self.shared.reports.events() = Default::default();
+        self.registers.interrupt_mask = 0;
+        self.mask_interrupts();
         self.shared.trace_state();
     }
 
     /// Ends all threads. There is no DMA and no interrupt of theirs after that.
     fn stop(&mut self) {
-        let Some(Enabled { orders, thread }) = self.enabled.take() else { return };
-        orders.stop.store(true, Ordering::Release);
-        thread.thread().unpark();
-        if thread.join().is_err() {
-            ::log::error!("The thread of an admin queue panicked");
+        match self.enabled.take() {
+            Some(Enabled::Running(task)) => drop(task.end(Interruption::Stop)),
+            Some(Enabled::Resting(mut admin)) => admin.end(),
+            None => {}
         }
     }
 
@@ -222,10 +171,87 @@ impl Nvme {
         let set = |csts: u32| Some(csts & !CSTS_SHUTDOWN | status);
         let _ = self.shared.csts.fetch_update(Ordering::SeqCst, Ordering::SeqCst, set);
         self.shared.trace_state();
-        if let Some(Enabled { orders, thread }) = &self.enabled {
-            orders.shutdown.store(notification, Ordering::Release);
-            thread.thread().unpark();
+        if self.enabled.is_some() {
+            self.shared.shutdown.store(notification, Ordering::Release);
         }
+        if let Some(Enabled::Running(task)) = &self.enabled {
+            task.wake();
+        }
+    }
+}
+
+impl Lifecycle for Nvme {
+    fn quiesce(&mut self) {
+        self.at_rest = true;
+        self.enabled = match self.enabled.take() {
+            Some(Enabled::Running(task)) => task.end(Interruption::Quiesce).map(Box::new).map(Enabled::Resting),
+            other => other,
+        };
+    }
+
+    fn resume(&mut self) {
+        self.at_rest = false;
+        match self.enabled.take() {
+            Some(Enabled::Resting(admin)) if !admin.has_ended() => {
+                if !self.start(*admin) {
+                    self.shared.fatal();
+                }
+            }
+            other => self.enabled = other,
+        }
+    }
+
+    fn save(&self) -> SavedState {
+        let shared = &self.shared;
+        let admin = match &self.enabled {
+            Some(Enabled::Resting(admin)) => Some(admin.save()),
+            _ => None,
+        };
+        let state = SavedController {
+            registers: self.registers.clone(),
+            csts: shared.csts.load(Ordering::SeqCst),
+            shutdown: shared.shutdown.load(Ordering::SeqCst),
+            shadow: shared.shadow.get(),
+            events: shared.reports.events().clone(),
+            error_log: shared.reports.errors().clone(),
+            admin,
+        };
+        SavedState::new(MODEL.name, saved::VERSION, &state)
+    }
+
+    fn load(&mut self, state: &SavedState) -> Result<(), LoadError> {
+        self.reset();
+        let saved: SavedController = state.read(MODEL.name, saved::VERSION)?;
+        let loaded = self.take_over(&saved);
+        if loaded.is_err() {
+            self.reset();
+        }
+        loaded.map_err(|what| LoadError::Impossible { model: MODEL.name, what })
+    }
+}
+
+impl Nvme {
+    /// Goes on from where another controller was. `Err` says what no controller is like.
+    fn take_over(&mut self, saved: &SavedController) -> Result<(), &'static str> {
+        if !saved.events.are_possible() {
+            return Err("its events");
+        }
+        let (shared, registers) = (self.shared.clone(), saved.registers.clone());
+        if let Some(saved) = &saved.admin {
+            let admin = Admin::load(&shared, saved, registers.cc)?;
+            shared.write_cache.store(admin.commands.write_cache(), Ordering::Relaxed);
+            self.enabled = Some(Enabled::Resting(Box::new(admin)));
+        }
+        self.registers = registers;
+        shared.cc.store(self.registers.cc, Ordering::SeqCst);
+        shared.csts.store(saved.csts, Ordering::SeqCst);
+        shared.shutdown.store(saved.shutdown, Ordering::SeqCst);
+        shared.shadow.set(saved.shadow.0, saved.shadow.1);
+        *shared.reports.events() = saved.events.clone();
+        *shared.reports.errors() = saved.error_log.clone();
+        shared.context.interrupts.mask_msi(self.registers.interrupt_mask);
+        shared.trace_state();
+        Ok(())
     }
 }
 
@@ -245,9 +271,8 @@ impl Function for Nvme {
     }
 
     fn bar_read(&mut self, _bar: u8, offset: u64, data: &mut [u8]) {
-        for (at, byte) in (offset..).zip(data) {
-            *byte = self.register(at & !3).to_le_bytes()[(at & 3) as usize];
-        }
+        let csts = self.shared.csts.load(Ordering::SeqCst);
+        REGISTERS.read(offset, data, |id| self.registers.read(id, csts));
     }
 
     fn bar_write(&mut self, _bar: u8, offset: u64, data: &[u8]) {
@@ -255,22 +280,22 @@ impl Function for Nvme {
         if !offset.is_multiple_of(4) || !data.len().is_multiple_of(4) {
             return;
         }
+        for write in REGISTERS.writes(offset, data) {
+            let value = write.over(self.registers.read(write.id(), 0));
+            let request = self.registers.write(write.id(), value);
+            self.act(request);
+        }
         for (at, dword) in (offset..).step_by(4).zip(data.chunks_exact(4)) {
+            let Some(at) = at.checked_sub(DOORBELLS) else { continue };
             let value = dword.iter().rev().fold(0, |value, byte| value << 8 | u32::from(*byte));
-            if at < register::DOORBELLS {
-                self.set_register(at, value);
-            } else {
-                let index = ((at - register::DOORBELLS) / 4) as usize;
-                self.shared.ring(index / 2, index % 2 == 1, value);
-            }
+            let index = (at / 4) as usize;
+            self.shared.ring(index / 2, index % 2 == 1, value);
         }
     }
 
     fn reset(&mut self) {
         self.disable();
-        self.aqa = 0;
-        self.asq = 0;
-        self.acq = 0;
+        self.registers.reset();
     }
 }
 

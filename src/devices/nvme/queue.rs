@@ -1,21 +1,26 @@
 //! Queues in the host's memory (section 4.1).
 
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
+use std::sync::atomic::{AtomicU32, Ordering, fence};
 
+use serde::{Deserialize, Serialize};
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U16, U32};
 
 use super::shared::{Doorbells, InvalidDoorbell, Shadow, Shared, lock};
 use super::spec::{CQE, Cqe, SQE, Sqe, Status};
+use crate::devices::kit::ThreadContext;
 use crate::dma::{Dma, DmaError};
-use crate::poller::PollGuard;
+
+/// The most entries of an admin queue, as AQA can say them; I/O queues have fewer.
+const ADMIN_ENTRIES_MAX: u32 = 4096;
 
 /// The thread is to end: the queue or the controller goes away, or the queue cannot be accessed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Ended;
 
 /// A submission queue, as the thread that processes it sees it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct SubmissionQueue {
     id: u16,
     base: u64,
@@ -31,6 +36,24 @@ impl SubmissionQueue {
     /// A new, empty queue of `size` entries. The calling thread is its only reader.
     pub fn new(id: u16, base: u64, size: u32) -> Self {
         SubmissionQueue { id, base, size, head: 0, tail: 0, armed: None }
+    }
+
+    /// The queue identifier.
+    pub fn id(&self) -> u16 {
+        self.id
+    }
+
+    /// Entries of the queue.
+    pub fn size(&self) -> u32 {
+        self.size
+    }
+
+    /// Whether a controller can have such a queue, of this identifier at most.
+    pub fn is_possible(&self, id_max: u16) -> bool {
+        self.id <= id_max
+            && (2..=ADMIN_ENTRIES_MAX).contains(&self.size)
+            && self.head < self.size
+            && self.tail < self.size
     }
 
     /// Up to where the queue was fetched.
@@ -85,7 +108,7 @@ fn arm(dma: &mut Dma, shadow: Shadow, value: u32) -> Result<(), DmaError> {
 }
 
 /// A command that is done.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(super) struct Completion {
     pub cid: u16,
     pub status: Status,
@@ -102,6 +125,29 @@ pub(super) struct CompletionQueue {
     /// during a write to guest memory may be held for long.
     tail: AtomicU32,
     state: Mutex<State>,
+}
+
+/// A completion queue's state, to be kept.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct SavedCompletionQueue {
+    pub id: u16,
+    base: u64,
+    pub size: u32,
+    vector: Option<u16>,
+    tail: u32,
+    head: u32,
+    phase: bool,
+    /// Its head doorbell.
+    pub doorbell: u32,
+}
+
+impl SavedCompletionQueue {
+    /// Whether a controller can have such a queue, of this identifier at most; it has one vector more.
+    pub fn is_possible(&self, id_max: u16) -> bool {
+        let inside = [self.tail, self.head, self.doorbell].iter().all(|index| *index < self.size);
+        let vector = self.vector.is_none_or(|vector| vector <= id_max);
+        self.id <= id_max && (2..=ADMIN_ENTRIES_MAX).contains(&self.size) && inside && vector
+    }
 }
 
 struct State {
@@ -121,32 +167,53 @@ impl CompletionQueue {
         self.id
     }
 
-    /// Posts completions of the submission queue `sq`, with one interrupt for all that fit; releases `guard` and waits
-    /// for the host while the queue is full.
+    /// Posts completions of the submission queue `sq`, with one interrupt for all that fit; while the queue is full,
+    /// releases the queue that the thread polls and waits for the host. What could not be posted before an interruption
+    /// is left in `done`.
     pub fn post(
         &self,
-        dma: &mut Dma,
+        thread: &mut ThreadContext,
         shared: &Shared,
         sq: (u16, u16),
-        mut done: &[Completion],
-        stop: &AtomicBool,
-        guard: &mut PollGuard,
+        done: &mut Vec<Completion>,
     ) -> Result<(), Ended> {
         while !done.is_empty() {
-            let posted = self.post_some(dma, shared, sq, done).map_err(|_| {
+            let posted = self.post_some(&mut thread.dma, shared, sq, done).map_err(|_| {
                 shared.fatal();
                 Ended
             })?;
-            done = &done[posted..];
+            done.drain(..posted);
             if posted > 0 {
                 self.interrupt(shared);
             } else {
                 // The host that is to consume entries may be waiting for an answer of the IOMMU.
-                guard.release();
-                self.wait(dma, shared, stop)?;
+                thread.poll.release();
+                self.wait(thread, shared)?;
             }
         }
         Ok(())
+    }
+
+    /// What it is to go on from.
+    pub fn save(&self, shared: &Shared) -> SavedCompletionQueue {
+        let state = lock(&self.state);
+        SavedCompletionQueue {
+            id: self.id,
+            base: self.base,
+            size: self.size,
+            vector: self.vector,
+            tail: self.tail.load(Ordering::SeqCst),
+            head: state.head,
+            phase: state.phase,
+            doorbell: self.doorbells(shared).map_or(0, |doorbells| doorbells.head.value()),
+        }
+    }
+
+    /// Goes on from where another one was, but for its doorbell.
+    pub fn load(saved: &SavedCompletionQueue) -> Self {
+        let state = Mutex::new(State { head: saved.head, phase: saved.phase });
+        let &SavedCompletionQueue { id, base, size, vector, tail, .. } = saved;
+        CompletionQueue { id, base, size, vector, tail: AtomicU32::new(tail), state }
     }
 
     fn interrupt(&self, shared: &Shared) {
@@ -234,25 +301,25 @@ impl CompletionQueue {
     }
 
     /// Waits until the host has consumed something of a full queue.
-    fn wait(&self, dma: &mut Dma, shared: &Shared, stop: &AtomicBool) -> Result<(), Ended> {
+    fn wait(&self, thread: &mut ThreadContext, shared: &Shared) -> Result<(), Ended> {
         let Some(doorbells) = self.doorbells(shared) else { return Err(Ended) };
         doorbells.head.subscribe();
-        let result = self.wait_subscribed(dma, shared, stop);
+        let result = self.wait_subscribed(thread, shared);
         doorbells.head.unsubscribe();
         result
     }
 
-    fn wait_subscribed(&self, dma: &mut Dma, shared: &Shared, stop: &AtomicBool) -> Result<(), Ended> {
+    fn wait_subscribed(&self, thread: &mut ThreadContext, shared: &Shared) -> Result<(), Ended> {
         let fatal = |_| {
             shared.fatal();
             Ended
         };
         let full_at = lock(&self.state).head;
         if let Some(shadow) = shared.shadow.head(self.id) {
-            arm(dma, shadow, full_at).map_err(fatal)?;
+            arm(&mut thread.dma, shadow, full_at).map_err(fatal)?;
         }
-        while self.host_head(dma, shared).map_err(fatal)? == full_at {
-            if stop.load(Ordering::Acquire) || shared.is_fatal() {
+        while self.host_head(&mut thread.dma, shared).map_err(fatal)? == full_at {
+            if thread.interruption().is_some() || shared.is_fatal() {
                 return Err(Ended);
             }
             std::thread::park();

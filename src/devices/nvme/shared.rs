@@ -1,14 +1,12 @@
 //! What the threads of a controller share: the vfio-user thread, the admin thread and a worker for each submission
 //! queue.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::Thread;
 
 use super::disk::Disk;
-use super::event::{AsyncEvents, ErrorInfo};
-use super::features::Features;
-use super::log::ErrorLog;
+use super::event::{ErrorInfo, Reports};
 use super::queue::CompletionQueue;
 use super::spec::{CSTS_FATAL, Status};
 use crate::pci::{FunctionContext, PinSource};
@@ -31,6 +29,12 @@ impl Doorbell {
     pub fn open(&self, size: u32) {
         self.value.store(0, Ordering::Relaxed);
         self.size.store(size, Ordering::Release);
+    }
+
+    /// The queue is there as it was elsewhere: of `size` entries, with the doorbell at `value`.
+    pub fn restore(&self, size: u32, value: u32) {
+        self.open(size);
+        self.value.store(value, Ordering::Release);
     }
 
     /// The queue is deleted.
@@ -114,6 +118,11 @@ impl ShadowBuffers {
         self.doorbells.store(doorbells, Ordering::Release);
     }
 
+    /// The buffers; 0 and 0 if there are none.
+    pub fn get(&self) -> (u64, u64) {
+        (self.doorbells.load(Ordering::Acquire), self.event_indexes.load(Ordering::Relaxed))
+    }
+
     /// The shadow of the tail doorbell of a submission queue; the admin queue's is a register only.
     pub fn tail(&self, queue: u16) -> Option<Shadow> {
         self.at(queue, 2 * u64::from(queue))
@@ -138,18 +147,18 @@ impl ShadowBuffers {
 pub(super) struct Shared {
     pub context: FunctionContext,
     pub disk: Arc<Disk>,
-    /// Controller configuration.
+    /// Controller configuration, for who needs it in another thread than that of the registers.
     pub cc: AtomicU32,
     /// Controller status.
     pub csts: AtomicU32,
+    /// The controller is shut down: 0, or CC.SHN.
+    pub shutdown: AtomicU8,
     /// By queue identifier; the first is the admin queue's.
     pub doorbells: Box<[Doorbells]>,
     /// The completion queues, the admin queue's among them.
     pub cqs: Mutex<Vec<Arc<CompletionQueue>>>,
     pub shadow: ShadowBuffers,
-    pub features: Mutex<Features>,
-    pub events: Mutex<AsyncEvents>,
-    pub error_log: Mutex<ErrorLog>,
+    pub reports: Arc<Reports>,
     /// Whether writes need not be durable at once; a copy of the feature, for the workers.
     pub write_cache: AtomicBool,
 }
@@ -162,12 +171,11 @@ impl Shared {
             disk,
             cc: AtomicU32::new(0),
             csts: AtomicU32::new(0),
+            shutdown: AtomicU8::new(0),
             doorbells: (0..=queues).map(|_| Doorbells::default()).collect(),
             cqs: Mutex::default(),
             shadow: ShadowBuffers::default(),
-            features: Mutex::default(),
-            events: Mutex::default(),
-            error_log: Mutex::default(),
+            reports: Arc::default(),
             write_cache: AtomicBool::new(true),
         }
     }
@@ -185,7 +193,7 @@ impl Shared {
 
     /// Tells the host of a wrong doorbell value.
     pub fn invalid_doorbell(&self, invalid: InvalidDoorbell) {
-        lock(&self.events).error(invalid as u8);
+        self.reports.events().error(invalid as u8);
         if let Some(admin) = self.doorbells.first() {
             admin.tail.wake();
         }
@@ -194,7 +202,7 @@ impl Shared {
     /// Notes a command that failed.
     pub fn log_error(&self, queue: u16, cid: u16, status: Status, nsid: u32, lba: u64) {
         self.disk.count(|c| &c.errors, 1);
-        lock(&self.error_log).push(ErrorInfo { queue, cid, status, nsid, lba });
+        self.reports.errors().push(ErrorInfo { queue, cid, status, nsid, lba });
     }
 
     /// The controller cannot go on: a queue cannot be accessed. Only a reset helps.
@@ -219,13 +227,6 @@ impl Shared {
     pub fn trace_state(&self) {
         let state = u64::from(self.cc.load(Ordering::SeqCst)) | u64::from(self.csts.load(Ordering::SeqCst)) << 32;
         self.context.tracer.emit(Event::Device { endpoint: self.context.dma.endpoint(), model: Model::Nvme, state });
-    }
-
-    /// Runs a thread of the controller's: a panic of it is the controller's fatal status and nothing more.
-    pub fn catch_panic(&self, run: impl FnOnce()) {
-        if self.context.tracer.catch_panic(self.context.dma.endpoint(), run).is_none() {
-            self.fatal();
-        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! What the NVM Express base specification (1.4) gives layouts and numbers for.
 
+use serde::{Deserialize, Serialize};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -46,6 +47,16 @@ impl Sqe {
         self.flags >> 6
     }
 
+    /// All of it, as little-endian words.
+    pub fn words(&self) -> [u64; 8] {
+        zerocopy::transmute!(*self)
+    }
+
+    /// The entry of these words.
+    pub fn from_words(words: [u64; 8]) -> Self {
+        zerocopy::transmute!(words)
+    }
+
     /// The starting LBA of a command that has one.
     pub fn slba(&self) -> u64 {
         u64::from(self.cdw10.get()) | u64::from(self.cdw11.get()) << 32
@@ -76,7 +87,7 @@ pub const SQE: u64 = size_of::<Sqe>() as u64;
 pub const CQE: u64 = size_of::<Cqe>() as u64;
 
 /// A completion's status field (figure 122): status code, type, and Do Not Retry.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status(pub u16);
 
 /// A command that is repeated fails again.
@@ -144,22 +155,6 @@ pub mod nvm {
 pub const NSID_ALL: u32 = u32::MAX;
 /// The only namespace.
 pub const NSID: u32 = 1;
-
-/// Controller registers (figure 68).
-#[allow(missing_docs, reason = "the names are the specification's")]
-pub mod register {
-    pub const CAP: u64 = 0x00;
-    pub const VS: u64 = 0x08;
-    pub const INTMS: u64 = 0x0c;
-    pub const INTMC: u64 = 0x10;
-    pub const CC: u64 = 0x14;
-    pub const CSTS: u64 = 0x1c;
-    pub const AQA: u64 = 0x24;
-    pub const ASQ: u64 = 0x28;
-    pub const ACQ: u64 = 0x30;
-    /// Where the doorbells begin: submission queue y's tail at 8y, completion queue y's head at 8y + 4.
-    pub const DOORBELLS: u64 = 0x1000;
-}
 
 /// The version that is implemented: 1.4.
 pub const VERSION: u32 = 0x0001_0400;

@@ -1,18 +1,15 @@
-//! The thread of an I/O submission queue.
+//! An I/O submission queue, and the thread that processes it.
 
-use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::adaptive_poll::{AdaptivePolling, SPIN};
 use super::io::{Executor, Moved};
 use super::queue::{Completion, CompletionQueue, Ended, SubmissionQueue};
+use super::saved::SavedIoQueue;
 use super::shared::Shared;
 use super::spec::{Sqe, Status, nvm};
-use crate::dma::Dma;
-use crate::poller::PollGuard;
+use crate::devices::kit::{Interruption, ThreadContext, Work};
 use viommu_trace::Event;
 use viommu_trace::event::Model;
 
@@ -24,120 +21,86 @@ const POST_BYTES: u64 = 64 << 10;
 /// After how many commands they are.
 const POST_COUNT: usize = 8;
 
-/// A running worker.
-pub(super) struct Worker {
-    stop: Arc<AtomicBool>,
-    thread: JoinHandle<()>,
-    queue: u16,
+/// An I/O submission queue.
+pub(super) struct IoQueue {
     shared: Arc<Shared>,
-    /// The completion queue that it posts to.
-    pub cq: u16,
-}
-
-impl Worker {
-    /// Starts the thread of a submission queue.
-    pub fn start(
-        shared: &Arc<Shared>,
-        queue: u16,
-        base: u64,
-        size: u32,
-        cq: &Arc<CompletionQueue>,
-    ) -> io::Result<Worker> {
-        let stop = Arc::new(AtomicBool::new(false));
-        let mut work = Work {
-            dma: shared.context.dma.open(),
-            executor: Executor::new(shared.clone(), stop.clone()),
-            sq: SubmissionQueue::new(queue, base, size),
-            cq: cq.clone(),
-            stop: stop.clone(),
-            shared: shared.clone(),
-            queue,
-            polling: AdaptivePolling::default(),
-            guard: PollGuard::new(shared.context.poller.clone()),
-        };
-        if let Some(doorbells) = shared.doorbells.get(usize::from(queue)) {
-            doorbells.tail.open(size);
-        }
-        let name = format!("nvme {:x} q{queue}", shared.context.dma.endpoint());
-        let spawned = std::thread::Builder::new().name(name).spawn(move || {
-            let shared = work.shared.clone();
-            shared.catch_panic(|| {
-                // Only an end leads out.
-                let Err(Ended) = work.run();
-            });
-        });
-        let cq = cq.id();
-        match spawned {
-            Ok(thread) => Ok(Worker { stop, thread, queue, shared: shared.clone(), cq }),
-            Err(error) => {
-                if let Some(doorbells) = shared.doorbells.get(usize::from(queue)) {
-                    doorbells.tail.close();
-                }
-                Err(error)
-            }
-        }
-    }
-
-    /// Asks it to end. The command that it is in is aborted if it still has much to do.
-    pub fn stop(&self) {
-        self.stop.store(true, Ordering::Release);
-        self.thread.thread().unpark();
-    }
-
-    /// Waits until it has ended. There is no DMA and no interrupt of its queue's after that.
-    pub fn join(self) {
-        self.stop();
-        if self.thread.join().is_err() {
-            log::error!("The thread of submission queue {} panicked", self.queue);
-        }
-        if let Some(doorbells) = self.shared.doorbells.get(usize::from(self.queue)) {
-            doorbells.tail.close();
-        }
-    }
-}
-
-struct Work {
-    shared: Arc<Shared>,
-    dma: Dma,
     executor: Executor,
     sq: SubmissionQueue,
     cq: Arc<CompletionQueue>,
-    stop: Arc<AtomicBool>,
-    queue: u16,
     polling: AdaptivePolling,
-    /// Over the request queue of the IOMMU, as long as the thread is awake and does nothing that may take long.
-    guard: PollGuard,
+    /// Commands that were fetched, and how many of them are done.
+    entries: Vec<Sqe>,
+    executed: usize,
+    /// Completions that are not posted yet.
+    done: Vec<Completion>,
 }
 
-impl Work {
-    fn run(&mut self) -> Result<std::convert::Infallible, Ended> {
-        if let Some(doorbells) = self.shared.doorbells.get(usize::from(self.queue)) {
-            doorbells.tail.subscribe();
+impl IoQueue {
+    /// A new, empty queue.
+    pub fn new(shared: &Arc<Shared>, sq: SubmissionQueue, cq: &Arc<CompletionQueue>) -> Self {
+        IoQueue {
+            shared: shared.clone(),
+            executor: Executor::new(shared.clone()),
+            sq,
+            cq: cq.clone(),
+            polling: AdaptivePolling::default(),
+            entries: Vec::with_capacity(BATCH),
+            executed: 0,
+            done: Vec::with_capacity(BATCH),
         }
-        let mut entries = Vec::with_capacity(BATCH);
+    }
+
+    /// What its thread is called.
+    pub fn name(&self) -> String {
+        format!("nvme {:x} q{}", self.shared.context.dma.endpoint(), self.sq.id())
+    }
+
+    /// What it is to go on from.
+    pub fn save(&self) -> SavedIoQueue {
+        SavedIoQueue {
+            sq: self.sq.clone(),
+            cq: self.cq.id(),
+            entries: self.entries[self.executed..].iter().map(Sqe::words).collect(),
+            done: self.done.clone(),
+        }
+    }
+
+    /// Goes on from where another one was, whose completion queue is `cq` here.
+    pub fn load(shared: &Arc<Shared>, saved: &SavedIoQueue, cq: &Arc<CompletionQueue>) -> Self {
+        let mut queue = IoQueue::new(shared, saved.sq.clone(), cq);
+        queue.entries.extend(saved.entries.iter().copied().map(Sqe::from_words));
+        queue.done.extend(saved.done.iter().copied());
+        queue
+    }
+
+    fn serve(&mut self, thread: &mut ThreadContext) -> Result<std::convert::Infallible, Ended> {
         loop {
-            self.wait()?;
-            let fetched = self.sq.fetch(&mut self.dma, BATCH, &mut entries);
+            self.execute(thread)?;
+            self.wait(thread)?;
+            let fetched = self.sq.fetch(&mut thread.dma, BATCH, &mut self.entries);
+            self.executed = 0;
+            if fetched.is_err() {
+                self.entries.clear();
+            }
             self.usable(fetched)?;
-            self.execute(&entries)?;
         }
     }
 
     /// Waits until there are entries.
-    fn wait(&mut self) -> Result<(), Ended> {
-        if self.spin()? {
+    fn wait(&mut self, thread: &mut ThreadContext) -> Result<(), Ended> {
+        if self.spin(thread)? {
             return Ok(());
         }
         loop {
-            let idle = self.sq.prepare_wait(&mut self.dma, &self.shared);
+            let idle = self.sq.prepare_wait(&mut thread.dma, &self.shared);
             if !self.usable(idle)? {
                 return Ok(());
             }
-            self.check_stop()?;
-            let (begun, before) = (Instant::now(), self.guard.count());
+            self.check(thread)?;
+            let (begun, before) = (Instant::now(), thread.poll.count());
             std::thread::park();
             // What the poller had to do meanwhile would have been found too.
-            let finds = (self.guard.count() - before).min(1000) as u32 + 1;
+            let finds = (thread.poll.count() - before).min(1000) as u32 + 1;
             if begun.elapsed() / finds < SPIN {
                 self.polling.paid();
             }
@@ -146,19 +109,19 @@ impl Work {
 
     /// Looks for entries, for a while if that was worth it of late. The thread polls the request queue meanwhile, and
     /// goes on with that if it finds some.
-    fn spin(&mut self) -> Result<bool, Ended> {
-        let found = self.find();
+    fn spin(&mut self, thread: &mut ThreadContext) -> Result<bool, Ended> {
+        let found = self.find(thread);
         if !matches!(found, Ok(true)) {
-            self.guard.release();
+            thread.poll.release();
         }
         found
     }
 
-    fn find(&mut self) -> Result<bool, Ended> {
+    fn find(&mut self, thread: &mut ThreadContext) -> Result<bool, Ended> {
         let mut begun = None;
         loop {
-            self.check_stop()?;
-            let found = self.sq.poll(&mut self.dma, &self.shared);
+            self.check(thread)?;
+            let found = self.sq.poll(&mut thread.dma, &self.shared);
             let found = self.usable(found)?;
             if found {
                 if begun.is_some() {
@@ -166,7 +129,7 @@ impl Work {
                 }
                 return Ok(true);
             }
-            if self.guard.poll() {
+            if thread.poll.poll() {
                 self.polling.paid();
                 begun = Some(Instant::now());
                 continue;
@@ -186,52 +149,52 @@ impl Work {
                     }
                 }
             }
-            self.guard.acquire();
+            thread.poll.acquire();
         }
     }
 
-    fn execute(&mut self, entries: &[Sqe]) -> Result<(), Ended> {
+    /// Executes what was fetched, and posts all completions.
+    fn execute(&mut self, thread: &mut ThreadContext) -> Result<(), Ended> {
         let fetched = Instant::now();
-        let mut done: Vec<Completion> = Vec::with_capacity(entries.len());
         let mut bytes = 0;
-        for sqe in entries {
+        while let Some(&sqe) = self.entries.get(self.executed) {
             let mut moved = Moved::default();
-            let status = if self.stop.load(Ordering::Acquire) {
-                Status::ABORTED_SQ_DELETION
-            } else {
-                self.executor.execute(&mut self.dma, sqe, &mut moved, &mut self.guard)
+            let status = match thread.interruption() {
+                None => self.executor.execute(thread, &sqe, &mut moved),
+                Some(Interruption::Stop) => Status::ABORTED_SQ_DELETION,
+                Some(Interruption::Quiesce) => return Err(Ended),
             };
-            self.trace(sqe, status, moved, fetched.elapsed());
+            self.executed += 1;
+            self.trace(&sqe, status, moved, fetched.elapsed());
             // Whatever became of it: a queue that never gets empty is no reason to keep others waiting.
-            self.guard.poll();
-            done.push(Completion { cid: sqe.cid.get(), status, result: 0 });
+            thread.poll.poll();
+            self.done.push(Completion { cid: sqe.cid.get(), status, result: 0 });
             bytes += u64::from(moved.len);
-            if bytes >= POST_BYTES || done.len() >= POST_COUNT {
-                self.post(&mut done)?;
+            if bytes >= POST_BYTES || self.done.len() >= POST_COUNT {
+                self.post(thread)?;
                 bytes = 0;
             }
         }
-        self.post(&mut done)
+        self.post(thread)
     }
 
-    fn post(&mut self, done: &mut Vec<Completion>) -> Result<(), Ended> {
-        let sq = (self.queue, self.sq.head());
-        self.cq.post(&mut self.dma, &self.shared, sq, done, &self.stop, &mut self.guard)?;
-        done.clear();
-        Ok(())
+    fn post(&mut self, thread: &mut ThreadContext) -> Result<(), Ended> {
+        let sq = (self.sq.id(), self.sq.head());
+        self.cq.post(thread, &self.shared, sq, &mut self.done)
     }
 
     fn trace(&self, sqe: &Sqe, status: Status, moved: Moved, duration: Duration) {
         let has_lba = matches!(sqe.opcode, nvm::READ | nvm::WRITE | nvm::COMPARE | nvm::WRITE_ZEROES);
         let address = if has_lba { sqe.slba() } else { 0 };
+        let queue = self.sq.id();
         if status != Status::SUCCESS {
-            self.shared.log_error(self.queue, sqe.cid.get(), status, sqe.nsid.get(), address);
+            self.shared.log_error(queue, sqe.cid.get(), status, sqe.nsid.get(), address);
         }
         self.shared.context.tracer.emit(Event::Command {
             endpoint: self.shared.context.dma.endpoint(),
             model: Model::Nvme,
             opcode: sqe.opcode,
-            queue: self.queue,
+            queue,
             id: sqe.cid.get(),
             status: status.0,
             pointer: moved.pointer,
@@ -250,7 +213,25 @@ impl Work {
         })
     }
 
-    fn check_stop(&self) -> Result<(), Ended> {
-        if self.stop.load(Ordering::Acquire) || self.shared.is_fatal() { Err(Ended) } else { Ok(()) }
+    /// Whether to go on.
+    fn check(&self, thread: &ThreadContext) -> Result<(), Ended> {
+        if thread.interruption().is_some() || self.shared.is_fatal() { Err(Ended) } else { Ok(()) }
+    }
+}
+
+impl Work for IoQueue {
+    fn run(&mut self, thread: &mut ThreadContext) {
+        let shared = self.shared.clone();
+        let Some(doorbells) = shared.doorbells.get(usize::from(self.sq.id())) else { return };
+        doorbells.tail.subscribe();
+        // Only an end leads out.
+        let Err(Ended) = self.serve(thread);
+        thread.poll.release();
+        doorbells.tail.unsubscribe();
+    }
+
+    fn panicked(&mut self) -> bool {
+        self.shared.fatal();
+        false
     }
 }

@@ -1,0 +1,230 @@
+//! A model with one thread: a state machine, and what executes the work that it gives.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::registers::{RegisterMap, RegisterWrite};
+use super::{Interruption, Lifecycle, LoadError, SavedState, Task, ThreadContext, Work};
+use crate::pci::{Function, FunctionContext, Identity, PinSource};
+use viommu_trace::Event;
+use viommu_trace::event::Model;
+
+/// Registers in, work and interrupts out. It does no DMA and knows no thread, so a unit test can put it into any state. The
+/// default is its power-on state, and what is serialized of it is all that a driver could notice the lack of.
+pub trait StateMachine: Default + Serialize + DeserializeOwned + Send + 'static {
+    /// Which register.
+    type Register: Copy + Send + Sync + 'static;
+    /// Something to do for the executor.
+    type Job;
+    /// Does the jobs, one after the other.
+    type Executor: Executor<Self>;
+
+    /// The model's name.
+    const NAME: &'static str;
+    /// The version of what is serialized, which is another one whenever that changes.
+    const VERSION: u32;
+    /// What the function says of itself.
+    const IDENTITY: Identity;
+    /// The registers of BAR 0.
+    const REGISTERS: RegisterMap<Self::Register>;
+
+    /// The value of a register that the driver reads.
+    fn read(&mut self, register: Self::Register) -> u64;
+
+    /// The driver writes a register.
+    fn write(&mut self, write: &RegisterWrite<'_, Self::Register>);
+
+    /// The next job, if there is one.
+    fn take_job(&mut self) -> Option<Self::Job>;
+
+    /// The executor failed: the job that was taken is over.
+    fn fail(&mut self);
+
+    /// The vectors that are to be sent now, of the first 32, a bit each; each is given once.
+    fn take_interrupts(&mut self) -> u32;
+
+    /// The vectors for which there is something that the driver has not acknowledged, a bit each: while there is one, the
+    /// interrupt pin is asserted.
+    fn reasons(&self) -> u32;
+
+    /// What the trace says of its state, whenever that changes.
+    fn traced(&self) -> Option<(Model, u64)> {
+        None
+    }
+
+    /// Whether this state, which was loaded, is one that it can be in at rest. `Err` says what is not.
+    fn check(&self) -> Result<(), &'static str> {
+        Ok(())
+    }
+}
+
+/// Does a state machine's jobs, in a thread of its own.
+pub trait Executor<M: StateMachine>: Default + Send + 'static {
+    /// Does a job, and tells the state machine how that went. Jobs are short: a reset waits for the one in progress.
+    fn execute(&mut self, job: M::Job, machine: &SharedMachine<M>, thread: &mut ThreadContext);
+}
+
+/// A state machine that the registers and the executor share.
+pub struct SharedMachine<M> {
+    context: FunctionContext,
+    machine: Mutex<M>,
+}
+
+impl<M: StateMachine> SharedMachine<M> {
+    /// What the function was given.
+    pub fn context(&self) -> &FunctionContext {
+        &self.context
+    }
+
+    /// Changes the state, traces that, and sends the interrupts that are due then.
+    pub fn change<R>(&self, change: impl FnOnce(&mut M) -> R) -> R {
+        let mut machine = self.lock();
+        let before = machine.traced();
+        let result = change(&mut machine);
+        if let Some((model, state)) = machine.traced().filter(|after| Some(*after) != before) {
+            self.context.tracer.emit(Event::Device { endpoint: self.context.dma.endpoint(), model, state });
+        }
+        let vectors = machine.take_interrupts();
+        // The pin asks for the reasons.
+        drop(machine);
+        (0..32).filter(|vector| vectors >> vector & 1 != 0).for_each(|vector| self.context.interrupts.trigger(vector));
+        if vectors == 0 {
+            self.context.interrupts.level_changed();
+        }
+        result
+    }
+
+    fn lock(&self) -> MutexGuard<'_, M> {
+        // A panic under the lock leaves a state whose registers may be odd, and a reset sets them all.
+        self.machine.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<M: StateMachine> PinSource for SharedMachine<M> {
+    fn reasons(&self) -> u32 {
+        self.lock().reasons()
+    }
+}
+
+/// The thread's work.
+struct Jobs<M: StateMachine> {
+    machine: Arc<SharedMachine<M>>,
+    executor: M::Executor,
+}
+
+impl<M: StateMachine> Work for Jobs<M> {
+    fn run(&mut self, thread: &mut ThreadContext) {
+        while thread.interruption().is_none() {
+            let job = self.machine.lock().take_job();
+            match job {
+                Some(job) => self.executor.execute(job, &self.machine, thread),
+                None => std::thread::park(),
+            }
+        }
+    }
+
+    fn panicked(&mut self) -> bool {
+        self.executor = M::Executor::default();
+        self.machine.change(M::fail);
+        true
+    }
+}
+
+/// A model of a state machine and its executor.
+pub struct Engine<M: StateMachine> {
+    machine: Arc<SharedMachine<M>>,
+    /// `None` while it is quiesced.
+    task: Option<Task<Jobs<M>>>,
+    at_rest: bool,
+}
+
+impl<M: StateMachine> Engine<M> {
+    /// In its power-on state.
+    pub fn new(context: FunctionContext) -> Self {
+        let machine = Arc::new(SharedMachine { context, machine: Mutex::default() });
+        let source: Arc<dyn PinSource> = machine.clone();
+        machine.context.interrupts.set_pin_source(Arc::downgrade(&source));
+        let mut engine = Engine { machine, task: None, at_rest: false };
+        engine.start();
+        engine
+    }
+
+    /// Starts the thread. Without one, no job will ever be done: the state machine fails.
+    fn start(&mut self) {
+        let context = &self.machine.context;
+        let name = format!("{} {:x}", M::NAME, context.dma.endpoint());
+        let jobs = Jobs { machine: self.machine.clone(), executor: M::Executor::default() };
+        match Task::start(context, name, jobs) {
+            Ok(task) => self.task = Some(task),
+            Err(error) => {
+                log::error!("No thread for the {} of endpoint {:#x}: {error}", M::NAME, context.dma.endpoint());
+                self.machine.change(M::fail);
+            }
+        }
+    }
+
+    /// Ends the thread after the job that is in progress.
+    fn end(&mut self, interruption: Interruption) {
+        if let Some(task) = self.task.take() {
+            task.end(interruption);
+        }
+    }
+}
+
+impl<M: StateMachine> Function for Engine<M> {
+    fn identity(&self) -> Identity {
+        M::IDENTITY
+    }
+
+    fn bar_read(&mut self, _bar: u8, offset: u64, data: &mut [u8]) {
+        let mut machine = self.machine.lock();
+        M::REGISTERS.read(offset, data, |register| machine.read(register));
+    }
+
+    fn bar_write(&mut self, _bar: u8, offset: u64, data: &[u8]) {
+        self.machine.change(|machine| M::REGISTERS.writes(offset, data).for_each(|write| machine.write(&write)));
+        self.task.iter().for_each(Task::wake);
+    }
+
+    fn reset(&mut self) {
+        self.end(Interruption::Stop);
+        self.machine.change(|machine| *machine = M::default());
+        if !self.at_rest {
+            self.start();
+        }
+    }
+}
+
+impl<M: StateMachine> Lifecycle for Engine<M> {
+    fn quiesce(&mut self) {
+        self.at_rest = true;
+        self.end(Interruption::Quiesce);
+    }
+
+    fn resume(&mut self) {
+        self.at_rest = false;
+        if self.task.is_none() {
+            self.start();
+        }
+    }
+
+    fn save(&self) -> SavedState {
+        SavedState::new(M::NAME, M::VERSION, &*self.machine.lock())
+    }
+
+    fn load(&mut self, state: &SavedState) -> Result<(), LoadError> {
+        self.reset();
+        let loaded: M = state.read(M::NAME, M::VERSION)?;
+        loaded.check().map_err(|what| LoadError::Impossible { model: M::NAME, what })?;
+        self.machine.change(|machine| *machine = loaded);
+        Ok(())
+    }
+}
+
+impl<M: StateMachine> Drop for Engine<M> {
+    fn drop(&mut self) {
+        self.end(Interruption::Stop);
+    }
+}

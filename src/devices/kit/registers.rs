@@ -1,0 +1,200 @@
+//! Registers, declared once: where each is, how wide, what a driver may do with it, and its name.
+
+/// What a driver may do with a register.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Read it; a write changes nothing.
+    ReadOnly,
+    /// Read and write it.
+    ReadWrite,
+    /// Write it; it reads as zero. What a write leaves out is written as zero.
+    WriteOnly,
+    /// Read it, and write ones to it: what a write leaves out is written as zero.
+    WriteOne,
+}
+
+/// A register. Its value is little-endian.
+#[derive(Clone, Copy, Debug)]
+pub struct Register<Id> {
+    /// Which it is, for the model.
+    pub id: Id,
+    /// What specifications and drivers call it.
+    pub name: &'static str,
+    /// Its first byte in the BAR.
+    pub offset: u64,
+    /// Its bytes, 1 to 8.
+    pub width: u8,
+    /// What a driver may do with it.
+    pub access: Access,
+    doorbell: bool,
+}
+
+impl<Id> Register<Id> {
+    /// A declaration.
+    pub const fn new(id: Id, name: &'static str, offset: u64, width: u8, access: Access) -> Self {
+        Register { id, name, offset, width, access, doorbell: false }
+    }
+
+    fn end(&self) -> u64 {
+        self.offset + u64::from(self.width)
+    }
+}
+
+impl<Id: Copy> Register<Id> {
+    /// The same one as a doorbell, which starts what other registers say: of a write to several it is the last.
+    pub const fn doorbell(self) -> Self {
+        Register { doorbell: true, ..self }
+    }
+}
+
+/// The registers of a BAR, in the order of their offsets; none overlaps another. What lies between them reads as zero and
+/// ignores writes.
+#[derive(Clone, Copy, Debug)]
+pub struct RegisterMap<Id: 'static>(&'static [Register<Id>]);
+
+impl<Id: Copy> RegisterMap<Id> {
+    /// A map of declarations; a mistake in a constant one is an error at compile time.
+    ///
+    /// # Panics
+    /// If they are not in order, overlap, or one has no width or more than 8 bytes.
+    pub const fn new(registers: &'static [Register<Id>]) -> Self {
+        let mut at = 0;
+        let mut index = 0;
+        while index < registers.len() {
+            let register = &registers[index];
+            assert!(register.width >= 1 && register.width <= 8, "a register has 1 to 8 bytes");
+            assert!(register.offset >= at, "registers are in order and do not overlap");
+            at = register.offset + register.width as u64;
+            index += 1;
+        }
+        RegisterMap(registers)
+    }
+
+    /// The declarations.
+    pub fn all(&self) -> &'static [Register<Id>] {
+        self.0
+    }
+
+    /// The registers that `len` bytes from `offset` on touch.
+    fn touched(&self, offset: u64, len: usize) -> &'static [Register<Id>] {
+        let end = offset.saturating_add(len as u64);
+        let first = self.0.partition_point(|register| register.end() <= offset);
+        let rest = &self.0[first..];
+        &rest[..rest.partition_point(|register| register.offset < end)]
+    }
+
+    /// A read of any size at any place. `read` gives the value of each register that is touched, once.
+    pub fn read(&self, offset: u64, data: &mut [u8], mut read: impl FnMut(Id) -> u64) {
+        data.fill(0);
+        for register in self.touched(offset, data.len()) {
+            if register.access == Access::WriteOnly {
+                continue;
+            }
+            let value = read(register.id).to_le_bytes();
+            for (at, byte) in (register.offset..register.end()).zip(value) {
+                if let Some(to) = at.checked_sub(offset).and_then(|at| data.get_mut(usize::try_from(at).ok()?)) {
+                    *to = byte;
+                }
+            }
+        }
+    }
+
+    /// A write of any size at any place: the registers that it writes to, in the order of their offsets, doorbells last.
+    pub fn writes<'d>(&self, offset: u64, data: &'d [u8]) -> impl Iterator<Item = RegisterWrite<'d, Id>> + use<'d, Id> {
+        let touched = self.touched(offset, data.len());
+        let of = move |doorbell: bool| {
+            let written =
+                move |register: &&Register<Id>| register.access != Access::ReadOnly && register.doorbell == doorbell;
+            touched.iter().filter(written).map(move |register| RegisterWrite { register, offset, data })
+        };
+        of(false).chain(of(true))
+    }
+}
+
+/// A write to a register, of all or some of its bytes.
+pub struct RegisterWrite<'d, Id: 'static> {
+    register: &'static Register<Id>,
+    offset: u64,
+    data: &'d [u8],
+}
+
+impl<Id: Copy> RegisterWrite<'_, Id> {
+    /// Which register.
+    pub fn id(&self) -> Id {
+        self.register.id
+    }
+
+    /// The whole value that is written to a register which has the value `before`.
+    pub fn over(&self, before: u64) -> u64 {
+        let keeps = self.register.access == Access::ReadWrite;
+        let mut value = if keeps { before } else { 0 }.to_le_bytes();
+        for (at, byte) in (self.register.offset..self.register.end()).zip(&mut value) {
+            if let Some(from) = at.checked_sub(self.offset).and_then(|at| self.data.get(usize::try_from(at).ok()?)) {
+                *byte = *from;
+            }
+        }
+        u64::from_le_bytes(value)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    static REGISTERS: RegisterMap<usize> = RegisterMap::new(&[
+        Register::new(0, "BYTE", 0x01, 1, Access::ReadOnly),
+        Register::new(1, "WORD", 0x04, 4, Access::ReadWrite),
+        Register::new(2, "LONG", 0x08, 8, Access::ReadWrite),
+        Register::new(3, "CLEAR", 0x10, 4, Access::WriteOne),
+        Register::new(4, "COMMAND", 0x14, 1, Access::WriteOnly),
+    ]);
+    const VALUES: [u64; 5] = [0x5a, 0x0302_0100, 0x1716_1514_1312_1110, 0xffff_ffff, 0x77];
+
+    fn read(offset: u64, len: usize) -> Vec<u8> {
+        let mut data = vec![0xee; len];
+        REGISTERS.read(offset, &mut data, |id| VALUES[id]);
+        data
+    }
+
+    #[test]
+    fn a_read_gives_the_bytes_that_it_touches() {
+        assert_eq!(read(0, 8), [0, 0x5a, 0, 0, 0, 1, 2, 3]);
+        assert_eq!(read(6, 4), [2, 3, 0x10, 0x11]);
+        assert_eq!(read(0x13, 3), [0xff, 0, 0]);
+        assert_eq!(read(u64::MAX, 4), [0; 4]);
+        assert!(read(4, 0).is_empty());
+    }
+
+    #[test]
+    fn a_write_gives_whole_values() {
+        let write = |offset, data: &[u8]| -> Vec<(usize, u64)> {
+            REGISTERS.writes(offset, data).map(|write| (write.id(), write.over(VALUES[write.id()]))).collect()
+        };
+        assert_eq!(write(0, &[9; 4]), []);
+        assert_eq!(write(5, &[0xaa]), [(1, 0x0302_aa00)]);
+        assert_eq!(write(6, &[0xaa; 3]), [(1, 0xaaaa_0100), (2, 0x1716_1514_1312_11aa)]);
+        assert_eq!(write(0x11, &[1]), [(3, 0x100)], "no one is written that was only read");
+        assert_eq!(write(0x14, &[1, 2]), [(4, 1)]);
+        assert_eq!(write(u64::MAX - 1, &[1; 4]), []);
+    }
+
+    #[test]
+    fn doorbells_are_written_last() {
+        static REGISTERS: RegisterMap<usize> = RegisterMap::new(&[
+            Register::new(0, "COUNT", 0x00, 2, Access::ReadWrite).doorbell(),
+            Register::new(1, "ADDRESS", 0x08, 8, Access::ReadWrite),
+            Register::new(2, "MODE", 0x10, 1, Access::ReadWrite),
+        ]);
+        let order: Vec<usize> = REGISTERS.writes(0, &[0; 0x20]).map(|write| write.id()).collect();
+        assert_eq!(order, [1, 2, 0]);
+    }
+
+    proptest::proptest! {
+        /// As many accesses of one byte as one of many.
+        #[test]
+        fn reads_are_the_same_in_pieces(offset in 0u64..0x20, len in 0usize..16) {
+            let pieces: Vec<u8> = (offset..offset + len as u64).flat_map(|at| read(at, 1)).collect();
+            proptest::prop_assert_eq!(read(offset, len), pieces);
+        }
+    }
+}

@@ -1,0 +1,201 @@
+//! The controller's registers (section 3.1): what a write of them asks for. There is no DMA here and no thread.
+
+use serde::{Deserialize, Serialize};
+
+use super::spec::{CC_ENABLE, CC_FIXED, MPS_MAX, QUEUE_ENTRIES_MAX, VERSION, page_size};
+use crate::devices::kit::registers::{Access, Register, RegisterMap};
+
+/// Where the doorbells begin: submission queue y's tail at 8y, completion queue y's head at 8y + 4.
+pub(super) const DOORBELLS: u64 = 0x1000;
+
+/// How long the host should wait for CSTS.RDY to change, in units of 500 ms.
+const READY_TIMEOUT: u64 = 60;
+
+/// Which register; the names are the specification's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the names are the specification's")]
+pub(super) enum Id {
+    Cap,
+    Vs,
+    Intms,
+    Intmc,
+    Cc,
+    Csts,
+    Aqa,
+    Asq,
+    Acq,
+}
+
+/// All registers but the doorbells.
+pub(super) const REGISTERS: RegisterMap<Id> = RegisterMap::new(&[
+    Register::new(Id::Cap, "CAP", 0x00, 8, Access::ReadOnly),
+    Register::new(Id::Vs, "VS", 0x08, 4, Access::ReadOnly),
+    Register::new(Id::Intms, "INTMS", 0x0c, 4, Access::WriteOne),
+    Register::new(Id::Intmc, "INTMC", 0x10, 4, Access::WriteOne),
+    Register::new(Id::Cc, "CC", 0x14, 4, Access::ReadWrite),
+    Register::new(Id::Csts, "CSTS", 0x1c, 4, Access::ReadOnly),
+    Register::new(Id::Aqa, "AQA", 0x24, 4, Access::ReadWrite),
+    Register::new(Id::Asq, "ASQ", 0x28, 8, Access::ReadWrite),
+    Register::new(Id::Acq, "ACQ", 0x30, 8, Access::ReadWrite),
+]);
+
+/// What the host wrote last. CSTS is not among them: threads of the controller write it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Registers {
+    pub cc: u32,
+    /// Admin queue attributes and addresses, which a reset by CC.EN keeps.
+    aqa: u32,
+    asq: u64,
+    acq: u64,
+    /// Vectors that are masked, a bit each (sections 3.1.3 and 3.1.4).
+    pub interrupt_mask: u32,
+}
+
+/// What a write asks for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Request {
+    /// The interrupt mask is another one.
+    pub mask: bool,
+    /// A controller reset, before anything else.
+    pub disable: bool,
+    /// The controller is to be enabled.
+    pub enable: bool,
+    /// A shutdown: CC.SHN.
+    pub shutdown: Option<u8>,
+}
+
+/// Where the admin queues are, and their entries: submission and completion queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct AdminQueues {
+    pub sq: (u64, u32),
+    pub cq: (u64, u32),
+}
+
+impl Registers {
+    /// The value of a register; `csts` is that of CSTS.
+    pub fn read(&self, id: Id, csts: u32) -> u64 {
+        match id {
+            Id::Cap => capabilities(),
+            Id::Vs => VERSION.into(),
+            Id::Intms | Id::Intmc => self.interrupt_mask.into(),
+            Id::Cc => self.cc.into(),
+            Id::Csts => csts.into(),
+            Id::Aqa => self.aqa.into(),
+            Id::Asq => self.asq,
+            Id::Acq => self.acq,
+        }
+    }
+
+    /// Writes a register.
+    pub fn write(&mut self, id: Id, value: u64) -> Request {
+        match id {
+            Id::Intms => return self.set_mask(self.interrupt_mask | value as u32),
+            Id::Intmc => return self.set_mask(self.interrupt_mask & !(value as u32)),
+            Id::Cc => return self.set_cc(value as u32),
+            Id::Aqa => self.aqa = value as u32 & 0x0fff_0fff,
+            Id::Asq => self.asq = value & !0xfff,
+            Id::Acq => self.acq = value & !0xfff,
+            Id::Cap | Id::Vs | Id::Csts => {}
+        }
+        Request::default()
+    }
+
+    fn set_mask(&mut self, mask: u32) -> Request {
+        self.interrupt_mask = mask;
+        Request { mask: true, ..Request::default() }
+    }
+
+    /// While the controller is enabled, the fields that the host must not change then (section 3.1.5) stay as they are.
+    fn set_cc(&mut self, mut cc: u32) -> Request {
+        let before = self.cc;
+        let (was, is) = (before & CC_ENABLE != 0, cc & CC_ENABLE != 0);
+        if was && is {
+            cc = cc & !CC_FIXED | before & CC_FIXED;
+        }
+        self.cc = cc;
+        let notification = shutdown_notification(cc);
+        let shutdown = notification != 0 && shutdown_notification(before) == 0;
+        Request { mask: false, disable: was && !is, enable: is && !was, shutdown: shutdown.then_some(notification) }
+    }
+
+    /// The admin queues that the controller is to be enabled with; `None` if they, or what CC says beside them, are not
+    /// supported: command set, page size, arbitration.
+    pub fn admin_queues(&self) -> Option<AdminQueues> {
+        let cc = self.cc;
+        let supported = cc >> 4 & 7 == 0 && cc >> 7 & 0xf <= MPS_MAX && cc >> 11 & 7 == 0;
+        let (sq_size, cq_size) = ((self.aqa & 0xfff) + 1, (self.aqa >> 16) + 1);
+        let page = self.page_size();
+        let aligned = self.asq.is_multiple_of(page) && self.acq.is_multiple_of(page);
+        let usable = supported && aligned && sq_size >= 2 && cq_size >= 2;
+        usable.then_some(AdminQueues { sq: (self.asq, sq_size), cq: (self.acq, cq_size) })
+    }
+
+    /// The memory page size.
+    pub fn page_size(&self) -> u64 {
+        page_size(self.cc)
+    }
+
+    /// A function-level reset; [`Registers::write`] does what a controller reset does to them.
+    pub fn reset(&mut self) {
+        *self = Registers::default();
+    }
+}
+
+/// CC.SHN.
+fn shutdown_notification(cc: u32) -> u8 {
+    (cc >> 14 & 3) as u8
+}
+
+fn capabilities() -> u64 {
+    const CONTIGUOUS_QUEUES: u64 = 1 << 16;
+    const NVM_COMMAND_SET: u64 = 1 << 37;
+    u64::from(QUEUE_ENTRIES_MAX - 1)
+        | CONTIGUOUS_QUEUES
+        | READY_TIMEOUT << 24
+        | NVM_COMMAND_SET
+        | u64::from(MPS_MAX) << 52
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NONE: Request = Request { mask: false, disable: false, enable: false, shutdown: None };
+
+    #[test]
+    fn cc_says_what_is_to_be_done() {
+        let mut registers = Registers::default();
+        assert_eq!(registers.write(Id::Cc, 0x0046_0000), NONE);
+        assert_eq!(registers.write(Id::Cc, 0x0046_0001), Request { enable: true, ..NONE });
+        // The page size stays while it is enabled.
+        assert_eq!(registers.write(Id::Cc, 0x0046_0081), NONE);
+        assert_eq!(registers.cc, 0x0046_0001);
+        assert_eq!(registers.write(Id::Cc, 0x0046_4001), Request { shutdown: Some(1), ..NONE });
+        assert_eq!(registers.write(Id::Cc, 0x0046_8001), NONE, "it goes on already");
+        assert_eq!(registers.write(Id::Cc, 0), Request { disable: true, ..NONE });
+        assert_eq!(registers.write(Id::Cc, 0x8000), Request { shutdown: Some(2), ..NONE });
+    }
+
+    #[test]
+    fn admin_queues_must_be_ones_that_can_be() {
+        let mut registers = Registers::default();
+        assert_eq!(registers.admin_queues(), None, "queues of one entry");
+        registers.write(Id::Aqa, 0xf01f_f007);
+        registers.write(Id::Asq, 0x1234);
+        registers.write(Id::Acq, 0x2000);
+        assert_eq!(registers.admin_queues(), Some(AdminQueues { sq: (0x1000, 8), cq: (0x2000, 32) }));
+        for (cc, usable) in [(0x80, false), (0x10, false), (0x800, false), (0x0046_0000, true)] {
+            registers.write(Id::Cc, cc);
+            assert_eq!(registers.admin_queues().is_some(), usable, "{cc:#x}");
+        }
+    }
+
+    #[test]
+    fn masks_are_set_and_cleared_by_ones() {
+        let mut registers = Registers::default();
+        assert_eq!(registers.write(Id::Intms, 0b101), Request { mask: true, ..NONE });
+        assert_eq!(registers.write(Id::Intmc, 0b100), Request { mask: true, ..NONE });
+        assert_eq!(registers.read(Id::Intms, 0), 1);
+        assert_eq!(registers.read(Id::Csts, 5), 5);
+    }
+}
