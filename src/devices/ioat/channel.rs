@@ -312,7 +312,7 @@ impl Channel {
         if !self.interrupt.is_possible() || self.control.contains(Control::INTERRUPT_DISABLE) {
             return Err("its interrupt");
         }
-        if self.completion_address % 8 != 0 {
+        if !self.completion_address.is_multiple_of(8) {
             return Err("its completion address");
         }
         Ok(())

@@ -1,6 +1,6 @@
 //! A model with one thread: a state machine, and what executes the work that it gives.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -8,6 +8,7 @@ use serde::de::DeserializeOwned;
 use super::registers::{RegisterMap, RegisterWrite};
 use super::{Interruption, Lifecycle, LoadError, SavedState, Task, ThreadContext, Work};
 use crate::pci::{Function, FunctionContext, Identity, PinSource};
+use crate::sync;
 use viommu_trace::Event;
 use viommu_trace::event::Model;
 
@@ -98,7 +99,7 @@ impl<M: StateMachine> SharedMachine<M> {
 
     fn lock(&self) -> MutexGuard<'_, M> {
         // A panic under the lock leaves a state whose registers may be odd, and a reset sets them all.
-        self.machine.lock().unwrap_or_else(PoisonError::into_inner)
+        sync::lock(&self.machine)
     }
 }
 

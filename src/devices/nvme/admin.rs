@@ -12,10 +12,11 @@ use super::pointer::Runs;
 use super::queue::{Completion, CompletionQueue, Ended, SubmissionQueue};
 use super::queue_table::NewQueue;
 use super::registers::AdminQueues;
-use super::shared::{Shared, lock};
+use super::shared::Shared;
 use super::spec::{CSTS_SHUTDOWN, CSTS_SHUTDOWN_COMPLETE, Sqe, Status};
 use super::worker::IoQueue;
 use crate::devices::kit::{self, Interruption, Task, ThreadContext};
+use crate::sync::lock;
 use viommu_trace::Event;
 use viommu_trace::event::{DataPointer, Model};
 

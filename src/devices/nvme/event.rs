@@ -6,8 +6,8 @@ use std::sync::{Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 
 use super::log::ErrorLog;
-use super::shared::lock;
 use super::spec::Status;
+use crate::sync::lock;
 
 /// Error status: the log page that tells more.
 const LOG_ERROR: u8 = 1;

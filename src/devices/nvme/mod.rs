@@ -36,10 +36,11 @@ pub use disk::{Counters, Disk, NvmeConfig, OpenError};
 use crate::devices::kit::{Interruption, Lifecycle, LoadError, SavedState, Task};
 use crate::dma::Dma;
 use crate::pci::{Bar, Function, FunctionContext, Identity, PinSource};
+use crate::sync::lock;
 use admin::Admin;
 use registers::{DOORBELLS, REGISTERS, Registers, Request};
 use saved::SavedController;
-use shared::{Shared, lock};
+use shared::Shared;
 use spec::{CSTS_FATAL, CSTS_READY, CSTS_SHUTDOWN, CSTS_SHUTDOWN_COMPLETE, CSTS_SHUTDOWN_OCCURRING};
 
 /// The numbers of SPDK's NVMe controller over vfio-user. QEMU's own would bring drivers' workarounds for older versions

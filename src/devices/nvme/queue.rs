@@ -7,10 +7,11 @@ use serde::{Deserialize, Serialize};
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U16, U32};
 
-use super::shared::{Doorbells, InvalidDoorbell, Shadow, Shared, lock};
+use super::shared::{Doorbells, InvalidDoorbell, Shadow, Shared};
 use super::spec::{CQE, Cqe, SQE, Sqe, Status};
 use crate::devices::kit::ThreadContext;
 use crate::dma::{Dma, DmaError};
+use crate::sync::lock;
 
 /// The most entries of an admin queue, as AQA can say them; I/O queues have fewer.
 const ADMIN_ENTRIES_MAX: u32 = 4096;

@@ -2,7 +2,7 @@
 //! queue.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::Thread;
 
 use super::disk::Disk;
@@ -10,6 +10,7 @@ use super::event::{ErrorInfo, Reports};
 use super::queue::CompletionQueue;
 use super::spec::{CSTS_FATAL, Status};
 use crate::pci::{FunctionContext, PinSource};
+use crate::sync::lock;
 use viommu_trace::Event;
 use viommu_trace::event::Model;
 
@@ -234,9 +235,4 @@ impl PinSource for Shared {
     fn reasons(&self) -> u32 {
         lock(&self.cqs).iter().fold(0, |bits, cq| bits | cq.reason(self))
     }
-}
-
-/// Locks; what a panicking thread left is whole, since all that is done under these locks is plain assignments.
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
