@@ -158,3 +158,44 @@ fn shadow_doorbells_replace_registers() {
     driver.write_ram(shadow.0, &[0xff; 64]);
     assert_eq!(driver.command(1, io(READ, 0, 1, [page, 0])).status, 0);
 }
+
+#[test]
+fn shadow_doorbells_that_move_begin_with_what_was_told_before() {
+    let setup = Setup::new();
+    let mut driver = setup.driver();
+    driver.enable();
+    driver.create_pair(1, 32, 4);
+    let page = driver.pages(1);
+    let read = io(READ, 0, 1, [page, 0]);
+    for round in 1..=3 {
+        // The first of them is where the registers leave off.
+        let shadow = (driver.pages(1), driver.pages(1));
+        let config = Sqe { opcode: 0x7c, data: [shadow.0, shadow.1], ..Sqe::default() };
+        assert_eq!(driver.admin(config).status, 0);
+        let pair = &driver.queues[&1];
+        let told = [pair.tail, pair.head].map(u32::to_le_bytes).concat();
+        assert_eq!(driver.read_ram(shadow.0 + 8, 8), told, "round {round}");
+        driver.shadow = Some(shadow);
+        for _ in 0..25 {
+            assert_eq!(driver.command(1, read).status, 0);
+        }
+    }
+    // They may move while completions wait for room: what acknowledges some is seen in the new place.
+    for _ in 0..12 {
+        driver.put(1, read);
+    }
+    driver.ring(1);
+    let pair = &driver.queues[&1];
+    let last = pair.cq + u64::from((pair.head + 2) % 4) * 16 + 14;
+    let phase = |driver: &Driver| driver.read_ram(last, 1)[0] & 1;
+    let (begun, before) = (Instant::now(), phase(&driver));
+    while phase(&driver) == before {
+        assert!(begun.elapsed() < Duration::from_secs(60), "the completion queue does not get full");
+    }
+    let shadow = (driver.pages(1), driver.pages(1));
+    assert_eq!(driver.admin(Sqe { opcode: 0x7c, data: [shadow.0, shadow.1], ..Sqe::default() }).status, 0);
+    driver.shadow = Some(shadow);
+    for _ in 0..12 {
+        assert_eq!(driver.wait(1).status, 0);
+    }
+}

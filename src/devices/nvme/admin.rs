@@ -12,7 +12,7 @@ use super::pointer::Runs;
 use super::queue::{Completion, CompletionQueue, Ended, SubmissionQueue};
 use super::queue_table::NewQueue;
 use super::registers::AdminQueues;
-use super::shared::Shared;
+use super::shared::{Doorbell, Shadow, Shared};
 use super::spec::{CSTS_SHUTDOWN, CSTS_SHUTDOWN_COMPLETE, Sqe, Status};
 use super::worker::IoQueue;
 use crate::devices::kit::{self, Interruption, Task, ThreadContext};
@@ -362,7 +362,9 @@ impl Admin {
         }
     }
 
-    /// From now on the host writes doorbells of I/O queues to memory, and registers only when asked (section 5.7).
+    /// From now on the host writes doorbells of I/O queues to memory, and registers only when asked (section 5.7). The host
+    /// uses them when this command is complete: until then what it has told so far is what they must begin with, be it in
+    /// the registers or, if it had given others before, in those.
     fn set_shadow_doorbells(
         &mut self,
         thread: &mut ThreadContext,
@@ -370,18 +372,27 @@ impl Admin {
         event_indexes: u64,
     ) -> Result<(), Status> {
         let shared = self.shared.clone();
-        // The host uses them when this command is complete: until then the registers hold what they must begin with.
+        let mut carry_over = |before: Option<Shadow>, register: &Doorbell, at: u64| -> Result<(), Status> {
+            let mut value = register.value().to_le_bytes();
+            if let Some(before) = before {
+                thread.dma.read(before.doorbell, &mut value)?;
+            }
+            Ok(thread.dma.write(doorbells.wrapping_add(at), &value)?)
+        };
         for id in self.cqs.keys() {
-            let head = shared.doorbells.get(usize::from(*id)).map_or(0, |d| d.head.value());
-            thread.dma.write(doorbells.wrapping_add(8 * u64::from(*id) + 4), &head.to_le_bytes())?;
+            let Some(registers) = shared.doorbells.get(usize::from(*id)) else { continue };
+            carry_over(shared.shadow.head(*id), &registers.head, 8 * u64::from(*id) + 4)?;
         }
         for id in self.queues.keys() {
-            let tail = shared.doorbells.get(usize::from(*id)).map_or(0, |d| d.tail.value());
-            thread.dma.write(doorbells.wrapping_add(8 * u64::from(*id)), &tail.to_le_bytes())?;
+            let Some(registers) = shared.doorbells.get(usize::from(*id)) else { continue };
+            carry_over(shared.shadow.tail(*id), &registers.tail, 8 * u64::from(*id))?;
         }
         shared.shadow.set(doorbells, event_indexes);
-        // Each worker has to say when it wants to be woken.
-        shared.doorbells.iter().for_each(|doorbells| doorbells.tail.wake());
+        // Each thread that waits has to say when it wants to be woken.
+        for registers in &shared.doorbells {
+            registers.tail.wake();
+            registers.head.wake();
+        }
         Ok(())
     }
 

@@ -316,15 +316,21 @@ impl CompletionQueue {
             Ended
         };
         let full_at = lock(&self.state).head;
-        if let Some(shadow) = shared.shadow.head(self.id) {
-            arm(&mut thread.dma, shadow, full_at).map_err(fatal)?;
-        }
-        while self.host_head(&mut thread.dma, shared).map_err(fatal)? == full_at {
+        let mut armed = None;
+        loop {
+            // The host may give others while the thread waits.
+            let shadow = shared.shadow.head(self.id).filter(|shadow| armed != Some(shadow.event_index));
+            if let Some(shadow) = shadow {
+                arm(&mut thread.dma, shadow, full_at).map_err(fatal)?;
+                armed = Some(shadow.event_index);
+            }
+            if self.host_head(&mut thread.dma, shared).map_err(fatal)? != full_at {
+                return Ok(());
+            }
             if thread.interruption().is_some() || shared.is_fatal() {
                 return Err(Ended);
             }
             std::thread::park();
         }
-        Ok(())
     }
 }
