@@ -59,87 +59,72 @@ struct CommandLine {
     workload: Workload,
 }
 
-#[derive(Subcommand)]
-enum Workload {
-    /// Say what IOMMU, PCI and NVMe devices the guest sees; every run starts with this.
-    Report,
-    /// Send the guest's trace events to the host, while the workloads after this one run.
-    Trace(agent::Args),
-    /// An interactive shell on the console.
-    Shell,
-    /// Raw I/O on an NVMe namespace, past the page cache, with io_uring.
-    NvmeIo(nvme_io::Args),
-    /// What mapping costs the guest in raw I/O: processor time, atomic allocations, memory held.
-    MapCost(map_cost::Args),
-    /// I/O into nearly all of the guest's memory.
-    Memory(memory::Args),
-    /// A file system with real files on an NVMe namespace.
-    Fs(fs::Args),
-    /// Reads that may fail: which error comes when, and what is left behind.
-    IoErrors(io_errors::Args),
-    /// Commands of the nvme program, each with its exit status and what it printed.
-    NvmeCli,
-    /// Take a driver off its function and give it back, with I/O after each time.
-    Rebind(rebind::Args),
-    /// Write a value into a file of sysfs, procfs or debugfs, for what comes after.
-    Set(set::Args),
-    /// Write, restart the guest, and find everything as it was.
-    Reboot,
-    /// Read on in the background, until the guest ends.
-    BusyEnd,
-    /// Start another kernel, which runs the workloads after this one.
-    Kexec(kexec::Args),
-    /// Suspend the devices and resume them, with I/O before and after.
-    Suspend(suspend::Args),
-    /// Wait for another NVMe controller to be plugged in, and use it; have it unplugged and plugged in again.
-    HotplugWait(hotplug::Args),
-    /// Let the kernel's ioatdma bind to the DMA engine; it copies memory as a self-test.
-    IoatSelftest,
-    /// Let the kernel series' own tests of the two-step DMA API use the DMA engine.
-    IovaTest,
-    /// Drive the DMA engine from a program, through VFIO: good copies, and DMA that must be refused.
-    VfioDma,
-    /// Start the DMA engine without a driver, attached to no domain; with `bypass` off its DMA must be refused.
-    UnattachedDma,
+/// The workloads: what each is called on the command line with its arguments, which kernel modules it needs beside those of
+/// the IOMMU and NVMe, and what runs it.
+macro_rules! workloads {
+    ($results:ident: $($(#[$doc:meta])* $name:ident $(($args:ident: $type:ty))? needs $modules:tt runs $run:expr;)*) => {
+        #[derive(Subcommand)]
+        enum Workload {
+            $($(#[$doc])* $name $(($type))?,)*
+        }
+
+        impl Workload {
+            fn modules(&self) -> &'static [&'static str] {
+                match self {
+                    $(Self::$name { .. } => &$modules,)*
+                }
+            }
+
+            fn run(&self, $results: &mut Results) -> Result<()> {
+                match self {
+                    $(Self::$name $(($args))? => $run,)*
+                }
+            }
+        }
+    };
 }
 
-impl Workload {
-    /// The kernel modules that this workload needs, beside the IOMMU's and NVMe's.
-    fn modules(&self) -> &'static [&'static str] {
-        match self {
-            Self::Trace(_) => &["virtio_console"],
-            Self::VfioDma => &["vfio_pci", "vfio_iommu_type1"],
-            Self::IoatSelftest | Self::IovaTest => &["ioatdma"],
-            Self::Fs(_) => &["crc32c_generic", "ext4"],
-            Self::Memory(_) => &["virtio_mem"],
-            _ => &[],
-        }
-    }
-
-    fn run(&self, results: &mut Results) -> Result<()> {
-        match self {
-            Self::Report => report::run(results),
-            Self::Trace(args) => agent::start(args),
-            Self::Shell => shell::run(),
-            Self::NvmeIo(args) => nvme_io::run(args, results),
-            Self::MapCost(args) => map_cost::run(args, results),
-            Self::Memory(args) => memory::run(args, results),
-            Self::Fs(args) => fs::run(args, results),
-            Self::IoErrors(args) => io_errors::run(args, results),
-            Self::NvmeCli => nvme_cli::run(results),
-            Self::Rebind(args) => rebind::run(args, results),
-            Self::Set(args) => set::run(args, results),
-            Self::Reboot => reboot::run(results),
-            Self::BusyEnd => busy_end::run(),
-            Self::Kexec(args) => kexec::run(args, results),
-            Self::Suspend(args) => suspend::run(args, results),
-            Self::HotplugWait(args) => hotplug::run(args, results),
-            Self::IoatSelftest => ioat_selftest::run(results),
-            Self::IovaTest => iova_test::run(results),
-            Self::VfioDma => vfio_dma::run(results),
-            Self::UnattachedDma => unattached_dma::run(results),
-        }
-    }
+workloads! { results:
+    /// Say what IOMMU, PCI and NVMe devices the guest sees; every run starts with this.
+    Report needs [] runs report::run(results);
+    /// Send the guest's trace events to the host, while the workloads after this one run.
+    Trace(args: agent::Args) needs ["virtio_console"] runs agent::start(args);
+    /// An interactive shell on the console.
+    Shell needs [] runs shell::run();
+    /// Raw I/O on an NVMe namespace, past the page cache, with io_uring.
+    NvmeIo(args: nvme_io::Args) needs [] runs nvme_io::run(args, results);
+    /// What mapping costs the guest in raw I/O: processor time, atomic allocations, memory held.
+    MapCost(args: map_cost::Args) needs [] runs map_cost::run(args, results);
+    /// I/O into nearly all of the guest's memory.
+    Memory(args: memory::Args) needs ["virtio_mem"] runs memory::run(args, results);
+    /// A file system with real files on an NVMe namespace.
+    Fs(args: fs::Args) needs ["crc32c_generic", "ext4"] runs fs::run(args, results);
+    /// Reads that may fail: which error comes when, and what is left behind.
+    IoErrors(args: io_errors::Args) needs [] runs io_errors::run(args, results);
+    /// Commands of the nvme program, each with its exit status and what it printed.
+    NvmeCli needs [] runs nvme_cli::run(results);
+    /// Take a driver off its function and give it back, with I/O after each time.
+    Rebind(args: rebind::Args) needs [] runs rebind::run(args, results);
+    /// Write a value into a file of sysfs, procfs or debugfs, for what comes after.
+    Set(args: set::Args) needs [] runs set::run(args, results);
+    /// Write, restart the guest, and find everything as it was.
+    Reboot needs [] runs reboot::run(results);
+    /// Read on in the background, until the guest ends.
+    BusyEnd needs [] runs busy_end::run();
+    /// Start another kernel, which runs the workloads after this one.
+    Kexec(args: kexec::Args) needs [] runs kexec::run(args, results);
+    /// Suspend the devices and resume them, with I/O before and after.
+    Suspend(args: suspend::Args) needs [] runs suspend::run(args, results);
+    /// Wait for another NVMe controller to be plugged in, and use it; have it unplugged and plugged in again.
+    HotplugWait(args: hotplug::Args) needs [] runs hotplug::run(args, results);
+    /// Let the kernel's ioatdma bind to the DMA engine; it copies memory as a self-test.
+    IoatSelftest needs ["ioatdma"] runs ioat_selftest::run(results);
+    /// Let the kernel series' own tests of the two-step DMA API use the DMA engine.
+    IovaTest needs ["ioatdma"] runs iova_test::run(results);
+    /// Drive the DMA engine from a program, through VFIO: good copies, and DMA that must be refused.
+    VfioDma needs ["vfio_pci", "vfio_iommu_type1"] runs vfio_dma::run(results);
+    /// Start the DMA engine without a driver, attached to no domain; with `bypass` off its DMA must be refused.
+    UnattachedDma needs [] runs unattached_dma::run(results);
 }
 
 fn main() {
