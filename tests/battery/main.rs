@@ -1,0 +1,201 @@
+//! What every model in MODELS must stand. Nothing here names one: a driver for each is in `drivers`.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
+mod drivers;
+mod held;
+mod runs;
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use drivers::{Load, set_bus_master};
+use held::Held;
+use tempfile::TempDir;
+use viommu::devices::{Device, MODELS, Model};
+use viommu::topology::Topology;
+use viommu_testkit::function::Served;
+use viommu_testkit::trace::Recorder;
+use viommu_testkit::{Ends, Numbers};
+use viommu_wire::trace::Kind;
+
+const ENDPOINT: u32 = 0x20;
+/// How long anything may take: only a hang takes longer.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What an endpoint of a model has, opened in a folder of its own: the example in MODELS is enough.
+fn open(model: &Model) -> (Arc<dyn Device>, TempDir) {
+    static FOLDER: Mutex<()> = Mutex::new(());
+    let dir = tempfile::tempdir().unwrap();
+    let topology = Topology::of_endpoint(&format!("{},address=04.0,{}", model.name, model.example)).unwrap();
+    // Files are relative to the working directory, which all tests have in common.
+    let folder = FOLDER.lock().unwrap();
+    std::env::set_current_dir(dir.path()).unwrap();
+    let device = topology.endpoints[0].configuration.open(Some(16 << 20)).unwrap();
+    drop(folder);
+    (device, dir)
+}
+
+/// A model on a socket, its driver, and the test's hold of it.
+struct Machine {
+    load: Box<dyn Load>,
+    held: Held,
+    _served: Served,
+    _dir: TempDir,
+}
+
+/// Does the same with each model; none of its threads may panic.
+fn on_each(test: impl Fn(Machine)) {
+    for model in MODELS {
+        eprintln!("{}", model.name);
+        let (recorder, tracer) = Recorder::start(&[Kind::Panic]);
+        let (device, dir) = open(model);
+        let (held, served) = Held::serve(device, ENDPOINT, tracer);
+        let load = (drivers::of(model.name).load)(served.client());
+        test(Machine { load, held, _served: served, _dir: dir });
+        assert_eq!(recorder.end(), [], "{} panicked", model.name);
+    }
+}
+
+/// Keeps a model busy, and does something again and again meanwhile. Whatever the driver did must have come out right.
+fn under_load(machine: Machine, times: u32, mut act: impl FnMut(&Held)) {
+    let Machine { mut load, held, _served, _dir } = machine;
+    let (done, rounds) = (AtomicBool::new(false), AtomicU64::new(0));
+    thread::scope(|scope| {
+        let driver = scope.spawn(|| {
+            load.begin();
+            while !done.load(Ordering::Acquire) {
+                load.submit();
+                load.finish();
+                rounds.fetch_add(1, Ordering::AcqRel);
+            }
+            // All the time until the client has left.
+            drop(load);
+        });
+        let end = Ends(&done);
+        for _ in 0..times {
+            let (before, begun) = (rounds.load(Ordering::Acquire), Instant::now());
+            while rounds.load(Ordering::Acquire) == before {
+                assert!(!driver.is_finished() && begun.elapsed() < PATIENCE, "the driver does not get on");
+                thread::yield_now();
+            }
+            act(&held);
+        }
+        drop(end);
+        driver.join().unwrap();
+    });
+}
+
+/// Nothing is moved for a while: as long as a driver that goes on takes for many accesses.
+fn assert_no_traffic(held: &Held) {
+    let before = held.traffic();
+    for _ in 0..200 {
+        thread::yield_now();
+        assert_eq!(held.traffic(), before);
+    }
+}
+
+#[test]
+fn one_that_is_quiesced_under_load_moves_nothing_until_it_goes_on() {
+    on_each(|machine| {
+        under_load(machine, 30, |held| {
+            held.quiesce();
+            held.quiesce();
+            assert_no_traffic(held);
+            held.resume();
+            held.resume();
+        });
+    });
+}
+
+#[test]
+fn another_one_goes_on_from_its_state_at_any_point_of_a_run() {
+    on_each(|machine| {
+        let mut numbers = Numbers(1);
+        under_load(machine, 50, |held| {
+            (0..numbers.below(50)).for_each(|_| thread::yield_now());
+            held.migrate();
+        });
+    });
+}
+
+#[test]
+fn a_reset_at_any_moment_ends_all_work() {
+    on_each(|mut machine| {
+        let mut numbers = Numbers(2);
+        for round in 0..30 {
+            machine.load.begin();
+            machine.load.submit();
+            (0..numbers.below(50)).for_each(|_| thread::yield_now());
+            if round % 3 == 0 {
+                machine.held.quiesce();
+            }
+            machine.held.reset();
+            assert_no_traffic(&machine.held);
+            machine.held.resume();
+            assert_no_traffic(&machine.held);
+        }
+        machine.load.begin();
+        machine.load.submit();
+        machine.load.finish();
+    });
+}
+
+#[test]
+fn without_bus_mastering_nothing_is_moved_and_a_reset_makes_it_good() {
+    on_each(|mut machine| {
+        for before_the_work in [true, false] {
+            machine.load.begin();
+            if before_the_work {
+                set_bus_master(machine.load.client(), false);
+                let traffic = machine.held.traffic();
+                machine.load.submit();
+                assert_no_traffic(&machine.held);
+                assert_eq!(machine.held.traffic(), traffic);
+            } else {
+                machine.load.submit();
+                set_bus_master(machine.load.client(), false);
+                // What was in progress is over when the model has come to rest.
+                machine.held.quiesce();
+                machine.held.resume();
+                assert_no_traffic(&machine.held);
+            }
+            machine.load.client().reset().unwrap();
+            machine.load.begin();
+            machine.load.submit();
+            machine.load.finish();
+            machine.load.client().reset().unwrap();
+        }
+    });
+}
+
+#[test]
+fn junk_in_every_register_is_survived_and_can_be_saved() {
+    on_each(|mut machine| {
+        let size = machine.load.client().region(0).unwrap().size;
+        for seed in 1..=20 {
+            let mut numbers = Numbers(seed);
+            machine.load.begin();
+            machine.load.submit();
+            for _ in 0..150 {
+                let len = 1 << numbers.below(4);
+                // Mostly where registers are.
+                let end = if numbers.below(4) == 0 { size } else { size.min(0x100) };
+                let offset = numbers.below(end - len);
+                let offset = if numbers.below(3) == 0 { offset } else { offset & !(len - 1) };
+                let junk = numbers.below(u64::MAX) >> (numbers.below(8) * 8);
+                let client = machine.load.client();
+                client.region_write(0, offset, &junk.to_le_bytes()[..len as usize]).unwrap();
+                client.region_read(0, offset, &mut [0; 8][..len as usize]).unwrap();
+            }
+            machine.held.migrate();
+            machine.load.client().reset().unwrap();
+            machine.load.begin();
+            machine.load.submit();
+            machine.load.finish();
+            machine.load.client().reset().unwrap();
+        }
+    });
+}

@@ -1,0 +1,48 @@
+//! Random runs of each model: with the state moved into another one at any point, each comes out as it does without.
+
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestRunner};
+use viommu::devices::{MODELS, Model};
+use viommu_trace::Tracer;
+
+use super::drivers::{self, Moves, Seen, Step};
+use super::held::Held;
+use super::{ENDPOINT, open};
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let step = (any::<u8>(), any::<u16>(), 0u8..8).prop_map(|(what, value, moved)| Step { what, value, moved });
+    prop::collection::vec(step, 1..25)
+}
+
+/// What a driver sees of a model that does these steps, moved as they say or not.
+fn run(model: &Model, steps: &[Step], is_moved: bool) -> Vec<Seen> {
+    let (device, _dir) = open(model);
+    let (held, served) = Held::serve(device, ENDPOINT, Tracer::default());
+    let mut run = (drivers::of(model.name).run)(served.client());
+    let moves = Moves(is_moved.then_some(&held));
+    let step = |step: &Step| {
+        moves.at(step, 0);
+        let seen = run.step(step, &moves);
+        moves.at(step, 2);
+        seen
+    };
+    steps.iter().map(step).collect()
+}
+
+#[test]
+fn each_goes_on_from_its_state_as_if_nothing_had_happened() {
+    for model in MODELS {
+        let mut runner = TestRunner::new(Config { cases: 24, failure_persistence: None, ..Config::default() });
+        let same = runner.run(&steps(), |steps| {
+            let (still, moved) = (run(model, &steps, false), run(model, &steps, true));
+            for (at, (still, moved)) in still.iter().zip(&moved).enumerate() {
+                let (step, name) = (steps[at], model.name);
+                prop_assert_eq!(&still.0, &moved.0, "{}, step {}, {:?}", name, at, step);
+                let differs = still.1.iter().zip(&moved.1).position(|(still, moved)| still != moved);
+                prop_assert_eq!(differs, None, "{}, step {}, {:?}: the first byte that differs", name, at, step);
+            }
+            Ok(())
+        });
+        same.unwrap();
+    }
+}
