@@ -5,9 +5,10 @@
 pub mod ioat;
 pub mod kit;
 pub mod model;
+pub mod null;
 pub mod nvme;
 
 pub use model::{Configuration, Device, Model};
 
 /// The models.
-pub const MODELS: [&Model; 2] = [&nvme::MODEL, &ioat::MODEL];
+pub const MODELS: [&Model; 3] = [&nvme::MODEL, &ioat::MODEL, &null::MODEL];

@@ -81,6 +81,17 @@ fn rogue_dma_faults() {
     assert!(outcome.console.contains("page fault"), "the guest's virtio-iommu driver reports faults");
 }
 
+#[test]
+fn the_smallest_device_writes_where_it_may() {
+    let outcome = Guest::new(&format!("{NVME}[[null]]\naddress = \"05.0\"\n"), "null").run();
+    let result = outcome.results_of("null").next().expect("a result");
+    let address = format!("{:#x}", result["fault_iova"].as_u64().unwrap());
+    let expected = json!({ "reason": "MAPPING", "access": result["fault_access"], "address": address });
+    assert_eq!(faults_of(&outcome, 0x28), [expected]);
+    let written = outcome.events("dma").filter(|dma| dma["endpoint"] == 0x28 && dma["route"] == "mapped");
+    assert_eq!(written.count(), 1);
+}
+
 /// A function without a driver is attached to nothing, so with `bypass` off all its DMA is refused.
 ///
 /// The third reason, UNKNOWN, no guest can bring about: it is that of an endpoint which the device does not manage, and

@@ -29,6 +29,7 @@ mod kexec;
 mod kmsg;
 mod map_cost;
 mod memory;
+mod null;
 mod nvme_cli;
 mod nvme_io;
 mod pattern;
@@ -123,6 +124,8 @@ workloads! { results:
     IovaTest needs ["ioatdma"] runs iova_test::run(results);
     /// Drive the DMA engine from a program, through VFIO: good copies, and DMA that must be refused.
     VfioDma needs ["vfio_pci", "vfio_iommu_type1"] runs vfio_dma::run(results);
+    /// Have the smallest device write to memory, through VFIO: where it may, and where it must be refused.
+    Null needs ["vfio_pci", "vfio_iommu_type1"] runs null::run(results);
     /// Start the DMA engine without a driver, attached to no domain; with `bypass` off its DMA must be refused.
     UnattachedDma needs [] runs unattached_dma::run(results);
 }

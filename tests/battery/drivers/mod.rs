@@ -1,6 +1,7 @@
 //! A driver for each model, in the place of a guest's.
 
 mod ioat;
+mod null;
 mod nvme;
 
 use vfio_bindings::bindings::vfio::VFIO_PCI_CONFIG_REGION_INDEX;
@@ -9,7 +10,7 @@ use vfio_user::Client;
 use super::held::Held;
 
 /// The drivers: one entry for each model.
-const DRIVERS: [Driver; 2] = [nvme::DRIVER, ioat::DRIVER];
+const DRIVERS: [Driver; 3] = [nvme::DRIVER, ioat::DRIVER, null::DRIVER];
 
 /// A model's driver.
 #[derive(Clone, Copy)]
