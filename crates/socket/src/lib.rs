@@ -17,8 +17,8 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, soc
 /// of descriptors; then the connection still waits, and would be tried again without end.
 pub const RETRY: Duration = Duration::from_millis(50);
 
-/// How long to wait for others who make the same socket.
-const TURN_MAX: Duration = Duration::from_secs(5);
+/// How long to wait for other processes that are making the same socket.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Bytes that the path of a Unix socket may have: one more ends it.
 const PATH_MAX: usize = 107;
@@ -49,7 +49,7 @@ pub enum SocketError {
     },
     /// Somebody has been about to listen there for as long as that is waited for.
     #[error(
-        "Another process has held {} for {TURN_MAX:?}, which who makes the socket {} holds for a moment; end it, or choose \
+        "Another process has held {} for {LOCK_TIMEOUT:?}, which who makes the socket {} holds for a moment; end it, or choose \
          another path",
         .lock.display(), .path.display()
     )]
@@ -137,7 +137,7 @@ impl Socket {
         if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty() && !folder.exists()) {
             return Err(SocketError::NoFolder { path: path.to_owned(), folder: folder.to_owned() });
         }
-        let _turn = Turn::take(path)?;
+        let _lock = LockFile::acquire(path)?;
         make_room(path)?;
         let listener = UnixListener::bind(path).map_err(failed)?;
         let entry = Entry::new(path.to_owned()).map_err(failed)?;
@@ -169,8 +169,8 @@ fn identity(metadata: Metadata) -> (u64, u64) {
     (metadata.dev(), metadata.ino())
 }
 
-/// Removes a socket on which nobody listens any more. Only for who has the turn: another process may be replacing it, or
-/// have made one on which it does not listen yet.
+/// Removes a socket on which nobody listens any more. The caller must hold the lock file: another process may be replacing
+/// the socket, or may have made one on which it does not listen yet.
 fn make_room(path: &Path) -> Result<(), SocketError> {
     let failed = |source| SocketError::Listen { path: path.to_owned(), source };
     match fs::symlink_metadata(path) {
@@ -196,26 +196,26 @@ fn try_connect(path: &Path) -> nix::Result<()> {
     connect(end.as_raw_fd(), &UnixAddr::new(path)?)
 }
 
-/// The turn to make the socket at a path: a locked file beside it, which goes with the turn. One that a killed process
-/// leaves is locked by nobody, and goes with the next turn.
-struct Turn {
+/// The right to make the socket at a path: a locked file beside it, removed when this is dropped. A file that a killed
+/// process left is locked by nobody; the next process to make the socket removes it.
+struct LockFile {
     path: PathBuf,
     _file: Flock<File>,
 }
 
-impl Turn {
-    /// Waits for the turn: for as long as others take to look at a socket and make one.
-    fn take(socket: &Path) -> Result<Turn, SocketError> {
+impl LockFile {
+    /// Waits for the lock, for as long as other processes take to check a socket and make one.
+    fn acquire(socket: &Path) -> Result<LockFile, SocketError> {
         let mut path = socket.as_os_str().to_owned();
         path.push(".viommu-lock");
         let path = PathBuf::from(path);
         let failed = |source| SocketError::Lock { path: socket.to_owned(), lock: path.clone(), source };
         let mut options = OpenOptions::new();
-        // Nothing is ever written, least of all to where somebody's symbolic link leads; and nobody is waited for, which
-        // who opens a FIFO otherwise does.
+        // Nothing is ever written, least of all to where somebody's symbolic link leads. O_NONBLOCK: opening a FIFO would
+        // otherwise wait for its other end.
         let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY;
         options.write(true).create(true).truncate(false).mode(0o600).custom_flags(flags);
-        let deadline = Instant::now() + TURN_MAX;
+        let deadline = Instant::now() + LOCK_TIMEOUT;
         loop {
             let no_lock = || SocketError::NoLock { path: socket.to_owned(), lock: path.clone() };
             let file = options.open(&path).map_err(|error| match error.raw_os_error() {
@@ -229,9 +229,9 @@ impl Turn {
             match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
                 Ok(file) => {
                     let locked = file.metadata().map(identity).map_err(failed)?;
-                    // Who had the turn before has removed the file, and those who come now do not see this one.
+                    // Its last owner may have removed this file; then it excludes nobody, as others make a new one.
                     if fs::symlink_metadata(&path).is_ok_and(|found| identity(found) == locked) {
-                        return Ok(Turn { path, _file: file });
+                        return Ok(LockFile { path, _file: file });
                     }
                 }
                 Err((_, Errno::EWOULDBLOCK)) if Instant::now() < deadline => {
@@ -246,7 +246,7 @@ impl Turn {
     }
 }
 
-impl Drop for Turn {
+impl Drop for LockFile {
     fn drop(&mut self) {
         // Nothing to do about a failure: the file is in nobody's way. It is still locked here.
         let _ = fs::remove_file(&self.path);
@@ -333,26 +333,26 @@ mod tests {
     }
 
     #[test]
-    fn one_at_a_time_has_the_turn() {
+    fn one_at_a_time_has_the_lock_file() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("socket");
         let taken = AtomicBool::new(false);
-        let take_turns = || {
+        let lock_often = || {
             for _ in 0..500 {
-                // Who finds it taken looks again after a while, so on a busy machine one may be unlucky for long.
-                let turn = loop {
-                    match Turn::take(&path) {
+                // A thread that finds it locked tries again after a while, so on a busy machine one may be unlucky for long.
+                let lock = loop {
+                    match LockFile::acquire(&path) {
                         Err(SocketError::Locked { .. }) => {}
-                        turn => break turn.unwrap(),
+                        lock => break lock.unwrap(),
                     }
                 };
                 assert!(!taken.swap(true, Ordering::SeqCst));
                 thread::yield_now();
                 taken.store(false, Ordering::SeqCst);
-                drop(turn);
+                drop(lock);
             }
         };
-        thread::scope(|scope| (0..8).for_each(|_| drop(scope.spawn(take_turns))));
+        thread::scope(|scope| (0..8).for_each(|_| drop(scope.spawn(lock_often))));
     }
 
     #[test]
@@ -403,13 +403,13 @@ mod tests {
     }
 
     #[test]
-    fn nobody_waits_for_ever_for_a_turn() {
+    fn nobody_waits_for_ever_for_the_lock_file() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("s.sock");
-        let _turn = Turn::take(&path).unwrap();
+        let _lock = LockFile::acquire(&path).unwrap();
         let begun = Instant::now();
         assert!(matches!(Socket::bind(&path), Err(SocketError::Locked { .. })));
-        assert!(begun.elapsed() >= TURN_MAX);
+        assert!(begun.elapsed() >= LOCK_TIMEOUT);
     }
 
     #[test]
