@@ -25,8 +25,8 @@ use viommu_trace::{self as trace, Tracer};
 /// How long clients that are still connected may take to leave when the daemon ends.
 const SESSION_END: Duration = Duration::from_millis(300);
 
-/// How long the virtqueues' thread may take. It ends after its turn, and takes longer only if an access of an endpoint that
-/// it waits for does not end: one to memory whose page does not come.
+/// How long the virtqueues' thread may take. It ends after its time slice, and takes longer only if an access of an endpoint
+/// that it waits for does not end: one to memory whose page does not come.
 const QUEUES_END: Duration = Duration::from_secs(2);
 
 /// How often that is looked at.

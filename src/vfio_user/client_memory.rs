@@ -40,7 +40,7 @@ pub struct ClientMemory(Arc<Shared>);
 struct Shared {
     /// The most bytes that the client takes or gives at once.
     max_data: usize,
-    /// Whose turn it is to ask has it, and the others wait.
+    /// Taken by the thread that asks, for as long as it does; the others wait.
     socket: Mutex<Option<Socket>>,
     /// It is there again.
     free: Condvar,
@@ -75,7 +75,7 @@ impl ClientMemory {
         for (number, part) in data.chunks_mut(self.0.max_data).enumerate() {
             let address = address.wrapping_add((number * self.0.max_data) as u64);
             let access = DmaAccess { address: address.into(), count: (part.len() as u64).into() };
-            self.in_turn(deadline, |socket| socket.ask(Command::DmaRead, &access, &[], part))?;
+            self.with_socket(deadline, |socket| socket.ask(Command::DmaRead, &access, &[], part))?;
         }
         Ok(())
     }
@@ -87,14 +87,14 @@ impl ClientMemory {
         for (number, part) in data.chunks(self.0.max_data).enumerate() {
             let address = address.wrapping_add((number * self.0.max_data) as u64);
             let access = DmaAccess { address: address.into(), count: (part.len() as u64).into() };
-            self.in_turn(deadline, |socket| socket.ask(Command::DmaWrite, &access, part, &mut []))?;
+            self.with_socket(deadline, |socket| socket.ask(Command::DmaWrite, &access, part, &mut []))?;
         }
         Ok(())
     }
 
-    /// Does something with the socket when nobody else does. An error after the deadline: that others took so long is not the
-    /// client's fault, which has its time from when it is asked.
-    fn in_turn(&self, deadline: Instant, ask: impl FnOnce(&mut Socket) -> io::Result<()>) -> io::Result<()> {
+    /// Calls `ask` with the socket when no other thread uses it. An error after the deadline. That other threads took so long
+    /// is not the client's fault: its own time begins when it is asked.
+    fn with_socket(&self, deadline: Instant, ask: impl FnOnce(&mut Socket) -> io::Result<()>) -> io::Result<()> {
         let left = left(deadline)?;
         let waited = self.0.free.wait_timeout_while(self.place(), left, |place| place.is_none());
         let (mut place, _) = unpoisoned(waited);

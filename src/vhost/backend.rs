@@ -48,7 +48,7 @@ pub(super) struct Backend {
     worker: Mutex<Worker>,
     /// Wakes the worker: a fault was queued, or requests are left.
     wake: (EventConsumer, EventNotifier),
-    /// Requests were left for the worker's next turn.
+    /// The worker has stopped before the request queue was empty, and is to go on.
     left: AtomicBool,
     /// Ends the worker. The crate takes the consumer and never closes it: see [`Backend::end`].
     exit: Mutex<Option<RawFd>>,

@@ -19,12 +19,12 @@ use viommu_wire::virtio_iommu::Tail;
 /// Requests that are answered together: one grace period, and one notification at most, for all of them.
 const BATCH_MAX: usize = 256;
 
-/// Batches after which the other queue, and the frontend, get their turn.
+/// After so many batches the worker serves the other queue, and lets the frontend have this one.
 const ROUNDS_MAX: usize = 8;
 
-/// After so long a batch takes no more requests, and there is no further one before the others' turn. A LINK of many
-/// pages alone may take longer; whoever waits, waits for no second one.
-const TURN: Duration = Duration::from_millis(2);
+/// A batch takes no more requests after this time, and the worker starts no further one before it has served the others. A
+/// single LINK of many pages may take longer, but nobody waits for a second one.
+const TIME_SLICE: Duration = Duration::from_millis(2);
 
 /// A chain that is done and not given back yet.
 pub(super) struct Answer {
@@ -41,7 +41,7 @@ impl Backend {
         let ring = &rings[REQUESTS];
         let begun = Instant::now();
         for round in 0..ROUNDS_MAX {
-            if round > 0 && begun.elapsed() >= TURN {
+            if round > 0 && begun.elapsed() >= TIME_SLICE {
                 break;
             }
             // Held for a batch: who stops the queue waits for the batch, and so reads the right index.
@@ -75,7 +75,8 @@ impl Backend {
         let begun = Instant::now();
         worker.answers.clear();
         let journal = self.shared.iommu.journal();
-        while usable && worker.answers.len() < BATCH_MAX && (worker.answers.is_empty() || begun.elapsed() < TURN) {
+        while usable && worker.answers.len() < BATCH_MAX && (worker.answers.is_empty() || begun.elapsed() < TIME_SLICE)
+        {
             match queue::pop(queue, memory) {
                 Popped::Chain(chain) => {
                     let (start, head) = (Instant::now(), chain.head_index());

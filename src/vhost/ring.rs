@@ -22,9 +22,9 @@ use viommu_socket::set_nonblocking;
 #[derive(Clone)]
 pub(super) struct Ring {
     inner: VringMutex<Memory>,
-    /// Held by who waits for the lock in `inner`: so the worker, which takes that lock again right after each batch,
-    /// cannot take it before the frontend that waits for it.
-    turn: Arc<Mutex<()>>,
+    /// Held while waiting for the lock in `inner`. The worker takes that lock again right after each batch; this way it
+    /// cannot overtake a frontend that is waiting for it.
+    handoff: Arc<Mutex<()>>,
     watch: Arc<Watch>,
 }
 
@@ -119,7 +119,7 @@ impl Ring {
                 log::warn!("A virtqueue's kick descriptor cannot be read and is closed: {error}");
                 let broken = kick.as_raw_fd();
                 drop(state);
-                let _turn = self.turn();
+                let _handoff = self.handoff();
                 // The frontend may have given another one by now, while this one was still open.
                 let is_broken = |kick: &EventConsumer| kick.as_raw_fd() == broken;
                 if self.inner.get_ref().get_kick().as_ref().is_some_and(is_broken) {
@@ -148,9 +148,9 @@ impl Ring {
         }
     }
 
-    /// Waits until it is the caller's turn to take the lock in `inner`, and makes others wait until it has it.
-    fn turn(&self) -> MutexGuard<'_, ()> {
-        lock(&self.turn)
+    /// Waits for the others that want the lock in `inner`. To be held until the caller has that lock.
+    fn handoff(&self) -> MutexGuard<'_, ()> {
+        lock(&self.handoff)
     }
 
     /// Whether the driver's size can be that of a split virtqueue; if not, the size is not the driver's.
@@ -169,7 +169,7 @@ impl<'a> VringStateMutGuard<'a, Memory> for Ring {
 
 impl VringT<Memory> for Ring {
     fn new(mem: Memory, max_queue_size: u16) -> Result<Self, Error> {
-        Ok(Ring { inner: VringMutex::new(mem, max_queue_size)?, turn: Arc::default(), watch: Arc::default() })
+        Ok(Ring { inner: VringMutex::new(mem, max_queue_size)?, handoff: Arc::default(), watch: Arc::default() })
     }
 
     fn get_ref(&self) -> <Self as VringStateGuard<'_, Memory>>::G {
@@ -177,7 +177,7 @@ impl VringT<Memory> for Ring {
     }
 
     fn get_mut(&self) -> <Self as VringStateMutGuard<'_, Memory>>::G {
-        let _turn = self.turn();
+        let _handoff = self.handoff();
         self.inner.get_mut()
     }
 
@@ -202,7 +202,7 @@ impl VringT<Memory> for Ring {
     }
 
     fn set_enabled(&self, enabled: bool) {
-        let _turn = self.turn();
+        let _handoff = self.handoff();
         self.inner.set_enabled(enabled);
     }
 
@@ -239,7 +239,7 @@ impl VringT<Memory> for Ring {
     }
 
     fn set_queue_ready(&self, ready: bool) {
-        let _turn = self.turn();
+        let _handoff = self.handoff();
         // Both with the queue locked, so that whoever finds it ready knows whether its start was seen.
         let mut state = self.inner.get_mut();
         state.get_queue_mut().set_ready(ready);
@@ -247,7 +247,7 @@ impl VringT<Memory> for Ring {
     }
 
     fn set_kick(&self, file: Option<File>) {
-        let _turn = self.turn();
+        let _handoff = self.handoff();
         self.replace_kick(file.filter(never_waits));
     }
 
@@ -256,7 +256,7 @@ impl VringT<Memory> for Ring {
     }
 
     fn set_call(&self, file: Option<File>) {
-        let _turn = self.turn();
+        let _handoff = self.handoff();
         self.inner.set_call(file.filter(never_waits));
     }
 

@@ -74,7 +74,7 @@ impl Table {
             Ok(guard) => guard.replace(new.clone()),
             Err(poisoned) => poisoned.into_inner().replace(new.clone()),
         }
-        // The worker uses it for a turn at most, unless a page of it takes long to come.
+        // The worker uses it for a time slice at most, unless a page of it takes long to come.
         wait_until_unused([&mut old], |_| {
             log::warn!("The memory table before has been in use for {PATIENCE:?}; the frontend waits for its end");
         });
