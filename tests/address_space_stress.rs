@@ -69,8 +69,8 @@ fn run(time: Duration, acknowledge: impl Fn(&Grace) + Sync) -> Counts {
                         continue;
                     };
                     // What a device does with the translation takes a moment.
-                    for turn in 0..random % 256 {
-                        black_box(turn);
+                    for step in 0..random % 256 {
+                        black_box(step);
                     }
                     let last_gone = gone[page as usize].load(SeqCst);
                     drop(guard);

@@ -124,8 +124,8 @@ fn what_nobody_looked_for_wakes_the_worker_when_the_queue_is_given_back() {
 
 #[test]
 fn no_request_is_left_and_no_kick_told_twice_while_the_queue_changes_hands() {
-    const TURN: u64 = 40;
-    const TURNS: u64 = 100;
+    const HANDOFF: u64 = 40;
+    const HANDOFFS: u64 = 100;
     for features in KINDS {
         let device = Device::new();
         let mut driver = Driver::accepting(&device, features);
@@ -138,13 +138,13 @@ fn no_request_is_left_and_no_kick_told_twice_while_the_queue_changes_hands() {
                 let mut served = 0;
                 while !done.load(Ordering::Relaxed) {
                     // A time with the queue, released and acquired again now and then, and a time without.
-                    let until = control.count() + TURN;
+                    let until = control.count() + HANDOFF;
                     while control.count() < until && !done.load(Ordering::Relaxed) {
                         assert!(control.acquire());
                         served += (0..20).filter(|_| control.poll()).count();
                         control.release();
                     }
-                    let until = control.count() + TURN;
+                    let until = control.count() + HANDOFF;
                     while control.count() < until && !done.load(Ordering::Relaxed) {
                         thread::yield_now();
                     }
@@ -152,7 +152,7 @@ fn no_request_is_left_and_no_kick_told_twice_while_the_queue_changes_hands() {
                 served
             });
             let end = Ends(&done);
-            for page in 0..TURNS * TURN {
+            for page in 0..HANDOFFS * HANDOFF {
                 let (writable, kicked) = send(&mut driver, page);
                 kicks += u64::from(kicked);
                 assert_eq!(answer(&mut driver, &writable), OK);
@@ -160,7 +160,7 @@ fn no_request_is_left_and_no_kick_told_twice_while_the_queue_changes_hands() {
             drop(end);
             assert_ne!(other.join().unwrap(), 0);
         });
-        assert_eq!(device.iommu.counters().requests[RequestType::Map].total, TURNS * TURN);
+        assert_eq!(device.iommu.counters().requests[RequestType::Map].total, HANDOFFS * HANDOFF);
         // Some may have been written while the one before was not read yet.
         let seen = device.control.counters().kicks;
         assert!(seen <= kicks, "{seen} of {kicks}");

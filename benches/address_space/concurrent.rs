@@ -32,12 +32,12 @@ fn median(mut values: Vec<f64>) -> f64 {
 /// Translates for a round and returns nanoseconds a translation.
 fn read(radix: &Radix, set: Set) -> f64 {
     let mut reader = radix.grace.reader();
-    let (mut turn, mut last, mut done) = (0u64, 0, 0u32);
+    let (mut step, mut last, mut done) = (0u64, 0, 0u32);
     let begin = Instant::now();
     loop {
         for _ in 0..1000 {
-            turn = turn.wrapping_add(0x9e37_79b9_7f4a_7c15);
-            let index = below(turn.wrapping_add(last << 12), set.count) & !1;
+            step = step.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let index = below(step.wrapping_add(last << 12), set.count) & !1;
             let guard = reader.enter();
             last = radix.space.lookup(&guard, set.iova(index)).map_or(0, |found| found.phys);
             assert!(last != 0);

@@ -157,13 +157,13 @@ fn measure<S: Subject>(criterion: &mut Criterion, set: Set, report: &mut report:
     drop(order);
     report.memory(set, S::NAME, bytes);
 
-    let mut turn = 0u64;
+    let mut step = 0u64;
     let id = |what| BenchmarkId::new(format!("{}/{}", S::NAME, what), set.count);
     let mut group = criterion.benchmark_group(set.layout.name);
     group.bench_function(id("pair"), |bencher| {
         bencher.iter(|| {
-            turn += 1;
-            let index = below(mix(turn), set.count);
+            step += 1;
+            let index = below(mix(step), set.count);
             assert!(subject.unmap(set.iova(index)));
             assert!(subject.map(set.iova(index), Set::phys(index)));
         });
@@ -171,8 +171,8 @@ fn measure<S: Subject>(criterion: &mut Criterion, set: Set, report: &mut report:
     let mut last = 0;
     group.bench_function(id("translate"), |bencher| {
         bencher.iter(|| {
-            turn = turn.wrapping_add(0x9e37_79b9_7f4a_7c15);
-            let index = below(turn.wrapping_add(last << 12), set.count);
+            step = step.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let index = below(step.wrapping_add(last << 12), set.count);
             let found = subject.translate(set.iova(index));
             last = found.map_or(0, |found| found.phys);
             assert!(last != 0);
@@ -190,7 +190,7 @@ fn measure_grace(criterion: &mut Criterion) {
         assert!(subject.map(set.iova(index), Set::phys(index)));
     }
     let mut group = criterion.benchmark_group("grace");
-    let mut turn = 0u64;
+    let mut step = 0u64;
     for readers in [1, 16] {
         let others: Vec<Reader> = (1..readers).map(|_| subject.grace.reader()).collect();
         group.bench_function(BenchmarkId::new("synchronize", readers), |bencher| {
@@ -198,8 +198,8 @@ fn measure_grace(criterion: &mut Criterion) {
         });
         group.bench_function(BenchmarkId::new("pair+synchronize", readers), |bencher| {
             bencher.iter(|| {
-                turn += 1;
-                let index = below(mix(turn), set.count);
+                step += 1;
+                let index = below(mix(step), set.count);
                 assert!(subject.unmap(set.iova(index)));
                 subject.grace.synchronize();
                 assert!(subject.map(set.iova(index), Set::phys(index)));

@@ -43,7 +43,7 @@ const CASES: [(&str, &str, Io); 8] = [
 /// Rounds, at least 6: of 9, the second lowest and the second highest value enclose the median with a confidence of 96 %.
 const ROUNDS: usize = 9;
 /// Boots in which tracing is switched, without a client and with one; at least 6 too.
-const TURNS_ROUNDS: usize = 6;
+const OVERHEAD_BOOTS: usize = 6;
 
 /// What part of QEMU's throughput ours has to be at least, in each case.
 const OURS_TO_QEMU: f64 = 1.0;
@@ -75,9 +75,9 @@ fn main() -> ExitCode {
     let cores = Cores::divide();
     let mut traced = vec![Vec::new(); CASES.len()];
     let mut watched = traced.clone();
-    for round in 0..TURNS_ROUNDS {
+    for round in 0..OVERHEAD_BOOTS {
         for (reader, all) in [(Reader::None, &mut traced), (Reader::Binary, &mut watched)] {
-            eprintln!("tracing by turns, round {} of {TURNS_ROUNDS}: reader {reader:?}", round + 1);
+            eprintln!("tracing in time slices, round {} of {OVERHEAD_BOOTS}: reader {reader:?}", round + 1);
             all.iter_mut().zip(trace_overhead::boot(reader, &cores)).for_each(|(all, ratio)| all.push(ratio));
         }
     }
@@ -135,7 +135,7 @@ fn show(ratio: Median) -> String {
     format!("{:.3} ({:.3} to {:.3})", ratio.median, ratio.low, ratio.high)
 }
 
-/// Prints and writes everything. `traced` and `watched` are the ratios of traced turns to untraced ones: of each case,
+/// Prints and writes everything. `traced` and `watched` are the ratios of traced slices to untraced ones: of each case,
 /// those of all boots, without a client and with one.
 fn report(
     measured: &[BTreeMap<Variant, Measured>],
@@ -144,8 +144,8 @@ fn report(
     rounds: usize,
 ) -> ExitCode {
     let mut text = format!(
-        "I/Os per second and their ratio, median of {rounds} rounds of boots; ratio of turns with and without tracing, median of \
-         {TURNS_ROUNDS} boots of {} s a case; each with the spread of the median\n\n",
+        "I/Os per second and their ratio, median of {rounds} rounds of boots; ratio of time slices with and without \
+         tracing, median of {OVERHEAD_BOOTS} boots of {} s a case; each with the spread of the median\n\n",
         trace_overhead::SECONDS
     );
     let head = ["case", "QEMU's", "ours", "ours/QEMU's", "traced/untraced", "watched/untraced"];

@@ -1,6 +1,6 @@
-//! What tracing costs: it is switched on and off by turns while a guest runs.
+//! What tracing costs: it is switched on and off in time slices while a guest runs.
 //!
-//! Boots differ by more than that, as a whole: so a ratio is that of turns of one boot that follow each other.
+//! Two boots differ by more than tracing costs. So each ratio compares slices of one boot that follow each other.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -18,8 +18,8 @@ use viommu_trace::now_ns;
 use super::common::{self, Cores, median};
 use super::{CASES, TOPOLOGY};
 
-/// Milliseconds of a turn that are looked at.
-const TURN_MS: u64 = 100;
+/// Milliseconds of a time slice that are measured.
+const SLICE_MS: u64 = 100;
 
 /// Seconds of each case in each boot.
 pub const SECONDS: f64 = 3.0;
@@ -36,27 +36,27 @@ pub enum Reader {
     Binary,
 }
 
-/// A turn, as `viommu serve --trace-turns` prints it: times of `CLOCK_MONOTONIC` in nanoseconds.
+/// A time slice, as `viommu serve --trace-slices` prints it: times of `CLOCK_MONOTONIC` in nanoseconds.
 #[derive(Deserialize)]
-struct Turn {
+struct Slice {
     begin: u64,
     end: u64,
     traced: bool,
     io_count: u64,
 }
 
-impl Turn {
+impl Slice {
     fn iops(&self) -> f64 {
         self.io_count as f64 * 1e9 / (self.end - self.begin) as f64
     }
 }
 
-/// Boots a guest, and returns the ratio of traced turns to untraced ones in each case.
+/// Boots a guest, and returns the ratio of traced slices to untraced ones in each case.
 pub fn boot(reader: Reader, cores: &Cores) -> Vec<f64> {
     let folder = Folder::in_memory();
     common::write_image(&folder);
-    let turn = TURN_MS.to_string();
-    let daemon = Serve::start(&folder, TOPOLOGY, &["--trace-socket", "trace.sock", "--trace-turns", &turn]);
+    let slice = SLICE_MS.to_string();
+    let daemon = Serve::start(&folder, TOPOLOGY, &["--trace-socket", "trace.sock", "--trace-slices", &slice]);
     let client = (reader == Reader::Binary).then(|| watch(&folder.join("trace.sock")));
     let cases = CASES.iter().map(|(_, options, _)| format!("nvme-io {options} --seconds {SECONDS}"));
     let guest = cores.start(daemon.guest(&cases.collect::<Vec<_>>().join(" + ")));
@@ -67,20 +67,20 @@ pub fn boot(reader: Reader, cores: &Cores) -> Vec<f64> {
     if let Some(client) = client {
         assert!(client.join().unwrap() > 1 << 20, "the client of the trace got next to nothing");
     }
-    let turns: Vec<Turn> = printed.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let slices: Vec<Slice> = printed.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(ends.len(), CASES.len(), "not every case has a result");
-    ends.iter().map(|end| ratio(&turns, *end)).collect()
+    ends.iter().map(|end| ratio(&slices, *end)).collect()
 }
 
-/// The ratio of the case whose result arrived at this time: the median of those of its traced turns to the mean of the
-/// two turns beside them.
-fn ratio(turns: &[Turn], end: u64) -> f64 {
+/// The ratio of the case whose result arrived at this time: the median of those of its traced slices to the mean of the
+/// two slices beside them.
+fn ratio(slices: &[Slice], end: u64) -> f64 {
     let edge = EDGE.as_nanos() as u64;
     let begin = end - Duration::from_secs_f64(SECONDS).as_nanos() as u64;
-    let inside: Vec<_> = turns.iter().filter(|turn| turn.begin >= begin + edge && turn.end <= end - edge).collect();
+    let inside: Vec<_> = slices.iter().filter(|slice| slice.begin >= begin + edge && slice.end <= end - edge).collect();
     let traced = inside.windows(3).filter(|three| three[1].traced);
     let ratios: Vec<_> = traced.map(|three| 2.0 * three[1].iops() / (three[0].iops() + three[2].iops())).collect();
-    assert!(ratios.len() >= 5 && ratios.iter().all(|ratio| ratio.is_normal()), "{} turns: {ratios:?}", inside.len());
+    assert!(ratios.len() >= 5 && ratios.iter().all(|ratio| ratio.is_normal()), "{} slices: {ratios:?}", inside.len());
     median(&ratios)
 }
 

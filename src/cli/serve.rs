@@ -51,9 +51,9 @@ pub struct Args {
     #[arg(long, value_name = "REQUEST=ANSWER[:KEY=NUMBER]...", hide = true)]
     inject: Vec<Injection>,
 
-    /// For benchmarks: record events by turns, so many milliseconds each (see CONTRIBUTING.md)
+    /// For benchmarks: record events in every other time slice of this length (see CONTRIBUTING.md)
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..), requires = "trace_socket", hide = true)]
-    trace_turns: Option<u64>,
+    trace_slices: Option<u64>,
 }
 
 /// Serves until a signal.
@@ -75,29 +75,29 @@ pub fn main(args: &Args) -> Result<()> {
         machine::follow(qmp, &stop, &daemon)?;
     }
     say(format_args!("viommu: serving on {}\n", args.socket_path.display()))?;
-    let turns = match args.trace_turns {
-        Some(ms) => trace_by_turns(&daemon, Duration::from_millis(ms), &stop),
+    let slices = match args.trace_slices {
+        Some(ms) => trace_in_slices(&daemon, Duration::from_millis(ms), &stop),
         None => {
             while !stop.wait(LONG) {}
             String::new()
         }
     };
     daemon.end();
-    say(turns)
+    say(slices)
 }
 
-/// What a turn is not looked at for: clients and their thread are still busy with the one before.
+/// The beginning of a time slice that is not measured: clients and their thread are still busy with the slice before.
 const SETTLE: Duration = Duration::from_millis(60);
 
-/// Until the end, records the events of every other turn. Returns what was done in each after [`SETTLE`], a line each.
+/// Until the end, records the events of every other time slice. Returns what was done in each after [`SETTLE`], a line each.
 ///
 /// What tracing costs is less than two runs differ, so it has to be switched within one.
-fn trace_by_turns(daemon: &Daemon, turn: Duration, stop: &Stop) -> String {
+fn trace_in_slices(daemon: &Daemon, slice: Duration, stop: &Stop) -> String {
     let mut lines = String::new();
     let mut traced = true;
     while !stop.wait(SETTLE) {
         let (begun, before) = (now_ns(), daemon.io_count());
-        let ended = stop.wait(turn);
+        let ended = stop.wait(slice);
         let (now, count) = (now_ns(), daemon.io_count());
         let line = json!({ "begin": begun, "end": now, "traced": traced, "io_count": count - before });
         lines += &format!("{line}\n");

@@ -117,10 +117,10 @@ fn a_socket_that_is_alive_and_one_that_is_stale() {
 
 /// What benchmarks use to see what tracing costs.
 #[test]
-fn tracing_by_turns() {
+fn tracing_in_time_slices() {
     let folder = folder();
-    let turns_of = |time| {
-        let (child, mut printed) = serve_with(folder.path(), &["--trace-socket", "trace.sock", "--trace-turns", "20"]);
+    let slices_of = |time| {
+        let (child, mut printed) = serve_with(folder.path(), &["--trace-socket", "trace.sock", "--trace-slices", "20"]);
         std::thread::sleep(time);
         assert_eq!(end(child), "");
         let mut text = String::new();
@@ -128,14 +128,14 @@ fn tracing_by_turns() {
         text
     };
     // They are told at the end only, and on a slow machine there are fewer.
-    let texts = [800, 8_000, 80_000].map(Duration::from_millis).into_iter().map(turns_of);
-    let text = texts.into_iter().find(|text| text.lines().count() >= 4).expect("at least four turns");
-    let turns: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    for (at, turn) in turns.iter().enumerate() {
-        assert_eq!((turn["traced"].as_bool(), &turn["io_count"]), (Some(at % 2 == 0), &json!(0)), "{text}");
+    let texts = [800, 8_000, 80_000].map(Duration::from_millis).into_iter().map(slices_of);
+    let text = texts.into_iter().find(|text| text.lines().count() >= 4).expect("at least four slices");
+    let slices: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    for (at, slice) in slices.iter().enumerate() {
+        assert_eq!((slice["traced"].as_bool(), &slice["io_count"]), (Some(at % 2 == 0), &json!(0)), "{text}");
     }
-    let time = |turn: &Value, name: &str| turn[name].as_u64().unwrap();
-    for pair in turns.windows(2) {
+    let time = |slice: &Value, name: &str| slice[name].as_u64().unwrap();
+    for pair in slices.windows(2) {
         // The last may be cut short.
         assert!(time(&pair[0], "end") - time(&pair[0], "begin") >= 20_000_000, "{text}");
         assert!(time(&pair[1], "begin") > time(&pair[0], "end"), "{text}");
