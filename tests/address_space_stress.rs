@@ -31,7 +31,7 @@ fn mix(number: u64) -> u64 {
 
 /// How often what happened.
 #[derive(Debug, Default)]
-struct Counts {
+struct Counters {
     pairs: AtomicU64,
     hits: AtomicU64,
     misses: AtomicU64,
@@ -42,12 +42,12 @@ struct Counts {
 }
 
 /// Runs until the time is over or a reader has seen what it must not.
-fn run(time: Duration, acknowledge: impl Fn(&Grace) + Sync) -> Counts {
+fn run(time: Duration, acknowledge: impl Fn(&Grace) + Sync) -> Counters {
     let grace = Grace::new();
     let budget = Budget::new(64 << 20);
     let space = AddressSpace::new(grace.clone(), budget.clone());
     let gone: Vec<AtomicU64> = (0..PAGES).map(|_| AtomicU64::new(0)).collect();
-    let counts = Counts::default();
+    let counts = Counters::default();
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
         for number in 0..READERS {

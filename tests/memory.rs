@@ -165,7 +165,7 @@ fn queues_in_memory_that_is_gone_are_left_alone_until_there_is_new_memory() {
     driver.file.set_len(0).unwrap();
     // From here on this test must not touch the memory itself.
     driver.kick(REQUESTS);
-    wait_until(PATIENCE, "the end of the queues", || device.control.counters().malformed >= 2);
+    wait_until(PATIENCE, "the end of the queues", || device.control.stats().malformed >= 2);
     assert!(sigbus::any());
     drop(driver);
     let mut next = Driver::new(&device);

@@ -76,7 +76,7 @@ fn a_kick_that_nobody_asked_for_is_counted_and_disturbs_nothing() {
     assert!(device.control.acquire());
     for count in 1..=10 {
         driver.kick(REQUESTS);
-        wait_until(PATIENCE, "the kick", || device.control.counters().kicks == kicks + count);
+        wait_until(PATIENCE, "the kick", || device.control.stats().kicks == kicks + count);
         let (writable, kicked) = send(&mut driver, count);
         assert!(!kicked, "the worker asked for kicks");
         assert!(device.control.poll());
@@ -101,7 +101,7 @@ fn a_queue_that_is_polled_for_long_is_hardly_ever_kicked() {
     }
     assert!(kicks <= 1, "{kicks} kicks");
     device.control.release();
-    assert_eq!(device.iommu.counters().requests[RequestType::Map].total, REQUESTS_SENT);
+    assert_eq!(device.iommu.stats().requests[RequestType::Map].total, REQUESTS_SENT);
 }
 
 #[test]
@@ -118,7 +118,7 @@ fn what_nobody_looked_for_wakes_the_worker_when_the_queue_is_given_back() {
             device.control.release();
             assert_eq!(answer(&mut driver, &writable), OK);
         }
-        assert_eq!(device.control.counters().kicks, 1);
+        assert_eq!(device.control.stats().kicks, 1);
     }
 }
 
@@ -160,9 +160,9 @@ fn no_request_is_left_and_no_kick_told_twice_while_the_queue_changes_hands() {
             drop(end);
             assert_ne!(other.join().unwrap(), 0);
         });
-        assert_eq!(device.iommu.counters().requests[RequestType::Map].total, HANDOFFS * HANDOFF);
+        assert_eq!(device.iommu.stats().requests[RequestType::Map].total, HANDOFFS * HANDOFF);
         // Some may have been written while the one before was not read yet.
-        let seen = device.control.counters().kicks;
+        let seen = device.control.stats().kicks;
         assert!(seen <= kicks, "{seen} of {kicks}");
     }
 }

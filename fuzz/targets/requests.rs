@@ -301,14 +301,14 @@ impl Pair {
     /// Counters are what the model counts, and nothing is left of anything after a reset.
     fn end(self) {
         let sum = |count: fn(&Domain) -> usize| self.domains.values().map(count).sum::<usize>() as u64;
-        let counters = self.iommu.counters();
-        assert_eq!(counters.mappings_live, sum(|domain| domain.mappings.len()));
-        assert_eq!(counters.reservations_live, sum(|domain| domain.reservations.len()));
-        assert_eq!(counters.linked_bytes, sum(|domain| domain.links.len()) * PAGE);
+        let stats = self.iommu.stats();
+        assert_eq!(stats.mappings_live, sum(|domain| domain.mappings.len()));
+        assert_eq!(stats.reservations_live, sum(|domain| domain.reservations.len()));
+        assert_eq!(stats.linked_bytes, sum(|domain| domain.links.len()) * PAGE);
         self.iommu.device_reset();
         // What waits for a grace period goes with one.
         self.iommu.write_bypass(1);
-        assert_eq!(self.iommu.counters().table_bytes, 0);
+        assert_eq!(self.iommu.stats().table_bytes, 0);
     }
 }
 

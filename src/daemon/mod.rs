@@ -14,7 +14,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::devices::Device;
 use crate::dma::DmaCounters;
-use crate::iommu::{Counters, Iommu};
+use crate::iommu::{self, Iommu};
 use crate::pci::{self, Function, Slot};
 use crate::topology::qemu::Paths;
 use crate::topology::{Endpoint, Size, Topology};
@@ -46,7 +46,7 @@ pub struct Options {
 #[derive(Clone, Debug, Default)]
 pub struct Counts {
     /// The IOMMU's own counts.
-    pub iommu: Counters,
+    pub iommu: iommu::Stats,
     /// Requests of a type that the device does not know.
     pub unknown_requests: u64,
     /// Descriptor chains that were no requests.
@@ -208,7 +208,7 @@ impl Daemon {
         } else if self.vhost_thread.join().is_err() {
             log::error!("The thread that served the IOMMU panicked");
         }
-        let mut counts = Counts { iommu: self.iommu.counters(), ..Counts::default() };
+        let mut counts = Counts { iommu: self.iommu.stats(), ..Counts::default() };
         for endpoint in &self.endpoints {
             if !finishes(&endpoint.thread, deadline) {
                 // A client that stays is left to the end of the process; nobody else is to connect.
@@ -216,7 +216,7 @@ impl Daemon {
             }
             endpoint.add_to(&mut counts);
         }
-        let queues = self.control.counters();
+        let queues = self.control.stats();
         counts.kicks = queues.kicks;
         counts.unknown_requests = queues.unknown;
         counts.malformed_requests = queues.malformed - queues.unknown;

@@ -38,7 +38,7 @@ impl Index<RequestType> for RequestCounts {
 
 /// What the device did since the process began.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counters {
+pub struct Stats {
     /// Requests that were answered.
     pub requests: RequestCounts,
     /// Reservations that exist.
@@ -60,12 +60,12 @@ pub struct Counters {
 
 /// The live form of [`RequestCount`].
 #[derive(Default)]
-struct Count {
+struct RequestCounter {
     total: AtomicU64,
     failed: AtomicU64,
 }
 
-impl Count {
+impl RequestCounter {
     fn add(&self, status: Status) {
         self.total.fetch_add(1, Ordering::Relaxed);
         if status != Status::Ok {
@@ -78,10 +78,10 @@ impl Count {
     }
 }
 
-/// The live form of [`Counters`].
+/// The live form of [`Stats`].
 #[derive(Default)]
-pub(super) struct Counts {
-    requests: [Count; RequestType::COUNT],
+pub(super) struct Counters {
+    requests: [RequestCounter; RequestType::COUNT],
     reservations_live: AtomicU64,
     linked_bytes: AtomicU64,
     mappings_live: AtomicU64,
@@ -90,7 +90,7 @@ pub(super) struct Counts {
     faults_dropped: AtomicU64,
 }
 
-impl Counts {
+impl Counters {
     pub(super) fn request(&self, request: RequestType, status: Status) {
         self.requests[request.index()].add(status);
     }
@@ -145,8 +145,8 @@ impl Counts {
         self.faults_dropped.fetch_add(count, Ordering::Relaxed);
     }
 
-    pub(super) fn read(&self, table_bytes: u64) -> Counters {
-        Counters {
+    pub(super) fn read(&self, table_bytes: u64) -> Stats {
+        Stats {
             requests: RequestCounts(std::array::from_fn(|index| self.requests[index].read())),
             reservations_live: self.reservations_live.load(Ordering::Relaxed),
             linked_bytes: self.linked_bytes.load(Ordering::Relaxed),

@@ -22,8 +22,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use address_space::{AddressSpace, Budget};
-pub use counters::Counters;
-use counters::Counts;
+use counters::Counters;
+pub use counters::Stats;
 use domain::{Domain, Domains, Entry};
 use endpoint::Common;
 pub use endpoint::{Endpoint, Translation};
@@ -55,7 +55,7 @@ pub struct Iommu {
     /// What the driver accepted.
     features: AtomicU64,
     faults: FaultQueue,
-    counts: Counts,
+    counters: Counters,
 }
 
 impl Iommu {
@@ -85,7 +85,7 @@ impl Iommu {
             common,
             features: AtomicU64::new(0),
             faults: FaultQueue::new(settings.limits.pending_faults),
-            counts: Counts::default(),
+            counters: Counters::default(),
             settings,
         })
     }
@@ -105,7 +105,7 @@ impl Iommu {
     /// queue full is dropped and counted.
     pub fn report(&self, fault: Fault) {
         self.faults.push(&fault, |queued| {
-            self.counts.fault(queued);
+            self.counters.fault(queued);
             self.tracer.emit(Event::Fault {
                 endpoint: fault.endpoint,
                 reason: fault.reason as u8,
@@ -207,9 +207,9 @@ impl Iommu {
     pub fn device_reset(&self) {
         let reservations = self.domains().clear();
         drop(reservations);
-        self.counts.all_ended();
+        self.counters.all_ended();
         self.faults.clear(|count| {
-            self.counts.undelivered(count as u64);
+            self.counters.undelivered(count as u64);
             self.tracer.emit(Event::Undelivered { count: count as u64 });
         });
         self.synchronize();
@@ -228,8 +228,8 @@ impl Iommu {
     }
 
     /// What the device did so far.
-    pub fn counters(&self) -> Counters {
-        self.counts.read(self.budget.used())
+    pub fn stats(&self) -> Stats {
+        self.counters.read(self.budget.used())
     }
 
     fn domains(&self) -> MutexGuard<'_, Domains> {

@@ -173,13 +173,13 @@ impl Iommu {
             Request::Release(range) => self.release(range),
         };
         let status = done.err().unwrap_or(Status::Ok);
-        self.counts.request(request.request_type(), status);
+        self.counters.request(request.request_type(), status);
         Outcome { status, granules: done.unwrap_or(0) }
     }
 
     /// Answers a request with a status and does nothing of it.
     pub fn refuse(&self, request: &Request<'_>, status: Status) -> Outcome {
-        self.counts.request(request.request_type(), status);
+        self.counters.request(request.request_type(), status);
         Outcome { status, granules: 0 }
     }
 
@@ -204,7 +204,7 @@ impl Iommu {
         if domains.of(endpoint.id()) != Some(id) {
             let died = domains.attach(endpoint, id, || self.new_domain(id, bypass));
             drop(domains);
-            self.counts.ended(&died);
+            self.counters.ended(&died);
         }
         Ok(())
     }
@@ -213,7 +213,7 @@ impl Iommu {
     fn detach(&self, request: &Detach) -> Done {
         let endpoint = self.endpoints.get(&request.endpoint.get()).ok_or(Status::NoEnt)?;
         let died = self.domains().detach(endpoint, request.domain.get())?;
-        self.counts.ended(&died);
+        self.counters.ended(&died);
         Ok(())
     }
 
@@ -229,7 +229,7 @@ impl Iommu {
         self.check_map_range(start, end, phys)?;
         require(!entry.is_reserved(start, end) && !entry.reservations.touch(start, end), Status::Inval)?;
         space.map(start, end, phys, flags)?;
-        self.counts.mapped();
+        self.counters.mapped();
         Ok(())
     }
 
@@ -246,7 +246,7 @@ impl Iommu {
         require(start <= end, Status::Range)?;
         require(!entry.reservations.touch(start, end), Status::Inval)?;
         let removed = space.unmap(start, end).map_err(|_| Status::Range)?;
-        self.counts.unmapped(removed.mappings);
+        self.counters.unmapped(removed.mappings);
         if removed.mappings > 0 {
             domains.note_removal();
         }

@@ -23,7 +23,7 @@ impl Iommu {
         require(!reservations.touch(start, end) && space.is_empty(start, end), Status::Inval)?;
         require(!entry.is_reserved(start, end), Status::Inval)?;
         entry.reservations.add(start, end).map_err(|NoMemory| Status::NoMem)?;
-        self.counts.reserved();
+        self.counters.reserved();
         Ok(0)
     }
 
@@ -47,7 +47,7 @@ impl Iommu {
             extents.iter().map(|extent| Run { phys: extent.phys(), pages: extent.granules() * (granule / PAGE) });
         space.link(start, runs, flags, request.tag.get())?;
         entry.reservations.linked += granules * (granule / PAGE);
-        self.counts.linked(granules * granule);
+        self.counters.linked(granules * granule);
         Ok(granules)
     }
 
@@ -64,7 +64,7 @@ impl Iommu {
         let entry = self.entry(&mut domains, request.domain.get())?;
         let (start, end) = self.check_range_request(entry, request)?;
         require(entry.reservations.remove(start, end), Status::NoEnt)?;
-        self.counts.released();
+        self.counters.released();
         self.remove_links(&mut domains, request)
     }
 
@@ -76,7 +76,7 @@ impl Iommu {
         let removed = space.unmap(request.virt_start.get(), request.virt_end.get()).map_err(|_| Status::DevErr)?;
         let pages = removed.mappings;
         entry.reservations.linked -= pages;
-        self.counts.unlinked(pages * PAGE);
+        self.counters.unlinked(pages * PAGE);
         if pages > 0 {
             // S14
             domains.note_removal();

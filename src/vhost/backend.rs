@@ -129,7 +129,7 @@ impl Backend {
         if !rings.get(index).is_some_and(|ring| ring.has_more(&self.table.memory().memory())) {
             return false;
         }
-        let served = &self.shared.counts.batches;
+        let served = &self.shared.counters.batches;
         let before = served.load(Ordering::Relaxed);
         self.serve_catching_panics(index as u16, rings);
         // Nothing comes of a queue that is none.
@@ -280,12 +280,12 @@ impl Backend {
         if requests == 0 && next == base {
             return;
         }
-        self.shared.counts.kicks.fetch_add(1, Ordering::Relaxed);
+        self.shared.counters.kicks.fetch_add(1, Ordering::Relaxed);
         self.shared.tracer.emit(Event::Kick { queue: index as u8, requests: u32::from(requests) });
     }
 
     pub(super) fn trace_malformed(&self, index: usize, head: u16, readable: usize, writable: usize) {
-        self.shared.counts.malformed.fetch_add(1, Ordering::Relaxed);
+        self.shared.counters.malformed.fetch_add(1, Ordering::Relaxed);
         self.shared.tracer.emit(Event::Malformed {
             queue: index as u8,
             head,
@@ -304,7 +304,7 @@ impl Backend {
             log::warn!("The driver cannot be notified of virtqueue {index}: {error}");
             return;
         }
-        self.shared.counts.notifications.fetch_add(1, Ordering::Relaxed);
+        self.shared.counters.notifications.fetch_add(1, Ordering::Relaxed);
         self.shared.tracer.emit(Event::Interrupt { endpoint: None, vector: index as u16 });
     }
 }
@@ -387,8 +387,8 @@ mod tests {
     fn a_panic_ends_neither_the_worker_nor_the_queue_s_lock() {
         let tracer = Tracer::default();
         let iommu = Iommu::new(Settings::default(), tracer.clone());
-        let (lifecycle, counts, poller, injector) = Default::default();
-        let shared = Shared { iommu, tracer, lifecycle, counts, poller, injector };
+        let (lifecycle, counters, poller, injector) = Default::default();
+        let shared = Shared { iommu, tracer, lifecycle, counters, poller, injector };
         let memory = Memory::new(GuestMemoryMmap::new());
         let backend = Backend::new(Arc::new(shared)).unwrap();
         let ring = Ring::new(memory, 256).unwrap();

@@ -45,7 +45,7 @@ const EVENTS: usize = 1;
 
 /// What the virtqueues did since the process began.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counters {
+pub struct Stats {
     /// Kicks of the driver, on both queues.
     pub kicks: u64,
     /// Used buffer notifications to the driver, on both queues.
@@ -56,9 +56,9 @@ pub struct Counters {
     pub malformed: u64,
 }
 
-/// The live form of [`Counters`].
+/// The live form of [`Stats`].
 #[derive(Default)]
-struct Counts {
+struct Counters {
     kicks: AtomicU64,
     /// Batches of requests that were answered.
     batches: AtomicU64,
@@ -72,7 +72,7 @@ struct Shared {
     iommu: Arc<Iommu>,
     tracer: Tracer,
     lifecycle: Mutex<Lifecycle>,
-    counts: Counts,
+    counters: Counters,
     /// Who polls the request queue.
     poller: Poller,
     /// For tests of drivers only.
@@ -170,13 +170,13 @@ impl Control {
     }
 
     /// What the virtqueues did so far.
-    pub fn counters(&self) -> Counters {
-        let counts = &self.shared.counts;
-        Counters {
-            kicks: counts.kicks.load(Ordering::Relaxed),
-            notifications: counts.notifications.load(Ordering::Relaxed),
-            unknown: counts.unknown.load(Ordering::Relaxed),
-            malformed: counts.malformed.load(Ordering::Relaxed),
+    pub fn stats(&self) -> Stats {
+        let counters = &self.shared.counters;
+        Stats {
+            kicks: counters.kicks.load(Ordering::Relaxed),
+            notifications: counters.notifications.load(Ordering::Relaxed),
+            unknown: counters.unknown.load(Ordering::Relaxed),
+            malformed: counters.malformed.load(Ordering::Relaxed),
         }
     }
 }

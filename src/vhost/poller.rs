@@ -54,6 +54,6 @@ impl QueuePoller for Control {
     }
 
     fn count(&self) -> u64 {
-        self.shared.counts.batches.load(Ordering::Relaxed)
+        self.shared.counters.batches.load(Ordering::Relaxed)
     }
 }

@@ -105,7 +105,7 @@ impl Backend {
         // The rule that all hangs on: the driver is not told of a removal while an access may still use what was
         // removed.
         self.shared.iommu.synchronize();
-        self.shared.counts.batches.fetch_add(1, Ordering::Relaxed);
+        self.shared.counters.batches.fetch_add(1, Ordering::Relaxed);
         for answer in worker.answers.drain(..) {
             if let Some(event) = answer.event {
                 self.shared.tracer.emit(event.after(answer.start.elapsed()));
@@ -135,7 +135,7 @@ impl Backend {
         let bytes = &request[..len];
         let request = Request::parse(bytes, iommu.features()).map_err(|error| {
             if let NotARequest::UnknownType(_) = error {
-                self.shared.counts.unknown.fetch_add(1, Ordering::Relaxed);
+                self.shared.counters.unknown.fetch_add(1, Ordering::Relaxed);
             }
             BadChain
         })?;

@@ -13,7 +13,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::backend::Backend;
-use super::{Control, Counts, Memory, Shared};
+use super::{Control, Counters, Memory, Shared};
 use crate::iommu::Iommu;
 use viommu_socket::{self as socket, RETRY, Socket, SocketError};
 use viommu_trace::event::Channel;
@@ -79,7 +79,7 @@ impl Server {
             iommu,
             tracer,
             lifecycle: Default::default(),
-            counts: Counts::default(),
+            counters: Counters::default(),
             poller: Default::default(),
             injector: Default::default(),
         });

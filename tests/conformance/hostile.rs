@@ -22,7 +22,7 @@ fn is_given_back(descriptors: &[Descriptor], prepare: impl FnOnce(&mut Driver)) 
     driver.make_available(REQUESTS, 0);
     driver.kick(REQUESTS);
     assert_eq!(driver.wait_used(REQUESTS), (0, 0));
-    assert_eq!(device.control.counters().malformed, 1);
+    assert_eq!(device.control.stats().malformed, 1);
     assert_eq!(driver.attach(1, EP), OK);
 }
 
@@ -155,7 +155,7 @@ fn a_head_outside_of_the_table() {
     }
     driver.settle(EVENTS);
     assert!(driver.used_is_empty(REQUESTS), "there is no entry to give back");
-    assert_eq!(device.control.counters().malformed, 3);
+    assert_eq!(device.control.stats().malformed, 3);
     assert_eq!(driver.attach(1, EP), OK, "the others are served");
 }
 
@@ -171,7 +171,7 @@ fn an_available_index_that_jumps() {
     }
     driver.settle(EVENTS);
     assert!(driver.used_is_empty(REQUESTS));
-    assert_eq!(device.control.counters().malformed, 1, "it is said once");
+    assert_eq!(device.control.stats().malformed, 1, "it is said once");
     // The device is still there for configuration, and after a reset for requests.
     assert_eq!(driver.config().bypass, 1);
     driver.reset();
@@ -220,7 +220,7 @@ fn rings_outside_of_memory() {
             driver.kick(REQUESTS);
         }
         driver.start_queue(EVENTS, 0);
-        wait_until(PATIENCE, "the complaint", || device.control.counters().malformed == 1);
+        wait_until(PATIENCE, "the complaint", || device.control.stats().malformed == 1);
         // The driver does better after a reset.
         driver.stop_queues();
         driver.start_over();
@@ -252,7 +252,7 @@ fn a_queue_size_that_is_no_power_of_two() {
     driver.frontend.set_vring_kick(REQUESTS, &driver.queues[REQUESTS].kick).unwrap();
     driver.add(REQUESTS, &[Part::R(attach(1, EP, 0).bytes()), Part::W(4)]);
     driver.kick(REQUESTS);
-    wait_until(PATIENCE, "the complaint", || device.control.counters().malformed == 1);
+    wait_until(PATIENCE, "the complaint", || device.control.stats().malformed == 1);
     driver.settle(REQUESTS);
     assert!(driver.used_is_empty(REQUESTS));
     driver.stop_queues();
@@ -328,13 +328,13 @@ fn a_flood_of_mappings_endpoints_and_domains_is_bounded() {
     });
     assert_eq!(mapped[usize::from(OK)] + mapped[usize::from(NOMEM)], 20_000);
     assert!(mapped[usize::from(NOMEM)] > 0);
-    assert!(device.iommu.counters().table_bytes <= 4 << 20);
+    assert!(device.iommu.stats().table_bytes <= 4 << 20);
     let endpoints = flood(20_000, &|number| attach(number, 0x1000 + number, 0).bytes());
     assert_eq!(endpoints[usize::from(NOENT)], 20_000);
     // Each moves the one endpoint on, so each domain ends with the next.
     let domains = flood(20_000, &|number| attach(number, EP, 0).bytes());
     assert_eq!(domains[usize::from(OK)], 20_000);
-    assert_eq!(device.iommu.counters().mappings_live, 0);
+    assert_eq!(device.iommu.stats().mappings_live, 0);
     let unknown = driver.transact(&[Part::R(vec![request_type::PROBE + 1; 20]), Part::W(4)]);
     assert_eq!(unknown.len, 0);
     assert!(begin.elapsed() < PATIENCE, "{:?}", begin.elapsed());

@@ -122,7 +122,7 @@ fn a_reset_of_the_machine_is_seen_before_the_next_driver_comes() {
     let mut data = [0; 4];
     driver.dma(&device, EP).read(0x1000, &mut data).unwrap();
     assert_eq!(&data, b"boot");
-    assert_eq!(device.iommu.counters().mappings_live, 0);
+    assert_eq!(device.iommu.stats().mappings_live, 0);
     driver.start_over();
     assert_eq!(driver.detach(1, EP), INVAL);
 }
@@ -174,12 +174,12 @@ fn many_sessions_leave_no_descriptor_behind() {
     let device = Device::new();
     drop(busy(&device));
     drop(busy(&device));
-    wait_until(PATIENCE, "the end of the session", || device.iommu.counters().mappings_live == 0);
+    wait_until(PATIENCE, "the end of the session", || device.iommu.stats().mappings_live == 0);
     let before = count();
     for _ in 0..50 {
         drop(busy(&device));
     }
-    wait_until(PATIENCE, "the end of the sessions", || device.iommu.counters().mappings_live == 0);
+    wait_until(PATIENCE, "the end of the sessions", || device.iommu.stats().mappings_live == 0);
     // The last session may still be closing its own.
     wait_until(PATIENCE, "all descriptors closed", || count() <= before);
 }

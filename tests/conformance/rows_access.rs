@@ -184,8 +184,8 @@ fn row_45_faults_wait_for_buffers_and_then_are_dropped_and_counted() {
     }
     driver.settle(EVENTS);
     assert!(driver.used_is_empty(EVENTS));
-    let counters = device.iommu.counters();
-    assert_eq!((counters.faults, counters.faults_dropped), (5, 2));
+    let stats = device.iommu.stats();
+    assert_eq!((stats.faults, stats.faults_dropped), (5, 2));
     // The oldest three are delivered when there are buffers, which the driver need not say: any activity will do.
     let buffers = driver.add_event_buffers(4, 24);
     driver.attach(1, EP2);
@@ -344,7 +344,7 @@ fn row_49_no_notification_that_the_driver_does_not_want() {
         }
         driver.settle(EVENTS);
         assert!(driver.queues[REQUESTS].call.read().is_err(), "EVENT_IDX {event_idx}");
-        assert_eq!(device.control.counters().notifications, 0);
+        assert_eq!(device.control.stats().notifications, 0);
         // And the one that it does want comes.
         ask_for_notification(&driver, event_idx, 0);
         driver.attach(1, EP);
@@ -366,7 +366,7 @@ fn row_49_a_batch_has_one_notification() {
             driver.add(REQUESTS, &[Part::R(request.bytes()), Part::W(4)])
         })
         .collect();
-    let before = device.control.counters();
+    let before = device.control.stats();
     driver.kick(REQUESTS);
     for (head, writable) in chains {
         let (used, len) = driver.wait_used(REQUESTS);
@@ -375,7 +375,7 @@ fn row_49_a_batch_has_one_notification() {
     }
     wait_until(PATIENCE, "the notification", || driver.queues[REQUESTS].call.read().is_ok());
     driver.settle(EVENTS);
-    let after = device.control.counters();
+    let after = device.control.stats();
     assert_eq!(after.notifications - before.notifications, 1);
     assert_eq!(after.kicks - before.kicks, 1);
 }
@@ -391,12 +391,12 @@ fn row_50_failures_are_counted() {
     driver.map(2, 0, 0x1fff, 0, READ);
     driver.unmap(1, 0, 0xfff);
     driver.unmap(1, 0, 0x1fff);
-    let counters = device.iommu.counters();
-    let requests = |request| (counters.requests[request].total, counters.requests[request].failed);
+    let stats = device.iommu.stats();
+    let requests = |request| (stats.requests[request].total, stats.requests[request].failed);
     assert_eq!(requests(RequestType::Map), (3, 2));
     assert_eq!(requests(RequestType::Unmap), (2, 1));
     assert_eq!(requests(RequestType::Attach), (1, 0));
-    assert_eq!((counters.mappings_live, counters.mappings_peak), (0, 1));
+    assert_eq!((stats.mappings_live, stats.mappings_peak), (0, 1));
 }
 
 /// Linux gives the identity domain the first id on attach and 0 on detach, so the first id is to be 0.

@@ -57,7 +57,7 @@ fn row_16_a_domain_lives_from_its_first_endpoint_to_its_last() {
     assert_eq!(driver.map(7, 0x1000, 0x1fff, 0x5000, READ), OK);
     assert_eq!(driver.detach(7, EP2), OK);
     assert_eq!(driver.map(7, 0x2000, 0x2fff, 0x5000, READ), NOENT);
-    assert_eq!(device.iommu.counters().mappings_live, 0);
+    assert_eq!(device.iommu.stats().mappings_live, 0);
     // The id is free, even for a bypass domain, and the next domain is empty.
     assert_eq!(driver.attach_bypass(7, EP), OK);
     assert_eq!(driver.detach(7, EP), OK);

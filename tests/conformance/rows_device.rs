@@ -132,7 +132,7 @@ fn row_07_a_device_reset_leaves_no_endpoint_attached_and_no_domain() {
     driver.map(1, 0, 0xfff, 0x5000, READ | WRITE);
     driver.reset();
     assert_eq!(driver.detach(1, EP), INVAL, "it is attached to nothing");
-    assert_eq!(device.iommu.counters().mappings_live, 0);
+    assert_eq!(device.iommu.stats().mappings_live, 0);
     assert_eq!(driver.map(1, 0, 0xfff, 0x5000, READ), NOENT);
     for endpoint in [EP, EP2, BARE] {
         driver.dma(&device, endpoint).read(0, &mut [0]).unwrap_err();
@@ -208,7 +208,7 @@ fn row_10_an_unknown_type_is_not_written_to() {
         let used = driver.transact(&[Part::R(vec![kind; 36]), Part::W(4)]);
         assert_eq!(used, Used { len: 0, written: vec![0xa5; 4] });
     }
-    assert_eq!(device.control.counters().unknown, 4);
+    assert_eq!(device.control.stats().unknown, 4);
     assert_eq!(driver.attach(1, EP), OK);
 }
 
@@ -228,8 +228,8 @@ fn row_11_too_short_to_be_a_request() {
         assert_eq!(used.len, 0);
         assert!(used.written.iter().all(|&byte| byte == 0xa5));
     }
-    assert_eq!(device.iommu.counters().mappings_live, 0, "none of them was done");
-    assert_eq!(device.control.counters().malformed, 9);
+    assert_eq!(device.iommu.stats().mappings_live, 0, "none of them was done");
+    assert_eq!(device.control.stats().malformed, 9);
     assert_eq!(driver.request(&map(1, 0x1000, 0x1fff, 0x5000, READ)), OK);
 }
 
@@ -271,6 +271,6 @@ fn a_session_begins_as_at_power_on() {
         assert_eq!(driver.map(1, 0, 0xfff, 0x5000, READ), OK);
         driver.write_bypass(0);
         drop(driver);
-        wait_until(PATIENCE, "the reset after a disconnect", || device.iommu.counters().mappings_live == 0);
+        wait_until(PATIENCE, "the reset after a disconnect", || device.iommu.stats().mappings_live == 0);
     }
 }

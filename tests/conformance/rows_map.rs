@@ -23,7 +23,7 @@ fn row_25_map_with_an_unknown_flag() {
     for flags in [8, READ | 8, 1 << 31, u32::MAX] {
         assert_eq!(driver.map(1, 0, 0xfff, 0, flags), INVAL);
     }
-    assert_eq!(device.iommu.counters().mappings_live, 0);
+    assert_eq!(device.iommu.stats().mappings_live, 0);
 }
 
 #[test]
@@ -63,7 +63,7 @@ fn row_29_map_over_a_mapping() {
     for (start, end) in [(0x2000, 0x3fff), (0x3000, 0x3fff), (0, 0xffff), (0x1000, 0x2fff), (0x3000, 0x4fff)] {
         assert_eq!(driver.map(1, start, end, 0x10_0000, READ | WRITE), INVAL);
     }
-    assert_eq!(device.iommu.counters().mappings_live, 1);
+    assert_eq!(device.iommu.stats().mappings_live, 1);
     let mut dma = driver.dma(&device, EP);
     let mut data = [0; 3];
     dma.read(0x2000, &mut data).unwrap();
@@ -91,7 +91,7 @@ fn row_30_map_that_is_not_aligned() {
     for (start, end, phys) in cases {
         assert_eq!(driver.map(1, start, end, phys, READ), RANGE, "[{start:#x}, {end:#x}] to {phys:#x}");
     }
-    assert_eq!(device.iommu.counters().mappings_live, 0);
+    assert_eq!(device.iommu.stats().mappings_live, 0);
 }
 
 #[test]
@@ -110,7 +110,7 @@ fn row_31_map_whose_end_lies_before_its_start() {
         assert_eq!(driver.map(1, start, end, 0, READ), RANGE);
         assert_eq!(driver.unmap(1, start, end), RANGE);
     }
-    assert_eq!(device.iommu.counters().mappings_live, 0);
+    assert_eq!(device.iommu.stats().mappings_live, 0);
 }
 
 #[test]
@@ -144,7 +144,7 @@ fn row_33_all_addresses_in_one_map() {
     driver.write_bypass(0);
     driver.attach(1, BARE);
     assert_eq!(driver.map(1, 0, u64::MAX, 0, READ | WRITE), OK);
-    assert_eq!(device.iommu.counters().mappings_live, 1);
+    assert_eq!(device.iommu.stats().mappings_live, 1);
     let mut dma = driver.dma(&device, BARE);
     for address in [0, 0xfff, 0x1234, RAM / 2 - 2, RAM - 4] {
         dma.write(address, b"data").unwrap();
@@ -219,7 +219,7 @@ fn row_36_unmap_of_nothing() {
 fn row_37_unmap_removes_whatever_is_fully_inside() {
     let (device, mut driver) = attached();
     let mut dma = driver.dma(&device, EP);
-    let live = || device.iommu.counters().mappings_live;
+    let live = || device.iommu.stats().mappings_live;
     for (start, end) in [(0x1000, 0x5fff), (0x1000, 0x6000), (0xfff, 0x5fff), (0x123, 0x6789), (0, u64::MAX)] {
         driver.map(1, 0x1000, 0x1fff, 0x10_0000, READ);
         driver.map(1, 0x3000, 0x4fff, 0x10_0000, READ);
@@ -254,12 +254,12 @@ fn row_38_unmap_that_splits_removes_nothing() {
     assert_eq!(driver.unmap(1, 65 << 12, 100 << 12), RANGE);
     assert_eq!(driver.unmap(1, 0x10, 0xfff), RANGE, "inside of one page");
     assert_eq!(driver.unmap(1, 0x10, 0x20), RANGE);
-    assert_eq!(device.iommu.counters().mappings_live, 65);
+    assert_eq!(device.iommu.stats().mappings_live, 65);
     for page in 0..66 {
         dma.read(page << 12, &mut [0]).unwrap();
     }
     assert_eq!(driver.unmap(1, 0, (66 << 12) - 1), OK);
-    assert_eq!(device.iommu.counters().mappings_live, 0);
+    assert_eq!(device.iommu.stats().mappings_live, 0);
 }
 
 #[test]
@@ -272,7 +272,7 @@ fn row_38_large_pages_are_not_split_either() {
     assert_eq!(driver.unmap(1, two_mib - 0x1000, two_mib - 1), RANGE);
     assert_eq!(driver.unmap(1, one_gib + two_mib, one_gib + 2 * two_mib - 1), RANGE);
     assert_eq!(driver.unmap(1, 0, one_gib), RANGE);
-    assert_eq!(device.iommu.counters().mappings_live, 2);
+    assert_eq!(device.iommu.stats().mappings_live, 2);
     assert_eq!(driver.unmap(1, 0, 2 * one_gib - 1), OK);
 }
 
@@ -291,7 +291,7 @@ fn row_40_reserved_bytes() {
     driver.map(1, 0, 0xfff, 0, READ);
     let request = Unmap { reserved: [0, 0, 0, 1], ..unmap(1, 0, 0xfff) };
     assert_eq!(driver.request(&request), INVAL);
-    assert_eq!(device.iommu.counters().mappings_live, 1);
+    assert_eq!(device.iommu.stats().mappings_live, 1);
     let request = Probe { reserved: [0xff; 64], ..probe(EP) };
     assert_eq!(driver.transact(&[Part::R(request.bytes()), Part::W(516)]).status(), OK);
     let request = Detach { reserved: [0xff; 8], ..detach(1, EP) };
@@ -306,7 +306,7 @@ fn tables_are_limited() {
     let page = |count: u64| (count << 30, (count << 30) + 0xfff);
     let fitting = (0..4096).take_while(|&count| driver.map(1, page(count).0, page(count).1, 0, READ) == OK).count();
     assert!((32..4096).contains(&fitting), "{fitting}");
-    let full = device.iommu.counters();
+    let full = device.iommu.stats();
     assert!(full.table_bytes <= 1 << 20, "{full:?}");
     assert_eq!(full.mappings_live, fitting as u64);
     assert_eq!(driver.map(1, page(4095).0, page(4095).1, 0, READ), NOMEM);

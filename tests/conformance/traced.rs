@@ -51,7 +51,7 @@ fn a_session_from_its_first_step_to_its_last() {
         device.control.function_reset();
         // One that ends in the middle; its one request is still there, and is done again.
         driver.start_queue(REQUESTS, 0);
-        wait_until(PATIENCE, "the request", || device.iommu.counters().requests[RequestType::Attach].total == 4);
+        wait_until(PATIENCE, "the request", || device.iommu.stats().requests[RequestType::Attach].total == 4);
         device.control.machine_paused();
     });
     let queue = |queue, started, index| Event::Queue { queue, started, index, size: SIZE };
@@ -203,13 +203,13 @@ fn row_45_faults_that_wait_at_a_reset_are_counted_and_traced() {
         driver.kick(EVENTS);
         driver.wait_fault(buffer);
         driver.reset();
-        wait_until(PATIENCE, "the reset", || device.iommu.counters().faults_dropped == 2);
+        wait_until(PATIENCE, "the reset", || device.iommu.stats().faults_dropped == 2);
         driver.reset();
         // The device has seen the reset when it answers.
         assert_eq!(driver.attach(1, EP), OK);
         dma.read(3, &mut [0]).unwrap_err();
         drop(driver);
-        wait_until(PATIENCE, "the end", || device.iommu.counters().faults_dropped == 3);
+        wait_until(PATIENCE, "the end", || device.iommu.stats().faults_dropped == 3);
     });
     let shown = events.iter().filter_map(|event| match *event {
         Event::Undelivered { count } => Some(format!("{count} undelivered")),

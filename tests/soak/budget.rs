@@ -65,7 +65,7 @@ fn the_budget_is_the_same_in_each_lap() {
             range(RESERVE, 1, start, start + PAGE - 1, 0).bytes()
         });
         driver = end(&device, driver);
-        assert_eq!(device.iommu.counters().reservations_live, 0);
+        assert_eq!(device.iommu.stats().reservations_live, 0);
 
         assert_eq!(driver.attach(1, EP), OK);
         let base = 1 << 40;
@@ -73,7 +73,7 @@ fn the_budget_is_the_same_in_each_lap() {
         assert_eq!(driver.request(&whole), OK);
         let linked = until_full(&mut driver, |number| link_bytes(1, base + number * STRIDE, &[(0, 1)], READ, 0));
         driver = end(&device, driver);
-        assert_eq!(device.iommu.counters().linked_bytes, 0);
+        assert_eq!(device.iommu.stats().linked_bytes, 0);
         laps.push((reserved, linked));
     }
     println!("reservations and tables of {table_bytes} bytes: {laps:?}");
@@ -81,6 +81,6 @@ fn the_budget_is_the_same_in_each_lap() {
     assert!(laps.iter().all(|lap| *lap == laps[0]), "{laps:?}");
     wait_until(PATIENCE, "the end of the last tables", || {
         device.iommu.synchronize();
-        device.iommu.counters().table_bytes == 0
+        device.iommu.stats().table_bytes == 0
     });
 }

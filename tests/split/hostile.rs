@@ -24,7 +24,7 @@ fn without_the_feature_the_types_are_unknown() {
     assert_ne!(driver.offered & F_SPLIT_MAP, 0);
     driver.attach(1, EP);
     are_unknown(&mut driver);
-    assert_eq!(device.control.counters().unknown, 4);
+    assert_eq!(device.control.stats().unknown, 4);
     assert_eq!(driver.map(1, 0, 0xfff, 0, READ), OK);
 }
 
@@ -52,7 +52,7 @@ fn types_beside_the_four_are_unknown() {
         let used = driver.transact(&[Part::R(range(kind, 1, 0, 0xfff, 0).bytes()), Part::W(4)]);
         assert_eq!(used.len, 0);
     }
-    assert_eq!(device.control.counters().unknown, 3);
+    assert_eq!(device.control.stats().unknown, 3);
 }
 
 #[test]
@@ -66,11 +66,11 @@ fn requests_that_are_too_short() {
             assert_eq!(used, Used { len: 0, written: vec![0xa5; 4] }, "type {kind:#x}, {len} bytes");
         }
     }
-    assert_eq!(device.control.counters().malformed, 12);
+    assert_eq!(device.control.stats().malformed, 12);
     // Room for the tail is missing: it is not done.
     let reserve = range(request_type::RESERVE, 1, 0, 0xfff, 0).bytes();
     assert_eq!(driver.transact(&[Part::R(reserve), Part::W(3)]).len, 0);
-    assert_eq!(device.iommu.counters().reservations_live, 0);
+    assert_eq!(device.iommu.stats().reservations_live, 0);
 }
 
 #[test]
@@ -84,7 +84,7 @@ fn what_lies_behind_a_request_is_ignored() {
     // And a device-writable part that is longer than the tail: the tail comes last, all of it is written.
     let used = driver.transact(&[Part::R(link), Part::W(9)]);
     assert_eq!(used, Used { len: 9, written: [[0; 5].as_slice(), &[OK, 0, 0, 0]].concat() });
-    assert_eq!(device.iommu.counters().linked_bytes, PAGE);
+    assert_eq!(device.iommu.stats().linked_bytes, PAGE);
 }
 
 /// The largest LINK there is: 512 extents of 4096 granules, 8 GiB.
@@ -95,11 +95,11 @@ fn the_largest_link() {
     assert_eq!(driver.reserve(start, end), OK);
     let extents = vec![(0x10_0000, 4096); 512];
     assert_eq!(driver.link(start, &extents, READ), OK);
-    assert_eq!(device.iommu.counters().linked_bytes, 1 << 33);
+    assert_eq!(device.iommu.stats().linked_bytes, 1 << 33);
     driver.dma(&device, EP).read(end - 7, &mut [0; 8]).unwrap();
     assert_eq!(driver.link(start, &extents, READ), INVAL);
     assert_eq!(driver.release(start, end), OK);
-    assert_eq!(device.iommu.counters().linked_bytes, 0);
+    assert_eq!(device.iommu.stats().linked_bytes, 0);
 }
 
 /// A queue full of the largest LINKs is work for seconds. Who waits for something else waits for one of them or two.
@@ -152,7 +152,7 @@ fn random_requests_do_no_harm() {
         }
         driver.transact(&[Part::R(bytes), Part::W(4)]);
     }
-    let counters = device.iommu.counters();
-    assert_eq!((counters.reservations_live, counters.linked_bytes), (0, 0));
+    let stats = device.iommu.stats();
+    assert_eq!((stats.reservations_live, stats.linked_bytes), (0, 0));
     assert_eq!(driver.reserve(0, 0xfff), OK);
 }

@@ -32,13 +32,9 @@ fn a_status_is_given_to_each_request_that_is_meant_and_nothing_is_done() {
         let statuses: Vec<_> = (0..7).map(|page| link_page(&mut driver, page)).collect();
         assert_eq!(statuses, [OK, OK, NOMEM, OK, NOMEM, OK, OK]);
         assert_eq!(driver.unlink(0, PAGE - 1), IOERR);
-        let counters = device.iommu.counters();
+        let stats = device.iommu.stats();
         assert_eq!(
-            (
-                counters.requests[RequestType::Link].total,
-                counters.requests[RequestType::Link].failed,
-                counters.linked_bytes
-            ),
+            (stats.requests[RequestType::Link].total, stats.requests[RequestType::Link].failed, stats.linked_bytes),
             (7, 2, 5 * PAGE)
         );
         let mut dma = driver.dma(device, EP);
@@ -82,7 +78,7 @@ fn a_request_that_is_never_answered_keeps_those_behind_it_until_a_reset() {
         }
         driver.settle(EVENTS);
         assert!(driver.used_is_empty(REQUESTS));
-        assert_eq!(device.iommu.counters().reservations_live, 1);
+        assert_eq!(device.iommu.stats().reservations_live, 1);
         driver.reset();
         driver.attach(1, EP);
         driver.reserve(0, END);

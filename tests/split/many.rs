@@ -52,14 +52,14 @@ fn others_go_on() -> bool {
     assert_eq!(driver.attach(OTHER, EP2), OK);
     assert_eq!(driver.map(OTHER, 0, PAGE - 1, 0x20_0000, READ), OK);
     reserve_all(&mut driver);
-    assert_eq!(device.iommu.counters().reservations_live, COUNT);
+    assert_eq!(device.iommu.stats().reservations_live, COUNT);
     let mut dma = driver.dma(&device, EP2);
     let ended = AtomicBool::new(false);
     let (asked, answered, (freeing, steps)) = thread::scope(|scope| {
         let others = scope.spawn(|| {
             let (mut freeing, mut steps) = (None, Vec::new());
             while !ended.load(Ordering::Acquire) {
-                if device.iommu.counters().reservations_live == 0 {
+                if device.iommu.stats().reservations_live == 0 {
                     freeing.get_or_insert_with(Instant::now);
                 }
                 let begun = Instant::now();
@@ -80,7 +80,7 @@ fn others_go_on() -> bool {
         assert_eq!(status, Status::Ok);
         (asked, answered, others.join().unwrap())
     });
-    assert_eq!(device.iommu.counters().reservations_live, 0);
+    assert_eq!(device.iommu.stats().reservations_live, 0);
     let Some(begun) = freeing.filter(|begun| *begun < answered) else { return false };
     let half = begun + (answered - begun) / 2;
     let done = steps.iter().filter(|step| step.0 >= begun && step.1 <= half).count();

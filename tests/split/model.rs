@@ -220,11 +220,11 @@ impl Pair {
                 }
             }
         }
-        let counters = self.iommu.counters();
-        prop_assert_eq!(counters.mappings_live, self.model.mappings.len() as u64);
-        prop_assert_eq!(counters.reservations_live, self.model.reservations.len() as u64);
+        let stats = self.iommu.stats();
+        prop_assert_eq!(stats.mappings_live, self.model.mappings.len() as u64);
+        prop_assert_eq!(stats.reservations_live, self.model.reservations.len() as u64);
         let mapped: u64 = self.model.mappings.iter().map(|(first, last)| last - first + 1).sum();
-        prop_assert_eq!(counters.linked_bytes, (self.model.pages.len() as u64 - mapped) * PAGE);
+        prop_assert_eq!(stats.linked_bytes, (self.model.pages.len() as u64 - mapped) * PAGE);
         Ok(())
     }
 
@@ -276,7 +276,7 @@ proptest! {
         }
         pair.compare()?;
         pair.iommu.device_reset();
-        let counters = pair.iommu.counters();
-        prop_assert_eq!((counters.table_bytes, counters.linked_bytes, counters.reservations_live), (0, 0, 0));
+        let stats = pair.iommu.stats();
+        prop_assert_eq!((stats.table_bytes, stats.linked_bytes, stats.reservations_live), (0, 0, 0));
     }
 }

@@ -69,7 +69,7 @@ fn rule_s02_no_bypass_domain_and_no_unknown_flag() {
     }
     let link = link_bytes(2, START, &[(0x5000, 1)], READ, 0);
     assert_eq!(driver.transact(&[Part::R(link), Part::W(4)]).status(), INVAL);
-    assert_eq!(device.iommu.counters().reservations_live, 1);
+    assert_eq!(device.iommu.stats().reservations_live, 1);
 }
 
 #[test]
@@ -112,7 +112,7 @@ fn rule_s03_aligned_ranges_inside_the_input_range() {
     // The range ends beyond the last address; and so does an extent.
     assert_eq!(driver.link(u64::MAX - 0xfff, &[(0x5000, 2)], READ), RANGE);
     assert_eq!(driver.link(START, &[(u64::MAX - 0xfff, 2)], READ), RANGE);
-    assert_eq!(device.iommu.counters().linked_bytes, 0);
+    assert_eq!(device.iommu.stats().linked_bytes, 0);
     assert_eq!(driver.link(START, &[(u64::MAX - 0xfff, 1)], READ), OK, "the last granule is one");
 }
 
@@ -129,7 +129,7 @@ fn rule_s03_the_granule_is_the_lowest_page_size() {
     assert_eq!(driver.unlink(0x1_0000, 0x1_0fff), RANGE);
     assert_eq!(driver.unlink(0x1_0000, 0x1_ffff), OK);
     assert_eq!(read_at(&driver, &device, 0x1_f000), None);
-    assert_eq!(device.iommu.counters().linked_bytes, 0x1_0000);
+    assert_eq!(device.iommu.stats().linked_bytes, 0x1_0000);
 }
 
 #[test]
@@ -156,7 +156,7 @@ fn rule_s04_a_reservation_overlaps_nothing() {
     for (start, end) in taken {
         assert_eq!(driver.reserve(start, end), INVAL, "[{start:#x}, {end:#x}]");
     }
-    assert_eq!(device.iommu.counters().reservations_live, 1);
+    assert_eq!(device.iommu.stats().reservations_live, 1);
     for (start, end) in [(START - PAGE, START - 1), (END + 1, 0x3f_ffff), (0x40_2000, 0x5f_ffff)] {
         assert_eq!(driver.reserve(start, end), OK, "[{start:#x}, {end:#x}]");
     }
@@ -179,7 +179,7 @@ fn rule_s04_looks_at_who_is_attached_at_the_time() {
     assert_eq!(driver.link(HOLE.start, &[(mark(&driver, 0x5000), 1)], READ), OK);
     // One whose region this is joins: its own accesses do not get there.
     assert_eq!(driver.attach(1, HOLED), OK);
-    assert_eq!(device.iommu.counters().reservations_live, 1);
+    assert_eq!(device.iommu.stats().reservations_live, 1);
     assert_eq!(read_at(&driver, &device, HOLE.start), Some(0x5000));
     driver.dma(&device, HOLED).read(HOLE.start, &mut [0]).unwrap_err();
 }
@@ -195,7 +195,7 @@ fn rule_s04_all_addresses_can_be_one_reservation() {
         driver.dma(&device, BARE).read(page, &mut [0]).unwrap();
     }
     assert_eq!(driver.unlink(0, u64::MAX), OK);
-    assert_eq!(device.iommu.counters().linked_bytes, 0);
+    assert_eq!(device.iommu.stats().linked_bytes, 0);
     assert_eq!(driver.release(0, u64::MAX), OK);
 }
 
@@ -208,7 +208,7 @@ fn rule_s05_link_lies_inside_one_reservation() {
         assert_eq!(driver.link(start, &[(0x10_0000, granules)], READ), RANGE, "{granules} at {start:#x}");
     }
     assert_eq!(driver.link(START, &[(0x10_0000, 65)], READ), RANGE, "both together hold it, neither does");
-    assert_eq!(device.iommu.counters().linked_bytes, 0);
+    assert_eq!(device.iommu.stats().linked_bytes, 0);
     assert_eq!(driver.link(START, &[(0x10_0000, 64)], READ), OK);
     assert_eq!(driver.link(END + 1, &[(0x10_0000, 64)], READ), OK);
 }
@@ -228,17 +228,17 @@ fn rule_s06_count_and_granules_that_are_not_linked_yet() {
         bytes.resize(len, 0);
         assert_eq!(driver.transact(&[Part::R(bytes), Part::W(4)]).status(), INVAL, "{count} in {len}");
     }
-    assert_eq!(device.iommu.counters().linked_bytes, 0);
+    assert_eq!(device.iommu.stats().linked_bytes, 0);
     // Fewer than they hold is fine.
     let mut bytes = link_bytes(1, START, &many[..2], READ, 0);
     bytes[28..32].copy_from_slice(&1u32.to_le_bytes());
     assert_eq!(driver.transact(&[Part::R(bytes), Part::W(4)]).status(), OK);
-    assert_eq!(device.iommu.counters().linked_bytes, PAGE);
+    assert_eq!(device.iommu.stats().linked_bytes, PAGE);
     for extents in [&[(0x5000, 1)][..], &[(0x5000, 2)], &[(0x5000, 1), (0x6000, 1)]] {
         assert_eq!(driver.link(START, extents, READ), INVAL, "linked already");
     }
     assert_eq!(driver.link(START + PAGE, &many[..512], READ), OK, "512 are taken");
-    assert_eq!(device.iommu.counters().linked_bytes, 513 * PAGE);
+    assert_eq!(device.iommu.stats().linked_bytes, 513 * PAGE);
     for (page, &(phys, _)) in many[..512].iter().enumerate().step_by(73) {
         mark(&driver, phys);
         assert_eq!(read_at(&driver, &device, START + PAGE + page as u64 * PAGE), Some(phys));
@@ -276,7 +276,7 @@ fn rule_s07_link_is_all_or_nothing() {
     ];
     for (extents, status) in errors {
         assert_eq!(driver.link(start, extents, READ), status);
-        assert_eq!(device.iommu.counters().linked_bytes, PAGE);
+        assert_eq!(device.iommu.stats().linked_bytes, PAGE);
         for page in [0, 511, 512, 1023, 1024, 1534] {
             assert_eq!(read_at(&driver, &device, start + page * PAGE), None);
         }
@@ -318,8 +318,8 @@ fn rule_s08_unlink_splits_and_skips_holes() {
     assert_eq!(driver.link(page(16), &[(0x21_0000, 1)], READ), OK);
     assert_eq!(driver.unlink(START, END), OK);
     assert_eq!(linked(&driver), [0; 0]);
-    assert_eq!(device.iommu.counters().linked_bytes, 0);
-    assert_eq!(device.iommu.counters().reservations_live, 1, "the reservation stays");
+    assert_eq!(device.iommu.stats().linked_bytes, 0);
+    assert_eq!(device.iommu.stats().reservations_live, 1, "the reservation stays");
 }
 
 #[test]
@@ -330,7 +330,7 @@ fn rule_s08_unlink_lies_inside_one_reservation() {
     for (start, end) in [(START - PAGE, END), (START, END + PAGE), (END + PAGE + 1, END + 2 * PAGE), (0, PAGE - 1)] {
         assert_eq!(driver.unlink(start, end), INVAL, "[{start:#x}, {end:#x}]");
     }
-    assert_eq!(device.iommu.counters().linked_bytes, PAGE);
+    assert_eq!(device.iommu.stats().linked_bytes, PAGE);
 }
 
 #[test]
@@ -343,13 +343,13 @@ fn rule_s08_unlink_takes_no_memory() {
     let fitting =
         (0..64).take_while(|chunk| driver.link(start + (chunk << 24), &[(0, 4096)], READ) == OK).count() as u64;
     assert!((1..64).contains(&fitting), "{fitting}");
-    let used = device.iommu.counters().table_bytes;
+    let used = device.iommu.stats().table_bytes;
     for granule in (1..4095).step_by(97) {
         assert_eq!(driver.unlink(start + granule * PAGE, start + (granule + 1) * PAGE - 1), OK);
     }
-    assert!(device.iommu.counters().table_bytes <= used);
+    assert!(device.iommu.stats().table_bytes <= used);
     assert_eq!(driver.release(start, end), OK);
-    assert_eq!(device.iommu.counters().linked_bytes, 0);
+    assert_eq!(device.iommu.stats().linked_bytes, 0);
 }
 
 #[test]
@@ -368,8 +368,8 @@ fn rule_s09_release_names_a_reservation_exactly() {
     }
     assert!(read_at(&driver, &device, START + PAGE).is_some(), "nothing has changed");
     assert_eq!(driver.release(START, END), OK);
-    let counters = device.iommu.counters();
-    assert_eq!((counters.linked_bytes, counters.reservations_live), (0, 0));
+    let stats = device.iommu.stats();
+    assert_eq!((stats.linked_bytes, stats.reservations_live), (0, 0));
     assert_eq!(read_at(&driver, &device, START + PAGE), None, "what was linked has gone with it");
     assert_eq!(driver.release(START, END), NOENT, "once");
     assert_eq!(driver.link(START, &[(0x5000, 1)], READ), RANGE);
@@ -396,8 +396,8 @@ fn rule_s10_map_and_unmap_leave_reservations_alone() {
     }
     assert_eq!(driver.unmap(1, 0, u64::MAX), INVAL);
     assert_eq!(driver.unmap(1, START - PAGE, START), INVAL, "one byte is enough");
-    let counters = device.iommu.counters();
-    assert_eq!((counters.mappings_live, counters.linked_bytes), (2, PAGE));
+    let stats = device.iommu.stats();
+    assert_eq!((stats.mappings_live, stats.linked_bytes), (2, PAGE));
     assert!(read_at(&driver, &device, START).is_some());
     assert!(read_at(&driver, &device, START - PAGE).is_some());
     // Beside it all is as ever.
@@ -416,7 +416,7 @@ fn rule_s10_comes_before_the_mappings_that_are_there() {
     // And after what is wrong with the request by itself.
     assert_eq!(driver.unmap(1, END, START), RANGE);
     assert_eq!(driver.map(1, START + 1, END, 0, READ), RANGE);
-    assert_eq!(device.iommu.counters().mappings_live, 1);
+    assert_eq!(device.iommu.stats().mappings_live, 1);
 }
 
 #[test]
@@ -427,8 +427,8 @@ fn rule_s11_no_resources_nothing_changed() {
     assert_eq!(driver.reserve(start, end), OK);
     // Twenty tables of pages do not fit.
     assert_eq!(driver.link(start, &[(0x10_0000, 4096), (0, 4096), (0, 2048)], READ), NOMEM);
-    let counters = device.iommu.counters();
-    assert_eq!((counters.linked_bytes, counters.reservations_live), (0, 1));
+    let stats = device.iommu.stats();
+    assert_eq!((stats.linked_bytes, stats.reservations_live), (0, 1));
     assert_eq!(read_at(&driver, &device, start), None);
     assert_eq!(read_at(&driver, &device, start + (4096 << 12)), None);
     assert_eq!(driver.link(start, &[(0x10_0000, 512)], READ), OK, "what fits is taken");
@@ -437,8 +437,8 @@ fn rule_s11_no_resources_nothing_changed() {
     let fitting = (0..10_000).take_while(|&count| driver.reserve(page(count), page(count) + PAGE - 1) == OK).count();
     assert!((100..10_000).contains(&fitting), "{fitting}");
     assert_eq!(driver.reserve(page(fitting as u64), page(fitting as u64) + PAGE - 1), NOMEM);
-    assert!(device.iommu.counters().table_bytes <= 100_000);
-    assert_eq!(device.iommu.counters().reservations_live, fitting as u64 + 1);
+    assert!(device.iommu.stats().table_bytes <= 100_000);
+    assert_eq!(device.iommu.stats().reservations_live, fitting as u64 + 1);
     assert_eq!(driver.link(start + (1 << 21), &[(0x10_0000, 512)], READ), NOMEM);
     // Room that is made is room.
     assert_eq!(driver.unlink(start, end), OK);
@@ -452,8 +452,8 @@ fn rule_s11_no_resources_nothing_changed() {
 fn rule_s12_reservations_die_with_their_domain() {
     let (device, mut driver) = reserved();
     let live = || {
-        let counters = device.iommu.counters();
-        (counters.reservations_live, counters.linked_bytes, counters.mappings_live)
+        let stats = device.iommu.stats();
+        (stats.reservations_live, stats.linked_bytes, stats.mappings_live)
     };
     driver.map(1, 0, 0xfff, 0x5000, READ);
     assert_eq!(driver.link(START, &[(0x5000, 2)], READ), OK);
@@ -484,7 +484,7 @@ fn rule_s12_reservations_die_with_their_domain() {
     driver.reset();
     assert_eq!(driver.attach(1, EP), OK);
     device.iommu.synchronize();
-    assert_eq!(device.iommu.counters().table_bytes, 0);
+    assert_eq!(device.iommu.stats().table_bytes, 0);
 }
 
 #[test]

@@ -121,7 +121,7 @@ fn what_512_pages_cost() {
             assert_eq!(driver.collect(len, &writable).status(), OK);
         }
         settle(device, &driver, 2);
-        assert_eq!(device.iommu.counters().linked_bytes, 512 * PAGE);
+        assert_eq!(device.iommu.stats().linked_bytes, 512 * PAGE);
         let mut dma = driver.dma(device, EP);
         dma.write(START, &vec![7; 512 * PAGE as usize]).unwrap();
         for &(phys, _) in &pages {
@@ -131,17 +131,17 @@ fn what_512_pages_cost() {
         dma.read(middle, &mut [0]).unwrap_err();
         dma.read(middle - 1, &mut [0]).unwrap();
         dma.read(middle + PAGE, &mut [0]).unwrap();
-        assert_eq!(device.iommu.counters().linked_bytes, 511 * PAGE);
+        assert_eq!(device.iommu.stats().linked_bytes, 511 * PAGE);
         assert_eq!(driver.release(START, end), OK);
-        let counters = device.iommu.counters();
+        let stats = device.iommu.stats();
         let split = [
-            counters.requests[RequestType::Reserve],
-            counters.requests[RequestType::Link],
-            counters.requests[RequestType::Unlink],
-            counters.requests[RequestType::Release],
+            stats.requests[RequestType::Reserve],
+            stats.requests[RequestType::Link],
+            stats.requests[RequestType::Unlink],
+            stats.requests[RequestType::Release],
         ];
         assert_eq!(split.map(|count| (count.total, count.failed)), [(1, 0); 4]);
-        assert_eq!((counters.requests[RequestType::Map].total, counters.requests[RequestType::Unmap].total), (0, 0));
+        assert_eq!((stats.requests[RequestType::Map].total, stats.requests[RequestType::Unmap].total), (0, 0));
     });
     let expected = [
         (request_type::RESERVE, OK, START, end, ALLOCATION, 0),

@@ -25,10 +25,10 @@ pub fn waits_for_access(driver: &mut Driver, device: &Device, iova: u64, request
     let mut reader = device.iommu.reader();
     let guard = reader.enter();
     let _ = device.iommu.endpoint(EP).translate(&guard, iova, Access::Read);
-    let before = device.iommu.counters();
+    let before = device.iommu.stats();
     let (_, writable) = driver.add(REQUESTS, &[Part::R(request), Part::W(4)]);
     driver.kick(REQUESTS);
-    wait_until(PATIENCE, "the request", || device.iommu.counters() != before);
+    wait_until(PATIENCE, "the request", || device.iommu.stats() != before);
     thread::sleep(QUIET);
     assert!(driver.used_is_empty(REQUESTS), "answered while an access is under way");
     drop(guard);

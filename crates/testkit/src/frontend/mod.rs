@@ -339,6 +339,6 @@ impl Driver {
 /// Waits until the device has seen `kicks` kicks and looks into the queue no more. A request may be answered before its kick
 /// is seen: that the queue was enabled, or the look after the last batch, found it first.
 pub fn settle(device: &Device, driver: &Driver, kicks: u64) {
-    wait_until(PATIENCE, "the kick", || device.control.counters().kicks == kicks);
+    wait_until(PATIENCE, "the kick", || device.control.stats().kicks == kicks);
     driver.settle(EVENTS);
 }
