@@ -15,11 +15,11 @@ use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap, GuestMem
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
-use super::queue::{self, Buffers};
-use super::requests::Answer;
+use super::queue::{self, ChainBuffers};
+use super::requests::PendingAnswer;
 use super::ring::Ring;
-use super::table::{Table, TableError};
-use super::{Memory, QUEUES, REQUESTS, Shared, config};
+use super::table::{MemoryTable, TableError};
+use super::{QUEUES, QueueMemory, REQUESTS, SharedDevice, config};
 use crate::sync::lock;
 use viommu_trace::Event;
 use viommu_trace::event::Channel;
@@ -40,12 +40,12 @@ const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
 
 /// One connection's device.
 pub(super) struct Backend {
-    pub(super) shared: Arc<Shared>,
-    table: Table,
+    pub(super) shared: Arc<SharedDevice>,
+    table: MemoryTable,
     /// The queues, once the worker has seen them.
     rings: OnceLock<Vec<Ring>>,
     /// What only the thread that serves the queues uses.
-    worker: Mutex<Worker>,
+    worker: Mutex<WorkerState>,
     /// Wakes the worker: a fault was queued, or requests are left.
     wake: (EventConsumer, EventNotifier),
     /// The worker has stopped before the request queue was empty, and is to go on.
@@ -58,9 +58,9 @@ pub(super) struct Backend {
 
 /// The worker's own state.
 #[derive(Default)]
-pub(super) struct Worker {
-    pub(super) buffers: Buffers,
-    pub(super) answers: Vec<Answer>,
+pub(super) struct WorkerState {
+    pub(super) buffers: ChainBuffers,
+    pub(super) answers: Vec<PendingAnswer>,
     /// The device-readable part of a chain, as far as it is read.
     pub(super) request: Vec<u8>,
     /// Bytes that are written into a chain.
@@ -74,11 +74,11 @@ pub(super) struct Worker {
 }
 
 impl Backend {
-    pub(super) fn new(shared: Arc<Shared>) -> io::Result<Arc<Self>> {
+    pub(super) fn new(shared: Arc<SharedDevice>) -> io::Result<Arc<Self>> {
         let wake = new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC)?;
         Ok(Arc::new(Backend {
             shared,
-            table: Table::new(),
+            table: MemoryTable::new(),
             rings: OnceLock::new(),
             worker: Mutex::default(),
             wake,
@@ -169,7 +169,7 @@ impl Backend {
     }
 
     /// The worker was woken.
-    fn serve(&self, worker: &mut Worker, event: u16, rings: &[Ring]) {
+    fn serve(&self, worker: &mut WorkerState, event: u16, rings: &[Ring]) {
         let rings = self.rings.get_or_init(|| rings.to_vec());
         let memory = self.table.memory().memory();
         for (index, ring) in rings.iter().enumerate() {
@@ -194,7 +194,7 @@ impl Backend {
     }
 
     /// A queue was started. Notes where, and whether it can be used.
-    fn start(&self, worker: &mut Worker, index: usize, ring: &Ring, memory: &GuestMemoryMmap) {
+    fn start(&self, worker: &mut WorkerState, index: usize, ring: &Ring, memory: &GuestMemoryMmap) {
         // Locked until the lifecycle knows: a frontend that stops the queue now stops one that is known to have started.
         let state = ring.get_ref();
         let queue = state.get_queue();
@@ -252,7 +252,7 @@ impl Backend {
 
     /// Something impossible was found in a queue: it is left alone until it is set up anew. The specification's way to
     /// say so, DEVICE_NEEDS_RESET, does not exist in vhost-user.
-    pub(super) fn mark_broken(&self, worker: &mut Worker, index: usize) {
+    pub(super) fn mark_broken(&self, worker: &mut WorkerState, index: usize) {
         worker.usable[index] = false;
         log::warn!("Virtqueue {index} is not a virtqueue: it is ignored until the driver resets the device");
         self.trace_malformed(index, 0, 0, 0);
@@ -351,7 +351,7 @@ impl VhostUserBackend for Backend {
         Ok(())
     }
 
-    fn update_memory(&self, memory: Memory) -> io::Result<()> {
+    fn update_memory(&self, memory: QueueMemory) -> io::Result<()> {
         self.use_memory(&memory.memory()).map_err(|error| {
             log::warn!("Refused the frontend's memory: {error}");
             io::Error::new(io::ErrorKind::InvalidInput, error)
@@ -388,8 +388,8 @@ mod tests {
         let tracer = Tracer::default();
         let iommu = Iommu::new(Settings::default(), tracer.clone());
         let (lifecycle, counters, poller, injector) = Default::default();
-        let shared = Shared { iommu, tracer, lifecycle, counters, poller, injector };
-        let memory = Memory::new(GuestMemoryMmap::new());
+        let shared = SharedDevice { iommu, tracer, lifecycle, counters, poller, injector };
+        let memory = QueueMemory::new(GuestMemoryMmap::new());
         let backend = Backend::new(Arc::new(shared)).unwrap();
         let ring = Ring::new(memory, 256).unwrap();
         let mut state = ring.get_mut();

@@ -6,14 +6,14 @@ use vm_memory::GuestMemoryMmap;
 use zerocopy::IntoBytes;
 
 use super::EVENTS;
-use super::backend::{Backend, Worker};
-use super::queue::{self, BadChain, Buffers, Popped};
+use super::backend::{Backend, WorkerState};
+use super::queue::{self, BadChain, ChainBuffers, Popped};
 use super::ring::{Ring, is_served};
 use viommu_wire::virtio_iommu::FaultRecord;
 
 impl Backend {
     /// Moves faults into the event queue's buffers, as far as there are any. What is left waits for the next wake.
-    pub(super) fn deliver_faults(&self, worker: &mut Worker, rings: &[Ring], memory: &GuestMemoryMmap) {
+    pub(super) fn deliver_faults(&self, worker: &mut WorkerState, rings: &[Ring], memory: &GuestMemoryMmap) {
         let ring = &rings[EVENTS];
         let mut state = ring.get_mut();
         if !is_served(&state) || !worker.usable[EVENTS] {
@@ -30,7 +30,7 @@ impl Backend {
     }
 
     /// Delivers what can be. Returns false if the queue is not one.
-    fn serve_faults(&self, worker: &mut Worker, state: &mut VringState, memory: &GuestMemoryMmap) -> bool {
+    fn serve_faults(&self, worker: &mut WorkerState, state: &mut VringState, memory: &GuestMemoryMmap) -> bool {
         let queue = state.get_queue_mut();
         let (mut usable, mut used_any) = (true, false);
         // No more than the ring holds, so that a driver that keeps adding useless buffers does not keep the worker.
@@ -73,7 +73,7 @@ impl Backend {
     }
 
     /// Writes the oldest fault into the buffers. Returns the bytes written.
-    fn write_fault(&self, buffers: &Buffers, memory: &GuestMemoryMmap) -> Result<u32, BadChain> {
+    fn write_fault(&self, buffers: &ChainBuffers, memory: &GuestMemoryMmap) -> Result<u32, BadChain> {
         if buffers.writable() < size_of::<FaultRecord>() {
             return Err(BadChain);
         }

@@ -15,7 +15,7 @@ use viommu_wire::virtio_iommu::Status;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Injection {
     request: RequestType,
-    fault: Fault,
+    fault: InjectedFault,
     /// The first so many of the type are spared,
     after: u64,
     /// then each so many-th is met; not 0,
@@ -28,7 +28,7 @@ pub struct Injection {
 
 /// What happens to a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Fault {
+pub(super) enum InjectedFault {
     /// It gets this status and is not done.
     Refused(Status),
     /// It is done, and it and what is behind it in the queue answered, when the wait is over.
@@ -95,8 +95,8 @@ impl FromStr for Injection {
                 (Some(("every", number)), _) if number > 0 => injection.every = number,
                 (Some(("until", number)), _) => injection.until = number,
                 (Some(("resets", number)), _) => injection.resets = number,
-                (Some(("ms", number)), Fault::Late(wait)) => wait.time = Duration::from_millis(number),
-                (Some(("behind", number)), Fault::Late(wait)) if u16::try_from(number).is_ok() => {
+                (Some(("ms", number)), InjectedFault::Late(wait)) => wait.time = Duration::from_millis(number),
+                (Some(("behind", number)), InjectedFault::Late(wait)) if u16::try_from(number).is_ok() => {
                     wait.behind = Some(number as u16);
                 }
                 _ => {
@@ -115,12 +115,15 @@ fn lower_case(name: &str) -> Option<&str> {
     (!name.bytes().any(|byte| byte.is_ascii_uppercase())).then_some(name)
 }
 
-fn parse_fault(name: &str) -> Option<Fault> {
+fn parse_fault(name: &str) -> Option<InjectedFault> {
     match name {
-        "silent" => Some(Fault::Silent),
-        "late" => Some(Fault::Late(Wait { time: Duration::from_secs(1), behind: None })),
+        "silent" => Some(InjectedFault::Silent),
+        "late" => Some(InjectedFault::Late(Wait { time: Duration::from_secs(1), behind: None })),
         // A refusal that says OK would be none.
-        name => lower_case(name).and_then(Status::from_name).filter(|status| *status != Status::Ok).map(Fault::Refused),
+        name => lower_case(name)
+            .and_then(Status::from_name)
+            .filter(|status| *status != Status::Ok)
+            .map(InjectedFault::Refused),
     }
 }
 
@@ -143,7 +146,7 @@ impl Injector {
 
     /// Counts a request of this type and decides, and traces, what happens to it. The first injection that meets it
     /// does; `None`: it is answered as it should be.
-    pub(super) fn decide(&self, request: RequestType, tracer: &Tracer) -> Option<Fault> {
+    pub(super) fn decide(&self, request: RequestType, tracer: &Tracer) -> Option<InjectedFault> {
         let mut met = None;
         let resets = self.resets.load(Ordering::Relaxed);
         let concerned = |(injection, _): &&(Injection, _)| injection.request == request && injection.resets <= resets;
@@ -155,9 +158,9 @@ impl Injector {
         }
         let (fault, number) = met?;
         let answer = match fault {
-            Fault::Refused(_) => Answer::Refused,
-            Fault::Late(_) => Answer::Late,
-            Fault::Silent => Answer::Never,
+            InjectedFault::Refused(_) => Answer::Refused,
+            InjectedFault::Late(_) => Answer::Late,
+            InjectedFault::Silent => Answer::Never,
         };
         tracer.emit(Event::Injected { request: request as u8, answer, number });
         Some(fault)
@@ -184,9 +187,9 @@ mod tests {
     #[test]
     fn what_is_no_injection_is_refused() {
         let late: Injection = "unmap=late:ms=20:after=1".parse().unwrap();
-        assert_eq!(late.fault, Fault::Late(Wait { time: Duration::from_millis(20), behind: None }));
+        assert_eq!(late.fault, InjectedFault::Late(Wait { time: Duration::from_millis(20), behind: None }));
         let held: Injection = "link=late:ms=20:behind=7".parse().unwrap();
-        assert_eq!(held.fault, Fault::Late(Wait { time: Duration::from_millis(20), behind: Some(7) }));
+        assert_eq!(held.fault, InjectedFault::Late(Wait { time: Duration::from_millis(20), behind: Some(7) }));
         let resumed: Injection = "map=nomem:resets=1:until=1".parse().unwrap();
         assert_eq!((resumed.resets, resumed.until), (1, 1));
         for text in [

@@ -32,7 +32,7 @@ use viommu_trace::event::{Channel, ResetKind};
 use viommu_trace::{Event, Tracer};
 
 /// The guest's memory as the frontend's messages describe it, which virtqueues are in.
-type Memory = vm_memory::GuestMemoryAtomic<vm_memory::GuestMemoryMmap>;
+type QueueMemory = vm_memory::GuestMemoryAtomic<vm_memory::GuestMemoryMmap>;
 
 /// The request queue and the event queue (virtio specification, section 5.13.2).
 pub const QUEUES: usize = 2;
@@ -68,7 +68,7 @@ struct Counters {
 }
 
 /// What outlives a connection.
-struct Shared {
+struct SharedDevice {
     iommu: Arc<Iommu>,
     tracer: Tracer,
     lifecycle: Mutex<Lifecycle>,
@@ -79,7 +79,7 @@ struct Shared {
     injector: OnceLock<Injector>,
 }
 
-impl Shared {
+impl SharedDevice {
     fn queue_started(&self, queue: usize, base: u16) {
         let mut lifecycle = self.lifecycle();
         let action = lifecycle.started(queue, base);
@@ -132,7 +132,7 @@ impl Shared {
 /// of the driver from a pause; with it, it restores the boot-time `bypass` when the machine is reset.
 #[derive(Clone)]
 pub struct Control {
-    shared: Arc<Shared>,
+    shared: Arc<SharedDevice>,
 }
 
 impl Control {

@@ -93,7 +93,7 @@ struct Segment {
 
 /// One chain's buffers. Kept and filled again, so that a request costs no allocation.
 #[derive(Default)]
-pub(super) struct Buffers {
+pub(super) struct ChainBuffers {
     readable: Vec<Segment>,
     writable: Vec<Segment>,
 }
@@ -103,7 +103,7 @@ pub(super) struct Buffers {
 #[derive(Debug)]
 pub(super) struct BadChain;
 
-impl Buffers {
+impl ChainBuffers {
     /// Takes a chain's descriptors. The cost is bounded by the size of the queue, whatever they say.
     pub(super) fn fill(&mut self, chain: DescriptorChain<&GuestMemoryMmap>, size: u16) -> Result<(), BadChain> {
         self.readable.clear();

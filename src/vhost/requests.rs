@@ -8,8 +8,8 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestMemoryMmap;
 
 use super::REQUESTS;
-use super::backend::{Backend, Worker};
-use super::inject::Fault;
+use super::backend::{Backend, WorkerState};
+use super::inject::InjectedFault;
 use super::queue::{self, BadChain, Popped};
 use super::ring::{Ring, is_served};
 use crate::iommu::{NotARequest, Request};
@@ -27,7 +27,7 @@ const ROUNDS_MAX: usize = 8;
 const TIME_SLICE: Duration = Duration::from_millis(2);
 
 /// A chain that is done and not given back yet.
-pub(super) struct Answer {
+pub(super) struct PendingAnswer {
     head: u16,
     used: u32,
     start: Instant,
@@ -37,7 +37,7 @@ pub(super) struct Answer {
 
 impl Backend {
     /// Answers what is in the request queue, batch by batch.
-    pub(super) fn serve_requests(&self, worker: &mut Worker, rings: &[Ring], memory: &GuestMemoryMmap) {
+    pub(super) fn serve_requests(&self, worker: &mut WorkerState, rings: &[Ring], memory: &GuestMemoryMmap) {
         let ring = &rings[REQUESTS];
         let begun = Instant::now();
         for round in 0..ROUNDS_MAX {
@@ -69,7 +69,7 @@ impl Backend {
     }
 
     /// Answers one batch. Returns false if the queue is not one.
-    fn serve_batch(&self, worker: &mut Worker, state: &mut VringState, memory: &GuestMemoryMmap) -> bool {
+    fn serve_batch(&self, worker: &mut WorkerState, state: &mut VringState, memory: &GuestMemoryMmap) -> bool {
         let queue = state.get_queue_mut();
         let mut usable = queue.disable_notification(memory).is_ok();
         let begun = Instant::now();
@@ -93,7 +93,7 @@ impl Backend {
                             (0, None)
                         }
                     };
-                    worker.answers.push(Answer { head, used, start, event });
+                    worker.answers.push(PendingAnswer { head, used, start, event });
                 }
                 Popped::Empty => break,
                 Popped::Broken => usable = false,
@@ -124,11 +124,11 @@ impl Backend {
     /// a request that a test wants never to be answered.
     fn answer(
         &self,
-        worker: &mut Worker,
+        worker: &mut WorkerState,
         queue: &Queue,
         memory: &GuestMemoryMmap,
     ) -> Result<Option<(u32, Event)>, BadChain> {
-        let Worker { buffers, request, reply, .. } = worker;
+        let WorkerState { buffers, request, reply, .. } = worker;
         request.resize(Request::MAX_LEN, 0);
         let len = buffers.read(memory, request)?;
         let iommu = &self.shared.iommu;
@@ -153,12 +153,12 @@ impl Backend {
             .and_then(|injector| injector.decide(request.request_type(), &self.shared.tracer));
         let outcome = match injected {
             None => iommu.execute(&request, properties),
-            Some(Fault::Refused(status)) => iommu.refuse(&request, status),
-            Some(Fault::Late(wait)) => {
+            Some(InjectedFault::Refused(status)) => iommu.refuse(&request, status),
+            Some(InjectedFault::Late(wait)) => {
                 wait.wait(|| queue::available(queue, memory));
                 iommu.execute(&request, properties)
             }
-            Some(Fault::Silent) => return Ok(None),
+            Some(InjectedFault::Silent) => return Ok(None),
         };
         tail[0] = outcome.status as u8;
         buffers.write(memory, reply)?;

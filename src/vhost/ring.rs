@@ -11,7 +11,7 @@ use virtio_queue::{Error, QueueT};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::event::EventConsumer;
 
-use super::Memory;
+use super::QueueMemory;
 use super::kicks::Kicks;
 use super::queue::{self, Taken};
 use crate::sync::lock;
@@ -21,7 +21,7 @@ use viommu_socket::set_nonblocking;
 /// what a guest wrote into its registers.
 #[derive(Clone)]
 pub(super) struct Ring {
-    inner: VringMutex<Memory>,
+    inner: VringMutex<QueueMemory>,
     /// Held while waiting for the lock in `inner`. The worker takes that lock again right after each batch; this way it
     /// cannot overtake a frontend that is waiting for it.
     handoff: Arc<Mutex<()>>,
@@ -89,7 +89,7 @@ impl Ring {
 
     /// All that was found in the queue, which is locked, was taken. Returns whether there is more; `None` if that cannot be
     /// read.
-    pub(super) fn rest(&self, state: &mut VringState<Memory>, memory: &GuestMemoryMmap) -> Option<bool> {
+    pub(super) fn rest(&self, state: &mut VringState<QueueMemory>, memory: &GuestMemoryMmap) -> Option<bool> {
         self.kicks().rest(&mut Taken { queue: state.get_queue_mut(), memory })
     }
 
@@ -159,24 +159,24 @@ impl Ring {
     }
 }
 
-impl<'a> VringStateGuard<'a, Memory> for Ring {
-    type G = <VringMutex<Memory> as VringStateGuard<'a, Memory>>::G;
+impl<'a> VringStateGuard<'a, QueueMemory> for Ring {
+    type G = <VringMutex<QueueMemory> as VringStateGuard<'a, QueueMemory>>::G;
 }
 
-impl<'a> VringStateMutGuard<'a, Memory> for Ring {
-    type G = <VringMutex<Memory> as VringStateMutGuard<'a, Memory>>::G;
+impl<'a> VringStateMutGuard<'a, QueueMemory> for Ring {
+    type G = <VringMutex<QueueMemory> as VringStateMutGuard<'a, QueueMemory>>::G;
 }
 
-impl VringT<Memory> for Ring {
-    fn new(mem: Memory, max_queue_size: u16) -> Result<Self, Error> {
+impl VringT<QueueMemory> for Ring {
+    fn new(mem: QueueMemory, max_queue_size: u16) -> Result<Self, Error> {
         Ok(Ring { inner: VringMutex::new(mem, max_queue_size)?, handoff: Arc::default(), watch: Arc::default() })
     }
 
-    fn get_ref(&self) -> <Self as VringStateGuard<'_, Memory>>::G {
+    fn get_ref(&self) -> <Self as VringStateGuard<'_, QueueMemory>>::G {
         self.inner.get_ref()
     }
 
-    fn get_mut(&self) -> <Self as VringStateMutGuard<'_, Memory>>::G {
+    fn get_mut(&self) -> <Self as VringStateMutGuard<'_, QueueMemory>>::G {
         let _handoff = self.handoff();
         self.inner.get_mut()
     }

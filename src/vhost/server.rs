@@ -13,7 +13,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::backend::Backend;
-use super::{Control, Counters, Memory, Shared};
+use super::{Control, Counters, QueueMemory, SharedDevice};
 use crate::iommu::Iommu;
 use viommu_socket::{self as socket, RETRY, Socket, SocketError};
 use viommu_trace::event::Channel;
@@ -62,7 +62,7 @@ pub struct Server {
     listener: Listener,
     /// Its file is removed when this is dropped.
     _socket: Arc<Socket>,
-    shared: Arc<Shared>,
+    shared: Arc<SharedDevice>,
     shutdown: Shutdown,
 }
 
@@ -75,7 +75,7 @@ impl Server {
         let listener = listener.map_err(|source| ServerError::System { what: "copy the listening socket", source })?;
         let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
             .map_err(|source| ServerError::System { what: "create an event", source })?;
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(SharedDevice {
             iommu,
             tracer,
             lifecycle: Default::default(),
@@ -120,7 +120,7 @@ impl Server {
 
     /// Serves the frontend that waits to be accepted.
     fn serve_one(&mut self) -> Result<(), BackendError> {
-        let memory = Memory::new(GuestMemoryMmap::new());
+        let memory = QueueMemory::new(GuestMemoryMmap::new());
         let backend = Backend::new(self.shared.clone()).map_err(BackendError::StartDaemon)?;
         self.shared.tracer.emit(Event::Session { channel: Channel::VhostUser, endpoint: None, connected: true });
         let served = self.serve_backend(&backend, memory);
@@ -134,7 +134,7 @@ impl Server {
     }
 
     /// Has a daemon of the crate serve one connection. All of its threads are gone afterwards.
-    fn serve_backend(&mut self, backend: &Arc<Backend>, memory: Memory) -> Result<(), BackendError> {
+    fn serve_backend(&mut self, backend: &Arc<Backend>, memory: QueueMemory) -> Result<(), BackendError> {
         let mut daemon = VhostUserDaemon::new("vhost-user".into(), backend.clone(), memory)?;
         let (wake, token) = backend.wake_source();
         for handler in daemon.get_epoll_handlers() {

@@ -9,8 +9,8 @@ use std::sync::{Mutex, MutexGuard};
 use nix::sys::statfs::HUGETLBFS_MAGIC;
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 
-use super::Memory;
-use crate::memory::sigbus::{self, PAGE, Watch};
+use super::QueueMemory;
+use crate::memory::sigbus::{self, PAGE};
 use crate::memory::{PATIENCE, block, wait_until_unused};
 use crate::sync::lock;
 
@@ -34,21 +34,21 @@ pub(super) enum TableError {
 }
 
 /// The table in use.
-pub(super) struct Table {
+pub(super) struct MemoryTable {
     /// What the queues are in. The crate has a table too, and exchanges it before anybody could look at the new one.
-    memory: Memory,
+    memory: QueueMemory,
     /// What looks after each region, by the address at which it is mapped.
-    watches: Mutex<HashMap<usize, Watch>>,
+    watches: Mutex<HashMap<usize, sigbus::Watch>>,
 }
 
-impl Table {
+impl MemoryTable {
     /// Without memory.
-    pub(super) fn new() -> Table {
-        Table { memory: Memory::new(GuestMemoryMmap::new()), watches: Mutex::default() }
+    pub(super) fn new() -> MemoryTable {
+        MemoryTable { memory: QueueMemory::new(GuestMemoryMmap::new()), watches: Mutex::default() }
     }
 
     /// The memory in use.
-    pub(super) fn memory(&self) -> &Memory {
+    pub(super) fn memory(&self) -> &QueueMemory {
         &self.memory
     }
 
@@ -65,7 +65,7 @@ impl Table {
             .zip(blocks)
             .map(|(region, block)| {
                 let at = region.as_ptr().expose_provenance();
-                (at, before.remove(&at).unwrap_or_else(|| Watch::new(at, region.size(), block)))
+                (at, before.remove(&at).unwrap_or_else(|| sigbus::Watch::new(at, region.size(), block)))
             })
             .collect();
         drop(watches);
@@ -86,7 +86,7 @@ impl Table {
 
     /// Whether a page of it could not be had: what was read there is not the guest's.
     pub(super) fn is_lost(&self) -> bool {
-        sigbus::any() && self.watches().values().any(Watch::is_bad)
+        sigbus::any() && self.watches().values().any(sigbus::Watch::is_bad)
     }
 
     /// The same, for who is to say so: each page is told of once.
@@ -94,7 +94,7 @@ impl Table {
         sigbus::any() && self.watches().values().any(|watch| watch.is_bad() && watch.is_to_be_told())
     }
 
-    fn watches(&self) -> MutexGuard<'_, HashMap<usize, Watch>> {
+    fn watches(&self) -> MutexGuard<'_, HashMap<usize, sigbus::Watch>> {
         lock(&self.watches)
     }
 }
