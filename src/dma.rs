@@ -5,8 +5,7 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use crate::iommu::grace::{Guard, Reader};
-use crate::iommu::{Endpoint, Fault, Iommu, Translation};
+use crate::iommu::{Endpoint, Fault, Iommu, Translation, grace};
 use crate::memory::{Memory, NoAccess, Piece, Regions};
 use viommu_trace::event::{Access, Route};
 use viommu_trace::{Event, Tracer};
@@ -101,12 +100,12 @@ impl DmaContext {
 /// One thread's access to memory.
 pub struct Dma {
     context: DmaContext,
-    reader: Reader,
+    reader: grace::Reader,
 }
 
 impl DmaContext {
     /// Translates ranges; `None` if one of them leads to anything but memory.
-    fn runs(&self, guard: &Guard<'_>, ranges: &[(u64, usize)], access: Access) -> Option<Vec<Run>> {
+    fn runs(&self, guard: &grace::Guard<'_>, ranges: &[(u64, usize)], access: Access) -> Option<Vec<Run>> {
         let mut runs: Vec<Run> = Vec::with_capacity(ranges.len());
         for &(start, len) in ranges {
             let (first, len) = (runs.len(), len as u64);

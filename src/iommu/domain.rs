@@ -17,13 +17,13 @@ pub(super) struct Domain {
 }
 
 /// A domain and what only the writer needs of it.
-pub(super) struct Entry {
+pub(super) struct DomainEntry {
     pub(super) domain: Arc<Domain>,
     pub(super) members: Vec<Arc<Endpoint>>,
     pub(super) reservations: Reservations,
 }
 
-impl Entry {
+impl DomainEntry {
     /// Whether the inclusive range touches a reserved region of an endpoint in the domain.
     pub(super) fn is_reserved(&self, start: u64, end: u64) -> bool {
         let mut regions = self.members.iter().flat_map(|member| member.reserved());
@@ -44,7 +44,7 @@ pub(super) struct Ended {
 /// All domains and who is attached to which: the writer's side, under one lock.
 #[derive(Default)]
 pub(super) struct Domains {
-    by_id: HashMap<u32, Entry>,
+    by_id: HashMap<u32, DomainEntry>,
     attached: HashMap<u32, u32>,
     /// What readers may still be using: to be dropped after a grace period.
     retired: Vec<Arc<Domain>>,
@@ -54,12 +54,12 @@ pub(super) struct Domains {
 
 impl Domains {
     /// The domain `id`, if it exists.
-    pub(super) fn get(&mut self, id: u32) -> Option<&mut Entry> {
+    pub(super) fn get(&mut self, id: u32) -> Option<&mut DomainEntry> {
         self.by_id.get_mut(&id)
     }
 
     /// All domains, in any order.
-    pub(super) fn iter(&self) -> impl Iterator<Item = &Entry> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = &DomainEntry> {
         self.by_id.values()
     }
 
@@ -77,7 +77,7 @@ impl Domains {
     /// Attaches `endpoint` to the domain `id`, which `make` creates if it does not exist, in the place of the domain
     /// it was attached to. A reader sees the old domain or the new one, never none. Returns what died with the old
     /// domain.
-    pub(super) fn attach(&mut self, endpoint: &Arc<Endpoint>, id: u32, make: impl FnOnce() -> Entry) -> Ended {
+    pub(super) fn attach(&mut self, endpoint: &Arc<Endpoint>, id: u32, make: impl FnOnce() -> DomainEntry) -> Ended {
         let entry = self.by_id.entry(id).or_insert_with(make);
         entry.members.push(endpoint.clone());
         let old = endpoint.domain.replace(Some(entry.domain.clone()));

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 
 use super::domain::Domain;
-use super::grace::{Grace, Guard};
+use super::grace::{self, Grace};
 use super::limits::Reserved;
 use viommu_trace::event::{Access, Route};
 use viommu_wire::virtio_iommu::{FaultReason, MapFlags, ResvMemKind};
@@ -85,7 +85,7 @@ impl Endpoint {
 
     /// Whether its function may access memory at all: Bus Master Enable of the PCI command register, which the function
     /// follows. A reset of the machine clears it here for an endpoint that is attached, before what the endpoint uses as I/O
-    /// virtual addresses becomes something else. To be read by who has a [`Guard`].
+    /// virtual addresses becomes something else. To be read by who has a [`grace::Guard`].
     pub fn bus_master(&self) -> &Arc<AtomicBool> {
         &self.bus_master
     }
@@ -117,7 +117,7 @@ impl Endpoint {
     ///
     /// # Panics
     /// If `guard` is of another device's reader: it would not keep anything alive.
-    pub fn translate(&self, guard: &Guard<'_>, iova: u64, access: Access) -> Result<Translation, Refused> {
+    pub fn translate(&self, guard: &grace::Guard<'_>, iova: u64, access: Access) -> Result<Translation, Refused> {
         assert!(guard.is_of(&self.grace));
         let Some(managed) = &self.managed else {
             return Err(Refused { reason: FaultReason::Unknown, domain: None });
@@ -190,7 +190,7 @@ impl<T> Slot<T> {
     ///
     /// # Safety
     /// The guard must be of the grace periods that the callers of [`Slot::replace`] wait for.
-    unsafe fn get<'g>(&self, _guard: &'g Guard<'_>) -> Option<&'g T> {
+    unsafe fn get<'g>(&self, _guard: &'g grace::Guard<'_>) -> Option<&'g T> {
         // SAFETY: a pointer that is not null came from `Arc::into_raw` in `replace`, and the slot's count is given
         // back by the `replace` that takes it out, whose caller keeps it until a grace period that began after it has
         // ended. That grace period waits for `_guard` if the guard could have loaded the pointer.

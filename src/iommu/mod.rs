@@ -24,7 +24,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use address_space::{AddressSpace, Budget};
 use counters::Counters;
 pub use counters::Stats;
-use domain::{Domain, Domains, Entry};
+use domain::{Domain, DomainEntry, Domains};
 use endpoint::Common;
 pub use endpoint::{Endpoint, Translation};
 pub use fault::Fault;
@@ -236,9 +236,9 @@ impl Iommu {
         lock(&self.domains)
     }
 
-    fn new_domain(&self, id: u32, bypass: bool) -> Entry {
+    fn new_domain(&self, id: u32, bypass: bool) -> DomainEntry {
         let space = (!bypass).then(|| AddressSpace::new(self.grace.clone(), self.budget.clone()));
-        Entry {
+        DomainEntry {
             domain: Arc::new(Domain { id, space }),
             members: Vec::new(),
             reservations: Reservations::new(self.budget.clone()),

@@ -4,7 +4,7 @@
 
 use super::Iommu;
 use super::address_space::{AddressSpace, PAGE, Run};
-use super::domain::{Domains, Entry};
+use super::domain::{DomainEntry, Domains};
 use super::request::{Outcome, require};
 use super::reservation::{NoMemory, Reservations};
 use viommu_trace::Event;
@@ -85,13 +85,13 @@ impl Iommu {
     }
 
     /// S1.
-    fn entry<'d>(&self, domains: &'d mut Domains, id: u32) -> Result<&'d mut Entry, Status> {
+    fn entry<'d>(&self, domains: &'d mut Domains, id: u32) -> Result<&'d mut DomainEntry, Status> {
         self.check_domain_range(id)?;
         domains.get(id).ok_or(Status::NoEnt)
     }
 
     /// S2 and S3 of a request for a range.
-    fn check_range_request(&self, entry: &Entry, request: &Range) -> Result<(u64, u64), Status> {
+    fn check_range_request(&self, entry: &DomainEntry, request: &Range) -> Result<(u64, u64), Status> {
         parts(entry)?;
         require(request.flags.get() == 0, Status::Inval)?;
         let (start, end) = (request.virt_start.get(), request.virt_end.get());
@@ -106,7 +106,7 @@ impl Iommu {
 }
 
 /// What a domain has that is no bypass domain (S2).
-fn parts(entry: &Entry) -> Result<(&AddressSpace, &Reservations), Status> {
+fn parts(entry: &DomainEntry) -> Result<(&AddressSpace, &Reservations), Status> {
     let space = entry.domain.space.as_ref().ok_or(Status::Inval)?;
     Ok((space, &entry.reservations))
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use super::node::{Entry, node_bytes};
+use super::node::{TableEntry, node_bytes};
 
 /// Bytes that all address spaces of a device may take together.
 #[derive(Debug)]
@@ -40,11 +40,11 @@ impl Budget {
     }
 
     /// A table, charged; `None` if the budget or the memory is used up.
-    pub(super) fn allocate(&self, tagged: bool) -> Option<Entry> {
+    pub(super) fn allocate(&self, tagged: bool) -> Option<TableEntry> {
         if !self.take(node_bytes(tagged)) {
             return None;
         }
-        let table = Entry::new_table(tagged);
+        let table = TableEntry::new_table(tagged);
         if table.is_none() {
             self.give_back(node_bytes(tagged));
         }
@@ -55,7 +55,7 @@ impl Budget {
 /// Tables that are in the tree no more; freed, and given back to the budget, when it is dropped.
 pub(super) struct Retired {
     budget: Arc<Budget>,
-    tables: Vec<Entry>,
+    tables: Vec<TableEntry>,
 }
 
 impl Retired {
@@ -64,7 +64,7 @@ impl Retired {
     /// # Safety
     /// They come from [`Budget::allocate`] of this budget, nobody else frees them, they cannot be reached from the tree any
     /// more, and the result is not dropped before every reader that may have reached them has left its section.
-    pub(super) unsafe fn new(budget: Arc<Budget>, tables: Vec<Entry>) -> Self {
+    pub(super) unsafe fn new(budget: Arc<Budget>, tables: Vec<TableEntry>) -> Self {
         Retired { budget, tables }
     }
 }

@@ -4,7 +4,7 @@
 //! other, and that never takes memory.
 
 use super::budget::Budget;
-use super::node::{Entry, ROOT_LEVEL, Root, Slot, Tagged, page_number, pieces, root_slot, span};
+use super::node::{ROOT_LEVEL, Root, Slot, TableEntry, Tagged, page_number, pieces, root_slot, span};
 use super::writer::{Obstacle, Unlinked, Writer, add_live};
 use viommu_wire::virtio_iommu::MapFlags;
 
@@ -47,7 +47,7 @@ impl Writer {
             let pages = (start..=end).step_by(span(0) as usize + 1);
             let count = (end - start) / (span(0) + 1) + 1;
             for (iova, phys) in pages.zip(&mut targets) {
-                table.link(iova, Entry::leaf(phys, flags), tag);
+                table.link(iova, TableEntry::leaf(phys, flags), tag);
             }
             add_live(Some(slot), count);
         }
@@ -82,10 +82,10 @@ impl Writer {
     fn replace(
         &mut self,
         slot: &Slot,
-        old: Entry,
+        old: TableEntry,
         budget: &Budget,
         unlinked: &mut Unlinked,
-    ) -> Result<Entry, Obstacle> {
+    ) -> Result<TableEntry, Obstacle> {
         let new = budget.allocate(true).ok_or(Obstacle::NoMemory)?.idle(old.is_idle()).plus(old.live());
         // SAFETY: Both are tables, and we are the writer.
         if let (Some(table), from) = unsafe { (new.tagged(), old.node()) } {

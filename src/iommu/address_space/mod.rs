@@ -25,8 +25,8 @@ use std::sync::Arc;
 
 use self::budget::Retired;
 use self::node::{Root, Slot, span};
-use self::writer::{Obstacle, Request, Unlinked, Writer, find};
-use super::grace::{Grace, Guard};
+use self::writer::{MapRequest, Obstacle, Unlinked, Writer, find};
+use super::grace::{self, Grace};
 use super::sync::{Mutex, Padded, lock};
 use viommu_wire::virtio_iommu::MapFlags;
 
@@ -87,7 +87,7 @@ impl AddressSpace {
     pub fn map(&self, start: u64, end: u64, phys: u64, flags: MapFlags) -> Result<(), MapError> {
         debug_assert!(start <= end && start & span(0) == 0 && !end & span(0) == 0 && phys & span(0) == 0);
         // A caller who gets it wrong gets whole pages.
-        let request = Request { start: start & !span(0), end: end | span(0), phys, flags };
+        let request = MapRequest { start: start & !span(0), end: end | span(0), phys, flags };
         self.add(|writer, _| writer.map(&self.root, &self.budget, &request))
     }
 
@@ -161,7 +161,7 @@ impl AddressSpace {
     /// # Panics
     /// If `guard` is of a reader of another [`Grace`]: it would not keep the tables alive.
     #[inline]
-    pub fn lookup(&self, guard: &Guard<'_>, iova: u64) -> Option<Mapping> {
+    pub fn lookup(&self, guard: &grace::Guard<'_>, iova: u64) -> Option<Mapping> {
         assert!(guard.is_of(&self.grace), "The guard is of another grace period than the address space");
         let (leaf, level, tag) = find(&self.root, iova)?;
         let offset = iova & span(level);

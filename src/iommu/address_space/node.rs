@@ -93,7 +93,7 @@ impl Node {
         let layout = if tagged { Layout::new::<Tagged>() } else { Layout::new::<Node>() };
         // SAFETY: Neither is of size 0.
         let node = NonNull::new(unsafe { alloc_zeroed(layout) }.cast::<Node>())?;
-        if node.addr().get() as u64 & !Entry::ADDRESS != 0 {
+        if node.addr().get() as u64 & !TableEntry::ADDRESS != 0 {
             // An address that no Linux gives unless asked to.
             // SAFETY: Allocated above with this layout, and nobody else knows it.
             unsafe { dealloc(node.as_ptr().cast(), layout) };
@@ -158,7 +158,7 @@ impl Tagged {
     }
 
     /// Links the page of `iova`, whose slot is empty, to where `leaf` leads.
-    pub(super) fn link(&self, iova: u64, leaf: Entry, tag: u64) {
+    pub(super) fn link(&self, iova: u64, leaf: TableEntry, tag: u64) {
         // Release: a reader that sees this tag beside the old leaf sees, when it looks again, that the leaf has gone.
         self.tags[index(0, iova)].store(tag, Release);
         self.node.slot(0, iova).store(leaf.linked());
@@ -167,7 +167,7 @@ impl Tagged {
     /// The leaf of the page of `iova`, and the tag of the LINK that made it, or 0. The page may be linked anew at any
     /// time: a tag counts if the leaf was the same before and after it was read.
     #[inline]
-    pub(super) fn find(&self, iova: u64) -> (Entry, u64) {
+    pub(super) fn find(&self, iova: u64) -> (TableEntry, u64) {
         let slot = self.node.slot(0, iova);
         let mut leaf = slot.load();
         while leaf.is_linked() {
@@ -218,23 +218,23 @@ pub(super) struct Slot(AtomicU64);
 impl Slot {
     /// Acquire: what the writer did before it stored the entry, above all to clear the table that it leads to, is seen.
     #[inline]
-    pub(super) fn load(&self) -> Entry {
-        Entry(self.0.load(Acquire))
+    pub(super) fn load(&self) -> TableEntry {
+        TableEntry(self.0.load(Acquire))
     }
 
     /// Release: the other half. Since there is one writer, load and store need not be one step.
     #[inline]
-    pub(super) fn store(&self, entry: Entry) {
+    pub(super) fn store(&self, entry: TableEntry) {
         self.0.store(entry.0, Release);
     }
 }
 
 /// What a slot holds.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) struct Entry(u64);
+pub(super) struct TableEntry(u64);
 
-impl Entry {
-    pub(super) const EMPTY: Entry = Entry(0);
+impl TableEntry {
+    pub(super) const EMPTY: TableEntry = TableEntry(0);
 
     const LEAF: u64 = 1 << 0;
     const FLAGS_SHIFT: u32 = 1;
@@ -258,13 +258,13 @@ impl Entry {
     #[inline]
     pub(super) fn leaf(phys: u64, flags: MapFlags) -> Self {
         let flags = (u64::from(flags.bits()) << Self::FLAGS_SHIFT) & Self::FLAGS;
-        Entry((phys & Self::PHYS) | flags | Self::LEAF)
+        TableEntry((phys & Self::PHYS) | flags | Self::LEAF)
     }
 
     /// The same leaf, marked as the first or last of its mapping, or both.
     #[inline]
     pub(super) fn marked(self, first: bool, last: bool) -> Self {
-        Entry(self.0 | if first { Self::FIRST } else { 0 } | if last { Self::LAST } else { 0 })
+        TableEntry(self.0 | if first { Self::FIRST } else { 0 } | if last { Self::LAST } else { 0 })
     }
 
     /// The only page in its 2 MiB; `None` if `phys` has more bits than there is room for.
@@ -272,18 +272,18 @@ impl Entry {
     pub(super) fn lone(iova: u64, phys: u64, flags: MapFlags) -> Option<Self> {
         let flags = (u64::from(flags.bits()) & 0b111) << Self::LONE_FLAGS_SHIFT;
         let page = page_number(iova) << Self::LONE_PAGE_SHIFT;
-        (phys & !Self::LONE_PHYS == 0).then_some(Entry(page | phys | flags | Self::LONE))
+        (phys & !Self::LONE_PHYS == 0).then_some(TableEntry(page | phys | flags | Self::LONE))
     }
 
     /// Of a leaf that is a page: the same, made by a LINK.
     fn linked(self) -> Self {
-        Entry(self.0 | Self::LINKED | Self::FIRST | Self::LAST)
+        TableEntry(self.0 | Self::LINKED | Self::FIRST | Self::LAST)
     }
 
     /// A new table, idle and without live slots; `None` if there is no memory.
     pub(super) fn new_table(tagged: bool) -> Option<Self> {
         let address = Node::allocate(tagged)?.as_ptr().expose_provenance() as u64;
-        Some(Entry(address | Self::IDLE | if tagged { Self::TAGGED } else { 0 }))
+        Some(TableEntry(address | Self::IDLE | if tagged { Self::TAGGED } else { 0 }))
     }
 
     /// Of a table: gives its memory back.
@@ -404,7 +404,7 @@ impl Entry {
     /// Of a table: the same with its tags, if it has any.
     ///
     /// # Safety
-    /// As for [`Entry::node`].
+    /// As for [`TableEntry::node`].
     #[inline]
     pub(super) unsafe fn tagged<'a>(self) -> Option<&'a Tagged> {
         // SAFETY: As above; a table that is TAGGED was allocated as one.
@@ -420,13 +420,13 @@ impl Entry {
     /// Of a table: with `more` more live slots.
     #[inline]
     pub(super) fn plus(self, more: u64) -> Self {
-        Entry(self.0 + (more << Self::LIVE_SHIFT))
+        TableEntry(self.0 + (more << Self::LIVE_SHIFT))
     }
 
     /// Of a table: with `less` fewer live slots.
     #[inline]
     pub(super) fn minus(self, less: u64) -> Self {
-        Entry(self.0 - (less << Self::LIVE_SHIFT))
+        TableEntry(self.0 - (less << Self::LIVE_SHIFT))
     }
 
     /// Of a table: it is in the list of those that are, or were, without live slots.
@@ -438,6 +438,6 @@ impl Entry {
     /// Of a table: listed or not.
     #[inline]
     pub(super) fn idle(self, idle: bool) -> Self {
-        Entry(if idle { self.0 | Self::IDLE } else { self.0 & !Self::IDLE })
+        TableEntry(if idle { self.0 | Self::IDLE } else { self.0 & !Self::IDLE })
     }
 }

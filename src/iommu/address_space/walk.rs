@@ -4,8 +4,8 @@
 //! walk may be found, or found in part, or not.
 
 use super::AddressSpace;
-use super::node::{Entry, ROOT_LEVEL, Slot, shift, span};
-use crate::iommu::grace::Guard;
+use super::node::{ROOT_LEVEL, Slot, TableEntry, shift, span};
+use crate::iommu::grace;
 use viommu_wire::virtio_iommu::MapFlags;
 
 /// Slots that one step looks at. A step is a read-side section, and whoever removes something waits for its end.
@@ -49,10 +49,10 @@ impl Walk {
     ///
     /// # Panics
     /// If the guard is of another reader.
-    pub fn step(&mut self, space: &AddressSpace, guard: &Guard<'_>, mut take: impl FnMut(Mapped)) -> bool {
+    pub fn step(&mut self, space: &AddressSpace, guard: &grace::Guard<'_>, mut take: impl FnMut(Mapped)) -> bool {
         assert!(guard.is_of(&space.grace), "The guard is of another grace period than the address space");
         let mut left = STEP;
-        let next = self.table(&space.root, Entry::EMPTY, ROOT_LEVEL, self.next, &mut left, &mut take);
+        let next = self.table(&space.root, TableEntry::EMPTY, ROOT_LEVEL, self.next, &mut left, &mut take);
         match next {
             Some(next) => self.next = next,
             None => self.open.take().into_iter().for_each(take),
@@ -64,7 +64,7 @@ impl Walk {
     fn table(
         &mut self,
         slots: &[Slot],
-        table: Entry,
+        table: TableEntry,
         level: u32,
         from: u64,
         left: &mut usize,
@@ -99,7 +99,7 @@ impl Walk {
     }
 
     /// Found a leaf, of which what lies before `start` was passed already.
-    fn leaf(&mut self, leaf: Entry, table: Entry, level: u32, start: u64, take: &mut impl FnMut(Mapped)) {
+    fn leaf(&mut self, leaf: TableEntry, table: TableEntry, level: u32, start: u64, take: &mut impl FnMut(Mapped)) {
         if !leaf.is_linked() {
             return self.add(leaf, level, start, None, take);
         }
@@ -113,7 +113,7 @@ impl Walk {
     }
 
     /// Adds what a leaf of `level` leads to from `start` on to what was found last, or begins anew with it.
-    fn add(&mut self, leaf: Entry, level: u32, start: u64, tag: Option<u64>, take: &mut impl FnMut(Mapped)) {
+    fn add(&mut self, leaf: TableEntry, level: u32, start: u64, tag: Option<u64>, take: &mut impl FnMut(Mapped)) {
         let offset = start & span(level);
         let phys = leaf.phys().wrapping_add(offset);
         let found = Mapped { start, end: start | span(level), phys, flags: leaf.flags(), tag };

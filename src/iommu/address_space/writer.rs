@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 
 use super::budget::Budget;
-use super::node::{Entry, LAST_ADDRESS, Node, ROOT_LEVEL, Root, Slot, page_number, pieces, root_slot, span};
+use super::node::{LAST_ADDRESS, Node, ROOT_LEVEL, Root, Slot, TableEntry, page_number, pieces, root_slot, span};
 use super::{MapError, Splits};
 use viommu_wire::virtio_iommu::MapFlags;
 
@@ -15,7 +15,7 @@ use viommu_wire::virtio_iommu::MapFlags;
 const IDLE_MAX: usize = if cfg!(loom) { 0 } else { 32 };
 
 /// Tables that are out of the tree. Readers may still be in them: they must be freed, but after a grace period.
-pub(super) type Unlinked = Vec<Entry>;
+pub(super) type Unlinked = Vec<TableEntry>;
 
 /// The writer's side of an address space.
 pub(super) struct Writer {
@@ -28,7 +28,7 @@ pub(super) struct Writer {
 
 /// A MAP.
 #[derive(Clone, Copy)]
-pub(super) struct Request {
+pub(super) struct MapRequest {
     pub start: u64,
     pub end: u64,
     pub phys: u64,
@@ -60,7 +60,7 @@ impl Writer {
     }
 
     /// Maps, or changes nothing that a reader could see.
-    pub(super) fn map(&mut self, root: &Root, budget: &Budget, request: &Request) -> Result<(), Obstacle> {
+    pub(super) fn map(&mut self, root: &Root, budget: &Budget, request: &MapRequest) -> Result<(), Obstacle> {
         if request.end - request.start == span(0) {
             self.map_page(root, budget, request)?;
         } else {
@@ -72,13 +72,13 @@ impl Writer {
     }
 
     /// Maps a single page: one walk.
-    fn map_page(&mut self, root: &Root, budget: &Budget, request: &Request) -> Result<(), Obstacle> {
+    fn map_page(&mut self, root: &Root, budget: &Budget, request: &MapRequest) -> Result<(), Obstacle> {
         let mut parent = None;
         let mut slot = root_slot(root, request.start);
         for level in (0..ROOT_LEVEL).rev() {
             if level == 0
                 && slot.load().is_empty()
-                && let Some(lone) = Entry::lone(request.start, request.phys, request.flags)
+                && let Some(lone) = TableEntry::lone(request.start, request.phys, request.flags)
             {
                 slot.store(lone);
                 add_live(parent, 1);
@@ -91,7 +91,7 @@ impl Writer {
         if !slot.load().is_empty() {
             return Err(Obstacle::Mapping);
         }
-        slot.store(Entry::leaf(request.phys, request.flags).marked(true, true));
+        slot.store(TableEntry::leaf(request.phys, request.flags).marked(true, true));
         add_live(parent, 1);
         Ok(())
     }
@@ -147,7 +147,7 @@ impl Writer {
         budget: &Budget,
         iova: u64,
         tagged: bool,
-    ) -> Result<Entry, Obstacle> {
+    ) -> Result<TableEntry, Obstacle> {
         let mut entry = slot.load();
         if entry.is_leaf() {
             return Err(Obstacle::Mapping);
@@ -213,7 +213,7 @@ impl Writer {
         if large || end - start != span(0) || !leaf.is_first() || !leaf.is_last() {
             return Err(Splits);
         }
-        slot.store(Entry::EMPTY);
+        slot.store(TableEntry::EMPTY);
         if let Some(parent) = parent {
             self.drop_live(parent, 1, level, start);
         }
@@ -252,7 +252,7 @@ impl Writer {
             if entry.is_lone() && !piece.whole && !touched.contains(&entry.lone_number()) {
                 continue;
             }
-            piece.slot.store(Entry::EMPTY);
+            piece.slot.store(TableEntry::EMPTY);
             cleared += 1;
             mappings += self.harvest(entry, unlinked);
         }
@@ -263,7 +263,7 @@ impl Writer {
     }
 
     /// Counts the mappings that begin in what a slot, which is cleared by now, led to, and hands on the tables.
-    fn harvest(&mut self, entry: Entry, unlinked: &mut Unlinked) -> u64 {
+    fn harvest(&mut self, entry: TableEntry, unlinked: &mut Unlinked) -> u64 {
         if entry.is_leaf() {
             return u64::from(entry.is_first());
         }
@@ -322,7 +322,7 @@ impl Writer {
             slot.store(entry.idle(false));
             return;
         }
-        slot.store(Entry::EMPTY);
+        slot.store(TableEntry::EMPTY);
         self.retire(entry, unlinked);
         if let Some(parent) = parent {
             self.drop_live(parent, 1, level + 1, iova);
@@ -340,7 +340,7 @@ impl Writer {
     }
 
     /// Hands on a table, which the tree does not lead to any more.
-    pub(super) fn retire(&mut self, entry: Entry, unlinked: &mut Unlinked) {
+    pub(super) fn retire(&mut self, entry: TableEntry, unlinked: &mut Unlinked) {
         self.bytes -= entry.bytes();
         unlinked.push(entry);
     }
@@ -348,8 +348,8 @@ impl Writer {
 
 /// The leaf that covers `iova`, its level, and the tag of the LINK that made it, or 0.
 #[inline]
-pub(super) fn find(root: &Root, iova: u64) -> Option<(Entry, u32, u64)> {
-    let mut table = Entry::EMPTY;
+pub(super) fn find(root: &Root, iova: u64) -> Option<(TableEntry, u32, u64)> {
+    let mut table = TableEntry::EMPTY;
     let mut entry = root_slot(root, iova).load();
     for level in (0..=ROOT_LEVEL).rev() {
         if entry.is_leaf() {
@@ -370,7 +370,7 @@ pub(super) fn find(root: &Root, iova: u64) -> Option<(Entry, u32, u64)> {
 
 /// The same, where a leaf that a LINK made was just seen in `table`. Apart, so that the way through MAP stays short.
 #[inline(never)]
-fn find_linked(table: Entry, iova: u64) -> Option<(Entry, u32, u64)> {
+fn find_linked(table: TableEntry, iova: u64) -> Option<(TableEntry, u32, u64)> {
     // SAFETY: As in `find`: only tables have leaves that are LINKED, and those tables are tagged.
     let (leaf, tag) = unsafe { table.tagged() }?.find(iova);
     leaf.is_leaf().then_some((leaf, 0, tag))
@@ -384,12 +384,12 @@ pub(super) fn add_live(slot: Option<&Slot>, more: u64) {
 }
 
 /// Writes the leaves of a MAP for which [`Writer::prepare`] has made room.
-fn fill(slots: &[Slot], parent: Option<&Slot>, level: u32, request: &Request, start: u64, end: u64) {
+fn fill(slots: &[Slot], parent: Option<&Slot>, level: u32, request: &MapRequest, start: u64, end: u64) {
     let mut filled = 0;
     for piece in pieces(slots, level, start, end) {
         if piece.whole {
             let phys = request.phys.wrapping_add(piece.start - request.start);
-            let leaf = Entry::leaf(phys, request.flags);
+            let leaf = TableEntry::leaf(phys, request.flags);
             piece.slot.store(leaf.marked(piece.start == request.start, piece.end == request.end));
             filled += 1;
         } else {

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use super::Iommu;
 use super::address_space::{Mapped, Walk};
-use super::grace::Reader;
+use super::grace;
 
 /// Something that exists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,7 +53,7 @@ const RESERVATIONS: usize = 64;
 /// Reads what is live, step by step. Holds nothing between two steps.
 pub struct Live {
     iommu: Arc<Iommu>,
-    reader: Reader,
+    reader: grace::Reader,
     /// The domains that are not read to their end, the next one last.
     domains: Vec<u32>,
     place: Place,
