@@ -9,11 +9,11 @@ use anyhow::{Context, Result};
 use nix::fcntl::{Flock, FlockArg};
 
 use crate::topology::{Topology, viot};
-use viommu_socket::Entry;
+use viommu_socket::CreatedFile;
 
 /// A daemon's file with the VIOT. It goes with the daemon, unless it is another's by then.
 pub struct Table {
-    _entry: Entry,
+    _entry: CreatedFile,
     /// Locked, which tells others that its daemon lives.
     _file: Flock<File>,
 }
@@ -43,7 +43,7 @@ fn publish(path: &Path, table: &[u8]) -> io::Result<Table> {
     let open = file.as_file().try_clone()?;
     let lock = Flock::lock(open, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| error)?;
     file.persist(path)?;
-    Ok(Table { _entry: Entry::new(path.to_owned())?, _file: lock })
+    Ok(Table { _entry: CreatedFile::new(path.to_owned())?, _file: lock })
 }
 
 /// Whether a living daemon has another table at `path`.

@@ -12,7 +12,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::statfs::{PROC_SUPER_MAGIC, fstatfs};
 
-use super::mapping::Mapping;
+use super::mapping::FileMapping;
 use super::remote::{FileMemory, Remote};
 use super::{Backing, Memory, Region};
 
@@ -115,11 +115,11 @@ pub struct NewRegion {
     /// Whether a device may write to it.
     pub writable: bool,
     /// Where its memory is.
-    pub source: Source,
+    pub source: RegionSource,
 }
 
 /// Where a region's memory is.
-pub enum Source {
+pub enum RegionSource {
     /// In a file, from an offset on, which is mapped.
     Mapped(File, u64),
     /// In a file, from an offset on, which is read and written.
@@ -135,7 +135,7 @@ pub struct MemoryMap {
     memory: Memory,
     /// The files that are mapped. One that has become longer, or lost a page, is mapped again and stands here twice, and so
     /// does one that was mapped for reading alone before it was for writing.
-    mapped: Vec<Known<Mapping>>,
+    mapped: Vec<Known<FileMapping>>,
     /// Those that are read and written. One that was opened in several ways stands here as often.
     open: Vec<Known<File>>,
 }
@@ -181,7 +181,7 @@ impl MemoryMap {
         writable: bool,
         file: Option<(File, u64)>,
     ) -> Result<Arc<Region>, RegionError> {
-        let source = file.map_or(Source::Unknown, |(file, offset)| Source::Mapped(file, offset));
+        let source = file.map_or(RegionSource::Unknown, |(file, offset)| RegionSource::Mapped(file, offset));
         self.add(NewRegion { gpa, len, readable: true, writable, source })
     }
 
@@ -197,13 +197,13 @@ impl MemoryMap {
             return Err(RegionError::Overlap { gpa, len, other: other.gpa });
         }
         let backing = match source {
-            Source::Mapped(file, offset) => Some(self.backing(&file, offset, len, writable)?),
-            Source::FileIo(file, offset) => {
+            RegionSource::Mapped(file, offset) => Some(self.backing(&file, offset, len, writable)?),
+            RegionSource::FileIo(file, offset) => {
                 let file = self.opened(file)?;
                 Some(Backing::Remote(Arc::new(FileMemory::new(file, offset, gpa))))
             }
-            Source::Remote(remote) => Some(Backing::Remote(remote)),
-            Source::Unknown => None,
+            RegionSource::Remote(remote) => Some(Backing::Remote(remote)),
+            RegionSource::Unknown => None,
         };
         let region = Arc::new(Region { gpa, len, readable, writable, backing });
         self.memory.0.regions.store(Arc::new(regions.with(region.clone())));
@@ -266,7 +266,7 @@ impl MemoryMap {
             return Ok(Backing::Mapped { file, offset });
         }
         self.check_room(have)?;
-        let file = Arc::new(Mapping::new(file, &metadata, writable).map_err(RegionError::Map)?);
+        let file = Arc::new(FileMapping::new(file, &metadata, writable).map_err(RegionError::Map)?);
         self.mapped.push(Known::new(&metadata, wanted, &file));
         Ok(Backing::Mapped { file, offset })
     }
@@ -424,7 +424,7 @@ mod tests {
     fn files_that_are_read_and_written_count_once_each() {
         let mut map = map();
         let add = |map: &mut MemoryMap, gpa, file: &File| {
-            let source = Source::FileIo(file.try_clone().unwrap(), 0);
+            let source = RegionSource::FileIo(file.try_clone().unwrap(), 0);
             map.add(NewRegion { gpa, len: 0x1000, readable: true, writable: true, source })
         };
         let ram = tempfile::NamedTempFile::new().unwrap();

@@ -6,14 +6,14 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::ptr::{self, NonNull};
 
-use super::sigbus::{PAGE, Watch};
+use super::sigbus::{self, PAGE};
 
 /// A file, from its start to the end that it has at the time. Whole, since a client may describe its memory in many small
 /// pieces of one file: they cost one mapping together, no descriptor, and offsets that are no multiple of the file's page
 /// size do no harm.
-pub(super) struct Mapping {
+pub(super) struct FileMapping {
     // In this order: the handler must not take for guest memory what is mapped there next.
-    watch: Watch,
+    watch: sigbus::Watch,
     memory: Mapped,
     len: u64,
 }
@@ -29,10 +29,10 @@ unsafe impl Send for Mapped {}
 // SAFETY: as above.
 unsafe impl Sync for Mapped {}
 
-impl Mapping {
+impl FileMapping {
     /// Maps a file, which must not be empty, with the length that it had when `metadata` was asked for. If it is shorter by
     /// now, an access to what it lost fails like any other to a page that cannot be had.
-    pub(super) fn new(file: &File, metadata: &Metadata, writable: bool) -> io::Result<Mapping> {
+    pub(super) fn new(file: &File, metadata: &Metadata, writable: bool) -> io::Result<FileMapping> {
         let block = block(metadata);
         // For huge pages munmap(2) wants whole ones.
         let len = usize::try_from(metadata.len()).ok().and_then(|len| len.checked_next_multiple_of(block));
@@ -46,8 +46,8 @@ impl Mapping {
         }
         let start = NonNull::new(start).ok_or_else(|| io::Error::other("it was mapped at 0"))?;
         let memory = Mapped { start, len };
-        let watch = Watch::new(start.as_ptr().expose_provenance(), len, block);
-        Ok(Mapping { watch, memory, len: metadata.len() })
+        let watch = sigbus::Watch::new(start.as_ptr().expose_provenance(), len, block);
+        Ok(FileMapping { watch, memory, len: metadata.len() })
     }
 
     /// Bytes of the file.
@@ -62,14 +62,14 @@ impl Mapping {
     }
 
     /// The state of its pages.
-    pub(super) fn watch(&self) -> &Watch {
+    pub(super) fn watch(&self) -> &sigbus::Watch {
         &self.watch
     }
 }
 
 impl Drop for Mapped {
     fn drop(&mut self) {
-        // SAFETY: mapped in `Mapping::new`, and used by nobody any more: who accesses it holds the `Mapping`.
+        // SAFETY: mapped in `FileMapping::new`, and used by nobody any more: who accesses it holds the `FileMapping`.
         if unsafe { libc::munmap(self.start.as_ptr(), self.len) } != 0 {
             log::error!("Guest memory cannot be unmapped: {}", io::Error::last_os_error());
         }

@@ -15,9 +15,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use arc_swap::{ArcSwap, Guard};
-pub use map::{FILES_MAX, MAPPED_MAX, MemoryMap, NewRegion, REGIONS_MAX, RegionError, Source};
+pub use map::{FILES_MAX, MAPPED_MAX, MemoryMap, NewRegion, REGIONS_MAX, RegionError, RegionSource};
 pub(crate) use map::{PATIENCE, wait_until_unused};
-use mapping::Mapping;
+use mapping::FileMapping;
 pub use mapping::block;
 pub use regions::Regions;
 pub use remote::Remote;
@@ -51,7 +51,7 @@ pub struct Region {
 /// The memory of a region.
 enum Backing {
     /// A file that is mapped, from an offset of it on.
-    Mapped { file: Arc<Mapping>, offset: u64 },
+    Mapped { file: Arc<FileMapping>, offset: u64 },
     /// Something that is asked.
     Remote(Arc<dyn Remote>),
 }

@@ -11,7 +11,7 @@ use super::config::{self, Config, MsixBar};
 use super::function::{Function, FunctionContext};
 use super::interrupts::Kind;
 use super::server::Slot;
-use crate::memory::{MemoryMap, NewRegion, NoAccess, REGIONS_MAX, Region, RegionError, Remote, Source};
+use crate::memory::{MemoryMap, NewRegion, NoAccess, REGIONS_MAX, Region, RegionError, RegionSource, Remote};
 use crate::vfio_user::{Backing, ClientMemory, Device, DmaMap, IrqAction, IrqData, IrqInfo, IrqSet, Refused};
 use viommu_trace::Event;
 use viommu_trace::event::{Channel, ResetKind};
@@ -245,11 +245,11 @@ impl Device for Backend<'_> {
     fn dma_map(&mut self, map: DmaMap) -> Result<(), Refused> {
         let DmaMap { address, size, readable, writable, backing } = map;
         let source = match backing {
-            _ if !readable && !writable => Source::Unknown,
-            Backing::Mmap(file, offset) => Source::Mapped(file, offset),
-            Backing::FileIo(file, offset) => Source::FileIo(file, offset),
-            Backing::Messages(client) => Source::Remote(Arc::new(client)),
-            Backing::Unreachable => Source::Unknown,
+            _ if !readable && !writable => RegionSource::Unknown,
+            Backing::Mmap(file, offset) => RegionSource::Mapped(file, offset),
+            Backing::FileIo(file, offset) => RegionSource::FileIo(file, offset),
+            Backing::Messages(client) => RegionSource::Remote(Arc::new(client)),
+            Backing::Unreachable => RegionSource::Unknown,
         };
         let region = self.memory.add(NewRegion { gpa: address, len: size, readable, writable, source });
         self.trace_memory(&*region.map_err(refused)?, true);

@@ -25,7 +25,7 @@ pub use size::Size;
 use slots::Slots;
 
 use crate::devices::MODELS;
-use crate::devices::model::{Configuration, Kind, Model, OwnFile, Table};
+use crate::devices::model::{self, Configuration, Kind, Model, OwnFile};
 use crate::iommu::{EndpointSettings, Limits, Reserved, Settings};
 use viommu_wire::virtio_iommu::ResvMemKind;
 
@@ -363,7 +363,7 @@ impl Topology {
         let msix = msix.unwrap_or(!hotplug);
         let name_span = name.as_ref().map_or(0..0, Spanned::span);
         let name = name.map_or_else(|| format!("{}{index}", model.endpoint_name), Spanned::into_inner);
-        let configuration = (model.configure)(Table::new(Spanned::new(span, own)), &name)?;
+        let configuration = (model.configure)(model::Table::new(Spanned::new(span, own)), &name)?;
         self.check_own_file(&*configuration)?;
         let endpoints = self.endpoints.iter().map(|other| other.name.as_str());
         let ports = self.root_ports.iter().map(|port| port.name.get_ref().as_str());

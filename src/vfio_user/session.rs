@@ -14,7 +14,7 @@ use super::message::{
     HeaderFlags, IrqInfoReply, IrqSetRequest, MAX_DATA, MAX_MESSAGE, RegionAccess, RegionInfo, RegionIoFds,
 };
 use super::transport::{Descriptors, Lost, Transport};
-use super::version::Client;
+use super::version::ClientVersion;
 use super::{irq, region};
 
 /// Serves a client until it leaves. An error if the stream fails or ends in the middle of a message, or if the client and
@@ -174,7 +174,7 @@ impl Session<'_> {
         if !fds.is_empty() {
             return Err(Refused::invalid("it has descriptors"));
         }
-        let client = Client::parse(&self.payload)?;
+        let client = ClientVersion::parse(&self.payload)?;
         let with_twin = client.twin_socket && !flags.contains(HeaderFlags::NO_REPLY);
         let socket = self.transport.socket().filter(|_| with_twin);
         let twin = socket.map(|session| ClientMemory::new(session, client.max_data)).transpose();

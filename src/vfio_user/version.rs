@@ -17,7 +17,7 @@ const PAGE_SIZES: u64 = 4096;
 
 /// What the client can do.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Client {
+pub struct ClientVersion {
     /// Its version, or the latest if it knows a later one.
     minor: u16,
     /// The most bytes of a DMA_READ or DMA_WRITE.
@@ -72,9 +72,9 @@ struct ServerTwinSocket {
     fd_index: u32,
 }
 
-impl Client {
+impl ClientVersion {
     /// What the payload of its VERSION says.
-    pub fn parse(payload: &[u8]) -> Result<Client, Refused> {
+    pub fn parse(payload: &[u8]) -> Result<ClientVersion, Refused> {
         let (version, data) = Version::ref_from_prefix(payload).map_err(|_| Refused::invalid("it has no version"))?;
         if version.major.get() != MAJOR {
             return Err(Refused::invalid(format!("its major version is {} and not {MAJOR}", version.major)));
@@ -89,7 +89,7 @@ impl Client {
         };
         let max_data = can.max_data_xfer_size.and_then(|bytes| usize::try_from(bytes).ok());
         let takes_messages = can.max_msg_fds != Some(0) && max_data != Some(0);
-        Ok(Client {
+        Ok(ClientVersion {
             minor: version.minor.get().min(MINOR),
             max_data: max_data.map_or(MAX_DATA, |bytes| bytes.min(MAX_DATA)),
             twin_socket: can.twin_socket.is_some_and(|twin| twin.supported) && takes_messages,
@@ -120,14 +120,14 @@ impl Client {
 mod tests {
     use super::*;
 
-    fn parse(minor: u16, data: &str) -> Result<Client, Refused> {
+    fn parse(minor: u16, data: &str) -> Result<ClientVersion, Refused> {
         let version = Version { major: MAJOR.into(), minor: minor.into() };
-        Client::parse(&[version.as_bytes(), data.as_bytes()].concat())
+        ClientVersion::parse(&[version.as_bytes(), data.as_bytes()].concat())
     }
 
     #[test]
     fn what_is_not_said_has_a_default() {
-        let plain = Client { minor: 1, max_data: MAX_DATA, twin_socket: false, write_multiple: false };
+        let plain = ClientVersion { minor: 1, max_data: MAX_DATA, twin_socket: false, write_multiple: false };
         for data in
             ["", "\0", "{}\0", "{\"capabilities\":{}}\0", "{\"other\":[1]}\0", "{\"capabilities\":{\"x\":{}}}\0"]
         {
@@ -135,7 +135,7 @@ mod tests {
         }
         let twin = parse(7, "{\"capabilities\":{\"twin_socket\":{\"supported\":true},\"max_data_xfer_size\":4096}}\0")
             .unwrap();
-        assert_eq!(twin, Client { minor: MINOR, max_data: 4096, twin_socket: true, write_multiple: false });
+        assert_eq!(twin, ClientVersion { minor: MINOR, max_data: 4096, twin_socket: true, write_multiple: false });
         let none = parse(0, "{\"capabilities\":{\"twin_socket\":{\"supported\":true},\"max_msg_fds\":0}}\0").unwrap();
         assert!(!none.twin_socket, "it takes no descriptor");
     }
@@ -153,7 +153,7 @@ mod tests {
         ] {
             assert_eq!(parse(0, data).unwrap_err().errno, libc::EINVAL, "{data}");
         }
-        assert!(Client::parse(&[0, 0, 0]).is_err());
-        assert!(Client::parse(&[1, 0, 0, 0]).is_err());
+        assert!(ClientVersion::parse(&[0, 0, 0]).is_err());
+        assert!(ClientVersion::parse(&[1, 0, 0, 0]).is_err());
     }
 }

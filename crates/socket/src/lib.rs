@@ -93,24 +93,24 @@ pub enum SocketError {
 /// A listening socket; its file goes with it.
 #[derive(Debug)]
 pub struct Socket {
-    entry: Entry,
+    entry: CreatedFile,
     listener: UnixListener,
 }
 
 /// A file that this process made and holds open, by its name. It goes with this, unless another process has put a file
 /// of its own there since.
 #[derive(Debug)]
-pub struct Entry {
+pub struct CreatedFile {
     path: PathBuf,
     /// Device and inode. As long as the file is open nobody else's can have the same.
     identity: (u64, u64),
 }
 
-impl Entry {
+impl CreatedFile {
     /// The file that was just made at `path`.
-    pub fn new(path: PathBuf) -> io::Result<Entry> {
+    pub fn new(path: PathBuf) -> io::Result<CreatedFile> {
         let identity = fs::symlink_metadata(&path).map(identity)?;
-        Ok(Entry { path, identity })
+        Ok(CreatedFile { path, identity })
     }
 
     /// Removes it now, if it is still there.
@@ -122,7 +122,7 @@ impl Entry {
     }
 }
 
-impl Drop for Entry {
+impl Drop for CreatedFile {
     fn drop(&mut self) {
         self.remove();
     }
@@ -140,7 +140,7 @@ impl Socket {
         let _lock = LockFile::acquire(path)?;
         make_room(path)?;
         let listener = UnixListener::bind(path).map_err(failed)?;
-        let entry = Entry::new(path.to_owned()).map_err(failed)?;
+        let entry = CreatedFile::new(path.to_owned()).map_err(failed)?;
         Ok(Socket { entry, listener })
     }
 
