@@ -10,11 +10,11 @@ use crate::memory::{Memory, NoAccess, Piece, Regions};
 use viommu_trace::event::{Access, Route};
 use viommu_trace::{Event, Tracer};
 
-/// The most bytes that are copied in one read-side section, so that an UNMAP waits for microseconds and not for a
-/// whole transfer.
+/// The most bytes that are copied in one read-side section. An UNMAP then waits for microseconds and not for a whole
+/// transfer.
 pub const COPY_MAX: u64 = 128 << 10;
 
-/// Why an access did not happen. What lay before the named address was accessed.
+/// Why an access failed. The bytes before the address in the error were accessed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DmaError {
     /// The IOMMU refused; the fault is reported already.
@@ -75,8 +75,8 @@ impl DmaContext {
         self.endpoint.id()
     }
 
-    /// Whether accesses are possible: the last [`DmaContext::set_bus_master`] of any context of the endpoint, or a reset
-    /// of the machine since, which takes it.
+    /// Whether accesses are possible, as the last [`DmaContext::set_bus_master`] of any context of the endpoint said. A reset
+    /// of the machine turns it off.
     pub fn is_bus_master(&self) -> bool {
         self.bus_master.load(Ordering::Acquire)
     }
@@ -149,9 +149,9 @@ impl Dma {
         Ok(())
     }
 
-    /// Reads a little-endian 32-bit word that the guest changes on its own account, such as a shadow doorbell. While it
-    /// is still `known` the read is neither traced nor counted: a device that looks often would fill the trace with
-    /// accesses that tell nothing. Faults are reported in any case.
+    /// Reads a little-endian 32-bit word that the guest changes at any time, such as a shadow doorbell. A read that finds
+    /// `known` is neither traced nor counted: a device that polls often would fill the trace with accesses that say nothing.
+    /// Faults are always reported.
     pub fn poll(&mut self, iova: u64, known: u32) -> Result<u32, DmaError> {
         let mut bytes = [0; 4];
         let run =
@@ -168,12 +168,12 @@ impl Dma {
         Ok(u32::from_le_bytes(bytes))
     }
 
-    /// Moves data between a file, from `offset` on, and guest memory, without a copy in between. `ranges` are where it is
-    /// in guest memory, as I/O virtual addresses and lengths; together they have [`COPY_MAX`] bytes at most. The file must
-    /// be one that is read or written without waiting, if need be by `flags`, those of preadv2(2).
+    /// Moves data between a file, from `offset` on, and guest memory, without a copy in between. `ranges` are the places in
+    /// guest memory, as I/O virtual addresses and lengths; together they have at most [`COPY_MAX`] bytes. Reads and writes of
+    /// the file must not wait; `flags`, those of preadv2(2), can see to that.
     ///
-    /// `false` if not all of it was moved, or the ranges do not all lead to memory: nothing is traced, counted or reported
-    /// of it then, and [`Dma::read`] and [`Dma::write`] are to do it or to find out why it cannot be done.
+    /// `false` if not all data was moved, or not all ranges lead to memory. Nothing is then traced, counted or reported; the
+    /// caller is to use [`Dma::read`] or [`Dma::write`], which do the transfer or find out why it is impossible.
     pub fn transfer_direct(
         &mut self,
         ranges: &[(u64, usize)],
@@ -192,8 +192,8 @@ impl Dma {
         let Some(iovecs) = iovecs(&memory, &runs, access) else { return false };
         let (fd, count, at) = (file.as_raw_fd(), iovecs.len() as libc::c_int, offset as libc::off_t);
         // SAFETY: `iovecs` lie in mappings of guest memory that `memory` keeps alive until after the call, writable if they
-        // are to be written. Others may access that memory at the same time, but no reference to it exists; and what the
-        // kernel finds missing in a mapping makes the call fail.
+        // are to be written. Others may access that memory at the same time, but no reference to it exists. If the kernel
+        // finds a page of a mapping missing, the call fails.
         let moved = unsafe {
             match access {
                 Access::Write => libc::preadv2(fd, iovecs.as_ptr(), count, at, flags),
@@ -201,13 +201,13 @@ impl Dma {
             }
         };
         drop(guard);
-        // Another thread may have found a page missing, and something else in its place.
+        // Another thread may have found a page missing, and the handler may have put another one in its place.
         let intact = runs.iter().all(|run| memory.is_intact(run.found.gpa, run.len));
         let wanted: usize = iovecs.iter().map(|iovec| iovec.iov_len).sum();
         intact && usize::try_from(moved) == Ok(wanted) && runs.into_iter().all(|run| self.record(run, access).is_ok())
     }
 
-    /// Does the first contiguous run of an access of `want` bytes and returns its length.
+    /// Does and records the first contiguous run of an access of `want` bytes. Returns its length.
     fn access_run(
         &mut self,
         iova: u64,
@@ -293,7 +293,7 @@ impl Dma {
     }
 }
 
-/// A contiguous run of guest memory that was accessed, or would have been if it were there.
+/// A contiguous run of guest memory that was accessed, or could not be.
 struct Run {
     iova: u64,
     found: Translation,
@@ -301,12 +301,12 @@ struct Run {
     result: Result<(), NoAccess>,
 }
 
-/// Whether the `len` bytes at `found` and those at `next` are one access: they lie one behind the other in guest memory.
+/// Whether the `len` bytes at `found` and those at `next` are one access: the latter follow the former in guest memory.
 fn continues(found: &Translation, len: u64, next: &Translation) -> bool {
     next.gpa == found.gpa.wrapping_add(len) && next.tag == found.tag && next.route == found.route
 }
 
-/// Where runs are in this process; `None` if some of it is not, is no memory, or may not be accessed so.
+/// Where runs are in this process. `None` if a part is not mapped here, is no memory, or may not be accessed in this way.
 fn iovecs(memory: &Regions, runs: &[Run], access: Access) -> Option<Vec<libc::iovec>> {
     let mut iovecs = Vec::with_capacity(runs.len());
     for run in runs {

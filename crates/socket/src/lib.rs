@@ -1,5 +1,5 @@
-//! A listening Unix socket: made, replaced when stale, and removed when it is still ours; and what its users do to
-//! descriptors.
+//! A listening Unix socket, which replaces a stale one and is removed if it is still ours; and operations on descriptors
+//! that its users need.
 
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io;
@@ -13,14 +13,14 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 
-/// How long a server waits after a connection that failed, before the next. What failed may be the acceptance, for want
-/// of descriptors; then the connection still waits, and would be tried again without end.
+/// How long a server waits after a connection that failed, before it accepts the next. Accepting itself may have failed, for
+/// want of descriptors. The connection is then still pending, and without a pause the server would retry in a tight loop.
 pub const RETRY: Duration = Duration::from_millis(50);
 
 /// How long to wait for other processes that are making the same socket.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Bytes that the path of a Unix socket may have: one more ends it.
+/// The most bytes of a Unix socket's path, without the NUL that ends it.
 const PATH_MAX: usize = 107;
 
 /// Why a socket could not be made.
@@ -29,7 +29,7 @@ pub enum SocketError {
     /// Somebody listens there.
     #[error("Another process listens on {}; end it, or choose another path", .0.display())]
     InUse(PathBuf),
-    /// Something else than a socket is there; it is left alone.
+    /// A file that is no socket is there; it is left alone.
     #[error("{} exists and is not a socket; remove it, or choose another path", .0.display())]
     NotASocket(PathBuf),
     /// The path does not fit into a socket's address (`sun_path` in unix(7)).
@@ -47,10 +47,10 @@ pub enum SocketError {
         /// What is not there.
         folder: PathBuf,
     },
-    /// Somebody has been about to listen there for as long as that is waited for.
+    /// Another process has held the lock file for longer than this one waits.
     #[error(
-        "Another process has held {} for {LOCK_TIMEOUT:?}, which who makes the socket {} holds for a moment; end it, or choose \
-         another path",
+        "Another process has locked {} for {LOCK_TIMEOUT:?}, though making the socket {} takes a moment only; end it, or \
+         choose another path",
         .lock.display(), .path.display()
     )]
     Locked {
@@ -59,19 +59,19 @@ pub enum SocketError {
         /// The file that is locked.
         lock: PathBuf,
     },
-    /// What is to be locked meanwhile is no file that this process would have made.
+    /// Something that is no regular file stands where the lock file has to be.
     #[error(
-        "{} is not a regular file, but who makes the socket {} has to lock one there; remove it, or choose another path",
+        "{} is not a regular file, but the lock file for the socket {} has to be there; remove it, or choose another path",
         .lock.display(), .path.display()
     )]
     NoLock {
         /// The socket's path.
         path: PathBuf,
-        /// What is no file.
+        /// What is no regular file.
         lock: PathBuf,
     },
-    /// The operating system refuses the file that is locked meanwhile.
-    #[error("Cannot lock {}, as who makes the socket {} has to", .lock.display(), .path.display())]
+    /// The operating system refuses the lock file.
+    #[error("Cannot lock {}, which is needed to make the socket {}", .lock.display(), .path.display())]
     Lock {
         /// The socket's path.
         path: PathBuf,
@@ -90,19 +90,19 @@ pub enum SocketError {
     },
 }
 
-/// A listening socket; its file goes with it.
+/// A listening socket. Its file is removed when it is dropped.
 #[derive(Debug)]
 pub struct Socket {
     entry: CreatedFile,
     listener: UnixListener,
 }
 
-/// A file that this process made and holds open, by its name. It goes with this, unless another process has put a file
-/// of its own there since.
+/// The name of a file that this process made and holds open. The file is removed when this is dropped, unless another
+/// process has put a file of its own there since.
 #[derive(Debug)]
 pub struct CreatedFile {
     path: PathBuf,
-    /// Device and inode. As long as the file is open nobody else's can have the same.
+    /// Device and inode. No other file can have the same as long as this one is open.
     identity: (u64, u64),
 }
 
@@ -113,10 +113,10 @@ impl CreatedFile {
         Ok(CreatedFile { path, identity })
     }
 
-    /// Removes it now, if it is still there.
+    /// Removes the file now, if it is still there.
     pub fn remove(&self) {
         if fs::symlink_metadata(&self.path).is_ok_and(|found| identity(found) == self.identity) {
-            // Nothing to do about a failure: the next one to make a file there replaces this one.
+            // A failure does no harm: the next process to make a file there replaces this one.
             let _ = fs::remove_file(&self.path);
         }
     }
@@ -129,8 +129,8 @@ impl Drop for CreatedFile {
 }
 
 impl Socket {
-    /// Listens on `path`. A socket there on which nobody listens any more is replaced; one that is alive is an error. Of
-    /// many who do this at the same time one gets the socket, and the others the error.
+    /// Listens on `path`. A socket there on which nobody listens any more is replaced; a live one is an error. If several
+    /// processes do this at the same time, one gets the socket and the others get the error.
     pub fn bind(path: &Path) -> Result<Socket, SocketError> {
         let failed = |source| SocketError::Listen { path: path.to_owned(), source };
         check_length(path)?;
@@ -154,7 +154,7 @@ impl Socket {
         &self.entry.path
     }
 
-    /// Removes its file, if it is still there: nobody else is to connect.
+    /// Removes its file, if it is still there, so that nobody else can connect.
     pub fn remove(&self) {
         self.entry.remove();
     }
@@ -180,10 +180,10 @@ fn make_room(path: &Path) -> Result<(), SocketError> {
         Ok(_) => {}
     }
     match try_connect(path) {
-        // Whose backlog is full is alive, though it may not look after it.
+        // A socket whose backlog is full is alive, though its owner may not accept anything.
         Ok(()) | Err(Errno::EAGAIN) => Err(SocketError::InUse(path.to_owned())),
         Err(Errno::ECONNREFUSED) => fs::remove_file(path).map_err(failed),
-        // Who listened has ended meanwhile, and taken it along.
+        // The owner has ended meanwhile and removed the socket.
         Err(Errno::ENOENT) => Ok(()),
         Err(error) => Err(failed(error.into())),
     }
@@ -248,7 +248,7 @@ impl LockFile {
 
 impl Drop for LockFile {
     fn drop(&mut self) {
-        // Nothing to do about a failure: the file is in nobody's way. It is still locked here.
+        // A failure does no harm: an unlocked file is in nobody's way. The file is still locked here.
         let _ = fs::remove_file(&self.path);
     }
 }
@@ -269,8 +269,8 @@ pub fn wait_readable(fd: RawFd, shutdown: RawFd) -> io::Result<bool> {
     }
 }
 
-/// Makes reads and writes of `file` fail with [`io::ErrorKind::WouldBlock`] rather than wait. For a descriptor that
-/// somebody else gave: who uses it must not wait for them.
+/// Makes reads and writes of `file` fail with [`io::ErrorKind::WouldBlock`] rather than wait. To be used on a descriptor that
+/// a peer gave, since its user must not wait for that peer.
 pub fn set_nonblocking(file: &File) -> io::Result<()> {
     // SAFETY: both calls take a descriptor that `file` keeps open, and no pointer.
     let result = unsafe {
@@ -294,7 +294,7 @@ mod tests {
     fn a_live_socket_is_an_error_and_a_stale_one_is_replaced() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("socket");
-        // As a process leaves it that was killed.
+        // As a killed process leaves it.
         drop(UnixListener::bind(&path).unwrap());
         let socket = Socket::bind(&path).unwrap();
         assert!(matches!(Socket::bind(&path), Err(SocketError::InUse(_))));
@@ -380,7 +380,7 @@ mod tests {
             assert!(fs::symlink_metadata(&lock).is_ok() && !path.exists());
         };
         nix::unistd::mkfifo(&lock, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        // That nobody has open, and that somebody reads.
+        // First one that nobody has open, then one that has a reader.
         refused();
         let reader = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&lock).unwrap();
         refused();
