@@ -1,4 +1,4 @@
-//! The device, as vhost-user-backend drives it: messages of the frontend on one thread, the queues on another.
+//! The device as vhost-user-backend drives it: one thread handles the frontend's messages, another the queues.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -25,13 +25,13 @@ use viommu_trace::Event;
 use viommu_trace::event::Channel;
 use viommu_wire::trace::NO_ENDPOINT;
 
-/// The largest virtqueue that the device takes, for a QEMU that is told another size than [`super::QUEUE_SIZE`].
+/// The largest virtqueue that the device accepts, in case QEMU is configured with another size than [`super::QUEUE_SIZE`].
 const QUEUE_SIZE_MAX: usize = 1024;
 
-/// What epoll says for [`Backend::wake`]: the numbers up to the count of queues are the crate's.
+/// The epoll token of [`Backend::wake`]. The crate uses the numbers up to the count of queues.
 const WAKE_TOKEN: u16 = QUEUES as u16 + 1;
 
-/// What the device offers beside the features of its type.
+/// The features that the device offers beside those of its type.
 const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
     | 1 << VIRTIO_F_IN_ORDER
     | 1 << VIRTIO_RING_F_EVENT_IDX
@@ -44,9 +44,9 @@ pub(super) struct Backend {
     table: MemoryTable,
     /// The queues, once the worker has seen them.
     rings: OnceLock<Vec<Ring>>,
-    /// What only the thread that serves the queues uses.
+    /// State that only the thread that serves the queues uses.
     worker: Mutex<WorkerState>,
-    /// Wakes the worker: a fault was queued, or requests are left.
+    /// Wakes the worker when a fault was queued or requests are left.
     wake: (EventConsumer, EventNotifier),
     /// The worker has stopped before the request queue was empty, and is to go on.
     left: AtomicBool,
@@ -61,13 +61,13 @@ pub(super) struct Backend {
 pub(super) struct WorkerState {
     pub(super) buffers: ChainBuffers,
     pub(super) answers: Vec<PendingAnswer>,
-    /// The device-readable part of a chain, as far as it is read.
+    /// The part of a chain's device-readable bytes that is read.
     pub(super) request: Vec<u8>,
     /// Bytes that are written into a chain.
     pub(super) reply: Vec<u8>,
-    /// A queue that was set up rightly, and in which nothing impossible was found since.
+    /// Whether a queue was set up correctly and nothing impossible was found in it since.
     pub(super) usable: [bool; QUEUES],
-    /// The request queue is to be left alone until it is started anew, though nothing is wrong with it.
+    /// The request queue is left alone until it is started again, though nothing is wrong with it: a test wants it so.
     pub(super) silent: bool,
     /// The index at which the queue was started.
     base: [u16; QUEUES],
@@ -98,7 +98,7 @@ impl Backend {
         self.wake.1.try_clone()
     }
 
-    /// The connection and all the crate's threads are gone. To be called once.
+    /// Cleans up when the connection and all the crate's threads are gone. To be called once.
     pub(super) fn end(&self) {
         (0..QUEUES).for_each(|index| self.stop(index));
         // Never an error without a region.
@@ -110,20 +110,20 @@ impl Backend {
         }
     }
 
-    /// Waits for the worker to see the queues, and tells them what it waits with. Before the frontend is served: a kick that
-    /// it replaces is to be forgotten in any case.
+    /// Waits until the worker has seen the queues, and gives them the epoll that it waits with. To be called before the
+    /// frontend is served: a kick that the frontend replaces must be removed from that epoll.
     pub(super) fn introduce(&self, epoll: BorrowedFd<'_>) -> io::Result<()> {
         self.wake.1.notify()?;
         let mut rings = self.rings.wait().iter().enumerate();
         rings.try_for_each(|(number, ring)| ring.set_epoll(epoll, number))
     }
 
-    /// Somebody polls a queue from now on, which is not kicked meanwhile. `false` if it is not served.
+    /// Notes that a thread polls a queue from now on, so that the driver need not kick. `false` if it is not served.
     pub(super) fn begin_polling(&self, index: usize) -> bool {
         self.ring(index).is_some_and(|ring| ring.begin_polling(&self.table.memory().memory()))
     }
 
-    /// Does what the worker would if a queue that has something were kicked. Returns whether that was anything.
+    /// Serves a queue that has something, as the worker does after a kick. Returns whether anything was served.
     pub(super) fn poll(&self, index: usize) -> bool {
         let Some(rings) = self.rings.get() else { return false };
         if !rings.get(index).is_some_and(|ring| ring.has_more(&self.table.memory().memory())) {
@@ -132,18 +132,18 @@ impl Backend {
         let served = &self.shared.counters.batches;
         let before = served.load(Ordering::Relaxed);
         self.serve_catching_panics(index as u16, rings);
-        // Nothing comes of a queue that is none.
+        // A broken queue has something but nothing is served.
         served.load(Ordering::Relaxed) != before
     }
 
-    /// Nobody polls the queue any more: the worker is kicked, or is woken now.
+    /// Notes that nobody polls the queue any more. The driver kicks again, and the worker is woken now if need be.
     pub(super) fn end_polling(&self, index: usize) {
         if self.ring(index).is_some_and(|ring| ring.end_polling(&self.table.memory().memory())) {
             self.leave_requests();
         }
     }
 
-    /// Has the worker look at the request queue soon.
+    /// Makes the worker check the request queue soon.
     pub(super) fn leave_requests(&self) {
         self.left.store(true, Ordering::Release);
         if let Err(error) = self.wake.1.notify() {
@@ -157,7 +157,7 @@ impl Backend {
 
     /// Never an error, and never a panic: either would end the worker for good.
     fn serve_catching_panics(&self, event: u16, rings: &[Ring]) {
-        // Locked until it is said what came of it: nobody may see a queue start between the failure and that.
+        // Stays locked until a failure is noted: nobody may see a queue start in between.
         let mut worker = lock(&self.worker);
         let whole = self.catch_panic(|| {
             self.serve(&mut worker, event, rings);
@@ -179,7 +179,7 @@ impl Backend {
             }
         }
         if event == WAKE_TOKEN {
-            // Nothing to read is no error: it was read with an earlier wake.
+            // An empty counter is no error: an earlier wake has read it.
             let _ = self.wake.0.consume();
         }
         for (index, ring) in rings.iter().enumerate() {
@@ -193,15 +193,15 @@ impl Backend {
         self.deliver_faults(worker, rings, &memory);
     }
 
-    /// A queue was started. Notes where, and whether it can be used.
+    /// Notes that a queue was started, where, and whether it can be used.
     fn start(&self, worker: &mut WorkerState, index: usize, ring: &Ring, memory: &GuestMemoryMmap) {
-        // Locked until the lifecycle knows: a frontend that stops the queue now stops one that is known to have started.
+        // Stays locked until the lifecycle knows of the start, so that a frontend cannot stop the queue before that.
         let state = ring.get_ref();
         let queue = state.get_queue();
         let (base, size) = (queue.next_avail(), queue.size());
         (worker.base[index], worker.usable[index]) = (base, queue.ready());
         if !queue.ready() {
-            // Stopped again before anybody saw it start.
+            // It was stopped again before anybody saw it start.
             return;
         }
         let valid = ring.has_size() && queue.is_valid(memory) && !self.table.is_lost();
@@ -213,7 +213,7 @@ impl Backend {
         }
     }
 
-    /// A queue was stopped, if it was running.
+    /// Notes and traces that a queue was stopped, if it was running.
     fn stop(&self, index: usize) {
         let Some(ring) = self.rings.get().and_then(|rings| rings.get(index)) else { return };
         let (base, size) = (ring.queue_next_avail(), ring.get_ref().get_queue().size());
@@ -222,7 +222,7 @@ impl Backend {
         }
     }
 
-    /// Uses this memory from now on, and traces how it differs from what was used before.
+    /// Uses this memory from now on, and traces how it differs from the previous one.
     fn use_memory(&self, memory: &GuestMemoryMmap) -> Result<(), TableError> {
         self.table.replace(memory)?;
         let new: BTreeSet<(u64, u64)> = memory.iter().map(|region| (region.start_addr().0, region.len())).collect();
@@ -237,40 +237,41 @@ impl Backend {
         Ok(())
     }
 
-    /// Whether a page with a queue or a request could not be had, and that was not said before.
+    /// Whether a page with a queue or a request was lost to SIGBUS, and this was not logged before.
     fn lost_memory(&self) -> bool {
         let lost = self.table.is_newly_lost();
         if lost {
             log::error!(
-                "Guest memory that the virtqueues use cannot be had (SIGBUS): its file was cut short, its file system is \
-                 full, or no huge page is left. They are ignored until the driver resets the device and QEMU hands over \
-                 its memory anew"
+                "Guest memory that the virtqueues use is not available (SIGBUS): its file was truncated, its file system is \
+                 full, or no huge page is left. The queues are ignored until the driver resets the device and QEMU hands \
+                 over its memory again"
             );
         }
         lost
     }
 
-    /// Something impossible was found in a queue: it is left alone until it is set up anew. The specification's way to
-    /// say so, DEVICE_NEEDS_RESET, does not exist in vhost-user.
+    /// Something impossible was found in a queue. It is left alone until it is set up again. The specification's way to
+    /// report this, DEVICE_NEEDS_RESET, does not exist in vhost-user.
     pub(super) fn mark_broken(&self, worker: &mut WorkerState, index: usize) {
         worker.usable[index] = false;
         log::warn!("Virtqueue {index} is not a virtqueue: it is ignored until the driver resets the device");
         self.trace_malformed(index, 0, 0, 0);
     }
 
-    /// Runs what serves a queue; false, that is, not to be trusted any more, if it panics. A queue's lock is to be taken
-    /// outside of it: a panic that came past the lock would poison it, and the crate would panic in its turn.
+    /// Runs a function that serves a queue. Returns false if it panics: the queue is then not to be trusted any more. The
+    /// caller must take the queue's lock outside of `serve`: a panic that unwound past the lock would poison it, and then
+    /// the crate would panic too.
     pub(super) fn catch_panic(&self, serve: impl FnOnce() -> bool) -> bool {
-        // What the call may have left half done is the queue, which is left alone, and the worker's buffers, which are
-        // filled anew for each request.
+        // The call may leave two things half done: the queue, which is left alone from now on, and the worker's buffers,
+        // which are filled again for each request.
         self.shared.tracer.catch_panic(NO_ENDPOINT, serve).unwrap_or_else(|| {
-            log::error!("Caught a panic in what serves the virtqueues");
+            log::error!("Caught a panic while serving the virtqueues");
             false
         })
     }
 
-    /// Traces a kick of the driver. QEMU kicks each queue itself when it hands it over; that kick is known by the queue,
-    /// in which nothing is and nothing was.
+    /// Traces a kick of the driver. QEMU also kicks each queue when it hands the queue over; such a kick is recognised by a
+    /// queue that is empty and was never used.
     fn trace_kick(&self, index: usize, base: u16, ring: &Ring, memory: &GuestMemoryMmap) {
         let (requests, next) = {
             let state = ring.get_ref();
@@ -295,7 +296,7 @@ impl Backend {
         });
     }
 
-    /// Tells the driver of used entries that were just added, if it wants to know of one of them.
+    /// Notifies the driver of used entries that were just added, if it asked to be notified of one of them.
     pub(super) fn notify(&self, index: usize, state: &mut VringState, memory: &GuestMemoryMmap) {
         if !queue::needs_notification(state.get_queue_mut(), memory) || state.get_call().is_none() {
             return;
@@ -338,7 +339,7 @@ impl VhostUserBackend for Backend {
     }
 
     fn set_event_idx(&self, _enabled: bool) {
-        // The queues know.
+        // The crate has told the queues.
     }
 
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
@@ -346,7 +347,7 @@ impl VhostUserBackend for Backend {
     }
 
     fn set_config(&self, offset: u32, buf: &[u8]) -> io::Result<()> {
-        // Never an error, whatever the guest wrote: that would end the connection.
+        // Never an error, whatever the guest wrote, since an error would end the connection.
         config::write(&self.shared.iommu, &self.shared.tracer, offset, buf);
         Ok(())
     }
@@ -360,7 +361,7 @@ impl VhostUserBackend for Backend {
 
     fn exit_event(&self, _thread_index: usize) -> Option<(EventConsumer, EventNotifier)> {
         let exit = new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC)
-            .inspect_err(|error| log::error!("No event to end the virtqueues' worker with: {error}"))
+            .inspect_err(|error| log::error!("Cannot make the event that ends the virtqueues' worker: {error}"))
             .ok()?;
         *lock(&self.exit) = Some(exit.0.as_raw_fd());
         Some(exit)

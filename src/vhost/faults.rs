@@ -1,4 +1,4 @@
-//! The event queue: faults are written into the buffers that the driver gave for them.
+//! The event queue: the device writes faults into the buffers that the driver provided.
 
 use vhost_user_backend::{VringState, VringT};
 use virtio_queue::QueueT;
@@ -12,14 +12,14 @@ use super::ring::{Ring, is_served};
 use viommu_wire::virtio_iommu::FaultRecord;
 
 impl Backend {
-    /// Moves faults into the event queue's buffers, as far as there are any. What is left waits for the next wake.
+    /// Moves faults into the event queue's buffers while there are any. The rest waits until the worker is woken again.
     pub(super) fn deliver_faults(&self, worker: &mut WorkerState, rings: &[Ring], memory: &GuestMemoryMmap) {
         let ring = &rings[EVENTS];
         let mut state = ring.get_mut();
         if !is_served(&state) || !worker.usable[EVENTS] {
             return;
         }
-        // What a start means comes first: a reset drops the faults.
+        // First find out what a start means: a reset drops the faults.
         if rings.iter().any(Ring::is_starting) {
             drop(state);
             return self.leave_requests();
@@ -29,11 +29,11 @@ impl Backend {
         }
     }
 
-    /// Delivers what can be. Returns false if the queue is not one.
+    /// Delivers what can be delivered. Returns false if the queue is broken.
     fn serve_faults(&self, worker: &mut WorkerState, state: &mut VringState, memory: &GuestMemoryMmap) -> bool {
         let queue = state.get_queue_mut();
         let (mut usable, mut used_any) = (true, false);
-        // No more than the ring holds, so that a driver that keeps adding useless buffers does not keep the worker.
+        // Take no more than the ring holds: a driver that keeps adding useless buffers must not keep the worker busy.
         for _ in 0..queue.size() {
             if !usable || !self.shared.iommu.has_fault() {
                 break;
@@ -56,7 +56,7 @@ impl Backend {
                     }
                 }
                 Popped::Empty => {
-                    // Ask for a kick, and look once more for a buffer that came meanwhile.
+                    // Ask for a kick, and check once more for a buffer that came meanwhile.
                     match queue.enable_notification(memory) {
                         Ok(true) => {}
                         Ok(false) => break,

@@ -1,4 +1,4 @@
-//! Answers that are wrong on purpose, for tests of what a driver does then. CONTRIBUTING.md describes the switch.
+//! Answers that are wrong on purpose, to test how a driver reacts. CONTRIBUTING.md describes the option.
 
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,19 +10,19 @@ use viommu_trace::{Event, Tracer};
 use viommu_wire::request::RequestType;
 use viommu_wire::virtio_iommu::Status;
 
-/// Which requests of a type are not answered as they should be, and what happens instead. As text
-/// `REQUEST=ANSWER[:KEY=NUMBER]...`, for example `link=nomem:after=100:every=3`.
+/// Which requests of a type are answered wrongly, and how. As text: `REQUEST=ANSWER[:KEY=NUMBER]...`, for example
+/// `link=nomem:after=100:every=3`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Injection {
     request: RequestType,
     fault: InjectedFault,
-    /// The first so many of the type are spared,
+    /// How many requests of the type are answered correctly at first.
     after: u64,
-    /// then each so many-th is met; not 0,
+    /// Of the later ones every N-th is hit, where N is this number, not 0.
     every: u64,
-    /// and none after so many of the type.
+    /// The number of the last request of the type that can be hit.
     until: u64,
-    /// Only those since the driver reset the device so many times are met, or counted.
+    /// Requests are hit, and counted, only after the driver has reset the device this many times.
     resets: u64,
 }
 
@@ -31,27 +31,27 @@ pub struct Injection {
 pub(super) enum InjectedFault {
     /// It gets this status and is not done.
     Refused(Status),
-    /// It is done, and it and what is behind it in the queue answered, when the wait is over.
+    /// It is done after the wait. Only then are it and the requests behind it in the queue answered.
     Late(Wait),
-    /// Neither it nor what is behind it in the queue is answered before the driver resets the device.
+    /// Neither it nor the requests behind it in the queue are answered before the driver resets the device.
     Silent,
 }
 
-/// How long an answer is late.
+/// How long an answer is delayed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Wait {
-    /// At most so long,
+    /// The longest delay.
     time: Duration,
-    /// or until so many requests are behind it in the queue. A driver that waits for each answer adds none before it has
-    /// given up.
+    /// The delay ends earlier once this many requests are behind it in the queue. A driver that waits for each answer adds
+    /// none before it has given up.
     behind: Option<u16>,
 }
 
 impl Wait {
-    /// Between two looks at the queue.
+    /// The time between two checks of the queue.
     const LOOK: Duration = Duration::from_millis(1);
 
-    /// Waits. `queued` says how many requests the queue has; `None`: that cannot be read any more.
+    /// Waits. `queued` returns how many requests the queue has, or `None` if that cannot be read any more.
     pub(super) fn wait(self, queued: impl Fn() -> Option<u16>) {
         let Some(behind) = self.behind else { return thread::sleep(self.time) };
         let begin = Instant::now();
@@ -62,7 +62,7 @@ impl Wait {
 }
 
 impl Injection {
-    /// Whether the `number`-th request of the type, counted from 1, is met.
+    /// Whether the request with this number, counted from 1 within its type, is hit.
     fn meets(&self, number: u64) -> bool {
         self.after < number && number <= self.until && (number - self.after).is_multiple_of(self.every)
     }
@@ -119,7 +119,7 @@ fn parse_fault(name: &str) -> Option<InjectedFault> {
     match name {
         "silent" => Some(InjectedFault::Silent),
         "late" => Some(InjectedFault::Late(Wait { time: Duration::from_secs(1), behind: None })),
-        // A refusal that says OK would be none.
+        // A refusal with status OK would be no refusal.
         name => lower_case(name)
             .and_then(Status::from_name)
             .filter(|status| *status != Status::Ok)
@@ -127,7 +127,7 @@ fn parse_fault(name: &str) -> Option<InjectedFault> {
     }
 }
 
-/// Injections, with the requests of their types counted since the process began, or the driver's resets.
+/// Injections. Each counts the requests of its type, since the process began or since the reset that it waits for.
 pub(super) struct Injector {
     injections: Vec<(Injection, AtomicU64)>,
     resets: AtomicU64,
@@ -144,8 +144,8 @@ impl Injector {
         self.resets.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Counts a request of this type and decides, and traces, what happens to it. The first injection that meets it
-    /// does; `None`: it is answered as it should be.
+    /// Counts a request of this type, and decides and traces what happens to it. The first injection that hits it decides;
+    /// `None` if it is to be answered correctly.
     pub(super) fn decide(&self, request: RequestType, tracer: &Tracer) -> Option<InjectedFault> {
         let mut met = None;
         let resets = self.resets.load(Ordering::Relaxed);

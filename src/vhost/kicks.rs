@@ -1,44 +1,44 @@
 //! Whether the driver is to kick the request queue.
 //!
-//! A kick costs the driver an exit to its hypervisor and the device a wake-up. While somebody polls the queue neither is
-//! of use, so the driver is asked not to kick (sections 2.7.7 and 2.7.10 of the virtio specification). When polling ends
-//! the driver is asked to kick again, and then the queue is looked at once more: what the driver added before it could
-//! see that has no kick.
+//! A kick costs the driver an exit to its hypervisor and the device a wake-up. Neither is useful while a thread polls the
+//! queue, so the device asks the driver not to kick (sections 2.7.7 and 2.7.10 of the virtio specification). When polling
+//! ends, the device asks the driver to kick again and then checks the queue once more: a request that the driver added
+//! before it saw the change has no kick.
 
-/// A virtqueue, as far as kicks are concerned.
+/// A virtqueue, seen as a source of kicks.
 pub(super) trait Available {
-    /// Whether the driver has added something that is not taken yet.
+    /// Whether the driver has added a chain that is not taken yet.
     fn has_more(&self) -> bool;
 
-    /// Asks the driver to kick, and then looks as [`Available::has_more`] does; `None` if the queue is not in memory.
+    /// Asks the driver to kick, and then checks as [`Available::has_more`] does; `None` if the queue is not in memory.
     fn ask(&mut self) -> Option<bool>;
 
-    /// Asks the driver not to kick, which it may do all the same.
+    /// Asks the driver not to kick. The driver may kick anyway.
     fn decline(&mut self);
 }
 
-/// Who looks at a queue: somebody who polls it, or nobody until the driver kicks. All calls are made with the queue locked.
+/// Who checks a queue: a thread that polls it, or nobody until the driver kicks. All calls are made with the queue locked.
 #[derive(Debug, Default)]
 pub(super) struct Kicks {
     polled: bool,
 }
 
 impl Kicks {
-    /// Somebody polls the queue from now on.
+    /// Notes that a thread polls the queue from now on.
     pub fn begin_polling(&mut self, queue: &mut impl Available) {
         self.polled = true;
         queue.decline();
     }
 
-    /// Nobody polls the queue any more; `None` if it was stopped meanwhile, as its memory may be something else's by then.
-    /// Returns whether somebody has to look at it now, kick or not.
+    /// Notes that nobody polls the queue any more. `queue` is `None` if it was stopped meanwhile: its memory may have another
+    /// use by then. Returns whether somebody has to check the queue now, without waiting for a kick.
     pub fn end_polling(&mut self, queue: Option<&mut impl Available>) -> bool {
         self.polled = false;
         queue.is_some_and(|queue| queue.ask().unwrap_or(true))
     }
 
-    /// All that was found was taken. Returns whether there is more now; if not, somebody will look when there is. `None` if
-    /// the queue is not in memory.
+    /// To be called when everything found in the queue was taken. Returns whether there is more now; if not, somebody will
+    /// check the queue once there is. `None` if the queue is not in memory.
     pub fn rest(&self, queue: &mut impl Available) -> Option<bool> {
         if self.polled { Some(queue.has_more()) } else { queue.ask() }
     }
@@ -46,7 +46,7 @@ impl Kicks {
 
 #[cfg(all(test, loom))]
 mod loom_tests {
-    //! The protocol between driver, worker and poller through all orders that the memory model allows.
+    //! The protocol between driver, worker and poller, in all orders that the memory model allows.
 
     use std::sync::Arc;
 
@@ -56,7 +56,7 @@ mod loom_tests {
 
     use super::*;
 
-    /// What driver and device share: the ring's index and its avail_event; and the kick's descriptor.
+    /// The state that driver and device share: the ring's index, its avail_event, and the kick's descriptor.
     #[derive(Default)]
     struct Shared {
         index: AtomicU16,
@@ -87,7 +87,7 @@ mod loom_tests {
         }
     }
 
-    /// The ring, and what is taken of it.
+    /// The ring, and the index up to which it is taken.
     struct Taken<'a>(&'a Shared, &'a mut u16);
 
     impl Queue {
@@ -95,7 +95,7 @@ mod loom_tests {
             (&mut self.kicks, Taken(&self.shared, &mut self.next))
         }
 
-        /// Takes what there is, and rests.
+        /// Takes everything, and rests.
         fn serve(&mut self) {
             loop {
                 let (kicks, mut taken) = self.split();
@@ -147,7 +147,7 @@ mod loom_tests {
                     kicks.end_polling(Some(&mut taken))
                 })
             };
-            // The worker, once: a kick that it took may have come before the other request.
+            // The worker runs once. The kick that it takes may have come before the second request.
             let kicked = std::mem::take(&mut *shared.kick.lock().unwrap());
             if kicked {
                 queue.lock().unwrap().serve();

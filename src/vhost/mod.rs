@@ -1,8 +1,8 @@
 //! The virtio-iommu device over vhost-user. The only place that knows vhost-user and virtqueues.
 //!
-//! [`Server::run`] serves one frontend after the other: when QEMU ends, the device is as at power-on and waits for the
-//! next. Nothing that a frontend or a guest does ends it: a frontend that breaks the protocol loses its connection, a
-//! guest that breaks its queue is not served until it resets the device.
+//! [`Server::run`] serves one frontend after the other. When QEMU ends, the device is as at power-on and waits for the next
+//! frontend. Nothing that a frontend or a guest does ends the server: a frontend that breaks the protocol loses its
+//! connection, and a guest that breaks a queue is not served until it resets the device.
 
 mod backend;
 mod config;
@@ -31,7 +31,7 @@ use crate::sync::lock;
 use viommu_trace::event::{Channel, ResetKind};
 use viommu_trace::{Event, Tracer};
 
-/// The guest's memory as the frontend's messages describe it, which virtqueues are in.
+/// The guest's memory as the frontend's messages describe it. The virtqueues are in it.
 type QueueMemory = vm_memory::GuestMemoryAtomic<vm_memory::GuestMemoryMmap>;
 
 /// The request queue and the event queue (virtio specification, section 5.13.2).
@@ -50,9 +50,9 @@ pub struct Stats {
     pub kicks: u64,
     /// Used buffer notifications to the driver, on both queues.
     pub notifications: u64,
-    /// Requests of a type that does not exist; these are malformed too.
+    /// Requests of a type that does not exist. They count as malformed too.
     pub unknown: u64,
-    /// Chains that were no request or no buffer for a fault, and queues that were no queue.
+    /// Chains that are no valid request or no valid buffer for a fault, and invalid queues.
     pub malformed: u64,
 }
 
@@ -101,9 +101,9 @@ impl SharedDevice {
         self.tracer.emit(Event::Session { channel: Channel::VhostUser, endpoint: None, connected: false });
     }
 
-    /// The lifecycle stays locked while its action is done, so that a queue starts after it.
+    /// The caller keeps the lifecycle locked, so that a queue starts only after the action is done.
     fn apply(&self, action: Option<Action>) {
-        // Most often nothing is to be done, and then nobody waits for the requests that are being done.
+        // Most often there is nothing to do. Nobody should wait then for the requests that are being executed.
         let Some(action) = action else { return };
         let _journal = self.iommu.journal();
         let reset = match action {
@@ -128,17 +128,17 @@ impl SharedDevice {
     }
 }
 
-/// Tells the device what vhost-user does not: see [`Server::control`]. Without any of it the device still tells a reset
-/// of the driver from a pause; with it, it restores the boot-time `bypass` when the machine is reset.
+/// Tells the device what vhost-user does not: see [`Server::control`]. Without these calls the device still distinguishes a
+/// driver's reset from a pause. With them it restores the boot-time `bypass` when the machine is reset.
 #[derive(Clone)]
 pub struct Control {
     shared: Arc<SharedDevice>,
 }
 
 impl Control {
-    /// A PCI function of the machine was reset over vfio-user (DEVICE_RESET). If the virtqueues are stopped and ran
-    /// before, the machine is being reset, unless QMP said that it is paused. To be called after the function has
-    /// stopped its accesses.
+    /// A PCI function of the machine was reset over vfio-user (DEVICE_RESET). If the virtqueues ran before and are stopped
+    /// now, the machine is being reset, unless QMP said that it is paused. To be called after the function has stopped its
+    /// accesses.
     pub fn function_reset(&self) {
         let mut lifecycle = self.shared.lifecycle();
         let action = lifecycle.function_reset();
@@ -164,7 +164,7 @@ impl Control {
         self.shared.lifecycle().machine_resumed();
     }
 
-    /// From now on answers requests wrongly, for tests of drivers. The first call decides.
+    /// Answers requests wrongly from now on, for tests of drivers. Only the first call counts.
     pub fn inject(&self, injections: &[Injection]) {
         self.shared.injector.get_or_init(|| Injector::new(injections));
     }

@@ -1,4 +1,4 @@
-//! The request queue as another thread than its worker serves it, while that one sleeps.
+//! Serving the request queue from another thread while its worker sleeps.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, RwLock};
@@ -12,12 +12,12 @@ use crate::sync::unpoisoned;
 #[derive(Default)]
 pub(super) struct Poller {
     taken: AtomicBool,
-    /// Of the frontend that is connected. Locked for reading while another thread than its worker serves it.
+    /// The backend of the connected frontend. Locked for reading while a thread that is not its worker serves it.
     backend: RwLock<Option<Arc<Backend>>>,
 }
 
 impl Poller {
-    /// A frontend came, or goes. When this returns, nobody polls the one before any more.
+    /// A frontend came, or goes. When this returns, nobody polls for the previous one any more.
     pub fn connect(&self, backend: Option<Arc<Backend>>) {
         *unpoisoned(self.backend.write()) = backend;
     }
@@ -32,7 +32,7 @@ impl Poller {
 impl QueuePoller for Control {
     fn acquire(&self) -> bool {
         let poller = &self.shared.poller;
-        // A test that has requests answered late wants no other device to be late with them.
+        // In a test that has requests answered late, other devices must not become late too.
         if self.shared.injector.get().is_some() || poller.taken.swap(true, Ordering::Acquire) {
             return false;
         }

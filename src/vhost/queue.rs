@@ -9,7 +9,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
 
 use super::kicks::Available;
 
-/// The most bytes of a chain: far more than the largest request, and little enough to be cleared on every request.
+/// The most bytes of a chain. It is far more than the largest request has, and few enough to clear for every request.
 const CHAIN_BYTES_MAX: u64 = 64 << 10;
 
 /// What the available ring has.
@@ -18,7 +18,7 @@ pub(super) enum Popped<'m> {
     Chain(DescriptorChain<&'m GuestMemoryMmap>),
     /// Nothing more.
     Empty,
-    /// Something that is not a ring: an index that is ahead by more than the ring's size, or no memory.
+    /// No valid ring: the index is ahead by more than the ring's size, or the ring is not in memory.
     Broken,
 }
 
@@ -35,7 +35,7 @@ pub(super) fn pop<'m>(queue: &mut Queue, memory: &'m GuestMemoryMmap) -> Popped<
     }
 }
 
-/// How many chains are available; `None` if that cannot be read or be.
+/// How many chains are available; `None` if the index cannot be read or is impossible.
 pub(super) fn available(queue: &Queue, memory: &GuestMemoryMmap) -> Option<u16> {
     let index = queue.avail_idx(memory, Ordering::Acquire).ok()?;
     let count = (index - Wrapping(queue.next_avail())).0;
@@ -57,14 +57,14 @@ impl Available for Taken<'_> {
         self.queue.enable_notification(self.memory).ok()
     }
 
-    /// Whoever serves the queue finds out if it cannot be written.
+    /// A failed write is ignored here: whoever serves the queue next finds it.
     fn decline(&mut self) {
         if !self.queue.event_idx_enabled() {
             let _ = self.queue.disable_notification(self.memory);
             return;
         }
-        // The driver kicks when its index goes past avail_event, which is behind the used ring's elements (section 2.7.8).
-        // This one is passed already, and will not be again before 2^16 requests more.
+        // The driver kicks when its index passes avail_event, which follows the used ring's elements (section 2.7.8). The
+        // driver has already passed the value set here, and passes it again only after 2^16 more requests.
         let event = self.queue.next_avail().wrapping_sub(1);
         let address = self.queue.used_ring().checked_add(4 + 8 * u64::from(self.queue.size()));
         if let Some(address) = address {
@@ -91,25 +91,25 @@ struct Segment {
     len: usize,
 }
 
-/// One chain's buffers. Kept and filled again, so that a request costs no allocation.
+/// One chain's buffers. They are reused, so that a request costs no allocation.
 #[derive(Default)]
 pub(super) struct ChainBuffers {
     readable: Vec<Segment>,
     writable: Vec<Segment>,
 }
 
-/// A chain that no driver may make (sections 2.7.4.2, 2.7.5.2 and 2.7.5.3.1): it loops, it is longer than the queue or
-/// than this device takes, it has a device-writable part before a device-readable one, or it leads out of memory.
+/// A chain that no driver may make (sections 2.7.4.2, 2.7.5.2 and 2.7.5.3.1). It loops, is longer than the queue or than
+/// this device accepts, has a device-writable part before a device-readable one, or leads out of memory.
 #[derive(Debug)]
 pub(super) struct BadChain;
 
 impl ChainBuffers {
-    /// Takes a chain's descriptors. The cost is bounded by the size of the queue, whatever they say.
+    /// Takes a chain's descriptors. The queue's size bounds the cost, whatever they say.
     pub(super) fn fill(&mut self, chain: DescriptorChain<&GuestMemoryMmap>, size: u16) -> Result<(), BadChain> {
         self.readable.clear();
         self.writable.clear();
         let mut bytes = 0;
-        // The iterator ends without a word where it cannot go on.
+        // The iterator just ends where it cannot go on.
         let mut complete = false;
         for (count, descriptor) in chain.enumerate() {
             bytes += u64::from(descriptor.len());
@@ -139,7 +139,7 @@ impl ChainBuffers {
         self.writable.iter().map(|segment| segment.len).sum()
     }
 
-    /// Reads the first bytes of the device-readable part, as many as there are and as fit. Returns how many.
+    /// Reads the first bytes of the device-readable part, as many as exist and fit. Returns how many.
     pub(super) fn read(&self, memory: &GuestMemoryMmap, data: &mut [u8]) -> Result<usize, BadChain> {
         let mut done = 0;
         for segment in &self.readable {
@@ -158,7 +158,7 @@ impl ChainBuffers {
         self.writable.iter().all(good).then_some(()).ok_or(BadChain)
     }
 
-    /// Writes the first `data.len()` bytes of the device-writable part, which must have as many.
+    /// Writes the first `data.len()` bytes of the device-writable part, which must have that many.
     pub(super) fn write(&self, memory: &GuestMemoryMmap, data: &[u8]) -> Result<(), BadChain> {
         let mut rest = data;
         for segment in &self.writable {

@@ -26,12 +26,12 @@ const ROUNDS_MAX: usize = 8;
 /// single LINK of many pages may take longer, but nobody waits for a second one.
 const TIME_SLICE: Duration = Duration::from_millis(2);
 
-/// A chain that is done and not given back yet.
+/// A chain that was executed and is not in the used ring yet.
 pub(super) struct PendingAnswer {
     head: u16,
     used: u32,
     start: Instant,
-    /// What is traced of the request, but for its duration.
+    /// The request's trace event, without its duration.
     event: Option<Event>,
 }
 
@@ -44,12 +44,12 @@ impl Backend {
             if round > 0 && begun.elapsed() >= TIME_SLICE {
                 break;
             }
-            // Held for a batch: who stops the queue waits for the batch, and so reads the right index.
+            // Held for a batch, so that whoever stops the queue waits for the batch and reads the right index.
             let mut state = ring.get_mut();
             if !is_served(&state) {
                 return;
             }
-            // What a start means comes first: it may be a reset, which would drop what is done here.
+            // First find out what a start means: it may be a reset, which would drop what is done here.
             if rings.iter().any(Ring::is_starting) {
                 break;
             }
@@ -68,7 +68,7 @@ impl Backend {
         self.leave_requests();
     }
 
-    /// Answers one batch. Returns false if the queue is not one.
+    /// Answers one batch. Returns false if the queue is broken.
     fn serve_batch(&self, worker: &mut WorkerState, state: &mut VringState, memory: &GuestMemoryMmap) -> bool {
         let queue = state.get_queue_mut();
         let mut usable = queue.disable_notification(memory).is_ok();
@@ -102,15 +102,15 @@ impl Backend {
         if worker.answers.is_empty() {
             return usable;
         }
-        // The rule that all hangs on: the driver is not told of a removal while an access may still use what was
-        // removed.
+        // The rule on which everything depends: the driver must not learn of a removal while an access may still use what
+        // was removed.
         self.shared.iommu.synchronize();
         self.shared.counters.batches.fetch_add(1, Ordering::Relaxed);
         for answer in worker.answers.drain(..) {
             if let Some(event) = answer.event {
                 self.shared.tracer.emit(event.after(answer.start.elapsed()));
             }
-            // A head outside of the queue cannot be given back.
+            // A head outside the queue cannot be returned.
             if answer.head < queue.size() {
                 usable &= queue.add_used(memory, answer.head, answer.used).is_ok();
             }
@@ -120,8 +120,8 @@ impl Backend {
         usable
     }
 
-    /// Does the request in the buffers and writes its answer. Returns the bytes written, and what to trace; `None` for
-    /// a request that a test wants never to be answered.
+    /// Executes the request in the buffers and writes its answer. Returns the number of bytes written and the trace event;
+    /// `None` for a request that a test wants to stay unanswered.
     fn answer(
         &self,
         worker: &mut WorkerState,
@@ -139,7 +139,7 @@ impl Backend {
             }
             BadChain
         })?;
-        // The tail is the last four bytes of the device-writable part, however long that is.
+        // The tail is the last four bytes of the device-writable part, whose length may vary.
         let writable = buffers.writable();
         let properties = writable.checked_sub(size_of::<Tail>()).ok_or(BadChain)?;
         buffers.check_writable(memory)?;

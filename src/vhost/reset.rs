@@ -1,27 +1,27 @@
-//! What a stop and a start of the queues mean: a pause, a driver's reset or the machine's.
+//! What a stop and a start of the queues mean: a pause, a driver's reset or a reset of the machine.
 //!
 //! vhost-user does not say which. A driver that resets the device and a machine that is paused look the same: both
-//! queues are stopped with GET_VRING_BASE. So the state is kept, and what follows decides:
+//! queues are stopped with GET_VRING_BASE. So the state is kept, and the next event decides:
 //!
-//! * the queues start at the index where they stopped: it was a pause, and all state is still right;
-//! * a queue starts at another index, which is 0: it was a reset, and the next driver must find nothing;
-//! * a PCI function is reset while the queues are stopped, or the user's QMP socket says so: it was a reset of the
-//!   machine, and firmware is about to use devices with the boot-time `bypass`. While QMP says that the machine is
-//!   paused, only QMP can say that: QEMU also resets a function that is plugged into a paused machine.
+//! * The queues start at the index where they stopped: it was a pause, and all state is still valid.
+//! * A queue starts at another index, which is 0: it was a reset, and the next driver must find nothing.
+//! * A PCI function is reset while the queues are stopped, or the user's QMP socket reports a reset: it was a reset of the
+//!   machine, and firmware is about to use devices with the boot-time `bypass`. While QMP says that the machine is paused,
+//!   only QMP can report this: QEMU also resets a function that is plugged into a paused machine.
 //!
-//! One case is open: a queue that stopped at index 0, as it never moved or moved by exactly 2^16. The other queue
-//! decides; if it is at 0 too, QMP does; else it is taken for a reset. Until the other queue starts too, the state is
-//! kept: a request that is served before then was left in the queue by a pause, as a driver that begins has both queues
-//! started before it can add any.
+//! One case is ambiguous: a queue stopped at index 0, because it never moved or moved by exactly 2^16. Then the other queue
+//! decides. If that one is at 0 too, QMP decides, and without a word from QMP it counts as a reset. The state is kept until
+//! the other queue starts too. A request that is served before that was left in the queue by a pause, since a new driver
+//! has both queues started before it can add any request.
 
 use super::QUEUES;
 
 /// What is to be done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Action {
-    /// The queues go on where they were; nothing is to be done.
+    /// Nothing: the queues go on where they stopped.
     Resume,
-    /// The driver had reset the device.
+    /// The driver has reset the device.
     DeviceReset,
     /// The machine was reset.
     SystemReset,
@@ -31,20 +31,20 @@ pub(super) enum Action {
 #[derive(Debug, Default)]
 pub(super) struct Lifecycle {
     running: [bool; QUEUES],
-    /// Where a queue stopped that did not start again yet.
+    /// Where a queue stopped, if it has not started again.
     stopped_at: [Option<u16>; QUEUES],
-    /// The state that is kept is neither confirmed nor dropped yet.
+    /// Whether the kept state is valid is not decided yet.
     undecided: bool,
     /// QMP says that the machine is paused now.
     paused: bool,
-    /// QMP said that the machine was paused while the queues were stopped.
+    /// QMP has said that the machine was paused while the queues were stopped.
     by_pause: bool,
     /// A queue started since power-on or the last reset of the machine.
     used: bool,
 }
 
 impl Lifecycle {
-    /// A queue was stopped and is at this index of the available ring. Returns whether it was running.
+    /// A queue was stopped at this index of the available ring. Returns whether it was running.
     pub(super) fn stopped(&mut self, queue: usize, index: u16) -> bool {
         let was_running = std::mem::take(&mut self.running[queue]);
         if was_running {
@@ -59,7 +59,7 @@ impl Lifecycle {
     pub(super) fn started(&mut self, queue: usize, base: u16) -> Option<Action> {
         self.running[queue] = true;
         self.used = true;
-        // Nobody starts a queue of a machine that is paused. QMP's RESUME may be late, or was missed.
+        // Nobody starts a queue of a paused machine. QMP's RESUME may come late, or may have been missed.
         self.paused = false;
         let stopped_at = self.stopped_at[queue].take()?;
         if !self.undecided {
@@ -79,19 +79,19 @@ impl Lifecycle {
         Some(action)
     }
 
-    /// A PCI function was reset over vfio-user. While the queues are stopped, that is what a reset of the machine does;
-    /// but while the machine is paused, so does a function that is plugged in.
+    /// A PCI function was reset over vfio-user. While the queues are stopped, this means a reset of the machine. While the
+    /// machine is paused it does not: a function that is plugged in is reset too.
     pub(super) fn function_reset(&mut self) -> Option<Action> {
         let held = self.stopped_at.iter().any(Option::is_some);
         (held && !self.paused && !self.is_running()).then(|| self.reset_machine())
     }
 
-    /// QMP says that the machine was reset. The message may come late: a driver that runs already is not disturbed.
+    /// QMP says that the machine was reset. The message may come late, so it does not disturb a driver that already runs.
     pub(super) fn machine_reset(&mut self) -> Option<Action> {
         (self.used && !self.is_running()).then(|| self.reset_machine())
     }
 
-    /// QMP says that the machine was paused. Returns false if that was known.
+    /// QMP says that the machine was paused. Returns false if that was known already.
     pub(super) fn machine_paused(&mut self) -> bool {
         self.by_pause |= !self.is_running();
         !std::mem::replace(&mut self.paused, true)
@@ -116,7 +116,7 @@ impl Lifecycle {
 mod tests {
     use super::*;
 
-    /// A device whose driver ran and whose queues stopped at these indexes.
+    /// The lifecycle of a device whose driver ran and whose queues stopped at these indexes.
     fn stopped_at(requests: u16, events: u16) -> Lifecycle {
         let mut lifecycle = Lifecycle::default();
         assert_eq!(lifecycle.started(0, 0), None);
@@ -199,7 +199,7 @@ mod tests {
         assert_eq!(lifecycle.function_reset(), None);
         lifecycle.stopped(1, 0);
         assert_eq!(lifecycle.function_reset(), Some(Action::SystemReset));
-        // The other functions of the machine, and QMP, say the same once more.
+        // The other functions of the machine and QMP report the same reset again.
         assert_eq!(lifecycle.function_reset(), None);
         assert_eq!(lifecycle.machine_reset(), None);
         assert_eq!(lifecycle.started(0, 0), None);
@@ -213,7 +213,7 @@ mod tests {
         lifecycle.machine_resumed();
         assert_eq!(lifecycle.started(0, 40), Some(Action::Resume));
         assert_eq!(lifecycle.started(1, 2), None);
-        // A reset of the paused machine is told by QMP.
+        // QMP reports a reset of the paused machine.
         lifecycle.machine_paused();
         lifecycle.stopped(0, 50);
         lifecycle.stopped(1, 2);

@@ -1,4 +1,4 @@
-//! A virtqueue as vhost-user-backend keeps it, with what that crate does not tell a device.
+//! A virtqueue as vhost-user-backend keeps it, with facts that the crate does not report to a device.
 
 use std::fs::File;
 use std::io;
@@ -17,8 +17,8 @@ use super::queue::{self, Taken};
 use crate::sync::lock;
 use viommu_socket::set_nonblocking;
 
-/// A virtqueue that knows whether it was just started, whether it was kicked, and that never ends a connection for
-/// what a guest wrote into its registers.
+/// A virtqueue that knows whether it was just started and whether it was kicked. It never ends a connection because of
+/// values that a guest wrote into its registers.
 #[derive(Clone)]
 pub(super) struct Ring {
     inner: VringMutex<QueueMemory>,
@@ -30,15 +30,15 @@ pub(super) struct Ring {
 
 #[derive(Default)]
 struct Watch {
-    /// Started, and not seen by the worker yet.
+    /// It was started, and the worker has not seen that yet.
     started: AtomicBool,
-    /// Kicked, and not seen by the worker yet.
+    /// It was kicked, and the worker has not seen that yet.
     kicked: AtomicBool,
-    /// The driver's size cannot be that of a split virtqueue.
+    /// The driver's size is impossible for a split virtqueue.
     odd_size: AtomicBool,
-    /// Locked only by who has locked the queue.
+    /// Locked only while the queue is locked.
     kicks: Mutex<Kicks>,
-    /// What the worker waits with, and the queue's number there.
+    /// The epoll with which the worker waits, and the queue's number there.
     epoll: OnceLock<(OwnedFd, usize)>,
 }
 
@@ -53,23 +53,23 @@ impl Ring {
         self.watch.started.swap(false, Ordering::AcqRel)
     }
 
-    /// Whether the queue was started, and nobody has taken that yet.
+    /// Whether the queue was started since [`Ring::take_started`] was called last.
     pub(super) fn is_starting(&self) -> bool {
         self.watch.started.load(Ordering::Acquire)
     }
 
-    /// Whether the driver kicked the queue since the last call. Enabling a queue wakes the worker too, which is no kick.
+    /// Whether the driver kicked the queue since the last call. Enabling a queue also wakes the worker, but is no kick.
     pub(super) fn take_kicked(&self) -> bool {
         self.watch.kicked.swap(false, Ordering::AcqRel)
     }
 
-    /// Whether the queue is served and has something.
+    /// Whether the queue is served and not empty.
     pub(super) fn has_more(&self, memory: &GuestMemoryMmap) -> bool {
         let state = self.inner.get_ref();
         is_served(&state) && queue::available(state.get_queue(), memory) != Some(0)
     }
 
-    /// Somebody polls the queue from now on, and the driver need not kick. `false` if the queue is not served.
+    /// Notes that a thread polls the queue from now on, so that the driver need not kick. `false` if the queue is not served.
     pub(super) fn begin_polling(&self, memory: &GuestMemoryMmap) -> bool {
         let mut state = self.get_mut();
         let served = is_served(&state);
@@ -79,7 +79,7 @@ impl Ring {
         served
     }
 
-    /// Nobody polls the queue any more. Returns whether the worker has to look at it now.
+    /// Notes that nobody polls the queue any more. Returns whether the worker has to check it now.
     pub(super) fn end_polling(&self, memory: &GuestMemoryMmap) -> bool {
         let mut state = self.get_mut();
         let served = is_served(&state);
@@ -87,8 +87,8 @@ impl Ring {
         self.kicks().end_polling(served.then_some(&mut queue))
     }
 
-    /// All that was found in the queue, which is locked, was taken. Returns whether there is more; `None` if that cannot be
-    /// read.
+    /// To be called, with the queue locked, when everything found in it was taken. Returns whether there is more; `None` if
+    /// that cannot be read.
     pub(super) fn rest(&self, state: &mut VringState<QueueMemory>, memory: &GuestMemoryMmap) -> Option<bool> {
         self.kicks().rest(&mut Taken { queue: state.get_queue_mut(), memory })
     }
@@ -97,15 +97,15 @@ impl Ring {
         lock(&self.watch.kicks)
     }
 
-    /// The worker waits for the queue's kicks with this epoll, in which the queue has this number. To be called once.
+    /// Sets the epoll with which the worker waits for kicks, and the queue's number in it. To be called once.
     pub(super) fn set_epoll(&self, epoll: BorrowedFd<'_>, number: usize) -> io::Result<()> {
         let epoll = epoll.try_clone_to_owned()?;
         let _ = self.watch.epoll.set((epoll, number));
         Ok(())
     }
 
-    /// Reads the kick, and returns whether the queue is to be served. The worker must not end, and must not wait: the
-    /// descriptor may have been exchanged, or its kick read, since it was found readable.
+    /// Reads the kick, and returns whether the queue is to be served. The worker must neither end nor wait here: since the
+    /// descriptor was found readable, it may have been replaced, or its kick may have been read.
     fn consume(&self) -> bool {
         let state = self.inner.get_ref();
         let Some(kick) = state.get_kick() else { return false };
@@ -120,7 +120,7 @@ impl Ring {
                 let broken = kick.as_raw_fd();
                 drop(state);
                 let _handoff = self.handoff();
-                // The frontend may have given another one by now, while this one was still open.
+                // The frontend may have given another one meanwhile, while this one was still open.
                 let is_broken = |kick: &EventConsumer| kick.as_raw_fd() == broken;
                 if self.inner.get_ref().get_kick().as_ref().is_some_and(is_broken) {
                     self.replace_kick(None);
@@ -130,16 +130,16 @@ impl Ring {
         }
     }
 
-    /// Puts another descriptor in the place of the kick. The frontend may have the old one's open file as well, so closing
-    /// it here would leave it with the worker's epoll, and what is written to it then would wake the worker for ever.
+    /// Replaces the kick's descriptor. The frontend may also hold the old one's open file. Closing the descriptor here would
+    /// then leave that file in the worker's epoll, and a write to it would wake the worker for ever.
     fn replace_kick(&self, file: Option<File>) {
         if let (Some((epoll, _)), Some(kick)) = (self.watch.epoll.get(), self.inner.get_ref().get_kick()) {
-            // Most often it is not registered, as the queue was stopped before.
+            // An error is normal: most often it is not registered, since the queue was stopped before.
             let _ = control(epoll, libc::EPOLL_CTL_DEL, kick.as_raw_fd(), 0);
         }
         self.inner.set_kick(file);
         let state = self.inner.get_ref();
-        // The crate registers the kick of a queue when it is started, or enabled.
+        // The crate registers a kick only when its queue is started or enabled.
         if let (Some((epoll, number)), Some(kick)) = (self.watch.epoll.get(), state.get_kick())
             && is_served(&state)
             && let Err(error) = control(epoll, libc::EPOLL_CTL_ADD, kick.as_raw_fd(), *number as u64)
@@ -153,7 +153,7 @@ impl Ring {
         lock(&self.handoff)
     }
 
-    /// Whether the driver's size can be that of a split virtqueue; if not, the size is not the driver's.
+    /// Whether the driver's size is possible for a split virtqueue. If not, the queue's size is not the driver's.
     pub(super) fn has_size(&self) -> bool {
         !self.watch.odd_size.load(Ordering::Acquire)
     }
@@ -222,8 +222,8 @@ impl VringT<QueueMemory> for Ring {
         self.inner.set_queue_next_used(idx);
     }
 
-    /// A used ring that lies partly outside of memory is found when the queue starts; an error here would end the
-    /// connection, and with it the guest, for good.
+    /// Never an error: that would end the connection, and with it the guest, for good. A used ring that lies partly outside
+    /// memory is found when the queue starts.
     fn queue_used_idx(&self) -> Result<u16, Error> {
         Ok(self.inner.queue_used_idx().unwrap_or(0))
     }
@@ -240,7 +240,7 @@ impl VringT<QueueMemory> for Ring {
 
     fn set_queue_ready(&self, ready: bool) {
         let _handoff = self.handoff();
-        // Both with the queue locked, so that whoever finds it ready knows whether its start was seen.
+        // Both are set with the queue locked: whoever finds it ready also knows whether its start was seen.
         let mut state = self.inner.get_mut();
         state.get_queue_mut().set_ready(ready);
         self.watch.started.store(ready, Ordering::Release);
@@ -265,17 +265,17 @@ impl VringT<QueueMemory> for Ring {
     }
 }
 
-/// Makes sure that the worker never waits for the frontend. Returns false if that is not possible.
+/// Makes the descriptor nonblocking, so that the worker never waits for the frontend. Returns false if that fails.
 fn never_waits(file: &File) -> bool {
     set_nonblocking(file)
-        .inspect_err(|error| log::warn!("A virtqueue's descriptor cannot be used without waiting: {error}"))
+        .inspect_err(|error| log::warn!("A virtqueue's descriptor cannot be made nonblocking: {error}"))
         .is_ok()
 }
 
-/// Registers a descriptor with an epoll, or takes it away.
+/// Adds a descriptor to an epoll or removes it.
 fn control(epoll: &OwnedFd, operation: libc::c_int, fd: RawFd, data: u64) -> io::Result<()> {
     let mut event = libc::epoll_event { events: libc::EPOLLIN as u32, u64: data };
-    // SAFETY: the event is a live local one for the length of the call. The kernel checks both descriptors.
+    // SAFETY: the event is a local variable that lives through the call. The kernel checks both descriptors.
     let result = unsafe { libc::epoll_ctl(epoll.as_raw_fd(), operation, fd, &raw mut event) };
     if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

@@ -1,4 +1,4 @@
-//! The socket: one frontend after the other, until the process is to end.
+//! The socket: serves one frontend after the other until the process is to end.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -25,17 +25,17 @@ pub enum ServerError {
     /// The socket cannot be made.
     #[error(transparent)]
     Socket(#[from] SocketError),
-    /// The operating system refuses something else.
+    /// The operating system refuses another operation.
     #[error("Cannot {what}")]
     System {
         /// What was tried.
         what: &'static str,
-        /// Why.
+        /// Why it failed.
         source: io::Error,
     },
 }
 
-/// Ends [`Server::run`]. Clones end the same one.
+/// Ends [`Server::run`]. Clones end the same server.
 #[derive(Clone)]
 pub struct Shutdown {
     event: Arc<EventFd>,
@@ -43,13 +43,13 @@ pub struct Shutdown {
 }
 
 impl Shutdown {
-    /// Asks for the end; safe in a signal handler's thread, and more than once.
+    /// Asks the server to end. Safe to call from a signal handler's thread, and more than once.
     pub fn trigger(&self) {
-        // The only error is a counter that is full, that is, triggered.
+        // The only error is a full counter, which means that it is triggered already.
         let _ = self.event.write(1);
     }
 
-    /// Removes the socket's file, if it is still there, though the server does not end.
+    /// Removes the socket's file, if it is still there. The server goes on.
     pub fn stop_listening(&self) {
         if let Some(socket) = self.socket.upgrade() {
             socket.remove();
@@ -60,15 +60,15 @@ impl Shutdown {
 /// The device's socket.
 pub struct Server {
     listener: Listener,
-    /// Its file is removed when this is dropped.
+    /// Dropping it removes its file.
     _socket: Arc<Socket>,
     shared: Arc<SharedDevice>,
     shutdown: Shutdown,
 }
 
 impl Server {
-    /// Listens on `path`. A stale socket there is replaced, a live one is an error. The socket is removed when the
-    /// server is dropped.
+    /// Listens on `path`. A stale socket there is replaced, and a live one is an error. The socket's file is removed when
+    /// the server is dropped.
     pub fn bind(path: &Path, iommu: Arc<Iommu>, tracer: Tracer) -> Result<Server, ServerError> {
         let socket = Arc::new(Socket::bind(path)?);
         let listener = socket.listener().try_clone();
@@ -91,12 +91,12 @@ impl Server {
         })
     }
 
-    /// What ends [`Server::run`].
+    /// A handle that ends [`Server::run`].
     pub fn shutdown(&self) -> Shutdown {
         self.shutdown.clone()
     }
 
-    /// The way to tell the device what happens to the machine, and to read its counters.
+    /// A handle that tells the device what happens to the machine, and reads its counters.
     pub fn control(&self) -> Control {
         Control { shared: self.shared.clone() }
     }
@@ -106,11 +106,11 @@ impl Server {
         while socket::wait_readable(self.listener.as_raw_fd(), self.shutdown.event.as_raw_fd())
             .map_err(|source| ServerError::System { what: "wait for a frontend", source })?
         {
-            // Not ours to end for: the next frontend may do better, and what the process lacks may be free soon.
+            // No reason to end: the next frontend may do better, and resources that the process lacks may be free soon.
             if let Err(error) = self.serve_one() {
                 log::warn!("The vhost-user connection ended: {error}");
                 if !matches!(error, BackendError::HandleRequest(_)) {
-                    // It may not even have been accepted.
+                    // The connection may not even have been accepted, and would be tried again at once.
                     thread::sleep(RETRY);
                 }
             }
@@ -124,7 +124,7 @@ impl Server {
         let backend = Backend::new(self.shared.clone()).map_err(BackendError::StartDaemon)?;
         self.shared.tracer.emit(Event::Session { channel: Channel::VhostUser, endpoint: None, connected: true });
         let served = self.serve_backend(&backend, memory);
-        // Also after a failure, or each would leave a descriptor behind.
+        // Also after a failure; otherwise each failed connection would leak a descriptor.
         backend.end();
         self.shared.disconnected();
         match served {
@@ -133,7 +133,7 @@ impl Server {
         }
     }
 
-    /// Has a daemon of the crate serve one connection. All of its threads are gone afterwards.
+    /// Serves one connection with a daemon of the crate. All of the daemon's threads have ended when this returns.
     fn serve_backend(&mut self, backend: &Arc<Backend>, memory: QueueMemory) -> Result<(), BackendError> {
         let mut daemon = VhostUserDaemon::new("vhost-user".into(), backend.clone(), memory)?;
         let (wake, token) = backend.wake_source();
@@ -141,7 +141,7 @@ impl Server {
             handler.register_listener(wake, EventSet::IN, token).map_err(BackendError::StartDaemon)?;
             // SAFETY: `handler` keeps its epoll open, and outlives the call.
             let epoll = unsafe { BorrowedFd::borrow_raw(handler.as_raw_fd()) };
-            // There is one for all queues.
+            // One handler serves all queues.
             backend.introduce(epoll).map_err(BackendError::StartDaemon)?;
         }
         self.shared.poller.connect(Some(backend.clone()));
@@ -158,13 +158,13 @@ impl Server {
 
     /// Serves until the frontend leaves or the process is to end.
     fn serve_until_shutdown(&mut self, daemon: &mut VhostUserDaemon<Arc<Backend>>) -> Result<(), BackendError> {
-        // First what may fail: once started, only waiting ends the daemon's threads.
+        // Do first what may fail: once the daemon is started, only waiting for it ends its threads.
         let left = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(BackendError::StartDaemon)?;
         daemon.start(&mut self.listener)?;
         let Some(connection) = daemon.shutdown_handle() else { return daemon.wait() };
         thread::scope(|scope| {
             scope.spawn(|| {
-                // Without a way to wait, the frontend is served until it leaves.
+                // If waiting fails, the frontend is served until it leaves.
                 if let Ok(false) = socket::wait_readable(left.as_raw_fd(), self.shutdown.event.as_raw_fd()) {
                     connection.shutdown();
                 }

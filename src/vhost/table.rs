@@ -1,4 +1,4 @@
-//! The memory table: the guest's memory as the frontend gave it last, and as the virtqueues use it.
+//! The memory table: the guest's memory as the frontend described it last, and as the virtqueues use it.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -17,10 +17,10 @@ use crate::sync::lock;
 /// The most regions of a table: as many as the crate tells a frontend that asks (GET_MAX_MEM_SLOTS).
 const REGIONS_MAX: usize = 509;
 
-/// Why a table was refused. The one before is used on.
+/// Why a table was refused. The previous one stays in use.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum TableError {
-    #[error("The memory table has {0} regions; {REGIONS_MAX} at most were expected")]
+    #[error("The memory table has {0} regions; at most {REGIONS_MAX} were expected")]
     TooMany(usize),
     #[error(
         "The file of the memory region at {gpa:#x} has {have:#x} bytes, and the region needs {offset:#x} + {len:#x}; a \
@@ -35,9 +35,9 @@ pub(super) enum TableError {
 
 /// The table in use.
 pub(super) struct MemoryTable {
-    /// What the queues are in. The crate has a table too, and exchanges it before anybody could look at the new one.
+    /// The memory that holds the queues. The crate has a table too, but replaces it before anybody could check the new one.
     memory: QueueMemory,
-    /// What looks after each region, by the address at which it is mapped.
+    /// The SIGBUS handler's watch over each region, by the address at which the region is mapped.
     watches: Mutex<HashMap<usize, sigbus::Watch>>,
 }
 
@@ -52,7 +52,7 @@ impl MemoryTable {
         &self.memory
     }
 
-    /// Uses `new` from now on. When it returns, nobody uses what is not in it any more.
+    /// Uses `new` from now on. When this returns, nobody uses memory that is not in it.
     pub(super) fn replace(&self, new: &GuestMemoryMmap) -> Result<(), TableError> {
         if new.num_regions() > REGIONS_MAX {
             return Err(TableError::TooMany(new.num_regions()));
@@ -74,22 +74,22 @@ impl MemoryTable {
             Ok(guard) => guard.replace(new.clone()),
             Err(poisoned) => poisoned.into_inner().replace(new.clone()),
         }
-        // The worker uses it for a time slice at most, unless a page of it takes long to come.
+        // The worker uses it for a time slice at most, unless one of its pages takes long to arrive.
         wait_until_unused([&mut old], |_| {
-            log::warn!("The memory table before has been in use for {PATIENCE:?}; the frontend waits for its end");
+            log::warn!("The previous memory table is still in use after {PATIENCE:?}; the frontend waits for its end");
         });
-        // In this order: the handler must not take for guest memory what is mapped there next.
+        // In this order: the handler must not mistake whatever is mapped there next for guest memory.
         drop(before);
         drop(old);
         Ok(())
     }
 
-    /// Whether a page of it could not be had: what was read there is not the guest's.
+    /// Whether a page of it was lost to SIGBUS, so that data read there are not the guest's.
     pub(super) fn is_lost(&self) -> bool {
         sigbus::any() && self.watches().values().any(sigbus::Watch::is_bad)
     }
 
-    /// The same, for who is to say so: each page is told of once.
+    /// The same for the caller that logs it: true once for each region.
     pub(super) fn is_newly_lost(&self) -> bool {
         sigbus::any() && self.watches().values().any(|watch| watch.is_bad() && watch.is_to_be_told())
     }
@@ -99,7 +99,7 @@ impl MemoryTable {
     }
 }
 
-/// Whether all of a region is in its file, in whole pages of it; how many bytes those have.
+/// Checks that a region lies in its file, in whole pages of it. Returns the size of these pages.
 fn check(region: &GuestRegionMmap) -> Result<usize, TableError> {
     let (gpa, len) = (region.start_addr().0, region.len());
     let Some(place) = GuestMemoryRegion::file_offset(region) else { return Ok(0) };
@@ -120,14 +120,14 @@ fn is_hugetlb(file: &File) -> bool {
     nix::sys::statfs::fstatfs(file).is_ok_and(|system| system.filesystem_type() == HUGETLBFS_MAGIC)
 }
 
-/// Makes ordinary pages of a region that ends in the midst of a huge page: munmap(2), which the crate calls when it drops
-/// the region, refuses part of a huge page, and the memory would stay until the end of the process.
+/// Puts ordinary pages in the place of a region that ends in the middle of a huge page. The crate calls munmap(2) when it
+/// drops the region, which refuses a part of a huge page; the memory would stay until the process ends.
 fn let_go(region: &GuestRegionMmap, block: usize) {
     let whole = region.size().next_multiple_of(block);
     let left = region.size().next_multiple_of(PAGE);
     let flags = libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     // SAFETY: these are the whole huge pages that the crate mapped for this region, which nobody has accessed and nobody
-    // will. What is behind the bytes that the crate knows of is unmapped at once.
+    // will access. The part beyond the bytes that the crate knows of is unmapped at once.
     unsafe {
         let at = region.as_ptr();
         if libc::mmap(at.cast(), whole, libc::PROT_NONE, flags, -1, 0) != libc::MAP_FAILED {
