@@ -1,4 +1,4 @@
-//! What the device did so far, readable at any time.
+//! Statistics of the device, readable at any time.
 
 use std::ops::Index;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,12 +17,12 @@ pub struct RequestCount {
     pub failed: u64,
 }
 
-/// Requests by their type: an index of [`RequestType`] gives one's count.
+/// Requests by type. Indexing with a [`RequestType`] gives that type's count.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RequestCounts([RequestCount; RequestType::COUNT]);
 
 impl RequestCounts {
-    /// Each type with its count, in the order of the numbers.
+    /// Each type with its count, in the order of the types' numbers.
     pub fn iter(&self) -> impl Iterator<Item = (RequestType, RequestCount)> {
         RequestType::ALL.iter().map(|&request| (request, self[request]))
     }
@@ -45,16 +45,16 @@ pub struct Stats {
     pub reservations_live: u64,
     /// Bytes of I/O virtual addresses that are linked.
     pub linked_bytes: u64,
-    /// Mappings that exist; what is linked does not count.
+    /// Mappings that exist, without linked pages.
     pub mappings_live: u64,
     /// The most mappings that existed at once.
     pub mappings_peak: u64,
-    /// Bytes that all page tables and reservations take.
+    /// Bytes of all page tables and reservations.
     pub table_bytes: u64,
     /// Accesses that were refused.
     pub faults: u64,
-    /// Of these, those that the driver is not told: its event queue and the device's were full, or they still waited
-    /// when it reset the device or was gone.
+    /// Of these, those that the driver never gets: its event queue and the device's were full, or the fault was still
+    /// pending when the driver reset the device or went away.
     pub faults_dropped: u64,
 }
 
@@ -140,7 +140,7 @@ impl Counters {
         }
     }
 
-    /// So many faults that waited for the driver were forgotten.
+    /// Counts pending faults that were dropped.
     pub(super) fn undelivered(&self, count: u64) {
         self.faults_dropped.fetch_add(count, Ordering::Relaxed);
     }

@@ -9,14 +9,14 @@ use super::endpoint::Endpoint;
 use super::reservation::Reservations;
 use viommu_wire::virtio_iommu::Status;
 
-/// What a reader needs of a domain.
+/// The part of a domain that readers use.
 pub(super) struct Domain {
     pub(super) id: u32,
-    /// `None`: a bypass domain, where an address leads to itself.
+    /// `None` for a bypass domain, where an address leads to itself.
     pub(super) space: Option<AddressSpace>,
 }
 
-/// A domain and what only the writer needs of it.
+/// A domain with the part that only the writer uses.
 pub(super) struct DomainEntry {
     pub(super) domain: Arc<Domain>,
     pub(super) members: Vec<Arc<Endpoint>>,
@@ -31,7 +31,7 @@ impl DomainEntry {
     }
 }
 
-/// What died with a domain. To be dropped once the domains are not locked any more: millions of reservations take time.
+/// What ended with a domain. To be dropped when the domains are no longer locked, since millions of reservations take time.
 #[derive(Default)]
 pub(super) struct Ended {
     /// Mappings that MAP made.
@@ -46,7 +46,7 @@ pub(super) struct Ended {
 pub(super) struct Domains {
     by_id: HashMap<u32, DomainEntry>,
     attached: HashMap<u32, u32>,
-    /// What readers may still be using: to be dropped after a grace period.
+    /// Domains that readers may still be using. To be dropped after a grace period.
     retired: Vec<Arc<Domain>>,
     /// Something that readers may still be using was removed.
     removed: bool,
@@ -68,15 +68,14 @@ impl Domains {
         self.attached.get(&endpoint).copied()
     }
 
-    /// Domains that will exist after `endpoint` left its own.
+    /// The number of domains that remain after `endpoint` has left its own.
     pub(super) fn count_without(&self, endpoint: u32) -> usize {
         let alone = self.of(endpoint).and_then(|id| self.by_id.get(&id)).is_some_and(|entry| entry.members.len() == 1);
         self.by_id.len() - usize::from(alone)
     }
 
-    /// Attaches `endpoint` to the domain `id`, which `make` creates if it does not exist, in the place of the domain
-    /// it was attached to. A reader sees the old domain or the new one, never none. Returns what died with the old
-    /// domain.
+    /// Attaches `endpoint` to the domain `id`, which `make` creates if it does not exist. It replaces the endpoint's previous
+    /// domain: a reader sees the old one or the new one, never none. Returns what ended with the old domain.
     pub(super) fn attach(&mut self, endpoint: &Arc<Endpoint>, id: u32, make: impl FnOnce() -> DomainEntry) -> Ended {
         let entry = self.by_id.entry(id).or_insert_with(make);
         entry.members.push(endpoint.clone());
@@ -89,7 +88,7 @@ impl Domains {
         }
     }
 
-    /// Detaches `endpoint` from the domain `id`. Returns what died with the domain.
+    /// Detaches `endpoint` from the domain `id`. Returns what ended with the domain.
     pub(super) fn detach(&mut self, endpoint: &Endpoint, id: u32) -> Result<Ended, Status> {
         if self.of(endpoint.id()) != Some(id) {
             return Err(Status::Inval);
@@ -100,14 +99,14 @@ impl Domains {
         Ok(self.leave(endpoint.id(), id))
     }
 
-    /// Takes bus mastering from all whose addresses are not guest-physical ones.
+    /// Takes bus mastering from all endpoints whose addresses are translated.
     pub(super) fn silence(&self) {
         for entry in self.by_id.values().filter(|entry| entry.domain.space.is_some()) {
             entry.members.iter().for_each(|member| member.bus_master().store(false, Ordering::Release));
         }
     }
 
-    /// Detaches everything. Returns the reservations, which are to be dropped once the domains are not locked any more.
+    /// Detaches everything. Returns the reservations, which are to be dropped when the domains are no longer locked.
     #[must_use]
     pub(super) fn clear(&mut self) -> Vec<Reservations> {
         let mut reservations = Vec::with_capacity(self.by_id.len());
@@ -128,12 +127,12 @@ impl Domains {
         self.removed = true;
     }
 
-    /// What was removed since the last call and is to be dropped after a grace period; `None` if nothing was.
+    /// Takes what was removed since the last call, to be dropped after a grace period; `None` if nothing was removed.
     pub(super) fn take_removed(&mut self) -> Option<Vec<Arc<Domain>>> {
         std::mem::take(&mut self.removed).then(|| std::mem::take(&mut self.retired))
     }
 
-    /// Takes a member off a domain, and the domain away if it was the last. Returns what died.
+    /// Removes a member from a domain, and the domain itself if that was its last member. Returns what ended.
     fn leave(&mut self, endpoint: u32, id: u32) -> Ended {
         let Some(entry) = self.by_id.get_mut(&id) else { return Ended::default() };
         entry.members.retain(|member| member.id() != endpoint);

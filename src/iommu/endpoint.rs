@@ -1,4 +1,4 @@
-//! An endpoint, as the one who accesses memory sees it.
+//! An endpoint, as whoever accesses memory in its name sees it.
 
 use std::marker::PhantomData;
 use std::ptr;
@@ -16,8 +16,8 @@ use viommu_wire::virtio_iommu::{FaultReason, MapFlags, ResvMemKind};
 pub struct Translation {
     /// The guest-physical address.
     pub gpa: u64,
-    /// Bytes, from this address on, for which address and permission hold; at least 1. A run of 2^64 bytes is given
-    /// as `u64::MAX`.
+    /// The number of bytes, from this address on, for which address and permission hold; at least 1. A run of 2^64 bytes is
+    /// given as `u64::MAX`.
     pub len: u64,
     /// How the address was translated.
     pub route: Route,
@@ -36,31 +36,31 @@ pub struct Refused {
     pub domain: Option<u32>,
 }
 
-/// An endpoint, as the one who accesses memory sees it.
+/// An endpoint, as whoever accesses memory in its name sees it.
 pub struct Endpoint {
     id: u32,
-    /// What the endpoint is to the device; `None` for an id that it does not manage.
+    /// The device's settings for the endpoint; `None` for an id that the device does not manage.
     managed: Option<Managed>,
     pub(super) domain: Slot<Domain>,
     grace: Arc<Grace>,
     bus_master: Arc<AtomicBool>,
-    /// It was attached since the machine was reset, or the user was told that it was not.
+    /// It was attached since the machine was reset, or a warning said that it was not.
     settled: AtomicBool,
 }
 
-/// What holds for an endpoint in any domain and in none.
+/// Settings of an endpoint that do not depend on its domain.
 struct Managed {
     /// In the order of their addresses.
     reserved: Box<[Reserved]>,
-    /// What the device knows for all of them.
+    /// State of the device that all endpoints share.
     common: Arc<Common>,
 }
 
-/// What holds for all endpoints that the device manages.
+/// State that all endpoints share.
 pub(super) struct Common {
     /// `bypass` of the device's configuration.
     pub bypass: AtomicBool,
-    /// A driver is there.
+    /// Whether the guest has a driver for the device.
     pub driver: AtomicBool,
 }
 
@@ -83,25 +83,25 @@ impl Endpoint {
         self.id
     }
 
-    /// Whether its function may access memory at all: Bus Master Enable of the PCI command register, which the function
-    /// follows. A reset of the machine clears it here for an endpoint that is attached, before what the endpoint uses as I/O
-    /// virtual addresses becomes something else. To be read by who has a [`grace::Guard`].
+    /// Whether its function may access memory at all: the function stores Bus Master Enable of its PCI command register here.
+    /// A reset of the machine clears it for an attached endpoint, before the endpoint's I/O virtual addresses get another
+    /// meaning. A reader must hold a [`grace::Guard`].
     pub fn bus_master(&self) -> &Arc<AtomicBool> {
         &self.bus_master
     }
 
-    /// It was attached, or the machine was reset.
+    /// Notes that the endpoint was attached (true), or that the machine was reset (false).
     pub(super) fn set_settled(&self, settled: bool) {
         self.settled.store(settled, Ordering::Relaxed);
     }
 
-    /// The endpoint is in bypass for want of a domain. That is as it should be as long as there is no driver.
+    /// Warns, once, that the endpoint is in bypass because it has no domain. Without a driver that is normal.
     fn unattached(&self, common: &Common) {
         if common.driver.load(Ordering::Relaxed) && !self.settled.swap(true, Ordering::Relaxed) {
             log::warn!(
-                "Endpoint {:#x} accesses memory untranslated: the guest has a driver for this IOMMU, which did not attach the \
-                 endpoint. Another IOMMU of the machine (-device intel-iommu) may have taken it, its driver may have come \
-                 before the IOMMU's, or its bus number is not that of the topology",
+                "Endpoint {:#x} accesses memory untranslated: the guest has a driver for this IOMMU, but the driver did not \
+                 attach the endpoint. Another IOMMU of the machine (-device intel-iommu) may have taken the endpoint, its own \
+                 driver may have started before the IOMMU's, or its bus number may differ from the topology's",
                 self.id
             );
         }
@@ -112,23 +112,23 @@ impl Endpoint {
         self.managed.as_ref().map_or(&[], |managed| &managed.reserved)
     }
 
-    /// Translates one address. The answer may be used until `guard` is dropped: no request that would make it wrong is
-    /// answered before.
+    /// Translates one address. The result may be used until `guard` is dropped: no request that invalidates it is answered
+    /// before that.
     ///
     /// # Panics
-    /// If `guard` is of another device's reader: it would not keep anything alive.
+    /// If `guard` belongs to another device's reader, as it would keep nothing alive.
     pub fn translate(&self, guard: &grace::Guard<'_>, iova: u64, access: Access) -> Result<Translation, Refused> {
         assert!(guard.is_of(&self.grace));
         let Some(managed) = &self.managed else {
             return Err(Refused { reason: FaultReason::Unknown, domain: None });
         };
-        // The one read that decides: what follows belongs to this domain, whatever is attached meanwhile.
-        // SAFETY: the guard was found to be of the device's own grace periods.
+        // This one read decides: all that follows uses this domain, whatever is attached meanwhile.
+        // SAFETY: the assertion above shows that the guard belongs to the device's own grace periods.
         let domain = unsafe { self.domain.get(guard) };
         let id = domain.map(|domain| domain.id);
         let refused = |reason| Err(Refused { reason, domain: id });
 
-        // Up to the next reserved region, one answer holds.
+        // One answer holds up to the next reserved region.
         let mut limit = u64::MAX - iova;
         let after = managed.reserved.iter().find(|region| region.end >= iova);
         if let Some(region) = after {
@@ -174,7 +174,7 @@ impl Endpoint {
     }
 }
 
-/// A place for an `Arc` that readers borrow without counting, as long as their guard lives.
+/// A place for an `Arc`. Readers borrow its value without counting, for as long as their guard lives.
 pub(super) struct Slot<T> {
     pointer: AtomicPtr<T>,
     /// The slot owns one count.
@@ -186,19 +186,19 @@ impl<T> Slot<T> {
         Slot { pointer: AtomicPtr::new(ptr::null_mut()), owner: PhantomData }
     }
 
-    /// What is in the slot.
+    /// The value in the slot.
     ///
     /// # Safety
-    /// The guard must be of the grace periods that the callers of [`Slot::replace`] wait for.
+    /// The guard must belong to the grace periods for which the callers of [`Slot::replace`] wait.
     unsafe fn get<'g>(&self, _guard: &'g grace::Guard<'_>) -> Option<&'g T> {
-        // SAFETY: a pointer that is not null came from `Arc::into_raw` in `replace`, and the slot's count is given
-        // back by the `replace` that takes it out, whose caller keeps it until a grace period that began after it has
-        // ended. That grace period waits for `_guard` if the guard could have loaded the pointer.
+        // SAFETY: a pointer that is not null came from `Arc::into_raw` in `replace`. The slot owns a count until another
+        // `replace` takes the pointer out, and that call's caller keeps the count until a grace period that began after the
+        // call has ended. That grace period waits for `_guard` if the guard could have loaded the pointer.
         unsafe { self.pointer.load(Ordering::Acquire).as_ref() }
     }
 
-    /// Puts `new` into the slot. The caller must keep what it gets back until a grace period that begins after this
-    /// call has ended.
+    /// Puts `new` into the slot and returns the old value. The caller must keep the old value until a grace period that
+    /// begins after this call has ended.
     #[must_use]
     pub(super) fn replace(&self, new: Option<Arc<T>>) -> Option<Arc<T>> {
         let new = new.map_or(ptr::null_mut(), |new| Arc::into_raw(new).cast_mut());
@@ -211,8 +211,8 @@ impl<T> Slot<T> {
 
 impl<T> Drop for Slot<T> {
     fn drop(&mut self) {
-        // Nobody reads a slot that is being dropped; a reader of the same value through another slot relies on that
-        // slot's count.
+        // Nobody reads a slot that is being dropped. A reader of the same value through another slot relies on that slot's
+        // count.
         drop(self.replace(None));
     }
 }

@@ -1,4 +1,4 @@
-//! Faults: from the access that was refused to the driver's event queue.
+//! Faults: from a refused access to the driver's event queue.
 
 use std::collections::VecDeque;
 use std::sync::Mutex;
@@ -23,7 +23,7 @@ pub struct Fault {
 }
 
 impl Fault {
-    /// What the driver gets (section 5.13.6.9).
+    /// The record for the driver (section 5.13.6.9).
     fn record(&self) -> FaultRecord {
         let access = match self.access {
             Access::Read => FaultFlags::READ,
@@ -54,13 +54,13 @@ impl FaultQueue {
         FaultQueue { limit, pending: Mutex::default(), listener: Mutex::default() }
     }
 
-    /// Queues a fault. If the queue is full the fault is dropped: the older ones are kept, as they are nearer to the
-    /// cause. `tell` learns whether it was queued, and before anybody can take it.
-    pub(super) fn push(&self, fault: &Fault, tell: impl FnOnce(bool)) {
+    /// Queues a fault. If the queue is full, the fault is dropped: the older ones are kept, since they are nearer to the
+    /// cause. `record` is called with whether the fault is queued, before anybody can take it.
+    pub(super) fn push(&self, fault: &Fault, record: impl FnOnce(bool)) {
         {
             let mut pending = lock(&self.pending);
             let queued = pending.len() < self.limit;
-            tell(queued);
+            record(queued);
             if !queued {
                 return;
             }
@@ -79,11 +79,11 @@ impl FaultQueue {
         lock(&self.pending).is_empty()
     }
 
-    /// Forgets all that wait. If any does, `tell` learns how many before a newer one can come.
-    pub(super) fn clear(&self, tell: impl FnOnce(usize)) {
+    /// Drops all pending faults. If there are any, `record` is called with their number before a newer one can come.
+    pub(super) fn clear(&self, record: impl FnOnce(usize)) {
         let mut pending = lock(&self.pending);
         if !pending.is_empty() {
-            tell(pending.len());
+            record(pending.len());
             pending.clear();
         }
     }

@@ -1,7 +1,7 @@
 //! Grace periods: a writer can wait until no reader can still use what it removed.
 //!
-//! It is the kernel's SRCU in small. Each reader has a slot of its own with a section number, odd while it is inside a
-//! section. [`Grace::synchronize`] notes the slots that are odd and waits until each shows another number.
+//! This is a small form of the kernel's SRCU. Each reader has its own slot with a section number, which is odd while the
+//! reader is inside a section. [`Grace::synchronize`] notes the slots that are odd and waits until each has changed.
 //!
 //! # Why it holds
 //!
@@ -14,8 +14,8 @@
 //!   waits. Every later number is a Release store that comes after the reads of the section in program order, and the
 //!   writer's load is an Acquire: the reads happen before whatever the writer does next, such as freeing memory.
 //!
-//! A reader that registers after the writer has taken the lock over the list of slots sees "removed" by that lock; one
-//! that unregistered before has ended its reads before.
+//! A reader that registers after the writer has taken the lock over the list of slots sees "removed" because of that lock.
+//! A reader that unregistered before has also ended its reads before.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Release, SeqCst};
@@ -43,12 +43,12 @@ pub struct Reader {
     number: u64,
 }
 
-/// While it lives, nothing that was reachable when it was taken is freed, and no [`Grace::synchronize`] that began
-/// after returns.
+/// While it lives, nothing that was reachable when it was taken is freed, and no [`Grace::synchronize`] that began later
+/// returns.
 pub struct Guard<'a>(&'a mut Reader);
 
 impl Grace {
-    /// No readers yet.
+    /// Grace periods without readers yet.
     pub fn new() -> Arc<Self> {
         Arc::new(Grace { state: Mutex::new(State { slots: Vec::new(), garbage: Vec::new() }) })
     }
@@ -80,22 +80,22 @@ impl Grace {
         drop(garbage);
     }
 
-    /// What must not be done: the model checker has to find it.
+    /// Does what must not be done. The model checker has to find it.
     #[cfg(all(loom, test))]
     pub(super) fn drop_garbage_at_once(&self) {
         let garbage = std::mem::take(&mut lock(&self.state).garbage);
         drop(garbage);
     }
 
-    /// Drops `garbage` once every guard that exists now is gone: in the next [`Grace::synchronize`] that somebody
-    /// calls, or with the last handle of this `Grace`. New readers must not be able to reach it any more.
+    /// Drops `garbage` once every guard that exists now is gone: in the next call of [`Grace::synchronize`], or with the last
+    /// handle of this `Grace`. New readers must not be able to reach it any more.
     pub fn retire(&self, garbage: Box<dyn Send>) {
         lock(&self.state).garbage.push(garbage);
     }
 }
 
-/// Waits until `slot` shows another number than `number`. A section is short, so the wait begins with spinning; but
-/// the reader may have been preempted, and then it needs a processor more than this thread does.
+/// Waits until `slot` no longer has `number`. A section is short, so the wait begins with spinning. But the reader may have
+/// been preempted, and then it needs a processor more than this thread does.
 fn wait(slot: &Slot, number: u64) {
     let mut tries = 0;
     while slot.0.load(Acquire) == number {
@@ -119,11 +119,11 @@ fn pause(_tries: u64) {
 }
 
 impl Reader {
-    /// Enters a read-side section: short, and without waiting for anything but memory.
+    /// Enters a read-side section. The section must be short and must not wait for anything but memory.
     #[inline]
     pub fn enter(&mut self) -> Guard<'_> {
-        // Release, so that a writer that sees this number and not the even one before it still has the reads of the
-        // section before behind it.
+        // Release: a writer that sees this number and missed the even one before it is still ordered after the reads of
+        // the previous section.
         self.slot.0.store(self.number + 1, Release);
         fence(SeqCst); // F2
         Guard(self)
@@ -139,14 +139,14 @@ impl Reader {
 
 impl Drop for Reader {
     fn drop(&mut self) {
-        // A guard that was forgotten has left its section open.
+        // A forgotten guard has left its section open.
         self.leave();
         lock(&self.grace.state).slots.retain(|slot| !Arc::ptr_eq(slot, &self.slot));
     }
 }
 
 impl Guard<'_> {
-    /// Whether it keeps `grace` waiting, and not another.
+    /// Whether it belongs to `grace`, which then waits for it.
     #[inline]
     pub(super) fn is_of(&self, grace: &Grace) -> bool {
         std::ptr::eq(&*self.0.grace, grace)

@@ -1,4 +1,4 @@
-//! What the device offers and how much it may take.
+//! The features that the device offers, and the limits of its resources.
 
 use viommu_wire::virtio_iommu::{ProbeResvMem, ResvMemKind};
 
@@ -25,14 +25,14 @@ pub struct EndpointSettings {
     pub reserved: Vec<Reserved>,
 }
 
-/// What the resources of the device are.
+/// Limits of the device's resources.
 #[derive(Clone, Debug)]
 pub struct Limits {
-    /// Bytes that all page tables and reservations together may take; a MAP, RESERVE or LINK beyond it gets `NOMEM`.
+    /// The most bytes of all page tables and reservations together. A MAP, RESERVE or LINK beyond that gets `NOMEM`.
     pub table_bytes: u64,
-    /// Domains that may exist at once; an ATTACH beyond it gets `NOMEM`.
+    /// The most domains at once. An ATTACH beyond that gets `NOMEM`.
     pub domains: u32,
-    /// Faults that are kept while the driver has no buffer in the event queue; later ones are dropped and counted.
+    /// The most faults that are kept while the driver has no buffer in the event queue. Later ones are dropped and counted.
     pub pending_faults: usize,
 }
 
@@ -42,7 +42,7 @@ impl Default for Limits {
     }
 }
 
-/// What the device offers, fixed for its life.
+/// The device's settings, fixed for its lifetime.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// Supported page sizes; the lowest bit is the granule, at least 4096.
@@ -53,7 +53,7 @@ pub struct Settings {
     pub domain_range: (u32, u32),
     /// Whether the split alloc/map protocol is offered.
     pub split: bool,
-    /// What `bypass` in the configuration is at power-on and after a system reset.
+    /// The value of `bypass` in the configuration at power-on and after a system reset.
     pub boot_bypass: bool,
     /// The endpoints.
     pub endpoints: Vec<EndpointSettings>,

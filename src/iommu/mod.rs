@@ -1,8 +1,8 @@
 //! The vIOMMU itself: endpoints, domains and address spaces. It knows no socket, no queue and no thread.
 //!
-//! One side changes it, under one lock: [`Iommu::execute`] and the resets. The other side reads, without a lock:
-//! [`Endpoint::translate`] inside a guard of a [`grace::Reader`]. What a request removed may be in use by a reader until
-//! [`Iommu::synchronize`] returns, so the driver is told of a removal only after it.
+//! One side changes it, under one lock: [`Iommu::execute`] and the resets. The other side reads without a lock:
+//! [`Endpoint::translate`] inside a guard of a [`grace::Reader`]. A reader may use what a request removed until
+//! [`Iommu::synchronize`] returns, so the driver must not learn of a removal before that.
 
 pub mod address_space;
 pub mod counters;
@@ -45,14 +45,14 @@ pub struct Iommu {
     grace: Arc<grace::Grace>,
     budget: Arc<Budget>,
     tracer: Tracer,
-    /// Fixed at the start, so that no request can make the device manage more.
+    /// Fixed at the start, so that no request can add endpoints.
     endpoints: HashMap<u32, Arc<Endpoint>>,
     domains: Mutex<Domains>,
-    /// Held from the first change of a request until the trace has it.
+    /// Held from a request's first change until the trace has its event.
     journal: Mutex<()>,
-    /// What every endpoint reads.
+    /// State that every endpoint reads.
     common: Arc<Common>,
-    /// What the driver accepted.
+    /// The features that the driver accepted.
     features: AtomicU64,
     faults: FaultQueue,
     counters: Counters,
@@ -67,7 +67,7 @@ impl Iommu {
         | feature::MMIO
         | feature::BYPASS_CONFIG;
 
-    /// A device as it is at power-on.
+    /// A device in its power-on state.
     pub fn new(settings: Settings, tracer: Tracer) -> Arc<Iommu> {
         let grace = grace::Grace::new();
         let common = Arc::new(Common { bypass: settings.boot_bypass.into(), driver: false.into() });
@@ -101,8 +101,8 @@ impl Iommu {
         self.grace.reader()
     }
 
-    /// Traces a fault and queues it for the driver's event queue. Never waits for the driver: a fault that finds the
-    /// queue full is dropped and counted.
+    /// Traces a fault and queues it for the driver's event queue. Never waits for the driver: if the queue is full, the fault
+    /// is dropped and counted.
     pub fn report(&self, fault: Fault) {
         self.faults.push(&fault, |queued| {
             self.counters.fault(queued);
@@ -117,7 +117,7 @@ impl Iommu {
         });
     }
 
-    /// Sets who is called when a fault was queued, or nobody.
+    /// Sets, or removes, the listener that is called when a fault was queued.
     pub fn on_fault(&self, listener: Option<FaultListener>) {
         self.faults.listen(listener);
     }
@@ -127,7 +127,7 @@ impl Iommu {
         !self.faults.is_empty()
     }
 
-    /// Takes the oldest fault that the driver was not told yet.
+    /// Takes the oldest fault that was not yet delivered to the driver.
     pub fn next_fault(&self) -> Option<FaultRecord> {
         self.faults.pop()
     }
@@ -160,8 +160,8 @@ impl Iommu {
         Self::FEATURES | if self.settings.split { F_SPLIT_MAP } else { 0 }
     }
 
-    /// The driver accepted these of [`Iommu::offered`]. The split protocol without MAP_UNMAP, which it needs, is not
-    /// accepted.
+    /// Sets the features of [`Iommu::offered`] that the driver accepted. The split protocol needs MAP_UNMAP and is dropped
+    /// without it.
     pub fn set_features(&self, accepted: u64) {
         let useless = if accepted & feature::MAP_UNMAP == 0 { F_SPLIT_MAP } else { 0 };
         self.features.store(accepted & self.offered() & !useless, Ordering::Release);
@@ -173,8 +173,8 @@ impl Iommu {
         self.features.load(Ordering::Acquire)
     }
 
-    /// The driver writes `bypass`. Returns false, and changes nothing, if the value is neither 0 nor 1 or if
-    /// BYPASS_CONFIG was not negotiated (section 5.13.4.1). When it returns, no access uses the old value.
+    /// Takes the driver's write of `bypass`. Returns false and changes nothing if the value is neither 0 nor 1, or if
+    /// BYPASS_CONFIG was not negotiated (section 5.13.4.1). When this returns, no access uses the old value.
     pub fn write_bypass(&self, value: u8) -> bool {
         if value > 1 || self.features() & feature::BYPASS_CONFIG == 0 {
             return false;
@@ -184,9 +184,8 @@ impl Iommu {
         true
     }
 
-    /// To be held while requests are executed or the device is reset, and until their events are traced: so that there are
-    /// instants at which the trace has all that was done, and nothing else, but for a request whose answer cannot be
-    /// written. See [`Live`].
+    /// To be held while requests are executed or the device is reset, and until their events are traced. Whenever nobody
+    /// holds it, the trace has exactly what was done, except for requests whose answer could not be written. See [`Live`].
     pub fn journal(&self) -> MutexGuard<'_, ()> {
         lock(&self.journal)
     }
@@ -201,9 +200,9 @@ impl Iommu {
         }
     }
 
-    /// The driver reset the device: all endpoints are detached, all domains and waiting faults are gone, and `bypass`
-    /// stays. When it returns, no access uses what was removed. What the next driver accepted stays too: over vhost-user it is known
-    /// before the reset is.
+    /// The driver reset the device: all endpoints are detached, all domains and pending faults are dropped, and `bypass`
+    /// stays. The accepted features stay too, since over vhost-user the next driver's are known before the reset is. When
+    /// this returns, no access uses what was removed.
     pub fn device_reset(&self) {
         let reservations = self.domains().clear();
         drop(reservations);
@@ -215,9 +214,9 @@ impl Iommu {
         self.synchronize();
     }
 
-    /// The machine was reset: as [`Iommu::device_reset`], and `bypass` has its boot value again. Functions that were not reset
-    /// yet would go on with I/O virtual addresses that nothing translates any more, and in bypass reach any memory with them:
-    /// so before that, those that are attached lose bus mastering, as their own reset takes it.
+    /// The machine was reset. Does what [`Iommu::device_reset`] does, and gives `bypass` its boot value again. A function that
+    /// is not reset yet would go on using I/O virtual addresses that nothing translates any more, and in bypass it could
+    /// reach any memory with them. So all attached functions lose bus mastering first, as their own reset takes it anyway.
     pub fn system_reset(&self) {
         self.common.driver.store(false, Ordering::Release);
         self.domains().silence();
@@ -248,7 +247,7 @@ impl Iommu {
 
 impl Drop for Iommu {
     fn drop(&mut self) {
-        // Endpoints and readers may outlive the device; what was retired must still not be freed under them.
+        // Endpoints and readers may outlive the device, and retired domains must not be freed under them.
         self.synchronize();
     }
 }

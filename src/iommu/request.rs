@@ -1,4 +1,4 @@
-//! The five requests of the specification: what each means and what status it gets (section 5.13.6).
+//! The five requests of the specification: what each does and which status it gets (section 5.13.6).
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -26,37 +26,37 @@ pub enum Request<'a> {
     Probe(&'a Probe),
     /// Reserve a range of a domain.
     Reserve(&'a Range),
-    /// Link granules of a reservation; with the extents that are there, up to as many as it says.
+    /// Link granules of a reservation, with the extents that follow: as many as are there, at most as many as it says.
     Link(&'a Link, &'a [Extent]),
-    /// Unlink what is linked in a range.
+    /// Unlink whatever is linked in a range.
     Unlink(&'a Range),
     /// End a reservation.
     Release(&'a Range),
 }
 
-/// What became of a request.
+/// The result of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Outcome {
-    /// What the driver is told.
+    /// The status that the driver gets.
     pub status: Status,
     /// Granules that LINK linked, or that UNLINK and RELEASE unlinked.
     pub granules: u64,
 }
 
-/// Bytes are not a request.
+/// Why bytes are no request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NotARequest {
-    /// There are fewer than the type needs, or than a type needs.
+    /// There are fewer bytes than the type needs, or too few to have a type.
     TooShort,
-    /// The type is not one of those that were negotiated.
+    /// The type does not exist with the negotiated features.
     UnknownType(u8),
 }
 
 impl<'a> Request<'a> {
-    /// The most bytes that [`Request::parse`] looks at.
+    /// The most bytes that [`Request::parse`] reads.
     pub const MAX_LEN: usize = size_of::<Link>() + EXTENTS_MAX * size_of::<Extent>();
 
-    /// Reads a request of a type that is there with the negotiated `features`; what lies behind it is ignored.
+    /// Reads a request whose type exists with the negotiated `features`. Bytes behind the request are ignored.
     pub fn parse(bytes: &'a [u8], features: u64) -> Result<Request<'a>, NotARequest> {
         fn read<T: FromBytes + KnownLayout + Immutable + zerocopy::Unaligned>(bytes: &[u8]) -> Result<&T, NotARequest> {
             T::ref_from_prefix(bytes).map(|(request, _)| request).map_err(|_| NotARequest::TooShort)
@@ -89,7 +89,7 @@ impl<'a> Request<'a> {
         extents.map(|(extents, _)| Request::Link(link, extents)).map_err(|_| NotARequest::TooShort)
     }
 
-    /// What is asked for.
+    /// The request's type.
     pub fn request_type(&self) -> RequestType {
         match self {
             Request::Attach(_) => RequestType::Attach,
@@ -104,7 +104,7 @@ impl<'a> Request<'a> {
         }
     }
 
-    /// The trace's event of this request with its outcome; its duration is not known yet. `granule` is the device's.
+    /// The trace event of this request with its outcome. Its duration is not known yet. `granule` is the device's.
     pub fn event(&self, outcome: Outcome, granule: u64) -> Event {
         let (mut endpoint, mut domain, mut flags) = (None, 0, 0);
         let (mut virt_start, mut virt_end, mut phys_start) = (0, 0, 0);
@@ -140,7 +140,7 @@ impl<'a> Request<'a> {
     }
 }
 
-/// A request that is done is `Ok`; else the status says why it is not.
+/// `Ok` if a request was done; otherwise the status that says why not.
 type Done = Result<(), Status>;
 
 pub(super) fn require(condition: bool, status: Status) -> Done {
@@ -157,9 +157,9 @@ impl From<MapError> for Status {
 }
 
 impl Iommu {
-    /// Does a request. `properties` is the device-writable part before the tail; it is all written by PROBE, and
-    /// otherwise left alone. After a request that removes something, [`Iommu::synchronize`] must be called before the
-    /// driver is told.
+    /// Executes a request. `properties` is the device-writable part before the tail. PROBE writes all of it, other requests
+    /// leave it alone. If the request removed something, the caller must call [`Iommu::synchronize`] before it answers the
+    /// driver.
     pub fn execute(&self, request: &Request<'_>, properties: &mut [u8]) -> Outcome {
         let done = match request {
             Request::Attach(attach) => self.attach(attach).map(|()| 0),
@@ -177,7 +177,7 @@ impl Iommu {
         Outcome { status, granules: done.unwrap_or(0) }
     }
 
-    /// Answers a request with a status and does nothing of it.
+    /// Answers a request with a status and does not execute it.
     pub fn refuse(&self, request: &Request<'_>, status: Status) -> Outcome {
         self.counters.request(request.request_type(), status);
         Outcome { status, granules: 0 }
@@ -200,7 +200,7 @@ impl Iommu {
                 require(others < self.settings.limits.domains as usize, Status::NoMem)?;
             }
         }
-        // Attaching again to the same domain changes nothing; above all it does not end the domain.
+        // Attaching to the same domain again changes nothing. In particular it does not end the domain.
         if domains.of(endpoint.id()) != Some(id) {
             let died = domains.attach(endpoint, id, || self.new_domain(id, bypass));
             drop(domains);
@@ -209,7 +209,7 @@ impl Iommu {
         Ok(())
     }
 
-    /// Section 5.13.6.4.2. `reserved` is ignored, as the specification wants it.
+    /// Section 5.13.6.4.2. `reserved` is ignored, as the specification demands.
     fn detach(&self, request: &Detach) -> Done {
         let endpoint = self.endpoints.get(&request.endpoint.get()).ok_or(Status::NoEnt)?;
         let died = self.domains().detach(endpoint, request.domain.get())?;
@@ -233,8 +233,8 @@ impl Iommu {
         Ok(())
     }
 
-    /// Section 5.13.6.6.2. Of what the specification leaves open: `reserved` that is not zero is refused, and nothing
-    /// is removed then. Rule S10 of the split protocol: the same holds for a range that touches a reservation.
+    /// Section 5.13.6.6.2. The specification leaves open what a `reserved` that is not zero does: here the request is refused
+    /// and removes nothing. By rule S10 of the split protocol, so is one whose range touches a reservation.
     fn unmap(&self, request: &Unmap) -> Done {
         require(request.reserved == [0; 4], Status::Inval)?;
         self.check_domain_range(request.domain.get())?;

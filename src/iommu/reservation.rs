@@ -5,15 +5,15 @@ use std::sync::Arc;
 
 use super::address_space::Budget;
 
-/// What a reservation is charged: at least what the map takes for it, when all its nodes are as empty as they get.
+/// The bytes charged for a reservation: at least those that the map uses for it when its nodes are as empty as they can be.
 const RESERVATION_BYTES: u64 = 64;
 
 /// Ranges that do not overlap.
 pub(super) struct Reservations {
-    /// The last address by the first.
+    /// The last address of each range, by its first address.
     ranges: BTreeMap<u64, u64>,
     budget: Arc<Budget>,
-    /// Pages that are linked in all of them.
+    /// The number of pages that are linked, in all reservations together.
     pub(super) linked: u64,
 }
 
@@ -21,7 +21,7 @@ pub(super) struct Reservations {
 pub(super) struct NoMemory;
 
 impl Reservations {
-    /// None yet; those to come are charged to `budget`.
+    /// No reservations yet. Those to come are charged to `budget`.
     pub(super) fn new(budget: Arc<Budget>) -> Self {
         Reservations { ranges: BTreeMap::new(), budget, linked: 0 }
     }
@@ -31,7 +31,7 @@ impl Reservations {
         self.ranges.len() as u64
     }
 
-    /// First and last address of each that begins at `from` or behind it, in the order of the addresses.
+    /// First and last address of each reservation that begins at `from` or above, in the order of the addresses.
     pub(super) fn from(&self, from: u64) -> impl Iterator<Item = (u64, u64)> {
         self.ranges.range(from..).map(|(start, end)| (*start, *end))
     }
@@ -45,7 +45,7 @@ impl Reservations {
         Ok(())
     }
 
-    /// Takes away exactly this range. Returns whether there was one.
+    /// Removes exactly this range. Returns whether it existed.
     pub(super) fn remove(&mut self, start: u64, end: u64) -> bool {
         if self.ranges.get(&start) != Some(&end) {
             return false;
@@ -55,12 +55,12 @@ impl Reservations {
         true
     }
 
-    /// Whether the inclusive range and one of them have an address in common.
+    /// Whether the inclusive range overlaps a reservation.
     pub(super) fn touch(&self, start: u64, end: u64) -> bool {
         self.ranges.range(..=end).next_back().is_some_and(|(_, &last)| last >= start)
     }
 
-    /// Whether the inclusive range lies inside one of them.
+    /// Whether the inclusive range lies inside a reservation.
     pub(super) fn contain(&self, start: u64, end: u64) -> bool {
         start <= end && self.ranges.range(..=start).next_back().is_some_and(|(_, &last)| last >= end)
     }

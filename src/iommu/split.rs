@@ -1,6 +1,6 @@
-//! The four requests of the split alloc/map protocol: what each means and what status it gets. `docs/split-protocol.md`
-//! has the rules S1 to S14 that the comments name; they are checked in their order, and the first that does not hold
-//! gives the status.
+//! The four requests of the split alloc/map protocol: what each does and which status it gets. The comments name the rules
+//! S1 to S14 of `docs/split-protocol.md`. They are checked in this order, and the first that does not hold gives the
+//! status.
 
 use super::Iommu;
 use super::address_space::{AddressSpace, PAGE, Run};
@@ -11,7 +11,7 @@ use viommu_trace::Event;
 use viommu_wire::split::{EXTENTS_MAX, Extent, Link, Range};
 use viommu_wire::virtio_iommu::Status;
 
-/// Granules that the request linked or unlinked; or the status that says why it did not.
+/// The number of granules that the request linked or unlinked, or the status that says why it failed.
 type Granules = Result<u64, Status>;
 
 impl Iommu {
@@ -32,7 +32,7 @@ impl Iommu {
         let entry = self.entry(&mut domains, request.domain.get())?;
         let flags = self.map_flags(request.flags.get())?;
         let (space, reservations) = parts(entry)?;
-        // A part of S6 that comes first, since without it there is no range.
+        // This part of S6 comes first, since without it the request has no range.
         let complete = request.count.get() as usize == extents.len() && (1..=EXTENTS_MAX).contains(&extents.len());
         require(complete, Status::Inval)?;
         let granule = self.settings.granule();
@@ -68,7 +68,7 @@ impl Iommu {
         self.remove_links(&mut domains, request)
     }
 
-    /// Unlinks what is linked in a range that lies inside of a reservation. It takes no memory and does not fail: each
+    /// Unlinks whatever is linked in a range that lies inside a reservation. Needs no memory and does not fail, since each
     /// linked page is a mapping of its own.
     fn remove_links(&self, domains: &mut Domains, request: &Range) -> Granules {
         let entry = self.entry(domains, request.domain.get())?;
@@ -105,19 +105,19 @@ impl Iommu {
     }
 }
 
-/// What a domain has that is no bypass domain (S2).
+/// The address space and the reservations of a domain that is no bypass domain (S2).
 fn parts(entry: &DomainEntry) -> Result<(&AddressSpace, &Reservations), Status> {
     let space = entry.domain.space.as_ref().ok_or(Status::Inval)?;
     Ok((space, &entry.reservations))
 }
 
-/// Whether an extent lies at a granule and inside of the 2^64 addresses.
+/// Whether an extent is aligned to the granule and lies inside the 2^64 addresses.
 fn fits(extent: Extent, granule: u64) -> bool {
     let last = (extent.granules() * granule).checked_sub(1).and_then(|last| extent.phys().checked_add(last));
     extent.phys().is_multiple_of(granule) && last.is_some()
 }
 
-/// The trace's event of a RESERVE, UNLINK or RELEASE.
+/// The trace event of a RESERVE, UNLINK or RELEASE.
 pub(super) fn range_event(range: &Range, outcome: Outcome) -> Event {
     Event::Split {
         request: range.head.kind,
@@ -132,7 +132,7 @@ pub(super) fn range_event(range: &Range, outcome: Outcome) -> Event {
     }
 }
 
-/// The trace's event of a LINK. Its range is that of the extents that were there.
+/// The trace event of a LINK. Its range is that of the extents that the request had.
 pub(super) fn link_event(link: &Link, extents: &[Extent], outcome: Outcome, granule: u64) -> Event {
     let granules: u64 = extents.iter().map(|extent| extent.granules()).sum();
     let start = link.virt_start.get();

@@ -1,4 +1,4 @@
-//! What threads share, from `std` or, under `--cfg loom`, from the model checker.
+//! Synchronization types from `std` or, under `--cfg loom`, from the model checker.
 
 #[cfg(loom)]
 pub(crate) use loom::sync::{
@@ -13,13 +13,14 @@ pub(crate) use std::sync::{
 
 use std::sync::PoisonError;
 
-/// Keeps what one thread writes often off the cache lines (two, since they are fetched in pairs) that others read.
+/// Keeps a value that one thread writes often off the cache lines that other threads read. It takes two lines, since they
+/// are fetched in pairs.
 #[derive(Debug, Default)]
 #[repr(align(128))]
 pub(crate) struct Padded<T>(pub T);
 
-/// Locks `mutex`. What these locks protect is whole between any two statements that can panic, so a thread that
-/// panicked while it held one is no reason to stop.
+/// Locks `mutex`, whether or not a thread panicked while it held it. The data behind these locks is consistent between any
+/// two statements that can panic.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

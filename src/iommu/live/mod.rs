@@ -1,10 +1,10 @@
-//! What is live in the device: domains, who is attached, reservations and mappings, read while requests go on.
+//! The live state of the device, read while requests go on: domains, attached endpoints, reservations and mappings.
 //!
-//! Who is attached to which domain is read at one instant, and all domains with it. The mappings and reservations of each
-//! domain follow in short steps, during which requests change them. So what is given is the state at no instant; but it
-//! becomes the state at any later one if all requests that were answered since the first instant are done to it, in
-//! their order and by force: a MAP or LINK replaces what is in its place, an UNMAP or UNLINK of what is not there does
-//! nothing. Those that change what a step has not read yet do no harm, since what they did is in what it reads.
+//! The domains and their endpoints are read at one instant. The mappings and reservations of each domain follow in short
+//! steps, between which requests may change them. So the items together are not the state at any single instant. But they
+//! become the state at a later instant when all requests that were answered since the first instant are applied to them, in
+//! order and by force: a MAP or LINK replaces whatever is in its place, and an UNMAP or UNLINK of something absent does
+//! nothing. A request that changes what no step has read yet does no harm, since its effect is in what a later step reads.
 
 use std::sync::Arc;
 
@@ -47,38 +47,38 @@ pub enum LiveItem {
     },
 }
 
-/// Reservations that one step reads while it holds up requests.
+/// The most reservations that one step reads, since requests wait meanwhile.
 const RESERVATIONS: usize = 64;
 
-/// Reads what is live, step by step. Holds nothing between two steps.
+/// Reads the live state, step by step. Holds no lock between two steps.
 pub struct Live {
     iommu: Arc<Iommu>,
     reader: grace::Reader,
-    /// The domains that are not read to their end, the next one last.
+    /// The domains that are not read completely yet, the next one last.
     domains: Vec<u32>,
     place: Place,
 }
 
-/// What comes next.
+/// What the next step reads.
 enum Place {
     Domains,
     /// The reservations of the last domain from this address on.
     Reservations(u64),
-    /// The mappings, and when the walk read the beginning of what it has found and not given yet.
+    /// The mappings. The number is when the walk read the beginning of a run that it has not passed on yet.
     Mappings(Walk, u64),
 }
 
 impl Live {
-    /// Nothing is read yet.
+    /// A reader that has read nothing yet.
     pub fn new(iommu: Arc<Iommu>) -> Live {
         Live { reader: iommu.reader(), iommu, domains: Vec::new(), place: Place::Domains }
     }
 
-    /// Gives `take` what comes next: little, or nothing. Returns whether there is more. `now` is called at the instant of
-    /// which the first step is, and before a later one reads; each item comes with what it returned then.
+    /// Passes the next items to `take`: a few, or none. Returns whether there is more. `now` is called at the instant that the
+    /// first step shows, and before each later step reads. Each item comes with the result of that call.
     ///
     /// Both are called while requests wait, and must neither wait nor call the device. The first step itself waits for the
-    /// requests that are being done, and so for what these wait for.
+    /// requests that are being executed, and so for whatever they wait for.
     pub fn step(&mut self, now: impl Fn() -> u64, mut take: impl FnMut(u64, LiveItem)) -> bool {
         match &mut self.place {
             Place::Domains => {
@@ -101,7 +101,7 @@ impl Live {
             Place::Mappings(walk, begun) => {
                 let Some(&domain) = self.domains.last() else { return false };
                 let at = now();
-                // Gone meanwhile, and perhaps there again: all that it has by now are requests of since the first step.
+                // The domain may be gone meanwhile, and may exist again. All that it has then came after the first step.
                 let entry = self.iommu.domains().get(domain).map(|entry| entry.domain.clone());
                 let space = entry.as_ref().and_then(|domain| domain.space.as_ref());
                 let mut carried = walk.is_open().then_some(*begun);
@@ -122,7 +122,7 @@ impl Live {
 type Attached = (u32, bool, Vec<u32>);
 
 impl Iommu {
-    /// All domains at one instant, for which `now` is called, in the order of their ids.
+    /// All domains at one instant, in the order of their ids. `now` is called at that instant.
     fn attached<T>(&self, now: impl Fn() -> T) -> (T, Vec<Attached>) {
         let _unchanged = self.journal();
         let domains = self.domains();
@@ -139,7 +139,7 @@ impl Iommu {
         (at, attached)
     }
 
-    /// Gives `take` some reservations of a domain, from the address `from` on. Returns where to go on.
+    /// Passes some reservations of a domain to `take`, from the address `from` on. Returns where to continue.
     fn reservations(&self, domain: u32, from: u64, max: usize, mut take: impl FnMut(u64, u64)) -> Option<u64> {
         let mut domains = self.domains();
         let mut reservations = domains.get(domain)?.reservations.from(from);

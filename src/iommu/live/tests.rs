@@ -1,4 +1,4 @@
-//! Whatever requests go on while the state is read: with them it is the state at the end.
+//! Whichever requests go on while the state is read: together with them it gives the state at the end.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
@@ -17,7 +17,7 @@ use crate::iommu::{EndpointSettings, Request, Settings};
 const PAGE: u64 = 4096;
 const ENDPOINTS: u32 = 3;
 
-/// All that change anything.
+/// All requests that change anything.
 const TYPES: [RequestType; 8] = [
     RequestType::Attach,
     RequestType::Detach,
@@ -33,7 +33,7 @@ const TYPES: [RequestType; 8] = [
 type Step = (usize, u32, u32, u64, u64);
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
-    // Few pages, so that they meet; at both sides of the border of a table.
+    // Few pages, so that requests meet, on both sides of a table's border.
     prop::collection::vec((0..TYPES.len(), 0..ENDPOINTS, 0..3u32, 500u64..530, 1u64..5), 1..400)
 }
 
@@ -59,7 +59,7 @@ fn bytes((kind, endpoint, domain, page, pages): Step) -> Vec<u8> {
     }
 }
 
-/// The state as a reader of the trace has it. Of a page that is linked the trace does not say where it leads.
+/// The state as a reader of the trace has it. The trace does not say where a linked page leads.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct State {
     domains: BTreeMap<u32, Domain>,
@@ -69,7 +69,7 @@ struct State {
 struct Domain {
     members: BTreeSet<u32>,
     reservations: BTreeMap<u64, u64>,
-    /// By page: where it leads, or the tag of its LINK.
+    /// For each page, where it leads, or the tag of its LINK.
     pages: BTreeMap<u64, Result<u64, u64>>,
 }
 
@@ -96,7 +96,7 @@ impl State {
         }
     }
 
-    /// Does to the state what a request that was answered did, by force.
+    /// Applies an answered request to the state, by force.
     fn event(&mut self, event: &Event) {
         match *event {
             Event::Request { request, status: 0, endpoint, domain, virt_start, virt_end, phys_start, .. } => {
@@ -139,14 +139,14 @@ impl State {
         &mut self.domains.entry(domain).or_default().pages
     }
 
-    /// Takes an endpoint off its domain, unless that is `stays`; a domain without endpoints ends.
+    /// Detaches an endpoint from its domain, unless that is `stays`. A domain without endpoints ends.
     fn leave(&mut self, endpoint: u32, stays: Option<u32>) {
         self.domains
             .retain(|&id, domain| Some(id) == stays || !domain.members.remove(&endpoint) || !domain.members.is_empty());
     }
 }
 
-/// Executes requests in batches, as a virtqueue does, and keeps their events.
+/// Executes requests in batches, as a virtqueue's server does, and keeps their events.
 struct Device {
     iommu: Arc<Iommu>,
     events: Mutex<Vec<Event>>,
@@ -168,7 +168,7 @@ impl Device {
                 let bytes = bytes(step);
                 let request = Request::parse(&bytes, u64::MAX).unwrap();
                 let outcome = self.iommu.execute(&request, &mut []);
-                // So that reading can come in between.
+                // Lets a reader come in between.
                 thread::yield_now();
                 request.event(outcome, PAGE)
             })
@@ -182,7 +182,7 @@ impl Device {
         self.events.lock().unwrap().len() as u64
     }
 
-    /// Reads what is live: each item with the number of events that there were before.
+    /// Reads the live state: each item with the number of events before it.
     fn read(&self, pause: impl Fn()) -> Vec<(u64, LiveItem)> {
         let mut items = Vec::new();
         let mut live = Live::new(self.iommu.clone());
@@ -209,7 +209,7 @@ proptest! {
         size in 1usize..12,
     ) {
         let device = Device::new();
-        // Attached, or there is little to do.
+        // Without attached endpoints most requests would fail.
         device.batch(&[(0, 0, 0, 0, 1), (0, 1, 1, 0, 1), (0, 2, 1, 0, 1)]);
         before.chunks(size).for_each(|steps| device.batch(steps));
         let readings = thread::scope(|scope| {
@@ -222,10 +222,10 @@ proptest! {
         events.iter().for_each(|event| all.event(event));
         prop_assert_eq!(&all, &end, "the events alone");
         for items in readings {
-            // There was nothing at the first instant, which is not known then.
+            // Without items the first instant is not known.
             let Some(&(begin, _)) = items.first() else { continue };
             prop_assert!(items.is_sorted_by_key(|item| item.0));
-            // All events since the first instant after all items, or each item at its place among them.
+            // Apply the events since the first instant after all items, or each item at its place among the events.
             let mut after = state(&items);
             events[begin as usize..].iter().for_each(|event| after.event(event));
             prop_assert_eq!(&after, &end, "from event {} on", begin);
