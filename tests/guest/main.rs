@@ -9,6 +9,7 @@ mod file_system;
 mod functions;
 mod guest_trace;
 mod hotplug;
+mod kernel_debug;
 mod lifecycles;
 mod memory;
 mod observers;

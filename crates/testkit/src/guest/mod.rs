@@ -46,7 +46,7 @@ const LOG: &str = "viommu.log";
 const FIRST_DISK: &str = "nvme0.img";
 
 /// The checkout.
-pub(crate) fn root() -> PathBuf {
+pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().unwrap()
 }
 
