@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use super::node::{TableEntry, node_bytes};
 
-/// Bytes that all address spaces of a device may take together.
+/// The bytes that all address spaces of a device may use together.
 #[derive(Debug)]
 pub struct Budget {
     limit: u64,
@@ -18,28 +18,28 @@ impl Budget {
         Arc::new(Budget { limit, used: AtomicU64::new(0) })
     }
 
-    /// Bytes that may be taken.
+    /// The most bytes that may be in use.
     pub fn limit(&self) -> u64 {
         self.limit
     }
 
-    /// Bytes taken now: by tables that are in use, and by removed ones that a reader may still hold.
+    /// Bytes in use now: those of tables in the trees, and of removed tables that a reader may still use.
     pub fn used(&self) -> u64 {
         self.used.load(Relaxed)
     }
 
-    /// Takes `bytes`, or nothing if that were too many.
+    /// Takes `bytes`, or nothing if that would exceed the limit.
     pub(in crate::iommu) fn take(&self, bytes: u64) -> bool {
         let sum = |used: u64| used.checked_add(bytes).filter(|sum| *sum <= self.limit);
         self.used.fetch_update(Relaxed, Relaxed, sum).is_ok()
     }
 
-    /// Gives back what was taken.
+    /// Returns bytes that were taken.
     pub(in crate::iommu) fn give_back(&self, bytes: u64) {
         self.used.fetch_sub(bytes, Relaxed);
     }
 
-    /// A table, charged; `None` if the budget or the memory is used up.
+    /// Allocates and charges a table; `None` if the budget or the memory is used up.
     pub(super) fn allocate(&self, tagged: bool) -> Option<TableEntry> {
         if !self.take(node_bytes(tagged)) {
             return None;
@@ -52,7 +52,7 @@ impl Budget {
     }
 }
 
-/// Tables that are in the tree no more; freed, and given back to the budget, when it is dropped.
+/// Tables that are no longer in the tree. Dropping this frees them and returns their bytes to the budget.
 pub(super) struct Retired {
     budget: Arc<Budget>,
     tables: Vec<TableEntry>,
@@ -62,8 +62,9 @@ impl Retired {
     /// Takes over tables.
     ///
     /// # Safety
-    /// They come from [`Budget::allocate`] of this budget, nobody else frees them, they cannot be reached from the tree any
-    /// more, and the result is not dropped before every reader that may have reached them has left its section.
+    /// The tables must come from [`Budget::allocate`] of this budget, must not be freed by anybody else, and must no longer
+    /// be reachable from the tree. The result must not be dropped before every reader that may have reached them has left
+    /// its section.
     pub(super) unsafe fn new(budget: Arc<Budget>, tables: Vec<TableEntry>) -> Self {
         Retired { budget, tables }
     }

@@ -1,14 +1,14 @@
-//! Pages that come one by one and carry a tag: the LINK of the split protocol.
+//! Pages that are mapped one by one and carry a tag: the LINK of the split protocol.
 //!
-//! Each is a mapping of its own, in a leaf of 4 KiB whatever lies beside it. So any of them can be removed without any
-//! other, and that never takes memory.
+//! Each page is a mapping of its own, in a leaf of 4 KiB, whatever its neighbours are. So each can be removed alone,
+//! and removing one never needs memory.
 
 use super::budget::Budget;
 use super::node::{ROOT_LEVEL, Root, Slot, TableEntry, Tagged, page_number, pieces, root_slot, span};
 use super::writer::{Obstacle, Unlinked, Writer, add_live};
 use viommu_wire::virtio_iommu::MapFlags;
 
-/// Pages that lie one behind the other in memory.
+/// Consecutive pages in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Run {
     /// Where the first page is; aligned to 4 KiB.
@@ -18,7 +18,7 @@ pub struct Run {
 }
 
 impl Writer {
-    /// Links, or changes nothing that a reader could see.
+    /// Links all pages, or changes nothing that a reader could see.
     #[allow(clippy::too_many_arguments, reason = "as many as a LINK has")]
     pub(super) fn link(
         &mut self,
@@ -42,7 +42,7 @@ impl Writer {
         }
         let mut targets = runs.flat_map(|run| (0..run.pages).map(move |page| run.phys + page * (span(0) + 1)));
         for (start, end) in tables(start, end) {
-            // It is there: nothing is made, and nothing can fail.
+            // The table exists by now, so nothing is allocated and nothing can fail.
             let (table, slot) = self.tagged_at(root, budget, unlinked, start)?;
             let pages = (start..=end).step_by(span(0) as usize + 1);
             let count = (end - start) / (span(0) + 1) + 1;
@@ -55,7 +55,8 @@ impl Writer {
         Ok(())
     }
 
-    /// The table of pages that covers `iova`, made a tagged one if it is none, and the slot that leads to it.
+    /// The table of pages that covers `iova`, and the slot that leads to it. A table without tags is replaced by a
+    /// tagged one.
     fn tagged_at<'a>(
         &mut self,
         root: &'a Root,
@@ -98,7 +99,7 @@ impl Writer {
     }
 }
 
-/// Whether nothing in the inclusive range is mapped by the table of `level` that `slots` are. For the writer.
+/// Whether the table of `level` with these `slots` maps nothing in the inclusive range. For the writer.
 pub(super) fn is_empty(slots: &[Slot], level: u32, start: u64, end: u64) -> bool {
     pieces(slots, level, start, end).all(|piece| {
         let entry = piece.slot.load();

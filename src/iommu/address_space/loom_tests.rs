@@ -1,8 +1,8 @@
-//! The protocol between readers, the writer and the freeing of tables, through all orders that the memory model allows:
+//! The protocol between readers, the writer and the freeing of tables, in all orders that the memory model allows:
 //! `RUSTFLAGS="--cfg loom" cargo test --release --lib loom_`
 //!
-//! Each [`super::node::Node`] carries a cell that every access reads and freeing writes, so the checker fails a run in
-//! which a reader is not certain to be done with a table when it is freed.
+//! Each [`super::node::Node`] has a cell that every access reads and freeing writes. So the checker fails a run in
+//! which a reader may still use a table when it is freed.
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
@@ -17,7 +17,7 @@ use viommu_wire::virtio_iommu::MapFlags;
 
 const PAGE: u64 = 4096;
 
-/// What the threads share: an address space and whether the removal of what page 0 led to is acknowledged.
+/// The state that the threads share: an address space, and whether the removal of page 0's mapping is acknowledged.
 struct Shared {
     grace: Arc<Grace>,
     space: AddressSpace,
@@ -34,7 +34,7 @@ impl Shared {
         Arc::new(Shared { grace, space, gone: AtomicBool::new(false) })
     }
 
-    /// One section, in which page 0 is translated and used.
+    /// One section that translates page 0 and uses the result.
     fn read(&self, reader: &mut Reader) -> Option<Mapping> {
         let guard = reader.enter();
         let found = self.space.lookup(&guard, 0);
@@ -44,7 +44,7 @@ impl Shared {
         found
     }
 
-    /// The whole of a removal: from now on a reader that uses page 0's translation is wrong.
+    /// Completes a removal: from now on no reader may use page 0's translation.
     fn remove(&self) {
         self.unmap();
         self.grace.synchronize();
@@ -60,7 +60,7 @@ impl Shared {
     }
 }
 
-/// Runs a reader in a thread of its own, in all orders with a writer that removes page 0.
+/// Runs a reader in a thread of its own against a writer that removes page 0, in all orders.
 fn check_reader(
     read: impl Fn(&Shared, Reader) + Copy + Sync + Send + 'static,
     remove: impl Fn(&Shared) + Sync + Send + 'static,
@@ -115,8 +115,8 @@ fn loom_two_readers_and_a_new_mapping_at_the_same_address() {
     });
 }
 
-/// What one thread retired may be freed by another that synchronizes for its own reasons. (The other has no reader to
-/// wait for: two that spin for the same one keep the checker busy for ever.)
+/// One thread may free what another retired, when it synchronizes for its own reasons. (That thread has no reader to
+/// wait for: two threads that spin for the same one keep the checker busy for ever.)
 #[test]
 fn loom_two_synchronize_at_once() {
     let read = |shared: &Shared, mut reader: Reader| {
@@ -165,7 +165,7 @@ fn loom_a_second_page_does_not_disturb_the_first() {
     });
 }
 
-/// The models above can fail: without a grace period they do.
+/// Shows that the models above can fail: without a grace period they do.
 #[test]
 #[should_panic(expected = "a removed translation is used")]
 fn loom_finds_a_missing_grace_period() {
@@ -179,7 +179,7 @@ fn loom_finds_a_missing_grace_period() {
     check_reader(read, remove);
 }
 
-/// And so they do when the table is freed at once.
+/// They also fail when the table is freed at once.
 #[test]
 #[should_panic(expected = "Causality violation")]
 fn loom_finds_a_table_that_is_freed_early() {
@@ -194,8 +194,8 @@ fn loom_finds_a_table_that_is_freed_early() {
     check_reader(read, remove);
 }
 
-/// A page is linked, unlinked and linked anew while it is read, and its table becomes a tagged one meanwhile: target and
-/// tag belong together, and the page beside it stays.
+/// A page is linked, unlinked and linked again while it is read, and its table becomes a tagged one meanwhile. Target
+/// and tag belong together, and the neighbouring page stays.
 #[test]
 fn loom_a_tag_is_that_of_its_link() {
     check(|| {

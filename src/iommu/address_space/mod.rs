@@ -1,10 +1,11 @@
 //! A domain's address space: which I/O virtual address leads where.
 //!
-//! It is a page table as hardware has it, with 9 bits a level above pages of 4 KiB, but over all 64 bits and with leaves at
-//! every level, so that a MAP of any size is a bounded number of stores: all 2^64 bytes are the 128 slots of the root. Marks
-//! on the first and the last leaf of a MAP show exactly whether an UNMAP would split it.
+//! It is a page table like that of hardware, with 9 bits a level above pages of 4 KiB. Unlike hardware's it covers all
+//! 64 bits and has leaves at every level, so that a MAP of any size takes a bounded number of stores: all 2^64 bytes
+//! are the 128 slots of the root. Marks on the first and the last leaf of a MAP show exactly whether an UNMAP would
+//! split it.
 //!
-//! One writer at a time changes it; readers take no lock and never wait. Tables are freed only after a grace period
+//! One writer at a time changes it. Readers take no lock and never wait. Tables are freed only after a grace period
 //! ([`super::grace`]).
 
 mod budget;
@@ -30,17 +31,18 @@ use super::grace::{self, Grace};
 use super::sync::{Mutex, Padded, lock};
 use viommu_wire::virtio_iommu::MapFlags;
 
-/// Bytes of a page: the smallest thing that is mapped.
+/// Bytes of a page, the smallest unit that is mapped.
 pub const PAGE: u64 = 1 << node::PAGE_SHIFT;
 
-/// What [`AddressSpace::lookup`] finds.
+/// The result of [`AddressSpace::lookup`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mapping {
     /// Where the address leads.
     pub phys: u64,
-    /// Bytes from there on that are certain to be of the same mapping; at least 1, 2^64 given as `u64::MAX`.
+    /// The number of bytes from there on that surely belong to the same mapping. At least 1; 2^64 is given as
+    /// `u64::MAX`.
     pub len: u64,
-    /// What is allowed.
+    /// The accesses that are allowed.
     pub flags: MapFlags,
     /// The tag of the LINK that made it, or 0.
     pub tag: u64,
@@ -49,7 +51,7 @@ pub struct Mapping {
 /// Why a MAP was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MapError {
-    /// Some of the range is mapped already. Nothing changed.
+    /// A part of the range is mapped already. Nothing changed.
     Overlap,
     /// The byte budget is used up. Nothing changed.
     NoMemory,
@@ -59,10 +61,10 @@ pub enum MapError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Splits;
 
-/// What an UNMAP removed.
+/// The result of an UNMAP.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Removed {
-    /// Whole mappings, as MAP made them; each page of a LINK is one.
+    /// The number of removed mappings, as MAP made them. Each page of a LINK is one.
     pub mappings: u64,
 }
 
@@ -75,25 +77,25 @@ pub struct AddressSpace {
 }
 
 impl AddressSpace {
-    /// An empty address space. Every guard that is passed to [`AddressSpace::lookup`] must be of a reader of `grace`; all
-    /// tables but the root are charged to `budget`.
+    /// An empty address space. Guards that are passed to [`AddressSpace::lookup`] must belong to readers of `grace`.
+    /// All tables but the root are charged to `budget`.
     pub fn new(grace: Arc<Grace>, budget: Arc<Budget>) -> Self {
         let root = std::array::from_fn(|_| Slot::default());
         AddressSpace { root, grace, budget, writer: Padded(Mutex::new(Writer::new())) }
     }
 
-    /// Maps the inclusive range, which must not be empty and be aligned to 4 KiB, to `phys`, which must be aligned too.
-    /// New readers see the mapping when this returns. The calling thread must not be in a read-side section.
+    /// Maps the inclusive range to `phys`. The range must not be empty, and it and `phys` must be aligned to 4 KiB. New
+    /// readers see the mapping when this returns. The calling thread must not be in a read-side section.
     pub fn map(&self, start: u64, end: u64, phys: u64, flags: MapFlags) -> Result<(), MapError> {
         debug_assert!(start <= end && start & span(0) == 0 && !end & span(0) == 0 && phys & span(0) == 0);
-        // A caller who gets it wrong gets whole pages.
+        // A caller that passes other values gets whole pages.
         let request = MapRequest { start: start & !span(0), end: end | span(0), phys, flags };
         self.add(|writer, _| writer.map(&self.root, &self.budget, &request))
     }
 
-    /// Maps the pages of `runs` one after the other from `start` on, each as a mapping of its own that carries `tag`, or
-    /// none of them. `start` must be aligned to 4 KiB, and neither the range nor a run may go beyond the last address.
-    /// Otherwise as [`AddressSpace::map`].
+    /// Maps the pages of `runs` in order from `start` on, each as a mapping of its own that carries `tag`; or maps none
+    /// of them. `start` must be aligned to 4 KiB, and neither the range nor a run may go beyond the last address.
+    /// Otherwise this is like [`AddressSpace::map`].
     pub fn link(
         &self,
         start: u64,
@@ -104,13 +106,14 @@ impl AddressSpace {
         self.add(|writer, unlinked| writer.link(&self.root, &self.budget, unlinked, start, runs.clone(), flags, tag))
     }
 
-    /// Does what adds mappings: `attempt` adds them all, or changes nothing that a reader could see.
+    /// Adds mappings: `attempt` adds them all, or changes nothing that a reader could see. It is tried again when
+    /// memory was freed.
     fn add(&self, attempt: impl Fn(&mut Writer, &mut Unlinked) -> Result<(), Obstacle>) -> Result<(), MapError> {
         let mut unlinked = Unlinked::new();
         let mut writer = lock(&self.writer.0);
         let mut result = attempt(&mut writer, &mut unlinked);
         if let Err(Obstacle::Table | Obstacle::NoMemory) = result {
-            // What is in the way may be tables that are kept for later, or that wait for their end.
+            // Tables may be in the way that are kept for later, or that are still to be freed.
             writer.unlink_idle(&self.root, &mut unlinked);
             self.retire(std::mem::take(&mut unlinked));
             if let Err(Obstacle::NoMemory) = result {
@@ -121,7 +124,7 @@ impl AddressSpace {
         if result.is_ok() {
             writer.trim(&self.root, &mut unlinked);
         } else {
-            // Tables that were made before it turned out that it is in vain.
+            // Unlink the tables that were made before the attempt failed.
             writer.unlink_idle(&self.root, &mut unlinked);
         }
         drop(writer);
@@ -129,8 +132,9 @@ impl AddressSpace {
         Ok(result?)
     }
 
-    /// Removes all mappings inside the inclusive range, which need not be aligned. New readers do not see them when
-    /// this returns; those in a section may use them until a [`Grace::synchronize`] that the caller starts now is over.
+    /// Removes all mappings inside the inclusive range, which need not be aligned. When this returns, new readers do
+    /// not see them. Readers inside a section may use them until a [`Grace::synchronize`] that the caller starts now is
+    /// over.
     pub fn unmap(&self, start: u64, end: u64) -> Result<Removed, Splits> {
         let mut unlinked = Unlinked::new();
         let mut writer = lock(&self.writer.0);
@@ -141,7 +145,7 @@ impl AddressSpace {
         Ok(Removed { mappings: result? })
     }
 
-    /// Removes all mappings, as an UNMAP of all 2^64 addresses does, and gives back all tables.
+    /// Removes all mappings, as an UNMAP of all 2^64 addresses does, and retires all tables.
     pub fn clear(&self) -> Removed {
         let mut unlinked = Unlinked::new();
         let mappings = lock(&self.writer.0).clear(&self.root, &mut unlinked);
@@ -151,7 +155,7 @@ impl AddressSpace {
 
     /// Whether nothing is mapped in the inclusive range.
     pub fn is_empty(&self, start: u64, end: u64) -> bool {
-        // No table goes while the writer's lock is held.
+        // No table is freed while the writer's lock is held.
         let _writer = lock(&self.writer.0);
         link::is_empty(&self.root, node::ROOT_LEVEL, start, end)
     }
@@ -159,7 +163,7 @@ impl AddressSpace {
     /// Looks an address up.
     ///
     /// # Panics
-    /// If `guard` is of a reader of another [`Grace`]: it would not keep the tables alive.
+    /// If `guard` belongs to a reader of another [`Grace`], as it would not keep the tables alive.
     #[inline]
     pub fn lookup(&self, guard: &grace::Guard<'_>, iova: u64) -> Option<Mapping> {
         assert!(guard.is_of(&self.grace), "The guard is of another grace period than the address space");
@@ -173,12 +177,12 @@ impl AddressSpace {
         })
     }
 
-    /// Mappings that exist now, each page of a LINK among them.
+    /// The number of mappings. Each page of a LINK is one.
     pub fn mappings(&self) -> u64 {
         lock(&self.writer.0).mappings
     }
 
-    /// Bytes that the tables take now, idle ones included.
+    /// Bytes of all tables, including idle ones.
     pub fn bytes(&self) -> u64 {
         lock(&self.writer.0).bytes
     }
@@ -186,7 +190,8 @@ impl AddressSpace {
     /// Frees tables after a grace period.
     fn retire(&self, unlinked: Unlinked) {
         if !unlinked.is_empty() {
-            // SAFETY: The writer has unlinked them and forgotten them; `Grace` keeps them until the readers are gone.
+            // SAFETY: The writer has unlinked them and keeps no reference. `Grace` keeps them until the readers are
+            // gone.
             let retired = unsafe { Retired::new(self.budget.clone(), unlinked) };
             self.grace.retire(Box::new(retired));
         }
@@ -197,7 +202,8 @@ impl Drop for AddressSpace {
     fn drop(&mut self) {
         let mut unlinked = Unlinked::new();
         lock(&self.writer.0).clear(&self.root, &mut unlinked);
-        // SAFETY: Whoever read had a reference to this address space. Nobody has one any more: no need to wait.
+        // SAFETY: Every reader had a reference to this address space. Nobody has one any more, so there is no need to
+        // wait.
         drop(unsafe { Retired::new(self.budget.clone(), unlinked) });
     }
 }

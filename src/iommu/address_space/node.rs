@@ -7,14 +7,15 @@
 //! | lone page | page | 0 | 0 | phys | 0 | MMIO | WRITE | READ | 1 | 0 | 0 |
 //! | table | live slots | live slots | address | address | address | 0 | 0 | TAGGED | 0 | IDLE | 0 |
 //!
-//! A *lone page* stands in a slot of level 1, which covers 2 MiB, in place of a table of 512 slots of which one is in use: it
-//! names the page and where that leads. The second page in the same 2 MiB makes it a table.
+//! A *lone page* stands in a slot of level 1, which covers 2 MiB, in place of a table that would use one of its 512
+//! slots. It names the page and where the page leads. A second page in the same 2 MiB turns it into a table.
 //!
-//! A leaf that a LINK made is a page, and is LINKED: its table is a *tagged* one, behind whose slots stands a tag for each.
+//! A leaf that a LINK made is a page and is LINKED. Its table is a *tagged* one, which has a tag for each slot behind
+//! the slots.
 //!
-//! What only the writer needs of a table (how many of its slots are not empty, and whether it is listed as idle) stands
-//! in the slot that leads to it, which the writer has just read, and not in the table, where it would be one more cache
-//! miss.
+//! Some facts about a table are only for the writer: how many of its slots are not empty, and whether it is listed as
+//! idle. They stand in the slot that leads to the table, which the writer has just read. In the table itself they would
+//! cost one more cache miss.
 
 use std::ptr::NonNull;
 use std::sync::atomic::Ordering::{Acquire, Release};
@@ -51,7 +52,7 @@ pub(super) const LAST_ADDRESS: u64 = u64::MAX >> (64 - PAGE_SHIFT - shape::BITS 
 /// The slots of the root.
 pub(super) type Root = [Slot; ROOT_LEN];
 
-/// What a table is charged: itself, and what the allocator needs to align it and to know its size.
+/// The bytes charged for a table: its own, and those that the allocator needs to align it and to know its size.
 pub(super) const fn node_bytes(tagged: bool) -> u64 {
     (if tagged { size_of::<Tagged>() } else { size_of::<Node>() } + 64) as u64
 }
@@ -72,7 +73,7 @@ pub(super) fn span(level: u32) -> u64 {
 #[repr(C, align(64))]
 pub(super) struct Node {
     slots: [Slot; NODE_LEN],
-    /// Told of each access and of the end, so that the model checker can see one after the other.
+    /// Touched by each access and when the table is freed, so that the model checker can see an access after that.
     #[cfg(loom)]
     alive: loom::cell::UnsafeCell<()>,
 }
@@ -81,7 +82,7 @@ pub(super) struct Node {
 #[repr(C)]
 pub(super) struct Tagged {
     node: Node,
-    /// Counts for slots that are LINKED, and is stored before them.
+    /// A tag is valid while its slot is LINKED, and is stored before the slot.
     tags: [AtomicU64; NODE_LEN],
 }
 
@@ -94,7 +95,7 @@ impl Node {
         // SAFETY: Neither is of size 0.
         let node = NonNull::new(unsafe { alloc_zeroed(layout) }.cast::<Node>())?;
         if node.addr().get() as u64 & !TableEntry::ADDRESS != 0 {
-            // An address that no Linux gives unless asked to.
+            // Linux gives such an address only on request.
             // SAFETY: Allocated above with this layout, and nobody else knows it.
             unsafe { dealloc(node.as_ptr().cast(), layout) };
             return None;
@@ -138,7 +139,7 @@ pub(super) fn page_number(iova: u64) -> u64 {
     index(0, iova) as u64
 }
 
-/// Where in a table of `level` the slot that covers `iova` is.
+/// The index, in a table of `level`, of the slot that covers `iova`.
 #[inline]
 fn index(level: u32, iova: u64) -> usize {
     (iova >> shift(level)) as usize & (NODE_LEN - 1)
@@ -159,13 +160,14 @@ impl Tagged {
 
     /// Links the page of `iova`, whose slot is empty, to where `leaf` leads.
     pub(super) fn link(&self, iova: u64, leaf: TableEntry, tag: u64) {
-        // Release: a reader that sees this tag beside the old leaf sees, when it looks again, that the leaf has gone.
+        // Release: a reader that sees this tag with the old leaf also sees, when it loads the slot again, that the leaf
+        // has gone.
         self.tags[index(0, iova)].store(tag, Release);
         self.node.slot(0, iova).store(leaf.linked());
     }
 
-    /// The leaf of the page of `iova`, and the tag of the LINK that made it, or 0. The page may be linked anew at any
-    /// time: a tag counts if the leaf was the same before and after it was read.
+    /// The leaf of the page of `iova`, and the tag of the LINK that made it, or 0. The page may be linked again at any
+    /// time, so a tag is valid only if the leaf was the same before and after the tag was read.
     #[inline]
     pub(super) fn find(&self, iova: u64) -> (TableEntry, u64) {
         let slot = self.node.slot(0, iova);
@@ -181,7 +183,7 @@ impl Tagged {
         (leaf, 0)
     }
 
-    /// Takes over what stands in the slots of a table without tags. No reader may know this table yet.
+    /// Copies the slots of a table without tags. No reader may know this table yet.
     pub(super) fn copy(&self, from: &Node) {
         for (slot, old) in self.node.slots().iter().zip(from.slots()) {
             slot.store(old.load());
@@ -189,16 +191,16 @@ impl Tagged {
     }
 }
 
-/// One of the slots of a table that a range touches, with the part of the range that it covers.
+/// A slot that a range touches, with the part of the range that the slot covers.
 pub(super) struct Piece<'a> {
     pub slot: &'a Slot,
     pub start: u64,
     pub end: u64,
-    /// The part is all that the slot covers.
+    /// Whether the part is all that the slot covers.
     pub whole: bool,
 }
 
-/// Cuts the inclusive range, of which no byte lies outside a table of `level`, at the borders of the table's slots.
+/// Cuts the inclusive range at the borders of the slots of a table of `level`. The range must lie inside the table.
 pub(super) fn pieces(slots: &[Slot], level: u32, start: u64, end: u64) -> impl Iterator<Item = Piece<'_>> {
     let mask = slots.len() - 1;
     let (first, last) = (start >> shift(level), end >> shift(level));
@@ -210,26 +212,27 @@ pub(super) fn pieces(slots: &[Slot], level: u32, start: u64, end: u64) -> impl I
     })
 }
 
-/// A slot: readers load it at any time, the writer stores to it.
+/// A slot. Readers load it at any time, and the writer stores to it.
 #[derive(Default)]
 #[repr(transparent)]
 pub(super) struct Slot(AtomicU64);
 
 impl Slot {
-    /// Acquire: what the writer did before it stored the entry, above all to clear the table that it leads to, is seen.
+    /// Acquire: the reader sees what the writer did before it stored the entry, above all the cleared table that it
+    /// leads to.
     #[inline]
     pub(super) fn load(&self) -> TableEntry {
         TableEntry(self.0.load(Acquire))
     }
 
-    /// Release: the other half. Since there is one writer, load and store need not be one step.
+    /// Release: the other half. With a single writer, load and store need not be one step.
     #[inline]
     pub(super) fn store(&self, entry: TableEntry) {
         self.0.store(entry.0, Release);
     }
 }
 
-/// What a slot holds.
+/// The value of a slot.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) struct TableEntry(u64);
 
@@ -267,7 +270,7 @@ impl TableEntry {
         TableEntry(self.0 | if first { Self::FIRST } else { 0 } | if last { Self::LAST } else { 0 })
     }
 
-    /// The only page in its 2 MiB; `None` if `phys` has more bits than there is room for.
+    /// The only page in its 2 MiB; `None` if `phys` has too many bits.
     #[inline]
     pub(super) fn lone(iova: u64, phys: u64, flags: MapFlags) -> Option<Self> {
         let flags = (u64::from(flags.bits()) & 0b111) << Self::LONE_FLAGS_SHIFT;
@@ -275,7 +278,7 @@ impl TableEntry {
         (phys & !Self::LONE_PHYS == 0).then_some(TableEntry(page | phys | flags | Self::LONE))
     }
 
-    /// Of a leaf that is a page: the same, made by a LINK.
+    /// Of a leaf that is a page: the same leaf, marked as made by a LINK.
     fn linked(self) -> Self {
         TableEntry(self.0 | Self::LINKED | Self::FIRST | Self::LAST)
     }
@@ -286,7 +289,7 @@ impl TableEntry {
         Some(TableEntry(address | Self::IDLE | if tagged { Self::TAGGED } else { 0 }))
     }
 
-    /// Of a table: gives its memory back.
+    /// Of a table: frees its memory.
     ///
     /// # Safety
     /// Nobody else uses the table, can reach it, or frees it.
@@ -295,10 +298,11 @@ impl TableEntry {
         // SAFETY: A table, and ours alone.
         unsafe { self.node() }.alive.with_mut(|_| ());
         if self.is_tagged() {
-            // SAFETY: Allocated as a `Tagged`, with the layout of one, as a box is; zeroes are valid; ours alone.
+            // SAFETY: It was allocated with the layout of a `Tagged`, as a box is. Zeroes are valid, and it is ours
+            // alone.
             drop(unsafe { Box::from_raw(self.address().cast::<Tagged>()) });
         } else {
-            // SAFETY: As above, of a `Node`.
+            // SAFETY: As above, with the layout of a `Node`.
             drop(unsafe { Box::from_raw(self.address()) });
         }
     }
@@ -323,13 +327,13 @@ impl TableEntry {
         !self.is_empty() && self.0 & (Self::LEAF | Self::LONE) == 0
     }
 
-    /// Of a lone page: its number in the 2 MiB.
+    /// Of a lone page: its number within the 2 MiB.
     #[inline]
     pub(super) fn lone_number(self) -> u64 {
         self.0 >> Self::LONE_PAGE_SHIFT
     }
 
-    /// Of a lone page: the leaf that stands for it in a table.
+    /// Of a lone page: the leaf that represents it in a table.
     #[inline]
     pub(super) fn lone_leaf(self) -> Self {
         let flags = MapFlags::from_bits_truncate((self.0 >> Self::LONE_FLAGS_SHIFT) as u32 & 0b111);
@@ -342,48 +346,48 @@ impl TableEntry {
         (self.lone_number() == page_number(iova)).then(|| self.lone_leaf())
     }
 
-    /// Of a leaf.
+    /// Of a leaf: where it leads.
     #[inline]
     pub(super) fn phys(self) -> u64 {
         self.0 & Self::PHYS
     }
 
-    /// Of a leaf.
+    /// Of a leaf: its flags.
     #[inline]
     pub(super) fn flags(self) -> MapFlags {
         MapFlags::from_bits_truncate(((self.0 & Self::FLAGS) >> Self::FLAGS_SHIFT) as u32)
     }
 
-    /// Of a leaf: it is the first of its mapping.
+    /// Of a leaf: whether it is the first of its mapping.
     #[inline]
     pub(super) fn is_first(self) -> bool {
         self.0 & Self::FIRST != 0
     }
 
-    /// Of a leaf: it is the last of its mapping.
+    /// Of a leaf: whether it is the last of its mapping.
     #[inline]
     pub(super) fn is_last(self) -> bool {
         self.0 & Self::LAST != 0
     }
 
-    /// Of a leaf: a LINK made it.
+    /// Of a leaf: whether a LINK made it.
     #[inline]
     pub(super) fn is_linked(self) -> bool {
         self.0 & (Self::LEAF | Self::LINKED) == Self::LEAF | Self::LINKED
     }
 
-    /// Of a table: it has tags.
+    /// Of a table: whether it has tags.
     #[inline]
     pub(super) fn is_tagged(self) -> bool {
         self.0 & Self::TAGGED != 0
     }
 
-    /// Of a table: what it is charged.
+    /// Of a table: the bytes charged for it.
     pub(super) fn bytes(self) -> u64 {
         node_bytes(self.is_tagged())
     }
 
-    /// Of a table: where it is.
+    /// Of a table: its address.
     #[inline]
     fn address(self) -> *mut Node {
         std::ptr::with_exposed_provenance_mut((self.0 & Self::ADDRESS) as usize)
@@ -392,22 +396,22 @@ impl TableEntry {
     /// Of a table: the table.
     ///
     /// # Safety
-    /// The entry is a table's; and for all of `'a` the caller is in a read-side section, in which it loaded the entry,
-    /// or is the writer and does not free the table.
+    /// The entry must be a table's. For all of `'a` the caller must be in the read-side section in which it loaded the entry,
+    /// or be the writer and not free the table.
     #[inline]
     pub(super) unsafe fn node<'a>(self) -> &'a Node {
-        // SAFETY: A table's entry holds the address of a table that was allocated and is freed only when no such
-        // caller is left.
+        // SAFETY: A table's entry holds the address of an allocated table, which is freed only when no such caller is
+        // left.
         unsafe { &*self.address() }
     }
 
-    /// Of a table: the same with its tags, if it has any.
+    /// Of a table: the table with its tags, if it has any.
     ///
     /// # Safety
     /// As for [`TableEntry::node`].
     #[inline]
     pub(super) unsafe fn tagged<'a>(self) -> Option<&'a Tagged> {
-        // SAFETY: As above; a table that is TAGGED was allocated as one.
+        // SAFETY: As above, and a TAGGED table was allocated as one.
         self.is_tagged().then(|| unsafe { &*self.address().cast::<Tagged>() })
     }
 
@@ -417,25 +421,25 @@ impl TableEntry {
         self.0 >> Self::LIVE_SHIFT
     }
 
-    /// Of a table: with `more` more live slots.
+    /// Of a table: the entry with `more` more live slots.
     #[inline]
     pub(super) fn plus(self, more: u64) -> Self {
         TableEntry(self.0 + (more << Self::LIVE_SHIFT))
     }
 
-    /// Of a table: with `less` fewer live slots.
+    /// Of a table: the entry with `less` fewer live slots.
     #[inline]
     pub(super) fn minus(self, less: u64) -> Self {
         TableEntry(self.0 - (less << Self::LIVE_SHIFT))
     }
 
-    /// Of a table: it is in the list of those that are, or were, without live slots.
+    /// Of a table: whether it is listed as having, or having had, no live slots.
     #[inline]
     pub(super) fn is_idle(self) -> bool {
         self.0 & Self::IDLE != 0
     }
 
-    /// Of a table: listed or not.
+    /// Of a table: the entry with that mark set or not.
     #[inline]
     pub(super) fn idle(self, idle: bool) -> Self {
         TableEntry(if idle { self.0 | Self::IDLE } else { self.0 & !Self::IDLE })

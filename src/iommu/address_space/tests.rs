@@ -1,4 +1,4 @@
-//! What can be said in examples; the rest is `tests/address_space.rs`. No system calls, so that Miri can run them.
+//! Tests by example; `tests/address_space.rs` has the rest. They make no system calls, so that Miri can run them.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use crate::iommu::grace::Grace;
 use viommu_wire::virtio_iommu::MapFlags;
 
 const PAGE: u64 = 4096;
-/// What a table without tags is charged.
+/// The bytes charged for a table without tags.
 const NODE: u64 = node_bytes(false);
 const RW: MapFlags = MapFlags::READ.union(MapFlags::WRITE);
 
@@ -34,7 +34,7 @@ impl Space {
         self.space.map(start, end, phys, RW)
     }
 
-    /// Two mappings of a page, one behind the other: that takes five tables where there are none.
+    /// Two consecutive mappings of a page. They take five tables where there are none.
     fn map_two(&self, start: u64) -> Result<(), MapError> {
         self.map(start, start + PAGE - 1, 0x3000).and_then(|()| self.map(start + PAGE, start + 2 * PAGE - 1, 0))
     }
@@ -89,12 +89,12 @@ fn row_36_to_38_unmap_takes_whole_mappings_only() {
     for page in 0..65 {
         space.map(page * 2 * PAGE, page * 2 * PAGE + 2 * PAGE - 1, page << 20).unwrap();
     }
-    // 64 of them lie inside, the last sticks out: nothing goes.
+    // 64 of them lie inside and the last sticks out: nothing is removed.
     assert_eq!(space.unmap(0, 129 * PAGE - 1), Err(Splits));
     assert_eq!(space.unmap(1, 130 * PAGE - 1), Err(Splits));
     assert_eq!(space.unmap(PAGE, 2 * PAGE - 1), Err(Splits));
     assert_eq!(space.space.mappings(), 65);
-    // Ends that are no granule's, and holes.
+    // Ends that are not aligned, and holes.
     assert_eq!(space.unmap(0, 2 * PAGE - 1), Ok(1));
     assert_eq!(space.unmap(17, 2 * PAGE - 1), Ok(0));
     assert_eq!(space.unmap(55, 4 * PAGE - 1), Ok(1));
@@ -118,10 +118,10 @@ fn idle_tables_are_kept_and_given_up_for_others() {
     assert_eq!(space.unmap(0, PAGE - 1), Ok(1));
     assert_eq!(space.unmap(PAGE, 2 * PAGE - 1), Ok(1));
     assert_eq!(space.space.bytes(), 5 * NODE, "kept");
-    // Five other tables: only if the idle ones go.
+    // Five other tables fit only if the idle ones are freed.
     space.map_two(1 << 60).unwrap();
     assert_eq!(space.budget.used(), 5 * NODE);
-    // And now there is nothing to give up.
+    // Now nothing can be freed.
     assert_eq!(space.map(0, PAGE - 1, 0), Err(MapError::NoMemory));
     assert_eq!((space.at(0), space.space.mappings()), (None, 2));
     assert!(space.at(1 << 60).is_some());
@@ -212,7 +212,7 @@ fn linked_pages_are_mappings_of_their_own_with_a_tag() {
     let again = std::iter::once(Run { phys: 0, pages: 9 });
     assert_eq!(space.space.link(start - 8 * PAGE, again, RW, 8), Err(MapError::Overlap));
     assert_eq!((space.at(start - PAGE), space.space.mappings()), (None, 4));
-    // Any of them goes alone.
+    // Each can be removed alone.
     let bytes = space.space.bytes();
     assert_eq!(space.unmap(start + PAGE, start + 2 * PAGE - 1), Ok(1));
     assert_eq!((space.at(start + PAGE), space.space.bytes()), (None, bytes));
@@ -229,7 +229,7 @@ fn a_table_gets_tags_when_a_page_in_it_is_linked() {
     assert_eq!(space.space.bytes(), before - NODE + node_bytes(true));
     assert_eq!(space.at(0).map(|found| (found.phys, found.tag)), Some((0x3000, 0)));
     assert_eq!(space.at(4 * PAGE).map(|found| (found.phys, found.tag)), Some((0xa000, 9)));
-    // A MAP in the place of what was linked has no tag, and a lone page keeps what it is.
+    // A MAP in place of linked pages has no tag, and a lone page stays one.
     assert_eq!(space.unmap(4 * PAGE, 5 * PAGE - 1), Ok(1));
     space.map(4 * PAGE, 5 * PAGE - 1, 0xb000).unwrap();
     assert_eq!(space.at(4 * PAGE).map(|found| (found.phys, found.tag)), Some((0xb000, 0)));
@@ -265,7 +265,7 @@ fn a_walk_finds_links_as_runs_and_each_map_whole() {
     link(start + 5 * PAGE, 0xc000, 1, 8);
     link(start + 6 * PAGE, 0x1_0000, 2, 8);
     link(start + 9 * PAGE, 0x1_3000, 1, 8);
-    // Two MAPs that lie one behind the other in both spaces are two.
+    // Two MAPs that are consecutive in both spaces are two finds.
     space.map(1 << 40, (1 << 40) + 0xfff, 0x5000).unwrap();
     space.map((1 << 40) + 0x1000, (1 << 40) + 0x7f_ffff, 0x6000).unwrap();
     let mapped = |start, pages, phys, tag| Mapped { start, end: start + pages * PAGE - 1, phys, flags: RW, tag };

@@ -1,17 +1,19 @@
-//! A reader's walk over all that is mapped, in steps that are short.
+//! A reader's walk over all mappings, in short steps.
 //!
-//! The writer goes on meanwhile. What is mapped all the time is found once and as it is. What is mapped or unmapped during the
-//! walk may be found, or found in part, or not.
+//! The writer goes on meanwhile. A mapping that exists all the time is found exactly once and completely. One that is
+//! made or removed during the walk may be found, found in part, or not be found.
 
 use super::AddressSpace;
 use super::node::{ROOT_LEVEL, Slot, TableEntry, shift, span};
 use crate::iommu::grace;
 use viommu_wire::virtio_iommu::MapFlags;
 
-/// Slots that one step looks at. A step is a read-side section, and whoever removes something waits for its end.
+/// The number of slots that one step reads. A step is a read-side section, and whoever removes something waits for its
+/// end.
 const STEP: usize = 2048;
 
-/// Pages one behind the other that are of one mapping, or that LINKs led one behind the other with the same flags and tag.
+/// Consecutive pages of one mapping, or consecutive pages that LINKs led to consecutive memory with the same flags and
+/// tag.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mapped {
     /// The first address.
@@ -20,35 +22,36 @@ pub struct Mapped {
     pub end: u64,
     /// Where the first address leads.
     pub phys: u64,
-    /// What is allowed.
+    /// The accesses that are allowed.
     pub flags: MapFlags,
-    /// `Some`: LINKs made them, with this tag; `None`: one MAP did.
+    /// `Some` if LINKs made them, with this tag; `None` if a MAP did.
     pub tag: Option<u64>,
 }
 
-/// How far a walk came; the default is at the first address.
+/// The position of a walk. The default is the first address.
 #[derive(Debug, Default)]
 pub struct Walk {
-    /// The first address that was not looked at.
+    /// The first address that was not visited.
     next: u64,
-    /// What was found last; more of it may follow.
+    /// The last find, of which more may follow.
     open: Option<Mapped>,
 }
 
-/// Where a table was left before its end, or at it.
+/// The address at which a step stopped inside a table; `None` if it reached the table's end.
 type Left = Option<u64>;
 
 impl Walk {
-    /// Whether something was found that is not given yet, as more of it may follow.
+    /// Whether there is a find that was not passed on yet, since more of it may follow.
     pub fn is_open(&self) -> bool {
         self.open.is_some()
     }
 
-    /// Goes on for a bounded time, and gives `take` what is found, in the order of the addresses. Returns whether there
-    /// is more. The guard must be of a reader of the address space's grace periods, and is to be dropped before the next step.
+    /// Goes on for a bounded time and passes the finds to `take`, in the order of the addresses. Returns whether there
+    /// is more. The guard must belong to a reader of the address space's grace periods, and is to be dropped before the
+    /// next step.
     ///
     /// # Panics
-    /// If the guard is of another reader.
+    /// If the guard belongs to another reader.
     pub fn step(&mut self, space: &AddressSpace, guard: &grace::Guard<'_>, mut take: impl FnMut(Mapped)) -> bool {
         assert!(guard.is_of(&space.grace), "The guard is of another grace period than the address space");
         let mut left = STEP;
@@ -60,7 +63,7 @@ impl Walk {
         next.is_some()
     }
 
-    /// Looks at the slots of a table of `level` from the one that covers `from` on.
+    /// Visits the slots of a table of `level`, from the one that covers `from` on.
     fn table(
         &mut self,
         slots: &[Slot],
@@ -98,26 +101,26 @@ impl Walk {
         None
     }
 
-    /// Found a leaf, of which what lies before `start` was passed already.
+    /// Visits a leaf. The part before `start` was visited already.
     fn leaf(&mut self, leaf: TableEntry, table: TableEntry, level: u32, start: u64, take: &mut impl FnMut(Mapped)) {
         if !leaf.is_linked() {
             return self.add(leaf, level, start, None, take);
         }
         // SAFETY: As in `table`: only tables have leaves that are LINKED, and those tables are tagged.
         let Some(tagged) = (unsafe { table.tagged() }) else { return };
-        // Looked at once more, as a tag counts only with its leaf.
+        // Read the leaf again, since a tag is valid only together with its leaf.
         let (leaf, tag) = tagged.find(start);
         if leaf.is_leaf() {
             self.add(leaf, 0, start, leaf.is_linked().then_some(tag), take);
         }
     }
 
-    /// Adds what a leaf of `level` leads to from `start` on to what was found last, or begins anew with it.
+    /// Extends the last find by a leaf of `level`, from `start` on, or begins a new find with it.
     fn add(&mut self, leaf: TableEntry, level: u32, start: u64, tag: Option<u64>, take: &mut impl FnMut(Mapped)) {
         let offset = start & span(level);
         let phys = leaf.phys().wrapping_add(offset);
         let found = Mapped { start, end: start | span(level), phys, flags: leaf.flags(), tag };
-        // Each page of a LINK is a mapping of its own, and what lies beside it may be one more of the same.
+        // Each page of a LINK is a mapping of its own, and its neighbour may be another page of the same LINK.
         let begins = tag.is_none() && leaf.is_first();
         match &mut self.open {
             Some(open) if !begins && follows(open, &found) => open.end = found.end,
@@ -126,7 +129,7 @@ impl Walk {
     }
 }
 
-/// Whether what was found goes on where another ended.
+/// Whether a find continues where another ended.
 fn follows(open: &Mapped, found: &Mapped) -> bool {
     let len = found.start.wrapping_sub(open.start);
     open.end.wrapping_add(1) == found.start

@@ -1,8 +1,9 @@
-//! What changes the tree: one writer at a time, behind the address space's lock.
+//! Changing the tree: one writer at a time, behind the address space's lock.
 //!
-//! A table whose last mapping goes is kept for a while, since a driver that maps and unmaps page after page would
-//! otherwise allocate and free one each time: it is *idle*, listed, and unlinked when it is the oldest of too many.
-//! Every table without live slots is listed. A listed table may have come to life again; that is seen when it is its turn.
+//! A table that has lost its last mapping is kept for a while. Otherwise a driver that maps and unmaps page after page
+//! would allocate and free a table each time. Such a table is *idle*: it is listed, and unlinked when too many are
+//! listed and it is the oldest. Every table without live slots is listed. A listed table may have got live slots again;
+//! this is noticed when it is the oldest.
 
 use std::collections::VecDeque;
 
@@ -11,16 +12,16 @@ use super::node::{LAST_ADDRESS, Node, ROOT_LEVEL, Root, Slot, TableEntry, page_n
 use super::{MapError, Splits};
 use viommu_wire::virtio_iommu::MapFlags;
 
-/// How many idle tables an address space keeps.
+/// The most idle tables that an address space keeps.
 const IDLE_MAX: usize = if cfg!(loom) { 0 } else { 32 };
 
-/// Tables that are out of the tree. Readers may still be in them: they must be freed, but after a grace period.
+/// Tables that are out of the tree. Readers may still use them, so they must be freed only after a grace period.
 pub(super) type Unlinked = Vec<TableEntry>;
 
 /// The writer's side of an address space.
 pub(super) struct Writer {
     pub(super) mappings: u64,
-    /// Bytes of the tables that are in the tree.
+    /// Bytes of the tables in the tree.
     pub(super) bytes: u64,
     /// The idle tables, oldest first: their level and an address that they cover.
     idle: VecDeque<(u32, u64)>,
@@ -35,11 +36,11 @@ pub(super) struct MapRequest {
     pub flags: MapFlags,
 }
 
-/// Why a MAP cannot be done as the tree stands.
+/// Why a MAP is impossible in the present tree.
 pub(super) enum Obstacle {
     /// A mapping is in the way.
     Mapping,
-    /// A table is where a leaf has to be. If no table is idle, it has a mapping.
+    /// A table is where a leaf has to be. If no table is idle, this one has a mapping.
     Table,
     /// There is no memory for a table.
     NoMemory,
@@ -59,7 +60,7 @@ impl Writer {
         Writer { mappings: 0, bytes: 0, idle: VecDeque::new() }
     }
 
-    /// Maps, or changes nothing that a reader could see.
+    /// Maps the range, or changes nothing that a reader could see.
     pub(super) fn map(&mut self, root: &Root, budget: &Budget, request: &MapRequest) -> Result<(), Obstacle> {
         if request.end - request.start == span(0) {
             self.map_page(root, budget, request)?;
@@ -71,7 +72,7 @@ impl Writer {
         Ok(())
     }
 
-    /// Maps a single page: one walk.
+    /// Maps a single page in one walk.
     fn map_page(&mut self, root: &Root, budget: &Budget, request: &MapRequest) -> Result<(), Obstacle> {
         let mut parent = None;
         let mut slot = root_slot(root, request.start);
@@ -96,8 +97,8 @@ impl Writer {
         Ok(())
     }
 
-    /// Makes sure that nothing is in the way of a MAP and that there are all tables that it needs. `slots` are a table of
-    /// `level` to which the slot `parent` leads; the range lies inside it.
+    /// Makes sure that nothing is in the way of a MAP and that all tables that it needs exist. `slots` are those of a
+    /// table of `level`, to which the slot `parent` leads. The range lies inside that table.
     fn prepare(
         &mut self,
         slots: &[Slot],
@@ -124,7 +125,8 @@ impl Writer {
         Ok(())
     }
 
-    /// The table of `level` to which `slot` leads, made if there is none. `parent` leads to the table that `slot` is in.
+    /// The table of `level` to which `slot` leads, allocated if there is none. `parent` leads to the table that has
+    /// `slot`.
     pub(super) fn table_at<'a>(
         &mut self,
         slot: &'a Slot,
@@ -138,7 +140,7 @@ impl Writer {
         Ok(unsafe { entry.node() })
     }
 
-    /// The same as the slot's entry. Only a table that is made is `tagged`.
+    /// The same, as the slot's entry. `tagged` applies only to a table that is allocated here.
     pub(super) fn entry_at(
         &mut self,
         slot: &Slot,
@@ -169,7 +171,8 @@ impl Writer {
         Ok(entry)
     }
 
-    /// Removes every mapping inside the inclusive range, and says how many, or finds that one of them sticks out of it.
+    /// Removes every mapping inside the inclusive range and returns their number. An error if a mapping sticks out of
+    /// it.
     pub(super) fn unmap(&mut self, root: &Root, start: u64, end: u64, unlinked: &mut Unlinked) -> Result<u64, Splits> {
         if start ^ end <= span(0) {
             return self.unmap_page(root, start, end);
@@ -190,9 +193,9 @@ impl Writer {
         Ok(removed)
     }
 
-    /// The same for a range inside a single page: one walk.
+    /// The same for a range inside a single page, in one walk.
     fn unmap_page(&mut self, root: &Root, start: u64, end: u64) -> Result<u64, Splits> {
-        // The slot that leads to the table that `slot` is in.
+        // The slot that leads to the table that has `slot`.
         let mut parent = None;
         let mut slot = root_slot(root, start);
         let mut entry = slot.load();
@@ -221,8 +224,8 @@ impl Writer {
         Ok(1)
     }
 
-    /// Removes what is inside the range from the table of `level` that `slots` are and to which `parent` leads. Tables that
-    /// lie wholly inside go too. Returns the number of mappings.
+    /// Removes whatever is inside the range from a table of `level` with these `slots`, to which `parent` leads. Tables
+    /// that lie wholly inside the range are removed too. Returns the number of mappings.
     fn remove(
         &mut self,
         slots: &[Slot],
@@ -262,7 +265,7 @@ impl Writer {
         mappings
     }
 
-    /// Counts the mappings that begin in what a slot, which is cleared by now, led to, and hands on the tables.
+    /// Counts the mappings that begin below `entry`, whose slot is cleared by now, and retires the tables there.
     fn harvest(&mut self, entry: TableEntry, unlinked: &mut Unlinked) -> u64 {
         if entry.is_leaf() {
             return u64::from(entry.is_first());
@@ -286,21 +289,21 @@ impl Writer {
         removed
     }
 
-    /// Unlinks the oldest idle tables until there are no more than the address space keeps.
+    /// Unlinks the oldest idle tables until only as many are left as the address space keeps.
     pub(super) fn trim(&mut self, root: &Root, unlinked: &mut Unlinked) {
         while self.idle.len() > IDLE_MAX {
             self.unlink_oldest(root, unlinked);
         }
     }
 
-    /// Unlinks all idle tables: each that is left has a mapping.
+    /// Unlinks all idle tables. Each table that is left has a mapping.
     pub(super) fn unlink_idle(&mut self, root: &Root, unlinked: &mut Unlinked) {
         while !self.idle.is_empty() {
             self.unlink_oldest(root, unlinked);
         }
     }
 
-    /// Takes the oldest table off the list, and out of the tree if it is still without live slots.
+    /// Takes the oldest table off the list, and out of the tree if it still has no live slots.
     fn unlink_oldest(&mut self, root: &Root, unlinked: &mut Unlinked) {
         let Some((level, iova)) = self.idle.pop_front() else { return };
         let mut parent = None;
@@ -329,7 +332,7 @@ impl Writer {
         }
     }
 
-    /// Takes `less` live slots from the table of `level` to which `slot` leads and which covers `iova`.
+    /// Subtracts `less` live slots from the table of `level` that covers `iova` and to which `slot` leads.
     fn drop_live(&mut self, slot: &Slot, less: u64, level: u32, iova: u64) {
         let mut entry = slot.load().minus(less);
         if entry.live() == 0 && !entry.is_idle() {
@@ -339,7 +342,7 @@ impl Writer {
         slot.store(entry);
     }
 
-    /// Hands on a table, which the tree does not lead to any more.
+    /// Adds a table that the tree does not lead to any more to `unlinked`.
     pub(super) fn retire(&mut self, entry: TableEntry, unlinked: &mut Unlinked) {
         self.bytes -= entry.bytes();
         unlinked.push(entry);
@@ -362,13 +365,14 @@ pub(super) fn find(root: &Root, iova: u64) -> Option<(TableEntry, u32, u64)> {
             return Some((entry.lone_leaf_at(iova)?, 0, 0));
         }
         table = entry;
-        // SAFETY: A table. Who calls is in a read-side section or is the writer.
+        // SAFETY: A table. The caller is in a read-side section or is the writer.
         entry = unsafe { table.node() }.slot(level - 1, iova).load();
     }
     None
 }
 
-/// The same, where a leaf that a LINK made was just seen in `table`. Apart, so that the way through MAP stays short.
+/// The same, where a leaf that a LINK made was just seen in `table`. A function of its own, so that the path for leaves
+/// of a MAP stays short.
 #[inline(never)]
 fn find_linked(table: TableEntry, iova: u64) -> Option<(TableEntry, u32, u64)> {
     // SAFETY: As in `find`: only tables have leaves that are LINKED, and those tables are tagged.
@@ -376,14 +380,14 @@ fn find_linked(table: TableEntry, iova: u64) -> Option<(TableEntry, u32, u64)> {
     leaf.is_leaf().then_some((leaf, 0, tag))
 }
 
-/// Adds live slots to the table to which `slot` leads; the root does not count its own.
+/// Adds live slots to the table to which `slot` leads. The root does not count its own.
 pub(super) fn add_live(slot: Option<&Slot>, more: u64) {
     if let Some(slot) = slot {
         slot.store(slot.load().plus(more));
     }
 }
 
-/// Writes the leaves of a MAP for which [`Writer::prepare`] has made room.
+/// Writes the leaves of a MAP that [`Writer::prepare`] has prepared.
 fn fill(slots: &[Slot], parent: Option<&Slot>, level: u32, request: &MapRequest, start: u64, end: u64) {
     let mut filled = 0;
     for piece in pieces(slots, level, start, end) {
