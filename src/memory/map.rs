@@ -16,25 +16,24 @@ use super::mapping::FileMapping;
 use super::remote::{FileMemory, Remote};
 use super::{Backing, Memory, Region};
 
-/// The most regions that a client may have mapped at once: what the Linux kernel's VFIO allows by default. QEMU makes some
-/// tens, and one for each block of memory that virtio-mem plugs.
+/// The most regions that a client may have mapped at once. The Linux kernel's VFIO allows the same number by default.
+/// QEMU makes some tens, and one for each block of memory that virtio-mem plugs.
 pub const REGIONS_MAX: usize = 65_535;
 
-/// The most files that a client's regions may be in at once, those that are mapped whole and those that are read and written.
-/// The kernel allows a process some 65,000 mappings, and the next client wants some too. QEMU has a file for each memory
-/// backend.
+/// The most files that a client's regions may use at once, whether mapped as a whole or read and written. The kernel
+/// allows a process some 65,000 mappings, and the next client needs some too. QEMU has a file for each memory backend.
 pub const FILES_MAX: usize = 1024;
 
-/// The most bytes that those that are mapped may have together: a thirty-second of the address space that a process has.
+/// The most bytes of a client's mapped files together: a thirty-second of a process's address space.
 pub const MAPPED_MAX: u64 = 1 << 42;
 
-/// After so long an UNMAP that waits for an access says so.
+/// An UNMAP that waits for an access for longer than this logs a warning.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Why a DMA_MAP or DMA_UNMAP was refused. Nothing changed.
 #[derive(Debug, thiserror::Error)]
 pub enum RegionError {
-    /// There is no such range.
+    /// The range is impossible.
     #[error("The range {gpa:#x} + {len:#x} is empty or ends past 2^64")]
     Range {
         /// The first address.
@@ -42,7 +41,7 @@ pub enum RegionError {
         /// Bytes.
         len: u64,
     },
-    /// Part of the range is taken.
+    /// A part of the range is in use.
     #[error("The range {gpa:#x} + {len:#x} overlaps the region at {other:#x}, which is mapped already")]
     Overlap {
         /// The first address.
@@ -52,10 +51,10 @@ pub enum RegionError {
         /// The first address of the other.
         other: u64,
     },
-    /// There are [`REGIONS_MAX`].
+    /// There are [`REGIONS_MAX`] regions already.
     #[error("{REGIONS_MAX} regions are mapped, which is the most that a client may have")]
     TooMany,
-    /// The file does not have as many bytes.
+    /// The file is too short.
     #[error("The file has {have:#x} bytes, and the region needs {offset:#x} + {len:#x}")]
     PastEnd {
         /// The file's bytes.
@@ -67,24 +66,24 @@ pub enum RegionError {
     },
     /// It would take more of the process's address space, or more of its descriptors, than a client may have.
     #[error(
-        "The region's file is number {files} of the client's, of which {FILES_MAX} is the last; it would have {have:#x} bytes \
-         mapped beside {mapped:#x}, and {MAPPED_MAX:#x} is the most"
+        "The region needs the client's file number {files}, which would map {have:#x} bytes beside {mapped:#x}; a client \
+         may have {FILES_MAX} files and map {MAPPED_MAX:#x} bytes"
     )]
     TooLarge {
-        /// Bytes of it that would be mapped.
+        /// Bytes of the file that would be mapped.
         have: u64,
-        /// Files that there would be, this one among them.
+        /// How many files the client would have, with this one.
         files: usize,
         /// Bytes of the others that are mapped.
         mapped: u64,
     },
-    /// The file is none for this, or the operating system does not say what it is.
+    /// The file has the wrong type, or the operating system does not say which type it has.
     #[error("The file cannot be used")]
     File(#[source] io::Error),
     /// The operating system refuses.
     #[error("The file cannot be mapped")]
     Map(#[source] io::Error),
-    /// Only a part of a region would be removed.
+    /// The request would remove only a part of a region.
     #[error("The range {gpa:#x} + {len:#x} would split the region at {other:#x}")]
     Splits {
         /// The first address.
@@ -94,7 +93,7 @@ pub enum RegionError {
         /// The region's first address.
         other: u64,
     },
-    /// There is nothing to be removed.
+    /// There is nothing to remove.
     #[error("Nothing is mapped in the range {gpa:#x} + {len:#x}")]
     NotMapped {
         /// The first address.
@@ -104,11 +103,11 @@ pub enum RegionError {
     },
 }
 
-/// A region that is to be.
+/// A region to be added.
 pub struct NewRegion {
     /// Its first address.
     pub gpa: u64,
-    /// Its bytes.
+    /// Its length in bytes.
     pub len: u64,
     /// Whether a device may read it.
     pub readable: bool,
@@ -120,37 +119,38 @@ pub struct NewRegion {
 
 /// Where a region's memory is.
 pub enum RegionSource {
-    /// In a file, from an offset on, which is mapped.
+    /// In a file that is to be mapped, from an offset on.
     Mapped(File, u64),
-    /// In a file, from an offset on, which is read and written.
+    /// In a file that is to be read and written, from an offset on.
     FileIo(File, u64),
     /// Elsewhere.
     Remote(Arc<dyn Remote>),
-    /// Nobody knows: the range is known but cannot be accessed.
+    /// Nowhere: the range is known but cannot be accessed.
     Unknown,
 }
 
-/// Makes a [`Memory`] what the client wants it to be.
+/// Changes a [`Memory`] as the client demands.
 pub struct MemoryMap {
     memory: Memory,
-    /// The files that are mapped. One that has become longer, or lost a page, is mapped again and stands here twice, and so
-    /// does one that was mapped for reading alone before it was for writing.
+    /// The files that are mapped. A file that has become longer or lost a page is mapped again and is listed twice. So
+    /// is one that was mapped only for reading before it was mapped for writing.
     mapped: Vec<Known<FileMapping>>,
-    /// Those that are read and written. One that was opened in several ways stands here as often.
+    /// The files that are read and written. A file that was opened in several ways is listed once for each.
     open: Vec<Known<File>>,
 }
 
 /// A file that regions are in.
 struct Known<F> {
-    /// Device and inode: what two descriptors of one file have in common, and as long as this one is used no other file.
+    /// Device and inode. Two descriptors of one file have the same, and no other file has them as long as this one is
+    /// used.
     identity: (u64, u64),
-    /// How it was opened (fcntl(2), F_GETFL), or mapped: whether for writing.
+    /// How it was opened (fcntl(2), F_GETFL), or whether it was mapped for writing.
     how: c_int,
     file: Weak<F>,
 }
 
 impl<F> Known<F> {
-    /// The file, if it is this one and still used.
+    /// The file, if `metadata` and `how` fit and it is still used.
     fn get(&self, metadata: &Metadata, is_as_wanted: impl FnOnce(c_int) -> bool) -> Option<Arc<F>> {
         let is_it = self.identity == (metadata.dev(), metadata.ino()) && is_as_wanted(self.how);
         is_it.then(|| self.file.upgrade()).flatten()
@@ -172,7 +172,7 @@ impl MemoryMap {
         &self.memory
     }
 
-    /// Adds a readable region: `len` bytes of `file` from `offset` on, or without a file a range that is known but cannot be
+    /// Adds a readable region: `len` bytes of `file` from an offset on. Without a file the range is known but cannot be
     /// accessed.
     pub fn map(
         &mut self,
@@ -210,7 +210,7 @@ impl MemoryMap {
         Ok(region)
     }
 
-    /// Removes all regions inside a range, of which there must be some, and returns them. When it returns, no access to
+    /// Removes all regions inside a range and returns them. There must be at least one. When this returns, no access to
     /// them is in progress.
     pub fn unmap(&mut self, gpa: u64, len: u64) -> Result<Vec<Arc<Region>>, RegionError> {
         let last = last(gpa, len)?;
@@ -224,13 +224,13 @@ impl MemoryMap {
         Ok(self.remove(inside))
     }
 
-    /// Removes everything: the client is gone, or wants it so.
+    /// Removes everything, because the client is gone or demands it.
     pub fn clear(&mut self) -> Vec<Arc<Region>> {
         let all = self.memory.load().iter().cloned().collect();
         self.remove(all)
     }
 
-    /// Whether there are regions, but none with memory behind it: then no access of a device can succeed.
+    /// Whether there are regions, but none has memory. Then no access of a device can succeed.
     pub fn is_unshared(&self) -> bool {
         let regions = self.memory.load();
         !regions.is_empty() && regions.iter().all(|region| !region.is_backed())
@@ -245,15 +245,15 @@ impl MemoryMap {
         self.memory.0.regions.store(Arc::new(rest));
         wait_until_unused(&mut gone, |region| {
             log::warn!(
-                "An access to removed guest memory at {:#x} has been in progress for {PATIENCE:?}; the client waits for its end",
+                "An access to removed guest memory at {:#x} is still in progress after {PATIENCE:?}; the client waits for it",
                 region.gpa
             );
         });
         gone
     }
 
-    /// A part of a file. One that is mapped already is not mapped again, unless a page of it could not be had; a mapping for
-    /// writing will do for reading, as what may be done with a region is the region's to say.
+    /// A part of a mapped file. A file that is mapped already is not mapped again, unless it has lost a page. A mapping
+    /// for writing will do for reading too, since each region says for itself which accesses it allows.
     fn backing(&mut self, file: &File, offset: u64, len: u64, writable: bool) -> Result<Backing, RegionError> {
         // An access to a page past the end of the file would fail.
         let metadata = file.metadata().map_err(RegionError::File)?;
@@ -271,15 +271,15 @@ impl MemoryMap {
         Ok(Backing::Mapped { file, offset })
     }
 
-    /// A file that is read and written. One descriptor does for all regions that are in it, if theirs were opened alike. It
-    /// must be a regular file: an access to anything else may wait for somebody.
+    /// A file that is read and written. One descriptor will do for all regions in the file, if their descriptors were
+    /// opened in the same way. It must be a regular file, since an access to anything else may wait for somebody.
     fn opened(&mut self, file: File) -> Result<Arc<File>, RegionError> {
         let metadata = file.metadata().map_err(RegionError::File)?;
         if !metadata.is_file() {
             return Err(RegionError::File(Errno::EINVAL.into()));
         }
         let how = fcntl(&file, FcntlArg::F_GETFL).map_err(|error| RegionError::File(error.into()))?;
-        // Two descriptors of one /proc/PID/mem may be of the memory before and after an execve(2).
+        // Two descriptors of one /proc/PID/mem may belong to the memory before and after an execve(2).
         let alike =
             fstatfs(&file).map_err(|error| RegionError::File(error.into()))?.filesystem_type() != PROC_SUPER_MAGIC;
         if alike && let Some(file) = self.open.iter().find_map(|known| known.get(&metadata, |known| known == how)) {
@@ -291,7 +291,7 @@ impl MemoryMap {
         Ok(file)
     }
 
-    /// Whether there may be one more file, of which so many bytes are mapped.
+    /// Checks that one more file is allowed, of which `have` bytes would be mapped.
     fn check_room(&mut self, have: u64) -> Result<(), RegionError> {
         self.mapped.retain(|known| known.file.strong_count() > 0);
         self.open.retain(|known| known.file.strong_count() > 0);
@@ -304,11 +304,11 @@ impl MemoryMap {
     }
 }
 
-/// Waits until nobody uses what was removed, which new accesses do not find any more. Each access holds what it found for one
-/// bounded copy; it takes long only if a page of the memory takes long to come. Accesses cannot crash either way, since
-/// they keep the mappings alive; waiting is for the client, which may give the memory to something else as soon as it has
-/// the reply. So there is no end to it but the access's: a reply before would be a lie. `say` says what is waited for, once,
-/// if that has taken [`PATIENCE`].
+/// Waits until nobody uses `removed` any more. New accesses do not find it. Each access holds what it found for one
+/// bounded copy, which takes long only if a page of the memory takes long to arrive. Accesses never crash, since they
+/// keep the mappings alive. The wait is for the client's sake, which may use the memory for something else as soon as
+/// it has the reply. So the wait ends only with the access, as an earlier reply would be a lie. `say` is called once,
+/// with what the wait is for, if it has taken [`PATIENCE`].
 pub(crate) fn wait_until_unused<'a, T: 'a>(removed: impl IntoIterator<Item = &'a mut Arc<T>>, say: impl Fn(&T)) {
     let begun = Instant::now();
     let mut said = false;
@@ -382,7 +382,7 @@ mod tests {
         let refused = map.map(0x1000, 0x1000, true, Some((file(MAPPED_MAX / 2 + 1), 0)));
         assert!(matches!(refused, Err(RegionError::TooLarge { files: 2, .. })));
         map.map(0x1000, 0x1000, true, half()).unwrap();
-        // One that grows is mapped again, while the regions of before keep what they have.
+        // A file that has grown is mapped again, while older regions keep their mapping.
         map.clear();
         let growing = file(0x1000);
         map.map(0, 0x1000, true, Some((growing.try_clone().unwrap(), 0))).unwrap();
@@ -404,7 +404,7 @@ mod tests {
         map.map(0, 0x1000, true, place(0)).unwrap();
         map.map(0x1000, 0x1000, false, place(0)).unwrap();
         assert_eq!(map.mapped.len(), 1);
-        // What may be done is still each region's to say.
+        // Each region still says which accesses it allows.
         let regions = map.memory.load();
         regions.write(0xff8, &[7; 8]).unwrap();
         assert!(regions.write(0x1ff8, &[8; 8]).is_err() && regions.write(0xff8, &[8; 16]).is_err());
@@ -412,7 +412,7 @@ mod tests {
         regions.read(0x1ff8, &mut data).unwrap();
         assert_eq!(data, [7; 8]);
         drop(regions);
-        // It stays for the one when the other goes; and the other way round it is not enough.
+        // The mapping stays for one region when the other is removed. A mapping for reading does not do for writing.
         map.unmap(0, 0x1000).unwrap();
         map.memory.load().read(0x1000, &mut data).unwrap();
         map.clear();
@@ -433,7 +433,7 @@ mod tests {
             add(&mut map, number * 0x1000, ram.as_file()).unwrap();
         }
         assert_eq!(map.open.len(), 1);
-        // A descriptor that can do less is not taken for one that can do more.
+        // A descriptor that can do less does not replace one that can do more.
         let reader = File::open(&ram).unwrap();
         add(&mut map, 1 << 40, &reader).unwrap();
         assert!(map.memory.load().write(1 << 40, &[7; 8]).is_err());
@@ -446,7 +446,7 @@ mod tests {
         assert!(matches!(more, Err(RegionError::TooLarge { files: 1025, .. })));
         let other = file(0x1000);
         assert!(matches!(add(&mut map, 1 << 42, &other), Err(RegionError::TooLarge { files: 1025, have: 0, .. })));
-        // Its last region takes a file along.
+        // A file is dropped with its last region.
         map.unmap(1 << 40, 0x1000).unwrap();
         add(&mut map, 1 << 42, &other).unwrap();
     }
@@ -487,7 +487,7 @@ mod tests {
     }
 
     proptest! {
-        /// Against a set of pages: what the map says is what the set says.
+        /// Compares with a set of pages: map and set must agree.
         #[test]
         fn agrees_with_a_set_of_pages(steps in prop::collection::vec((any::<bool>(), 0u64..24, 1u64..8), 1..60)) {
             let mut map = map();

@@ -1,4 +1,4 @@
-//! A file of guest memory, mapped whole.
+//! A file of guest memory, mapped as a whole.
 
 use std::fs::{File, Metadata};
 use std::io;
@@ -8,11 +8,11 @@ use std::ptr::{self, NonNull};
 
 use super::sigbus::{self, PAGE};
 
-/// A file, from its start to the end that it has at the time. Whole, since a client may describe its memory in many small
-/// pieces of one file: they cost one mapping together, no descriptor, and offsets that are no multiple of the file's page
-/// size do no harm.
+/// A mapped file, from its start to its present end. It is mapped as a whole because a client may describe its memory
+/// in many small pieces of one file. Together they then cost one mapping and no descriptor, and offsets that are no
+/// multiple of the file's page size do no harm.
 pub(super) struct FileMapping {
-    // In this order: the handler must not take for guest memory what is mapped there next.
+    // In this order: the handler must not mistake whatever is mapped there next for guest memory.
     watch: sigbus::Watch,
     memory: Mapped,
     len: u64,
@@ -30,11 +30,11 @@ unsafe impl Send for Mapped {}
 unsafe impl Sync for Mapped {}
 
 impl FileMapping {
-    /// Maps a file, which must not be empty, with the length that it had when `metadata` was asked for. If it is shorter by
-    /// now, an access to what it lost fails like any other to a page that cannot be had.
+    /// Maps a file, which must not be empty, with the length that is in `metadata`. If the file has become shorter
+    /// since, an access to the missing part fails like any other access to a page that is not available.
     pub(super) fn new(file: &File, metadata: &Metadata, writable: bool) -> io::Result<FileMapping> {
         let block = block(metadata);
-        // For huge pages munmap(2) wants whole ones.
+        // munmap(2) wants whole huge pages.
         let len = usize::try_from(metadata.len()).ok().and_then(|len| len.checked_next_multiple_of(block));
         let len = len.ok_or_else(|| io::Error::other("it does not fit in the address space"))?;
         let prot = if writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
@@ -55,7 +55,7 @@ impl FileMapping {
         self.len
     }
 
-    /// Where a byte of the file is, which must be one.
+    /// The address of a byte of the file. The offset must be inside the file.
     pub(super) fn at(&self, offset: u64) -> *mut u8 {
         assert!(offset < self.len);
         self.memory.start.as_ptr().cast::<u8>().wrapping_add(offset as usize)
@@ -69,14 +69,14 @@ impl FileMapping {
 
 impl Drop for Mapped {
     fn drop(&mut self) {
-        // SAFETY: mapped in `FileMapping::new`, and used by nobody any more: who accesses it holds the `FileMapping`.
+        // SAFETY: mapped in `FileMapping::new`, and unused by now: whoever accesses it holds the `FileMapping`.
         if unsafe { libc::munmap(self.start.as_ptr(), self.len) } != 0 {
             log::error!("Guest memory cannot be unmapped: {}", io::Error::last_os_error());
         }
     }
 }
 
-/// The unit in which a file's pages come and go: for huge pages their size.
+/// The unit in which a file's pages come and go, which is their size for huge pages.
 pub fn block(metadata: &Metadata) -> usize {
     usize::try_from(metadata.blksize()).unwrap_or(PAGE).max(PAGE).next_multiple_of(PAGE)
 }

@@ -1,9 +1,9 @@
-//! The guest's memory as the client of a PCI function describes it: regions of guest-physical addresses, each a part of a
-//! file.
+//! The guest's memory as the client of a PCI function describes it: regions of guest-physical addresses, each a part of
+//! a file.
 //!
-//! [`MemoryMap`] takes the client's messages, [`Memory`] is what accesses go through. An access works on the [`Regions`]
-//! that it finds when it begins; a region that is removed goes when the last access to it is over, and until then its
-//! removal is not answered. A page that cannot be had fails the access: see [`sigbus`].
+//! [`MemoryMap`] takes the client's messages, and accesses go through [`Memory`]. An access works on the [`Regions`]
+//! that it finds when it begins. A removed region is freed when the last access to it has ended, and its removal is not
+//! answered before that. An access to a page that is not available fails: see [`sigbus`].
 
 mod map;
 mod mapping;
@@ -30,7 +30,7 @@ pub struct Memory(Arc<Shared>);
 #[derive(Default)]
 struct Shared {
     regions: ArcSwap<Regions>,
-    /// It was said that memory is not shared.
+    /// The log has said that memory is not shared.
     told: AtomicBool,
 }
 
@@ -38,21 +38,21 @@ struct Shared {
 pub struct Region {
     /// Its first address.
     pub gpa: u64,
-    /// Its bytes, at least one; the end fits in 64 bits.
+    /// Its length in bytes, at least one. The end fits in 64 bits.
     pub len: u64,
     /// Whether the client lets a device read it.
     pub readable: bool,
     /// Whether the client lets a device write to it.
     pub writable: bool,
-    /// `None`: ROM, device memory or RAM that is not shared come without a file.
+    /// `None` for ROM, device memory and RAM that is not shared, which come without a file.
     backing: Option<Backing>,
 }
 
 /// The memory of a region.
 enum Backing {
-    /// A file that is mapped, from an offset of it on.
+    /// A mapped file, from an offset on.
     Mapped { file: Arc<FileMapping>, offset: u64 },
-    /// Something that is asked.
+    /// Memory that is accessed through a [`Remote`].
     Remote(Arc<dyn Remote>),
 }
 
@@ -60,7 +60,7 @@ enum Backing {
 pub enum Piece<'r> {
     /// It is in this process's address space.
     Mapped(VolatileSlice<'r>),
-    /// It is elsewhere: so many bytes from a guest-physical address on.
+    /// It is elsewhere. The numbers are its guest-physical address and its length in bytes.
     Remote(&'r dyn Remote, u64, usize),
 }
 
@@ -73,18 +73,18 @@ impl Piece<'_> {
     }
 }
 
-/// There is no memory in all of a range, or it is not to be written, or it could not be had.
+/// A part of a range has no memory, must not be accessed in this way, or was lost to SIGBUS.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NoAccess;
 
 impl Memory {
-    /// The regions as they are now. Those that are removed meanwhile stay accessible until this is dropped.
+    /// The present regions. Those that are removed meanwhile stay accessible until this is dropped.
     #[inline]
     pub fn load(&self) -> Guard<Arc<Regions>> {
         self.0.regions.load()
     }
 
-    /// Says in the log, once, why an access to what begins at `gpa` failed, if that is not the guest's own doing.
+    /// Logs, once, why an access from `gpa` on failed, if the guest itself is not the cause.
     pub fn explain(&self, gpa: u64, len: u64) {
         let regions = self.load();
         for region in regions.touching(gpa, gpa.saturating_add(len - 1)) {
@@ -92,8 +92,9 @@ impl Memory {
                 None => self.tell_unshared(region.gpa),
                 Some(Backing::Mapped { file, .. }) if file.watch().is_bad() && file.watch().is_to_be_told() => {
                     log::error!(
-                        "Guest memory at {gpa:#x} + {len:#x} cannot be had (SIGBUS): its file was cut short, its file system \
-                         is full, or no huge page is left. Accesses to such pages fail until the client maps the file anew"
+                        "Guest memory at {gpa:#x} + {len:#x} is not available (SIGBUS): its file was truncated, its file \
+                         system is full, or no huge page is left. Accesses to such pages fail until the client maps \
+                         the file again"
                     );
                 }
                 Some(_) => {}
@@ -101,7 +102,7 @@ impl Memory {
         }
     }
 
-    /// Says in the log, once for each client, that there is memory that is not shared.
+    /// Logs, once for each client, that some memory is not shared.
     pub fn tell_unshared(&self, gpa: u64) {
         if !self.0.told.swap(true, Ordering::AcqRel) {
             log::warn!(
@@ -124,14 +125,15 @@ impl Region {
         self.backing.is_some()
     }
 
-    /// Its memory from an address of it on, up to `len` bytes.
+    /// Its memory from `gpa` on, at most `len` bytes. `gpa` must be in the region.
     #[inline]
     fn piece(&self, gpa: u64, len: u64) -> Option<Piece<'_>> {
         let (at, len) = (gpa - self.gpa, len.min(self.last() - gpa + 1));
         match self.backing.as_ref()? {
             Backing::Mapped { file, offset } => {
-                // SAFETY: that a region lies in its file was checked when it was made, and as long as the region lives the
-                // file is mapped. There are no references into the memory, and a page that cannot be had is replaced.
+                // SAFETY: a region was checked to lie in its file when it was made, and the file stays mapped as long
+                // as the region lives. There are no references into the memory. A page that is not available is
+                // replaced.
                 Some(Piece::Mapped(unsafe { VolatileSlice::new(file.at(offset + at), len as usize) }))
             }
             Backing::Remote(remote) => Some(Piece::Remote(remote.as_ref(), gpa, len as usize)),
@@ -142,7 +144,8 @@ impl Region {
         if write { self.writable } else { self.readable }
     }
 
-    /// Whether a page could not be had with some of `len` bytes from an address of it on, as far as they are in it.
+    /// Whether a page was lost to SIGBUS that has some of the `len` bytes from `gpa` on. Only bytes in this region
+    /// count.
     #[inline]
     fn is_bad(&self, gpa: u64, len: u64) -> bool {
         let Some(Backing::Mapped { file, offset }) = &self.backing else { return false };
@@ -170,7 +173,7 @@ impl Regions {
         })
     }
 
-    /// Writes memory from `gpa` on; nothing, if not all of it can be written.
+    /// Writes memory from `gpa` on. Writes nothing if a part of it is no memory or must not be written.
     pub fn write(&self, gpa: u64, data: &[u8]) -> Result<(), NoAccess> {
         let mut done = 0;
         self.each(gpa, data.len() as u64, true, |piece| {
@@ -183,8 +186,9 @@ impl Regions {
         })
     }
 
-    /// Hands out the memory at `len` bytes from `gpa` on, piece by piece; none of it if not all is there, or not all is
-    /// readable or writable, as it is to be read or written. An error also if some of it turns out not to be had.
+    /// Passes the memory of `len` bytes from `gpa` on to `access`, piece by piece. Fails before the first piece if a
+    /// part is no memory, or is not readable or writable as needed. Fails also if a page turns out to be lost to
+    /// SIGBUS.
     pub fn each<'r>(
         &'r self,
         gpa: u64,
@@ -202,7 +206,7 @@ impl Regions {
         while seen < len {
             let (region, found) = piece(seen)?;
             if found.len() as u64 == len {
-                // All in one region, as nearly always.
+                // All of it is in one region, as nearly always.
                 access(found)?;
                 return if region.is_bad(gpa, len) { Err(NoAccess) } else { Ok(()) };
             }
@@ -220,7 +224,7 @@ impl Regions {
         Ok(())
     }
 
-    /// Whether all pages of a range, which is memory, could be had so far.
+    /// Whether no page of a range has been lost to SIGBUS so far. The range must be memory.
     pub fn is_intact(&self, gpa: u64, len: u64) -> bool {
         !sigbus::any() || !self.touching(gpa, gpa.saturating_add(len - 1)).any(|region| region.is_bad(gpa, len))
     }

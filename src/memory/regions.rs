@@ -1,4 +1,4 @@
-//! Regions in the order of their addresses, in a form of which a changed copy costs little.
+//! Regions in the order of their addresses, in a form in which a changed copy is cheap.
 
 use std::sync::Arc;
 
@@ -7,9 +7,9 @@ use super::Region;
 /// The most regions of a chunk.
 const CHUNK_MAX: usize = 256;
 
-/// Regions that do not overlap. A change makes a new value, which shares all but one chunk with the old one: so readers
-/// go on with what they have, and a client that describes its memory in tens of thousands of pieces does not have them
-/// all copied for each.
+/// Regions that do not overlap. A change makes a new value, which shares all but one chunk with the old one. So readers
+/// can go on with the old value, and a client that describes its memory in tens of thousands of pieces does not have
+/// all of them copied for each.
 #[derive(Clone, Default)]
 pub struct Regions {
     /// None is empty.
@@ -56,13 +56,13 @@ impl Regions {
         Some(&regions[at].1)
     }
 
-    /// The region with an address.
+    /// The region that has this address.
     #[inline]
     pub(super) fn find(&self, gpa: u64) -> Option<&Arc<Region>> {
         self.at_or_before(gpa).filter(|region| gpa - region.gpa < region.len)
     }
 
-    /// Those that touch the inclusive range, in the order of their addresses.
+    /// The regions that overlap the inclusive range, in the order of their addresses.
     pub(super) fn touching(&self, first: u64, last: u64) -> impl Iterator<Item = &Arc<Region>> {
         let begin = self.at_or_before(first).filter(|region| region.last() >= first).map_or(first, |region| region.gpa);
         let chunk = self.chunks.partition_point(|chunk| chunk.first <= begin).saturating_sub(1);
@@ -70,7 +70,7 @@ impl Regions {
         regions.skip_while(move |(gpa, _)| *gpa < begin).take_while(move |(gpa, _)| *gpa <= last).map(|(_, r)| r)
     }
 
-    /// The same with one more, which touches none of them.
+    /// The same regions with one more, which must overlap none of them.
     pub(super) fn with(&self, region: Arc<Region>) -> Regions {
         let mut chunks = self.chunks.clone();
         let at = chunks.partition_point(|chunk| chunk.first <= region.gpa).saturating_sub(1);
@@ -83,7 +83,7 @@ impl Regions {
         Regions { chunks, count: self.count + 1 }
     }
 
-    /// The same without the regions that begin at these addresses, which are in their order.
+    /// The same regions without those that begin at these addresses, which must be sorted.
     pub(super) fn without(&self, gone: &[u64]) -> Regions {
         let mut chunks: Vec<Chunk> = Vec::with_capacity(self.chunks.len());
         let mut count = 0;
@@ -100,7 +100,7 @@ impl Regions {
             let mut regions = Vec::clone(&chunk.regions);
             regions.retain(|(gpa, _)| gone.next_if_eq(gpa).is_none());
             count += regions.len();
-            // Chunks that became small go together, or their number would grow without end.
+            // Chunks that have become small are merged; otherwise their number would grow without end.
             if let Some(last) = chunks.last_mut().filter(|last| last.regions.len() + regions.len() <= CHUNK_MAX / 2) {
                 Arc::make_mut(&mut last.regions).append(&mut regions);
             } else {
@@ -124,7 +124,7 @@ mod tests {
     }
 
     proptest! {
-        /// Against a map: many regions, so that chunks split, empty and go together.
+        /// Compares with a map. There are so many regions that chunks split, become empty and are merged.
         #[test]
         fn agree_with_a_map(seed in any::<u64>(), bias in 1u64..4) {
             let (mut regions, mut map, mut random) = (Regions::default(), BTreeMap::new(), seed);

@@ -1,4 +1,4 @@
-//! Memory that is not mapped: it is read and written through something else.
+//! Memory that is not mapped but read and written in another way.
 
 use std::fs::File;
 use std::io;
@@ -7,19 +7,19 @@ use std::sync::Arc;
 
 use super::NoAccess;
 
-/// A region's memory elsewhere. Accesses may take as long as whatever is behind it takes.
+/// A region's memory elsewhere. An access may take as long as whoever has that memory takes.
 pub trait Remote: Send + Sync {
     /// Reads from the guest-physical address `gpa` on.
     fn read(&self, gpa: u64, data: &mut [u8]) -> Result<(), NoAccess>;
 
-    /// Writes from the guest-physical address `gpa` on. If that fails, some may have been written.
+    /// Writes from the guest-physical address `gpa` on. If this fails, a part may have been written.
     fn write(&self, gpa: u64, data: &[u8]) -> Result<(), NoAccess>;
 }
 
 /// Memory that is read and written in a file which cannot be mapped, such as that of another process.
 pub(super) struct FileMemory {
     file: Arc<File>,
-    /// Of the guest-physical address 0, which may not be in the file.
+    /// The file offset of the guest-physical address 0, which may lie outside the file.
     offset: u64,
 }
 
