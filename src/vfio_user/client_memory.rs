@@ -1,16 +1,18 @@
-//! Memory that a client gave without a descriptor: it is asked for it ("VFIO_USER_DMA_READ", "VFIO_USER_DMA_WRITE").
+//! Memory that a client gave without a descriptor. Each access is a command to the client ("VFIO_USER_DMA_READ",
+//! "VFIO_USER_DMA_WRITE").
 //!
-//! The questions go over a socket of their own (`twin_socket` in VERSION), and only to clients that take them there. On the
-//! session's socket both sides could wait for each other: QEMU (11.1), which offers no other, answers a question there only
-//! while none of its processors waits for an answer of this side's. So its memory is to be shared.
+//! The commands go over a socket of their own (`twin_socket` in VERSION), and only to clients that accept it. On the
+//! session's socket both sides could wait for each other: QEMU (11.1), which offers no other socket, answers a command
+//! there only while none of its processors waits for an answer from this side. So QEMU's memory has to be shared.
 //!
 //! # How an access ends
 //!
-//! An access that is over must not reach memory later: whoever waits for its end takes the memory away then. A DMA_READ may
-//! be given up at any time, since nobody takes its answer any more. A DMA_WRITE that was sent ends only with its answer, or
-//! with the session. And what is in a socket can still be read when the other end is closed; so whatever the client has not
-//! read of such a write by the end of the session is taken back out of its end of the socket, which this side keeps for that.
-//! A client that has read all of it, and does not say so, may still do it.
+//! An access that has ended must not reach memory later, since whoever waits for its end then takes the memory away. A
+//! DMA_READ may be given up at any time, because nobody uses its answer any more. A DMA_WRITE that was sent ends only
+//! with its answer or with the session. Bytes in a socket can still be read after the other end was closed. So at the
+//! end of the session the bytes of such a write that the client has not read are taken back out of the client's end of
+//! the socket, which this side keeps open for that purpose. A client that has read all of it and has not answered may
+//! still execute it.
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
@@ -28,39 +30,40 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 use super::message::{Command, DmaAccess, Header, HeaderFlags};
 use crate::sync::{lock, unpoisoned};
 
-/// How long an access may wait for others' to end, and then how long the client may take to answer it. A client that does not
-/// is not asked again.
+/// How long an access may wait for other accesses to end, and then how long the client may take to answer it. A client
+/// that takes longer is not asked again.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// A client's way to its memory. Clones are the same.
+/// Access to a client's memory. Clones are the same.
 #[derive(Clone, Debug)]
 pub struct ClientMemory(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
-    /// The most bytes that the client takes or gives at once.
+    /// The most bytes that the client accepts or returns at once.
     max_data: usize,
     /// Taken by the thread that asks, for as long as it does; the others wait.
     socket: Mutex<Option<Socket>>,
-    /// It is there again.
+    /// Signalled when the socket is free again.
     free: Condvar,
 }
 
 #[derive(Debug)]
 struct Socket {
-    /// Does not block.
+    /// This side's end, which does not block.
     stream: UnixStream,
     /// The client's end.
     theirs: UnixStream,
     /// The session's socket.
     session: UnixStream,
     next_id: u16,
-    /// Nothing that comes from it means anything any more.
+    /// Set when bytes from it mean nothing any more.
     failed: bool,
 }
 
 impl ClientMemory {
-    /// For the client of this session, with `max_data` bytes at once, at least one; and the client's end of the socket for it.
+    /// Makes the socket for the client of this session, with at most `max_data` bytes at once, which is at least one.
+    /// Returns the client's end too.
     pub(super) fn new(session: &UnixStream, max_data: usize) -> io::Result<(ClientMemory, UnixStream)> {
         let (stream, client) = UnixStream::pair()?;
         stream.set_nonblocking(true)?;
@@ -69,7 +72,7 @@ impl ClientMemory {
         Ok((ClientMemory(Arc::new(Shared { max_data, socket, free: Condvar::new() })), client))
     }
 
-    /// Reads from `address` on. If that fails, some may have been read.
+    /// Reads from `address` on. If this fails, a part may have been read.
     pub fn read(&self, address: u64, data: &mut [u8]) -> io::Result<()> {
         let deadline = Instant::now() + PATIENCE;
         for (number, part) in data.chunks_mut(self.0.max_data).enumerate() {
@@ -80,8 +83,8 @@ impl ClientMemory {
         Ok(())
     }
 
-    /// Writes from `address` on. If that fails, some may have been written; and if the client did not answer as it should, its
-    /// session is over.
+    /// Writes from `address` on. If this fails, a part may have been written. If the client did not answer properly,
+    /// its session is over.
     pub fn write(&self, address: u64, data: &[u8]) -> io::Result<()> {
         let deadline = Instant::now() + PATIENCE;
         for (number, part) in data.chunks(self.0.max_data).enumerate() {
@@ -92,8 +95,8 @@ impl ClientMemory {
         Ok(())
     }
 
-    /// Calls `ask` with the socket when no other thread uses it. An error after the deadline. That other threads took so long
-    /// is not the client's fault: its own time begins when it is asked.
+    /// Calls `ask` with the socket when no other thread uses it. An error after the deadline. That other threads took
+    /// so long is not the client's fault: its own time begins when it is asked.
     fn with_socket(&self, deadline: Instant, ask: impl FnOnce(&mut Socket) -> io::Result<()>) -> io::Result<()> {
         let left = left(deadline)?;
         let waited = self.0.free.wait_timeout_while(self.place(), left, |place| place.is_none());
@@ -112,7 +115,7 @@ impl ClientMemory {
 }
 
 impl Socket {
-    /// Sends a command with the data `out`, and takes its answer with as many as `back` has.
+    /// Sends a command with the data `out`, and receives its answer with the data `back`.
     fn ask(&mut self, command: Command, access: &DmaAccess, out: &[u8], back: &mut [u8]) -> io::Result<()> {
         if self.failed {
             return Err(io::ErrorKind::NotConnected.into());
@@ -121,31 +124,31 @@ impl Socket {
             Ok(0) => Ok(()),
             Ok(errno) => Err(io::Error::from_raw_os_error(errno)),
             Err(error) => {
-                // What comes later would be taken for the answer to something else.
+                // A late answer would be taken for the answer to a later command.
                 self.failed = true;
                 let end = if command == Command::DmaWrite {
                     self.take_back();
-                    "Its session ends, since it could do what it was asked at any time"
+                    "Its session ends, since it could still execute the write at any time"
                 } else {
                     "Its memory without a descriptor is not accessed any more"
                 };
-                log::error!("The client does not answer {command:?}, or not as it should ({error}). {end}");
+                log::error!("The client does not answer {command:?}, or answers it wrongly ({error}). {end}");
                 Err(error)
             }
         }
     }
 
-    /// Takes back what the client has not read, and ends the session.
+    /// Takes back the bytes that the client has not read, and ends the session.
     fn take_back(&self) {
-        // Either end fails only if the client has done the same.
+        // A shutdown fails only if the client has done the same already.
         let _ = self.stream.shutdown(Shutdown::Both);
         let mut data = [0; 4096];
-        // Only this call is not to block: the client may wait at the same end.
+        // Only this call must not block, not the descriptor: the client may wait at the same end.
         while matches!(recv(self.theirs.as_raw_fd(), &mut data, MsgFlags::MSG_DONTWAIT), Ok(1..) | Err(Errno::EINTR)) {}
         let _ = self.session.shutdown(Shutdown::Both);
     }
 
-    /// The error number that the client answers with, 0 if it does as it is asked.
+    /// Returns the error number of the client's answer, or 0 if it has executed the command.
     fn exchange(
         &mut self,
         command: Command,
@@ -178,7 +181,7 @@ impl Socket {
                 _ => Err(wrong("it has an error and a payload")),
             };
         }
-        // What answers a write has a count of four bytes in the specification, and of eight in libvfio-user.
+        // The answer to a write has a count of four bytes in the specification, and of eight in libvfio-user.
         let fixed = match payload {
             Some(12) if back.is_empty() => 12,
             Some(payload) if payload == size_of::<DmaAccess>() + back.len() => size_of::<DmaAccess>(),
@@ -215,19 +218,20 @@ impl Socket {
         Ok(())
     }
 
-    /// What is done about an error: if it is that the socket is not ready, waits until it may be.
+    /// Handles an error of the socket. If the socket is just not ready, waits until it may be.
     fn wait(&self, error: io::Error, ready: PollFlags, deadline: Instant) -> io::Result<()> {
         match error.kind() {
             io::ErrorKind::Interrupted => return Ok(()),
             io::ErrorKind::WouldBlock => {}
             _ => return Err(error),
         }
-        // That the client has left the session is always told. That it has left this socket is not, as it is open here too.
+        // poll(2) always reports that the client has left the session. It does not report that the client has left this
+        // socket, since its end is open here too.
         let [socket, session] = [(&self.stream, ready), (&self.session, PollFlags::empty())];
         let mut both = [socket, session].map(|(socket, ready)| PollFd::new(socket.as_fd(), ready));
         match ppoll(&mut both, Some(TimeSpec::from_duration(left(deadline)?)), None) {
             Ok(0) => Err(io::ErrorKind::TimedOut.into()),
-            // An answer that was given before the end counts.
+            // An answer that came before the end counts.
             Ok(_) if both[0].any() == Some(false) => Err(io::ErrorKind::ConnectionReset.into()),
             Ok(_) | Err(Errno::EINTR) => Ok(()),
             Err(error) => Err(error.into()),
@@ -235,7 +239,7 @@ impl Socket {
     }
 }
 
-/// The time until then; an error if there is none.
+/// The time that is left until the deadline. An error if there is none.
 fn left(deadline: Instant) -> io::Result<Duration> {
     let left = deadline.saturating_duration_since(Instant::now());
     if left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(left) }

@@ -1,4 +1,4 @@
-//! What a session serves.
+//! The device that a session serves.
 
 use std::error::Error;
 use std::fs::File;
@@ -7,19 +7,19 @@ use std::iter::successors;
 
 use super::client_memory::ClientMemory;
 
-/// A device, as its client's messages see it. Its methods are called with arguments that were checked: regions and interrupts
-/// that there are, and accesses inside of them.
+/// A device as its client's messages see it. The arguments of its methods are checked before: regions and interrupts
+/// exist, and accesses lie inside them.
 pub trait Device {
-    /// How many regions there are, those without a size included.
+    /// The number of regions, including those without a size.
     fn regions(&self) -> u32;
 
-    /// The bytes of a region.
+    /// The size of a region in bytes.
     fn region_size(&self, region: u32) -> u64;
 
-    /// How many types of interrupts there are.
+    /// The number of interrupt types.
     fn irqs(&self) -> u32;
 
-    /// What a type of interrupts is.
+    /// Describes an interrupt type.
     fn irq_info(&self, index: u32) -> IrqInfo;
 
     /// The most DMA regions that can be mapped at once.
@@ -34,13 +34,13 @@ pub trait Device {
     /// The client lets the device access a range of addresses.
     fn dma_map(&mut self, map: DmaMap) -> Result<(), Refused>;
 
-    /// The client takes ranges away that it gave. When this returns no access to them is under way.
+    /// The client takes ranges away. When this returns, no access to them is in progress.
     fn dma_unmap(&mut self, address: u64, size: u64) -> Result<(), Refused>;
 
     /// The client takes all ranges away.
     fn dma_unmap_all(&mut self);
 
-    /// The client sets what interrupts do.
+    /// The client configures, masks or triggers interrupts.
     fn set_irqs(&mut self, set: IrqSet) -> Result<(), Refused>;
 
     /// The client resets the device.
@@ -52,90 +52,91 @@ pub trait Device {
 pub struct DmaMap {
     /// The first address.
     pub address: u64,
-    /// Bytes. Whether that is possible is the device's to find out.
+    /// Its length in bytes. The device checks whether the range is possible.
     pub size: u64,
     /// Whether it may be read.
     pub readable: bool,
     /// Whether it may be written.
     pub writable: bool,
-    /// What is there.
+    /// How it is accessed.
     pub backing: Backing,
 }
 
 /// How a DMA region is accessed.
 #[derive(Debug)]
 pub enum Backing {
-    /// A file is mapped, from an offset on.
+    /// By mapping a file, from an offset on.
     Mmap(File, u64),
-    /// A file is read and written, from an offset on.
+    /// By reading and writing a file, from an offset on.
     FileIo(File, u64),
-    /// The client is asked.
+    /// By messages to the client.
     Messages(ClientMemory),
-    /// Not at all: the client gave no descriptor, and takes no messages on a socket of their own.
+    /// Not at all: the client gave no descriptor, and accepts no messages on a socket of their own.
     Unreachable,
 }
 
 /// A type of interrupts ("VFIO_USER_DEVICE_GET_IRQ_INFO").
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct IrqInfo {
-    /// How many there are.
+    /// The number of interrupts of this type.
     pub count: u32,
-    /// Each can have an event file descriptor.
+    /// Whether each can have an event file descriptor.
     pub eventfd: bool,
-    /// Each can be masked.
+    /// Whether each can be masked.
     pub maskable: bool,
-    /// Each masks itself when it is sent.
+    /// Whether each masks itself when it is sent.
     pub automasked: bool,
 }
 
-/// What is to become of interrupts ("VFIO_USER_DEVICE_SET_IRQS"). `count` is 0 only if all of the type are to be disabled.
+/// A request to configure, mask or trigger interrupts ("VFIO_USER_DEVICE_SET_IRQS"). `count` is 0 only if all
+/// interrupts of the type are to be disabled.
 #[derive(Debug)]
 pub struct IrqSet {
     /// Their type.
     pub index: u32,
-    /// The first.
+    /// The first interrupt.
     pub start: u32,
-    /// How many.
+    /// The number of interrupts.
     pub count: u32,
-    /// What is done.
+    /// What to do.
     pub action: IrqAction,
-    /// To which, or when.
+    /// With which of them, and when.
     pub data: IrqData,
 }
 
-/// What is done with interrupts.
+/// What to do with interrupts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IrqAction {
-    /// They are masked.
+    /// Mask them.
     Mask,
-    /// They are unmasked.
+    /// Unmask them.
     Unmask,
-    /// They are sent, or what they are sent to is set.
+    /// Send them, or set the descriptors to which they are sent.
     Trigger,
 }
 
-/// What comes with that.
+/// The data of an [`IrqSet`].
 #[derive(Debug)]
 pub enum IrqData {
-    /// Nothing: now, and with all of them.
+    /// Nothing: the action is done now, with all of the interrupts.
     None,
-    /// Now, with those that are true. There are `count`.
+    /// The action is done now, with the interrupts that are true. There are `count` values.
     Bool(Vec<bool>),
-    /// Descriptors that signal or are signalled: `count`, or none, which takes away those that were given.
+    /// Descriptors that signal or are signalled. There are `count`, or none to remove those that were given.
     EventFd(Vec<File>),
 }
 
-/// Why a command is not done. Nothing changed.
+/// Why a command was refused. Nothing changed.
 #[derive(Debug)]
 pub struct Refused {
     /// The error number of the reply.
     pub errno: i32,
-    /// The reason, with all that led to it.
+    /// The reason, with all its causes.
     pub reason: String,
 }
 
 impl Refused {
-    /// For a reason that has a name.
+    /// A refusal with this error number.
     pub fn new(errno: i32, reason: impl Into<Box<dyn Error + Send + Sync>>) -> Refused {
         let error = reason.into();
         let mut reason = error.to_string();
@@ -145,12 +146,12 @@ impl Refused {
         Refused { errno, reason }
     }
 
-    /// For what the operating system refuses, which says why; it need not be the client's doing.
+    /// A refusal by the operating system, which gives the error number. It need not be the client's fault.
     pub fn system(error: io::Error) -> Refused {
         Refused::new(error.raw_os_error().unwrap_or(libc::EIO), error)
     }
 
-    /// For what the specification does not allow.
+    /// A refusal of something that the specification does not allow.
     pub fn invalid(reason: impl Into<Box<dyn Error + Send + Sync>>) -> Refused {
         Refused::new(libc::EINVAL, reason)
     }

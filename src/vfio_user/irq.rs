@@ -24,7 +24,7 @@ pub fn info(device: &dyn Device, request: &IrqInfoReply) -> Result<IrqInfoReply,
     Ok(IrqInfoReply { argsz: argsz.into(), flags: flags.into(), index: request.index, count: count.into() })
 }
 
-/// What DEVICE_SET_IRQS asks for, with the bytes behind its structure.
+/// Parses DEVICE_SET_IRQS. `bytes` follow its structure.
 pub fn set(device: &dyn Device, request: &IrqSetRequest, bytes: &[u8], fds: Vec<OwnedFd>) -> Result<IrqSet, Refused> {
     let (index, start, count) = (request.index.get(), request.start.get(), request.count.get());
     if index >= device.irqs() {

@@ -1,4 +1,4 @@
-//! Messages as they are on the wire ("Protocol Specification"), in the byte order of the host, which is little endian.
+//! Messages on the wire ("Protocol Specification"), in the byte order of the host, which is little endian.
 
 use bitflags::bitflags;
 use zerocopy::little_endian::{U16, U32, U64};
@@ -10,7 +10,7 @@ pub const MAX_DATA: usize = 1 << 20;
 /// The most descriptors that a message may have: `max_msg_fds`. QEMU refuses a server that takes more.
 pub const MAX_FDS: usize = 16;
 
-/// The longest message that is read: [`MAX_DATA`] bytes, and room for what is around them.
+/// The longest message that is read: [`MAX_DATA`] bytes, and room for headers.
 pub const MAX_MESSAGE: usize = MAX_DATA + 4096;
 
 /// Commands ("Commands").
@@ -59,7 +59,7 @@ impl Command {
         Command::MigDataWrite,
     ];
 
-    /// The command of a number; `None` if there is none.
+    /// The command with this number, if it exists.
     pub fn of(number: u16) -> Option<Command> {
         Command::ALL.get(usize::from(number).checked_sub(1)?).copied()
     }
@@ -71,12 +71,12 @@ impl Command {
 }
 
 bitflags! {
-    /// The flags of a header beside the message's type.
+    /// The flags of a header, and the message's type.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct HeaderFlags: u32 {
         /// The type of a reply. A command's is 0.
         const REPLY = 1 << 0;
-        /// Types that there are not.
+        /// Types that do not exist.
         const OTHER_TYPES = 0b1110;
         /// No answer is wanted.
         const NO_REPLY = 1 << 4;
@@ -84,38 +84,38 @@ bitflags! {
         const ERROR = 1 << 5;
     }
 
-    /// What a DMA region is ("VFIO_USER_DMA_MAP").
+    /// Properties of a DMA region ("VFIO_USER_DMA_MAP").
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct DmaMapFlags: u32 {
         /// The device may read.
         const READ = 1 << 0;
         /// The device may write.
         const WRITE = 1 << 1;
-        /// The descriptor is to be mapped, as it is if nothing is said. libvfio-user's.
+        /// The descriptor is to be mapped, which is also the default. A flag of libvfio-user's.
         const MMAP = 1 << 2;
-        /// The descriptor is to be read and written, since it cannot be mapped. libvfio-user's.
+        /// The descriptor is to be read and written, since it cannot be mapped. A flag of libvfio-user's.
         const FILE_IO = 1 << 3;
     }
 
     /// What is to be unmapped (`struct vfio_iommu_type1_dma_unmap` of `<linux/vfio.h>`).
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct DmaUnmapFlags: u32 {
-        /// A bitmap of the pages that were written is wanted.
+        /// The reply is to have a bitmap of the pages that were written.
         const GET_DIRTY_BITMAP = 1 << 0;
         /// All regions.
         const ALL = 1 << 1;
     }
 
-    /// What a device is ("VFIO_USER_DEVICE_GET_INFO").
+    /// Properties of a device ("VFIO_USER_DEVICE_GET_INFO").
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct DeviceFlags: u32 {
         /// DEVICE_RESET resets it.
         const RESET = 1 << 0;
-        /// A PCI device.
+        /// It is a PCI device.
         const PCI = 1 << 1;
     }
 
-    /// What can be done with a region ("VFIO_USER_DEVICE_GET_REGION_INFO").
+    /// The accesses that a region allows ("VFIO_USER_DEVICE_GET_REGION_INFO").
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct RegionFlags: u32 {
         /// The client may read.
@@ -124,14 +124,14 @@ bitflags! {
         const WRITE = 1 << 1;
     }
 
-    /// What SET_IRQS does, and what comes with it ("VFIO_USER_DEVICE_SET_IRQS").
+    /// The action of SET_IRQS and the type of its data ("VFIO_USER_DEVICE_SET_IRQS").
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct IrqSetFlags: u32 {
-        /// Nothing comes with it.
+        /// It has no data.
         const DATA_NONE = 1 << 0;
-        /// A byte for each interrupt says whether it is meant.
+        /// The data are a byte for each interrupt, which says whether the interrupt is meant.
         const DATA_BOOL = 1 << 1;
-        /// Event file descriptors.
+        /// The data are event file descriptors.
         const DATA_EVENTFD = 1 << 2;
         /// Mask.
         const ACTION_MASK = 1 << 3;
@@ -152,13 +152,13 @@ macro_rules! structures {
 }
 
 structures! {
-    /// What every message begins with ("Header").
+    /// The header of every message ("Header").
     Header {
-        /// The sender's number for it, which is also in the reply.
+        /// The sender's number for the message. The reply has the same.
         id: U16,
         /// A [`Command`].
         command: U16,
-        /// Bytes of the message, these included.
+        /// Bytes of the message, including this header.
         size: U32,
         /// [`HeaderFlags`].
         flags: U32,
@@ -166,11 +166,11 @@ structures! {
         error: U32,
     }
 
-    /// What VERSION begins with; then comes JSON.
+    /// The beginning of VERSION. JSON follows.
     Version {
-        /// Both sides' must be the same.
+        /// It must be the same on both sides.
         major: U16,
-        /// The lower one of both sides' counts.
+        /// The lower one of the two sides' is used.
         minor: U16,
     }
 
@@ -202,95 +202,95 @@ structures! {
 
     /// DEVICE_GET_INFO, and its reply.
     DeviceInfo {
-        /// The most bytes of a reply; there, those of a whole one.
+        /// The most bytes of a reply; in the reply, the bytes of a whole one.
         argsz: U32,
         /// [`DeviceFlags`].
         flags: U32,
-        /// How many regions there are.
+        /// The number of regions.
         num_regions: U32,
-        /// How many types of interrupts.
+        /// The number of interrupt types.
         num_irqs: U32,
     }
 
     /// DEVICE_GET_REGION_INFO, and its reply.
     RegionInfo {
-        /// The most bytes of a reply; there, those of a whole one.
+        /// The most bytes of a reply; in the reply, the bytes of a whole one.
         argsz: U32,
         /// [`RegionFlags`].
         flags: U32,
-        /// Which region.
+        /// The region's number.
         index: U32,
-        /// Where capabilities are: none has any.
+        /// The offset of capabilities. No region has any.
         cap_offset: U32,
         /// Bytes.
         size: U64,
-        /// Where it can be mapped: none can.
+        /// The offset for mapping it. No region can be mapped.
         offset: U64,
     }
 
-    /// DEVICE_GET_REGION_IO_FDS, and what its reply begins with.
+    /// DEVICE_GET_REGION_IO_FDS, and the beginning of its reply.
     RegionIoFds {
-        /// The most bytes of a reply; there, those of a whole one.
+        /// The most bytes of a reply; in the reply, the bytes of a whole one.
         argsz: U32,
-        /// None.
+        /// Zero.
         flags: U32,
-        /// Which region.
+        /// The region's number.
         index: U32,
-        /// How many parts of it have a descriptor.
+        /// The number of its parts that have a descriptor.
         count: U32,
     }
 
     /// DEVICE_GET_IRQ_INFO, and its reply.
     IrqInfoReply {
-        /// The most bytes of a reply; there, those of a whole one.
+        /// The most bytes of a reply; in the reply, the bytes of a whole one.
         argsz: U32,
         /// The flags of an [`IrqInfo`](super::IrqInfo).
         flags: U32,
-        /// Which type.
+        /// The interrupt type.
         index: U32,
-        /// How many interrupts are of it.
+        /// The number of interrupts of this type.
         count: U32,
     }
 
-    /// What DEVICE_SET_IRQS begins with; then may come a byte for each interrupt.
+    /// The beginning of DEVICE_SET_IRQS. A byte for each interrupt may follow.
     IrqSetRequest {
-        /// Bytes of all of it.
+        /// Bytes of the whole request.
         argsz: U32,
         /// [`IrqSetFlags`].
         flags: U32,
-        /// Which type.
+        /// The interrupt type.
         index: U32,
         /// The first interrupt.
         start: U32,
-        /// How many.
+        /// The number of interrupts.
         count: U32,
     }
 
-    /// What REGION_READ, REGION_WRITE and their replies begin with; then come data.
+    /// The beginning of REGION_READ, REGION_WRITE and their replies. Data follow.
     RegionAccess {
-        /// Where in the region.
+        /// The offset in the region.
         offset: U64,
-        /// Which region.
+        /// The region's number.
         region: U32,
         /// Bytes of data.
         count: U32,
     }
 
-    /// What REGION_WRITE_MULTI begins with; then come as many [`RegionWrite`]s. Its reply too.
+    /// The beginning of REGION_WRITE_MULTI, which [`RegionWrite`]s follow, and its reply.
     RegionWriteMulti {
-        /// How many.
+        /// The number of writes.
         count: U64,
     }
 
     /// A write of REGION_WRITE_MULTI.
     RegionWrite {
-        /// Where, and how many bytes: 8 at most.
+        /// The place, and the number of bytes, at most 8.
         access: RegionAccess,
         /// The bytes.
         data: [u8; 8],
     }
 
-    /// What DEVICE_FEATURE begins with.
+    /// The beginning of DEVICE_FEATURE.
     DeviceFeature {
         /// The most bytes of a reply.
         argsz: U32,
@@ -298,7 +298,7 @@ structures! {
         flags: U32,
     }
 
-    /// What DMA_READ, DMA_WRITE and their replies begin with; then come data.
+    /// The beginning of DMA_READ, DMA_WRITE and their replies. Data follow.
     DmaAccess {
         /// The first address.
         address: U64,
@@ -308,12 +308,12 @@ structures! {
 }
 
 impl Header {
-    /// Its flags; those that there are not left out.
+    /// Its flags, without those that do not exist.
     pub fn flags(&self) -> HeaderFlags {
         HeaderFlags::from_bits_truncate(self.flags.get())
     }
 
-    /// The header of the reply to this one, with `payload` bytes behind it.
+    /// The header of the reply to this message, which has `payload` more bytes.
     pub fn reply(&self, payload: usize) -> Header {
         Header {
             size: ((size_of::<Header>() + payload) as u32).into(),
@@ -323,7 +323,7 @@ impl Header {
         }
     }
 
-    /// The header of the reply to this one that says that it failed.
+    /// The header of the reply that reports an error.
     pub fn error_reply(&self, errno: i32) -> Header {
         let flags = HeaderFlags::REPLY | HeaderFlags::ERROR;
         Header { flags: flags.bits().into(), error: (errno as u32).into(), ..self.reply(0) }

@@ -1,12 +1,12 @@
-//! vfio-user, the server's side: messages and the sessions that they make up, over any [`Transport`].
+//! The server's side of vfio-user: messages, and the sessions that they make up, over any [`Transport`].
 //!
-//! It follows the vfio-user protocol specification, QEMU's `docs/interop/vfio-user.rst`, to whose sections the names here
-//! refer; and for the flags of DMA_MAP that came later, libvfio-user. Nothing here knows what the device is: that is
-//! whoever implements [`Device`].
+//! It follows the vfio-user protocol specification, QEMU's `docs/interop/vfio-user.rst`. The names in quotation marks
+//! here are its sections. For the flags of DMA_MAP that came later it follows libvfio-user. Nothing here knows what the
+//! device is: that is up to the implementation of [`Device`].
 //!
-//! A message is as long as its header says. So what a client sends beyond the structure of a command is read and ignored,
-//! what is too short for it is refused, and either way the next message begins where it should. Every command is answered,
-//! if with an error number, unless its client wants no answer.
+//! A message is as long as its header says. Bytes beyond the structure of a command are read and ignored, and a message
+//! that is too short for its structure is refused. Either way the next message begins where it should. Every command is
+//! answered, if need be with an error number, unless its client wants no answer.
 
 mod client_memory;
 mod device;

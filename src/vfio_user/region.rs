@@ -35,7 +35,7 @@ pub fn io_fds(device: &dyn Device, request: &RegionIoFds) -> Result<RegionIoFds,
     Ok(RegionIoFds { argsz: argsz.into(), index: request.index, ..RegionIoFds::default() })
 }
 
-/// Where an access goes, and how many bytes it has; an error if they are not all inside of a region.
+/// The region, offset and length of an access. An error if it does not lie inside a region.
 fn check(device: &dyn Device, access: &RegionAccess) -> Result<(u32, u64, usize), Refused> {
     let (region, offset, count) = (access.region.get(), access.offset.get(), access.count.get());
     if region >= device.regions() {
@@ -50,7 +50,7 @@ fn check(device: &dyn Device, access: &RegionAccess) -> Result<(u32, u64, usize)
     Ok((region, offset, count as usize))
 }
 
-/// REGION_READ; adds the reply's payload to `reply`.
+/// REGION_READ. Appends the reply's payload to `reply`.
 pub fn read(device: &mut dyn Device, access: &RegionAccess, reply: &mut Vec<u8>) -> Result<(), Refused> {
     let (region, offset, count) = check(device, access)?;
     reply.extend_from_slice(access.as_bytes());
@@ -74,7 +74,7 @@ pub fn write(device: &mut dyn Device, access: &RegionAccess, data: &[u8]) -> Res
     Ok(())
 }
 
-/// REGION_WRITE_MULTI. The reply says how many writes were done: not all, if one is refused.
+/// REGION_WRITE_MULTI. The reply has the number of writes that were done, which is lower if one was refused.
 pub fn write_multi(device: &mut dyn Device, payload: &[u8]) -> Result<RegionWriteMulti, Refused> {
     let short = || Refused::invalid("it is too short");
     let (head, rest) = RegionWriteMulti::ref_from_prefix(payload).map_err(|_| short())?;

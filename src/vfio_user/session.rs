@@ -1,4 +1,4 @@
-//! A session: a client's commands, one after the other, each with its answer ("Client/server interactions").
+//! A session: takes a client's commands one after the other and answers each ("Client/server interactions").
 
 use std::fs::File;
 use std::io::{self, IoSlice};
@@ -17,8 +17,8 @@ use super::transport::{Descriptors, Lost, Transport};
 use super::version::ClientVersion;
 use super::{irq, region};
 
-/// Serves a client until it leaves. An error if the stream fails or ends in the middle of a message, or if the client and
-/// this side do not understand each other.
+/// Serves a client until it leaves. An error if the stream fails or ends in the middle of a message, or if the two
+/// sides cannot agree on a version.
 pub fn serve(transport: &mut dyn Transport, device: &mut dyn Device) -> io::Result<()> {
     let mut session = Session {
         transport,
@@ -36,10 +36,10 @@ pub fn serve(transport: &mut dyn Transport, device: &mut dyn Device) -> io::Resu
 struct Session<'a> {
     transport: &'a mut dyn Transport,
     device: &'a mut dyn Device,
-    /// VERSION was answered.
+    /// Whether VERSION was answered.
     is_negotiated: bool,
     client_memory: Option<ClientMemory>,
-    /// That of the command that is executed.
+    /// The payload of the present command.
     payload: Vec<u8>,
     /// The payload of its reply.
     reply: Vec<u8>,
@@ -47,7 +47,7 @@ struct Session<'a> {
 }
 
 impl Session<'_> {
-    /// Takes the next command; false if there is none any more.
+    /// Takes the next command. False if the client has left.
     fn next(&mut self) -> io::Result<bool> {
         let mut header = Header::new_zeroed();
         let mut fds = Descriptors::default();
@@ -81,7 +81,7 @@ impl Session<'_> {
         Ok(true)
     }
 
-    /// Whether it can be a command at all.
+    /// Checks whether the message can be a command at all.
     fn check(&self, header: &Header, fds: &Descriptors) -> Result<(), Refused> {
         if (header.size.get() as usize) < size_of::<Header>() {
             return Err(Refused::invalid("it is shorter than its own header"));
@@ -155,7 +155,7 @@ impl Session<'_> {
             Command::DeviceFeature => {
                 let request: DeviceFeature = self.fixed()?;
                 let feature = request.flags.get() & 0xffff;
-                // As VFIO_DEVICE_FEATURE: all features are about migration, and there is none.
+                // As VFIO_DEVICE_FEATURE answers it. All features are about migration, and the device has none.
                 Err(Refused::new(libc::ENOTTY, format!("the device does not have feature {feature}")))
             }
             Command::MigDataRead | Command::MigDataWrite | Command::DirtyPages => {
@@ -165,8 +165,8 @@ impl Session<'_> {
         }
     }
 
-    /// "VFIO_USER_VERSION". A client that begins with something else has the least of all capabilities; and one that wants no
-    /// answer never gets its end of a twin socket, so that there is none.
+    /// "VFIO_USER_VERSION". A client that begins with another command has the minimum of all capabilities. A client
+    /// that wants no answer would never get its end of a twin socket, so it has none.
     fn version(&mut self, flags: HeaderFlags, fds: &[OwnedFd]) -> Result<(), Refused> {
         if self.is_negotiated {
             return Err(Refused::invalid("the version is agreed on already"));
@@ -188,7 +188,7 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// "VFIO_USER_DMA_MAP". What it has of descriptors beyond the first is closed.
+    /// "VFIO_USER_DMA_MAP". Descriptors beyond the first are closed.
     fn dma_map(&mut self, fds: Vec<OwnedFd>) -> Result<(), Refused> {
         let request: DmaMapRequest = self.with_argsz()?;
         let flags = DmaMapFlags::from_bits(request.flags.get()).ok_or_else(|| Refused::invalid("unknown flags"))?;
@@ -229,7 +229,7 @@ impl Session<'_> {
         self.say(&request)
     }
 
-    /// The structure that the payload begins with.
+    /// The structure at the beginning of the payload.
     fn fixed<S: FromBytes + KnownLayout + Immutable>(&self) -> Result<S, Refused> {
         let found = S::read_from_prefix(&self.payload);
         found.map(|(structure, _)| structure).map_err(|_| {
@@ -237,8 +237,8 @@ impl Session<'_> {
         })
     }
 
-    /// The same for a structure that begins with argsz; an error also if a client has no room for a reply, or has not set its
-    /// own structure's size.
+    /// The same for a structure that begins with argsz. An error also if argsz is too small, because the client has no
+    /// room for a reply or has not set its own structure's size.
     fn with_argsz<S: FromBytes + KnownLayout + Immutable>(&self) -> Result<S, Refused> {
         let structure = self.fixed()?;
         let argsz: U32 = self.fixed()?;
@@ -257,7 +257,7 @@ impl Session<'_> {
     fn answer(&mut self, header: &Header, result: Result<(), Refused>) -> io::Result<()> {
         if let Err(Refused { reason, .. }) = &result {
             match Command::of(header.command.get()) {
-                // What a guest can do, rather than its client; the reason says it all.
+                // A guest can cause this, and not only its client. The reason alone is enough.
                 Some(Command::RegionRead | Command::RegionWrite) => log::warn!("Refused a vfio-user message: {reason}"),
                 Some(command) => log::warn!("Refused a vfio-user message: {command:?}: {reason}"),
                 None => log::warn!("Refused a vfio-user message: command {}: {reason}", header.command),
@@ -275,7 +275,7 @@ impl Session<'_> {
     }
 }
 
-/// Receives all of `data`; false at the end of the stream, if that may be.
+/// Receives all of `data`. False at the end of the stream, if the stream may end here.
 fn receive(transport: &mut dyn Transport, data: &mut [u8], fds: &mut Descriptors, may_end: bool) -> io::Result<bool> {
     let mut done = 0;
     while done < data.len() {
@@ -288,7 +288,7 @@ fn receive(transport: &mut dyn Transport, data: &mut [u8], fds: &mut Descriptors
     Ok(true)
 }
 
-/// Receives `count` bytes and forgets them, with what descriptors come.
+/// Receives `count` bytes and drops them, and all descriptors that come with them.
 fn skip(transport: &mut dyn Transport, mut count: u64) -> io::Result<()> {
     let mut data = [0; 4096];
     while count > 0 {

@@ -1,4 +1,4 @@
-//! What carries messages: a stream of bytes, with descriptors beside it.
+//! The transport of messages: a stream of bytes, with descriptors beside it.
 
 use std::io::{self, IoSlice};
 use std::mem::{MaybeUninit, size_of, zeroed};
@@ -11,7 +11,7 @@ use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
 use super::message::MAX_FDS;
 
-/// Descriptors that came with a message: [`MAX_FDS`] at most. What is not taken is closed.
+/// Descriptors that came with a message, at most [`MAX_FDS`]. Those that are not taken are closed.
 #[derive(Debug, Default)]
 pub struct Descriptors {
     held: Vec<OwnedFd>,
@@ -23,22 +23,22 @@ pub struct Descriptors {
 pub enum Lost {
     /// There were more than [`MAX_FDS`].
     TooMany,
-    /// The operating system could not give them to this process, as when it has as many open as it may.
+    /// The operating system could not give them to this process, for example because it has too many open.
     NotReceived,
 }
 
 impl Descriptors {
-    /// Adds one; one too many is closed, and remembered.
+    /// Adds a descriptor. If it is one too many, it is closed and noted as lost.
     pub fn push(&mut self, fd: OwnedFd) {
         if self.held.len() < MAX_FDS { self.held.push(fd) } else { self.set_lost(Lost::TooMany) }
     }
 
-    /// Some did not come through.
+    /// Notes that some did not arrive.
     pub fn set_lost(&mut self, why: Lost) {
         self.lost.get_or_insert(why);
     }
 
-    /// Why some are missing; `None` if none is.
+    /// Why some are missing, or `None` if none is.
     pub fn lost(&self) -> Option<Lost> {
         self.lost
     }
@@ -48,39 +48,39 @@ impl Descriptors {
         self.held.is_empty()
     }
 
-    /// Takes all that there are.
+    /// Takes all of them.
     pub fn take(&mut self) -> Vec<OwnedFd> {
         std::mem::take(&mut self.held)
     }
 }
 
-/// A connection to a client. Both methods wait.
+/// A connection to a client. Receiving and sending wait.
 pub trait Transport {
-    /// Receives some of the next bytes, as many as `data` has at most, and the descriptors that came with them; none only
-    /// at the end of the stream.
+    /// Receives some of the next bytes, at most as many as fit into `data`, and the descriptors that came with them.
+    /// Returns 0 only at the end of the stream.
     fn receive(&mut self, data: &mut [u8], fds: &mut Descriptors) -> io::Result<usize>;
 
-    /// Sends bytes, all of them, with descriptors, [`MAX_FDS`] at most.
+    /// Sends all bytes, with at most [`MAX_FDS`] descriptors.
     fn send(&mut self, data: &mut [IoSlice<'_>], fds: &[BorrowedFd<'_>]) -> io::Result<()>;
 
-    /// The socket that it is; `None` if it is anything else, over which descriptors cannot be sent.
+    /// The socket, or `None` if this is something else, over which descriptors cannot be sent.
     fn socket(&self) -> Option<&UnixStream>;
 }
 
-/// Room for descriptors beside the bytes.
+/// Space for descriptors beside the bytes.
 #[repr(C)]
 union Control {
     _align: libc::cmsghdr,
     bytes: [MaybeUninit<u8>; CONTROL],
 }
 
-/// Bytes of that. The constant's argument is small.
+/// The size of that space. The constant's argument is small.
 // SAFETY: it computes with a number.
 const CONTROL: usize = unsafe { libc::CMSG_SPACE((MAX_FDS * size_of::<RawFd>()) as u32) } as usize;
 
 impl Transport for UnixStream {
-    // nix::sys::socket::recvmsg() gives none of the descriptors if there were more than there was room for, and those that
-    // came would stay open for ever.
+    // nix::sys::socket::recvmsg() returns none of the descriptors if there were more than fit, and those that came
+    // would stay open for ever.
     fn receive(&mut self, data: &mut [u8], fds: &mut Descriptors) -> io::Result<usize> {
         let mut control = Control { bytes: [MaybeUninit::zeroed(); CONTROL] };
         let mut part = libc::iovec { iov_base: data.as_mut_ptr().cast(), iov_len: data.len() };
@@ -102,8 +102,8 @@ impl Transport for UnixStream {
             }
         };
         let mut came = 0;
-        // SAFETY: `header` is as the kernel left it, and `control`, to which it leads, still there; so the pointers that these
-        // macros make of it lead into what the kernel has written, or are null.
+        // SAFETY: `header` is as the kernel left it, and `control`, to which it leads, still exists. So the pointers
+        // that these macros compute lead into bytes that the kernel has written, or are null.
         unsafe {
             let mut message = libc::CMSG_FIRSTHDR(&raw const header);
             while let Some(found) = message.as_ref() {
@@ -113,7 +113,7 @@ impl Transport for UnixStream {
                     let count = bytes / size_of::<RawFd>();
                     came += count;
                     for number in 0..count {
-                        // The kernel has just made these descriptors, for whoever takes them from here.
+                        // The kernel has just made these descriptors, and nobody else owns them.
                         fds.push(OwnedFd::from_raw_fd(ptr::read_unaligned(first.add(number))));
                     }
                 }
@@ -121,7 +121,7 @@ impl Transport for UnixStream {
             }
         }
         if header.msg_flags & libc::MSG_CTRUNC != 0 {
-            // The kernel gives none that there is no room for, and none behind one that it cannot give.
+            // The kernel passes no descriptor that does not fit, and none after one that it cannot pass.
             fds.set_lost(if came < MAX_FDS { Lost::NotReceived } else { Lost::TooMany });
         }
         Ok(received)
@@ -135,7 +135,7 @@ impl Transport for UnixStream {
         while !data.is_empty() {
             match sendmsg::<()>(self.as_raw_fd(), data, beside, MsgFlags::MSG_NOSIGNAL, None) {
                 Ok(sent) => {
-                    // They went with the first byte.
+                    // The descriptors went with the first byte.
                     beside = &[];
                     IoSlice::advance_slices(&mut data, sent);
                 }
@@ -173,7 +173,7 @@ mod tests {
         assert_eq!(fds.lost(), Some(Lost::TooMany));
         let held = fds.take();
         assert_eq!(held.len(), MAX_FDS);
-        // They are the socket that was sent; when the last of them is closed, so is that.
+        // All of them are the socket that was sent, which is closed with the last of them.
         File::from(held.into_iter().next().unwrap()).write_all(b"x").unwrap();
         assert_eq!(ours.read(&mut data).unwrap(), 1);
         assert_eq!(ours.read(&mut data).unwrap(), 0, "one is still open");

@@ -1,4 +1,4 @@
-//! What both sides can do ("VFIO_USER_VERSION").
+//! The versions and capabilities of both sides ("VFIO_USER_VERSION").
 
 use serde::{Deserialize, Serialize};
 use zerocopy::{FromBytes, IntoBytes};
@@ -6,16 +6,16 @@ use zerocopy::{FromBytes, IntoBytes};
 use super::device::Refused;
 use super::message::{MAX_DATA, MAX_FDS, Version};
 
-/// The only major version that there is.
+/// The only major version that exists.
 const MAJOR: u16 = 0;
 
-/// The latest minor version: with device features and migration as VFIO has it now.
+/// The latest minor version, which has device features, and migration as VFIO has it now.
 const MINOR: u16 = 2;
 
-/// Page sizes that regions may be multiples of, or'ed together.
+/// The page sizes of which regions may be multiples, or'ed together.
 const PAGE_SIZES: u64 = 4096;
 
-/// What the client can do.
+/// The client's version and capabilities.
 #[derive(Debug, PartialEq, Eq)]
 pub struct ClientVersion {
     /// Its version, or the latest if it knows a later one.
@@ -34,7 +34,7 @@ struct ClientData {
     capabilities: ClientCapabilities,
 }
 
-/// Others are ignored.
+/// The capabilities that are used here. Others are ignored.
 #[derive(Default, Deserialize)]
 struct ClientCapabilities {
     max_msg_fds: Option<u64>,
@@ -73,7 +73,7 @@ struct ServerTwinSocket {
 }
 
 impl ClientVersion {
-    /// What the payload of its VERSION says.
+    /// Parses the payload of the client's VERSION.
     pub fn parse(payload: &[u8]) -> Result<ClientVersion, Refused> {
         let (version, data) = Version::ref_from_prefix(payload).map_err(|_| Refused::invalid("it has no version"))?;
         if version.major.get() != MAJOR {
@@ -97,7 +97,7 @@ impl ClientVersion {
         })
     }
 
-    /// The reply's payload; with `twin_socket`, its first descriptor is the client's end.
+    /// The reply's payload. With `twin_socket` the reply's first descriptor is the client's end of the twin socket.
     pub fn reply(&self, max_dma_maps: u32, twin_socket: bool) -> Result<Vec<u8>, Refused> {
         let capabilities = ServerCapabilities {
             max_msg_fds: MAX_FDS,
