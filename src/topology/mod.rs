@@ -1,4 +1,4 @@
-//! One TOML file from which endpoints, the VIOT and QEMU's arguments are made, so that they cannot disagree.
+//! The topology: one TOML file describes the endpoints, the VIOT and QEMU's arguments, so that these cannot disagree.
 //!
 //! `docs/topology.md` describes the file for its users.
 
@@ -29,7 +29,7 @@ use crate::devices::model::{self, Configuration, Kind, Model, OwnFile};
 use crate::iommu::{EndpointSettings, Limits, Reserved, Settings};
 use viommu_wire::virtio_iommu::ResvMemKind;
 
-/// The window of x86 message-signalled interrupts: an endpoint's writes there are interrupts.
+/// The window of x86 message-signalled interrupts. An endpoint's writes there are interrupts.
 const X86_MSI: Reserved = Reserved { kind: ResvMemKind::Msi, start: 0xfee0_0000, end: 0xfeef_ffff };
 
 /// Why a topology cannot be used.
@@ -43,20 +43,20 @@ pub enum TopologyError {
         /// The cause.
         source: std::io::Error,
     },
-    /// A file is not what was expected.
+    /// A file has an error.
     #[error("Cannot use the topology {name}: {what}")]
     Invalid {
         /// The file.
         name: String,
-        /// Line and key, what was found and what was expected.
+        /// Line and key, what was found, and what was expected.
         what: String,
     },
-    /// An endpoint given as text is not what was expected.
+    /// An endpoint given as text has an error.
     #[error("Cannot use --endpoint {text}: {what}")]
     Endpoint {
         /// The text.
         text: String,
-        /// The key, what was found and what was expected.
+        /// The key, what was found, and what was expected.
         what: String,
     },
 }
@@ -85,11 +85,11 @@ pub struct IommuDevice {
     pub address: Spanned<Address>,
     /// `bypass` at power-on.
     pub bypass: bool,
-    /// Bytes that the page tables may take.
+    /// The most bytes of all page tables.
     pub table_memory: Size,
     /// Whether the split alloc/map protocol is offered.
     pub split: bool,
-    /// Whether device models poll the request queue while they are awake, and the driver need not kick.
+    /// Whether device models poll the request queue while they are awake, so that the driver need not kick.
     pub polling: bool,
 }
 
@@ -109,7 +109,7 @@ impl Default for IommuDevice {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RootPort {
-    /// The name that endpoints refer to.
+    /// The name by which endpoints refer to it.
     pub name: Spanned<String>,
     /// Its slot and function on the root bus.
     pub address: Spanned<Address>,
@@ -129,7 +129,7 @@ struct Common {
     msix: Option<bool>,
 }
 
-/// The tables beside those of endpoints.
+/// The tables that are not of endpoints.
 const OTHER_TABLES: [&str; 3] = ["machine", "iommu", "root-port"];
 
 /// See [`OTHER_TABLES`].
@@ -147,25 +147,25 @@ struct Others {
 /// An endpoint of the IOMMU: a PCI function that this process serves over vfio-user.
 #[derive(Clone, Debug)]
 pub struct Endpoint {
-    /// Its name: that of its socket, and its id in QEMU.
+    /// Its name, which its socket has too, and which is its id in QEMU.
     pub name: String,
     /// Its slot and function on its bus.
     pub address: Address,
-    /// The root port before it, as an index into [`Topology::root_ports`].
+    /// The root port that it is behind, as an index into [`Topology::root_ports`].
     pub behind: Option<usize>,
-    /// Whether it is left out at start, to be added with `device_add`.
+    /// Whether it is left out at the start, to be added with `device_add` later.
     pub hotplug: bool,
-    /// Whether it has MSI-X, beside MSI and its interrupt pin.
+    /// Whether it has MSI-X in addition to MSI and its interrupt pin.
     pub msix: bool,
-    /// What it is.
+    /// Its model.
     pub model: &'static Model,
-    /// How it is to be.
+    /// Its model's configuration.
     pub configuration: Arc<dyn Configuration>,
     /// Its bus, device and function number: the endpoint id.
     pub bdf: Bdf,
 }
 
-/// A whole topology, checked.
+/// A checked topology.
 #[derive(Clone, Debug)]
 pub struct Topology {
     /// The virtual machine.
@@ -186,20 +186,20 @@ impl Topology {
         Topology::parse(&text, &path.display().to_string())
     }
 
-    /// Checks the text of a topology; `name` is what errors call it.
+    /// Checks the text of a topology. Errors call it `name`.
     pub fn parse(text: &str, name: &str) -> Result<Topology, TopologyError> {
         check(text).map_err(|problem| TopologyError::Invalid { name: name.to_string(), what: problem.in_file(text) })
     }
 
-    /// The topology of one endpoint, given as `MODEL,KEY=VALUE,...`: the keys are those of a file.
+    /// The topology of one endpoint, given as `MODEL,KEY=VALUE,...`. The keys are those of a file.
     pub fn of_endpoint(text: &str) -> Result<Topology, TopologyError> {
         let invalid = |what| TopologyError::Endpoint { text: text.to_string(), what };
         let table = endpoint_table(text).map_err(invalid)?;
         check(&table).map_err(|problem| invalid(problem.in_option(&table)))
     }
 
-    /// Whether other functions share the slot of the one at `address`, behind the root port of this index or on the root
-    /// bus, of which it is the first.
+    /// Whether the function at `address`, behind the root port with this index or on the root bus, is the first of
+    /// several in its slot.
     pub fn is_first_of_many(&self, behind: Option<usize>, address: Address) -> bool {
         let on_root_bus = self.root_ports.iter().map(|port| *port.address.get_ref());
         let on_root_bus = on_root_bus.chain([*self.iommu.address.get_ref()]).map(|address| (None, address));
@@ -210,7 +210,7 @@ impl Topology {
         address.function == 0 && all.any(other)
     }
 
-    /// What the IOMMU must know of the endpoints.
+    /// The IOMMU's settings, with the endpoints.
     pub fn settings(&self) -> Settings {
         Settings {
             boot_bypass: self.iommu.bypass,
@@ -226,7 +226,7 @@ impl Topology {
     }
 }
 
-/// The file that has the endpoint `text` and nothing else, with a key a line.
+/// The text of a file that has only the endpoint `text`, with one key on each line.
 fn endpoint_table(text: &str) -> Result<String, String> {
     let (name, keys) = text.split_once(',').unwrap_or((text, ""));
     let Some(model) = MODELS.into_iter().find(|model| model.name == name) else {
@@ -246,7 +246,7 @@ fn endpoint_table(text: &str) -> Result<String, String> {
     Ok(table)
 }
 
-/// What a key's value, given as text, is in a file.
+/// The value that a file would have for a key whose value was given as text.
 fn option_value(model: &Model, key: &str, value: &str) -> Result<toml::Value, String> {
     if matches!(key, "behind" | "hotplug") {
         return Err("root ports, and what is behind them, need a topology file".into());
@@ -267,7 +267,7 @@ fn option_value(model: &Model, key: &str, value: &str) -> Result<toml::Value, St
     }
 }
 
-/// Something of each model, as alternatives.
+/// A text for each model, joined as alternatives.
 fn alternatives(of: impl Fn(&Model) -> String) -> String {
     let all: Vec<_> = MODELS.into_iter().map(of).collect();
     match all.split_last() {
@@ -305,7 +305,7 @@ fn check(text: &str) -> Result<Topology, Problem> {
     Ok(topology)
 }
 
-/// Refuses a key that is none of `known`.
+/// Refuses keys that are not in `known`.
 fn check_keys(table: &DeTable<'_>, known: impl Iterator<Item = &'static str>) -> Result<(), Problem> {
     let known: Vec<_> = known.collect();
     let Some(unknown) = table.keys().find(|key| !known.contains(&key.get_ref().as_ref())) else { return Ok(()) };
@@ -335,7 +335,7 @@ fn root_port(ports: &[RootPort], name: &Spanned<String>) -> Result<usize, Proble
 }
 
 impl Topology {
-    /// Adds the endpoint of a table, the one at `index` of its model.
+    /// Adds the endpoint of a table, which is number `index` of its model.
     fn add(
         &mut self,
         slots: &mut Slots,
@@ -376,7 +376,7 @@ impl Topology {
         Ok(())
     }
 
-    /// Refuses a file that is another endpoint's.
+    /// Refuses a file that another endpoint already has.
     fn check_own_file(&self, configuration: &dyn Configuration) -> Result<(), Problem> {
         let Some(OwnFile { key, span, path }) = configuration.own_file() else { return Ok(()) };
         for endpoint in &self.endpoints {
@@ -393,7 +393,7 @@ impl Topology {
     }
 }
 
-/// A name is an id in QEMU, part of a socket's path and of a serial number.
+/// Checks a name, which is an id in QEMU and part of a socket's path and of a serial number.
 fn check_name<'n>(name: &str, span: Range<usize>, mut taken: impl Iterator<Item = &'n str>) -> Result<(), Problem> {
     let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
     let starts_well = name.starts_with(|c: char| c.is_ascii_alphabetic());
@@ -401,7 +401,7 @@ fn check_name<'n>(name: &str, span: Range<usize>, mut taken: impl Iterator<Item 
         let wanted = "a letter and then letters, digits, - and _, 13 characters at most, were expected";
         return Err(Problem::of("name", span, format!("{name:?} cannot be a name; {wanted}")));
     }
-    // The other sockets of a run, and what QEMU is given beside the endpoints.
+    // These are names of the other sockets of a run, and of QEMU's objects beside the endpoints.
     if matches!(name, "trace" | "qmp") || name.starts_with("viommu") {
         let what = format!("the name {name:?} is one of viommu's own: trace, qmp, and all that begin with viommu");
         return Err(Problem::of("name", span, what));
@@ -412,7 +412,7 @@ fn check_name<'n>(name: &str, span: Range<usize>, mut taken: impl Iterator<Item 
     Ok(())
 }
 
-/// Whether two paths lead to one file; of files that do not exist, only whether the paths are the same.
+/// Whether two paths lead to one file. If neither file exists, whether the paths are the same.
 fn same_file(one: &Path, other: &Path) -> bool {
     let file = |path: &Path| std::fs::metadata(path).map(|found| (found.dev(), found.ino()));
     match (file(one), file(other)) {
@@ -422,7 +422,8 @@ fn same_file(one: &Path, other: &Path) -> bool {
     }
 }
 
-/// The bus number that firmware gives to the bus behind a root port: it counts them in the order of their addresses.
+/// The bus number that firmware gives to the bus behind a root port. Firmware counts them in the order of the ports'
+/// addresses.
 fn bus_behind(ports: &[RootPort], port: usize) -> u8 {
     let address = ports.get(port).map(|port| *port.address.get_ref());
     let before = ports.iter().filter(|other| Some(*other.address.get_ref()) < address).count();

@@ -1,31 +1,31 @@
-//! What is wrong with a topology, and how that is said.
+//! Errors in a topology, and how they are reported.
 
 use std::fmt::Write;
 use std::ops::Range;
 
 use crate::devices::model::KeyError;
 
-/// Something in the text of a topology that cannot be used.
+/// An error in the text of a topology.
 #[derive(Debug)]
 pub(super) struct Problem(KeyError);
 
 impl Problem {
-    /// A problem with the value of `key`, which is at `span`: 0..0 if it is a default.
+    /// A problem with the value of `key`, which is at `span`, or 0..0 for a default.
     pub fn of(key: &'static str, span: Range<usize>, what: impl Into<String>) -> Problem {
         Problem(KeyError::new(key, span, what))
     }
 
-    /// A problem with what is at `span`.
+    /// A problem with the text at `span`.
     pub fn at(span: Range<usize>, what: impl Into<String>) -> Problem {
         Problem(KeyError { span: Some(span), key: None, what: what.into() })
     }
 
-    /// A problem with all of it.
+    /// A problem with the topology as a whole.
     pub fn of_all(what: impl Into<String>) -> Problem {
         Problem(KeyError { span: None, key: None, what: what.into() })
     }
 
-    /// For the reader of a file: line, column, the line itself, key, and what is wrong.
+    /// The message for the user of a file: line, column, the line itself, the key, and what is wrong.
     pub fn in_file(&self, text: &str) -> String {
         let mut message = String::new();
         let mut key = self.0.key;
@@ -51,7 +51,7 @@ impl Problem {
         message + &self.0.what
     }
 
-    /// For who gave the keys as an option, which became a line of `text` each: the key, and what is wrong.
+    /// The message for the user of an option, of which each key became a line of `text`: the key, and what is wrong.
     pub fn in_option(&self, text: &str) -> String {
         let start = self.0.span.as_ref().map_or(0, |span| span.start);
         let line = text.get(..start).unwrap_or_default().matches('\n').count();
@@ -69,7 +69,7 @@ impl<E: Into<KeyError>> From<E> for Problem {
     }
 }
 
-/// The key of the value that comes after this part of a line.
+/// The key of the value that follows this part of a line.
 fn key_of(before: &str) -> Option<&str> {
     before.split_once('=').map(|(key, _)| key.trim()).filter(|key| !key.is_empty())
 }

@@ -8,7 +8,7 @@ use super::{Address, Endpoint, Topology};
 use crate::vhost::{QUEUE_SIZE, QUEUES};
 use viommu_wire::virtio_iommu::{Config, DEVICE_ID};
 
-/// Where a topology's sockets and tables are.
+/// The paths of a topology's sockets and table.
 #[derive(Clone, Debug)]
 pub struct Paths {
     /// The vhost-user socket of the virtio-iommu device.
@@ -16,18 +16,18 @@ pub struct Paths {
 }
 
 impl Paths {
-    /// The vfio-user socket of an endpoint: named after it, beside the vhost-user socket.
+    /// The vfio-user socket of an endpoint. It is named after the endpoint and lies beside the vhost-user socket.
     pub fn endpoint(&self, endpoint: &Endpoint) -> PathBuf {
         self.iommu.with_file_name(format!("{}.sock", endpoint.name))
     }
 
-    /// The VIOT: beside the vhost-user socket.
+    /// The VIOT, which lies beside the vhost-user socket.
     pub fn viot(&self) -> PathBuf {
         self.iommu.with_file_name("viot.bin")
     }
 }
 
-/// The arguments that make the machine and its memory: what a QEMU line of one's own must have in this or a like form,
+/// The arguments that make the machine and its memory. A user's own QEMU command line needs these or similar ones,
 /// since the memory must be shared with this process.
 pub fn machine(topology: &Topology) -> Vec<String> {
     let memory = topology.machine.memory;
@@ -79,14 +79,14 @@ pub fn devices(topology: &Topology, paths: &Paths) -> Vec<String> {
     args
 }
 
-/// What a device on the root bus needs more if it is the first of several functions in its slot: QEMU lets no other function
-/// in without it, and a guest looks for no other.
+/// The option that a device on the root bus needs in addition if it is the first of several functions in its slot.
+/// Without it QEMU accepts no other function there, and a guest does not look for one.
 fn multifunction(topology: &Topology, address: Address) -> &'static str {
     if topology.is_first_of_many(None, address) { ",multifunction=on" } else { "" }
 }
 
-/// The port for the trace of the guest's own events, and the file behind it. It comes after all other devices, as QEMU
-/// puts it in a slot that is free.
+/// The port for the trace of the guest's own events, and the file behind it. These arguments must come after all other
+/// devices, since QEMU chooses a free slot for the port.
 pub fn guest_trace(file: &Path) -> [String; 6] {
     [
         "-device".into(),
@@ -98,7 +98,7 @@ pub fn guest_trace(file: &Path) -> [String; 6] {
     ]
 }
 
-/// What `-device` takes as JSON, and QMP's `device_add` as its arguments, for one endpoint.
+/// The JSON for one endpoint that `-device` takes, and QMP's `device_add` as its arguments.
 pub fn device(topology: &Topology, endpoint: &Endpoint, paths: &Paths) -> serde_json::Value {
     let bus = endpoint.behind.and_then(|port| topology.root_ports.get(port)).map(|port| port.name.get_ref().as_str());
     let mut device = json!({
@@ -114,7 +114,7 @@ pub fn device(topology: &Topology, endpoint: &Endpoint, paths: &Paths) -> serde_
     device
 }
 
-/// QEMU's option parser takes a doubled comma for a comma.
+/// Doubles the commas in a path, since QEMU's option parser takes a doubled comma for a comma.
 pub fn comma_safe(path: &Path) -> String {
     path.display().to_string().replace(',', ",,")
 }

@@ -1,11 +1,11 @@
-//! Amounts of bytes, as QEMU writes them.
+//! Numbers of bytes, as QEMU writes them.
 
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer};
 
-/// A number of bytes, written with a suffix K, M, G or T (powers of 1024) or without.
+/// A number of bytes, written with or without a suffix K, M, G or T (powers of 1024).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Size(pub u64);
 

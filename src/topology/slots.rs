@@ -1,4 +1,4 @@
-//! Who sits where.
+//! PCI slots, and the functions in them.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -8,7 +8,7 @@ use toml::Spanned;
 use super::address::Address;
 use super::problem::Problem;
 
-/// The functions that are plugged so far, by the root port before them and their address.
+/// The functions that are plugged so far, by the root port that they are behind and their address.
 #[derive(Default)]
 pub(super) struct Slots(BTreeMap<(Option<usize>, Address), Taken>);
 
@@ -18,7 +18,7 @@ struct Taken {
 }
 
 impl Slots {
-    /// Notes that `owner` sits at `address`: behind the root port of this index, or on the root bus.
+    /// Notes that `owner` is at `address`, behind the root port with this index or on the root bus.
     pub fn take(&mut self, behind: Option<usize>, address: &Spanned<Address>, owner: &str) -> Result<(), Problem> {
         let at = *address.get_ref();
         if behind.is_some() && at.device != 0 {
@@ -36,8 +36,8 @@ impl Slots {
         }
     }
 
-    /// Each slot that has functions must have function 0: software finds the others by what that says (PCI Express base
-    /// specification, section 7.5.1.1.9).
+    /// Checks that each slot with functions has function 0, since software learns from it whether there are others (PCI
+    /// Express base specification, section 7.5.1.1.9).
     pub fn check_first_functions(&self) -> Result<(), Problem> {
         let is_found = |&(behind, at): &(Option<usize>, Address)| {
             self.0.contains_key(&(behind, Address { device: at.device, function: 0 }))

@@ -60,7 +60,7 @@ fn the_viot_names_the_iommu_and_each_endpoint() {
     assert_eq!(&table[..4], b"VIOT");
     assert_eq!(table.len(), 48 + 16 + 2 * 24);
     assert_eq!(table.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)), 0);
-    // The node of the IOMMU: type 3, its BDF at offset 6. Those of the endpoints: type 1, endpoint id at 4.
+    // The IOMMU's node has type 3, and its BDF is at offset 6. The endpoints' have type 1, and the endpoint id is at 4.
     assert_eq!((table[48], u16::from_le_bytes([table[54], table[55]])), (3, 0x18));
     assert_eq!((table[64], table[68]), (1, 0x20));
     assert_eq!((table[88], table[92]), (1, 0x28));
@@ -117,7 +117,7 @@ fn an_image_is_known_under_all_its_names() {
         refused(&two(&path("a.img"), &path(other)), &["line 6", "key `image`", other, "of \"nvme0\"", "its own"]);
     }
     assert!(parse(&two(&path("a.img"), &path("b.img"))).is_ok());
-    // Those that `--create-images` is to make.
+    // The images that `--create-images` is to make.
     refused(&two("none.img", "./none.img"), &["line 6", "of \"nvme0\""]);
     assert!(parse(&two("none.img", &path("none.img"))).is_ok());
     assert!(parse(&two(&path("a.img"), "none.img")).is_ok());
@@ -171,7 +171,7 @@ fn the_ready_topologies_are_valid() {
     assert!(seen >= 4, "{seen} topologies");
 }
 
-/// The arguments of `-device`, one a device.
+/// The arguments of `-device`, one for each device.
 fn devices(topology: &Topology) -> Vec<String> {
     let args = qemu::devices(topology, &qemu::Paths { iommu: "viommu.sock".into() });
     args.windows(2).filter(|pair| pair[0] == "-device").map(|pair| pair[1].clone()).collect()

@@ -7,8 +7,8 @@ use super::{Bdf, Topology};
 
 /// The table, as `-acpitable file=` takes it.
 ///
-/// Only our own endpoints are in it: a device inside QEMU would access memory untranslated while the guest gave it
-/// I/O virtual addresses.
+/// Only our own endpoints are in it. If a device inside QEMU were in it too, the guest would give the device I/O
+/// virtual addresses, but the device would access memory untranslated.
 pub fn table(topology: &Topology) -> Vec<u8> {
     let mut table = VIOT::new(*b"VIOMMU", *b"VIOMMU  ", 1);
     let iommu = Bdf { bus: 0, address: *topology.iommu.address.get_ref() };
