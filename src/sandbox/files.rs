@@ -1,4 +1,4 @@
-//! Files and the network, by Landlock.
+//! Closing files and the network, with Landlock.
 
 use std::path::Path;
 
@@ -9,10 +9,10 @@ use landlock::{
 
 use super::Policy;
 
-/// The newest rights that are asked for. What an older kernel does not know is left out.
+/// The newest version whose rights are handled. Rights that an older kernel does not know are left out.
 const NEWEST: ABI = ABI::V10;
 
-/// Why Landlock does nothing.
+/// Why Landlock is not in effect.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("this kernel has no Landlock, or it is not enabled (CONFIG_SECURITY_LANDLOCK, and `landlock` in lsm=)")]
@@ -21,7 +21,7 @@ pub enum Error {
     Rules(#[from] RulesetError),
 }
 
-/// Allows nothing that is to be opened, made, run, connected to or bound, but what the policy says.
+/// Allows nothing to be opened, created, run, connected to or bound, except as the policy says.
 pub fn restrict(policy: &Policy) -> Result<(), Error> {
     let mut rules = Ruleset::default()
         .handle_access(AccessFs::from_all(NEWEST))?
@@ -37,20 +37,20 @@ pub fn restrict(policy: &Policy) -> Result<(), Error> {
     let status = rules.all_threads(true)?.restrict_self()?;
     match status.ruleset {
         RulesetStatus::NotEnforced => return Err(Error::Missing),
-        // Newer rights come with nearly each kernel; what they are about the filter of system calls refuses as well.
+        // Nearly every kernel adds rights. The filter of system calls also refuses what these are about.
         RulesetStatus::PartiallyEnforced => log::info!("The file system is closed as far as {:?} can", status.landlock),
         RulesetStatus::FullyEnforced => log::info!("The file system is closed"),
     }
     Ok(())
 }
 
-/// Allows `rights` below a folder. One that is not there, as that of a QMP socket may be that QEMU makes later, costs its own
-/// rights and no more.
+/// Allows `rights` below a folder. If the folder does not exist, only its own rights are lost. The folder of a QMP
+/// socket may be missing, since QEMU makes it later.
 fn allow(rules: RulesetCreated, folder: &Path, rights: BitFlags<AccessFs>) -> Result<RulesetCreated, Error> {
     match PathFd::new(folder) {
         Ok(fd) => Ok(rules.add_rule(PathBeneath::new(fd, rights))?),
         Err(error) => {
-            log::warn!("The sandbox keeps {} closed, as it cannot be opened now: {error}", folder.display());
+            log::warn!("The sandbox keeps {} closed, since it cannot be opened now: {error}", folder.display());
             Ok(rules)
         }
     }

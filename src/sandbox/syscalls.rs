@@ -1,7 +1,7 @@
-//! System calls, by seccomp: two lists of what is made, and all else is refused.
+//! Filtering system calls, with seccomp: two lists say which calls are made, and all others are refused.
 //!
-//! A call that is refused fails with EPERM, as any call may. To end the process would be stricter, but then a C library
-//! of tomorrow that makes a call of its own would take a guest down with it.
+//! A refused call fails with EPERM, as any call may. Ending the process would be stricter. But then a future C library
+//! that makes another call would take a guest down with it.
 
 use std::collections::BTreeMap;
 
@@ -13,7 +13,7 @@ use seccompiler::{
 
 use super::Policy;
 
-/// Why no call is refused.
+/// Why the filter is not in effect.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("cannot make the filter: {0}")]
@@ -22,10 +22,9 @@ pub enum Error {
     Install(#[from] seccompiler::Error),
 }
 
-/// Calls that are made whatever their arguments are. That they can reach no file but those that are open is why none of
-/// them opens one.
+/// Calls that are allowed with any arguments. None of them opens a file, so they can reach only files that are open.
 const ANY: &[c_long] = &[
-    // Images, sockets, events: what is open.
+    // For open images, sockets and events.
     libc::SYS_read,
     libc::SYS_write,
     libc::SYS_readv,
@@ -64,14 +63,14 @@ const ANY: &[c_long] = &[
     libc::SYS_epoll_ctl,
     libc::SYS_epoll_pwait,
     libc::SYS_ppoll,
-    // The files of sockets, at the end.
+    // For removing the files of sockets at the end.
     libc::SYS_unlinkat,
-    // Memory, the guest's and one's own.
+    // For memory, the guest's and the process's own.
     libc::SYS_munmap,
     libc::SYS_mremap,
     libc::SYS_madvise,
     libc::SYS_brk,
-    // Threads and time.
+    // For threads and time.
     libc::SYS_futex,
     libc::SYS_set_robust_list,
     libc::SYS_rseq,
@@ -88,14 +87,14 @@ const ANY: &[c_long] = &[
     libc::SYS_clock_gettime,
     libc::SYS_gettimeofday,
     libc::SYS_restart_syscall,
-    // Signals, and children that have ended.
+    // For signals, and for children that have ended.
     libc::SYS_rt_sigaction,
     libc::SYS_rt_sigprocmask,
     libc::SYS_rt_sigreturn,
     libc::SYS_sigaltstack,
     libc::SYS_wait4,
     libc::SYS_waitid,
-    // What a library asks of the machine.
+    // For what a library asks about the machine.
     libc::SYS_getrandom,
     libc::SYS_getcwd,
     libc::SYS_getrusage,
@@ -103,7 +102,7 @@ const ANY: &[c_long] = &[
     libc::SYS_uname,
 ];
 
-/// The older forms, which the C library still uses where they are.
+/// The older forms of calls, which the C library still uses where they exist.
 #[cfg(target_arch = "x86_64")]
 const OLDER: &[c_long] = &[
     libc::SYS_stat,
@@ -117,16 +116,16 @@ const OLDER: &[c_long] = &[
 #[cfg(not(target_arch = "x86_64"))]
 const OLDER: &[c_long] = &[];
 
-/// Requests of fcntl(2): copies of descriptors, and flags. None makes a signal.
+/// Requests of fcntl(2): copies of descriptors, and flags. None of them causes a signal.
 const FCNTL: [c_int; 6] =
     [libc::F_DUPFD_CLOEXEC, libc::F_GETFD, libc::F_SETFD, libc::F_GETFL, libc::F_SETFL, libc::F_GET_SEALS];
 
-/// Refuses all calls of this process but those above.
+/// Refuses all system calls of this process but those above.
 pub fn restrict(policy: &Policy) -> Result<(), Error> {
     let no_clone3 = filter(
         [(libc::SYS_clone3, Vec::new())].into(),
         SeccompAction::Allow,
-        // As on a kernel that has it not: the C library takes clone(2), whose flags a filter can see.
+        // As on a kernel without clone3: the C library then uses clone(2), whose flags a filter can see.
         SeccompAction::Errno(libc::ENOSYS as u32),
     )?;
     let only_these = filter(calls(policy)?, SeccompAction::Errno(libc::EPERM as u32), SeccompAction::Allow)?;
@@ -135,7 +134,7 @@ pub fn restrict(policy: &Policy) -> Result<(), Error> {
     Ok(())
 }
 
-/// Calls, each with the rules for its arguments, of which one must be kept; none: any will do.
+/// Calls, each with rules for its arguments. One of the rules must hold, and without rules any arguments are allowed.
 type Calls = BTreeMap<c_long, Vec<SeccompRule>>;
 
 fn filter(calls: Calls, otherwise: SeccompAction, then: SeccompAction) -> Result<BpfProgram, Error> {
@@ -145,21 +144,21 @@ fn filter(calls: Calls, otherwise: SeccompAction, then: SeccompAction) -> Result
 
 fn calls(policy: &Policy) -> Result<Calls, Error> {
     let mut calls: Calls = ANY.iter().chain(OLDER).map(|call| (*call, Vec::new())).collect();
-    // The other filter has a say in it.
+    // The other filter decides about this one.
     calls.insert(libc::SYS_clone3, Vec::new());
-    // Threads, and no processes.
+    // Threads, but no processes.
     calls.insert(libc::SYS_clone, vec![rule(&[has(0, libc::CLONE_THREAD)?])?]);
-    // Memory that is written to is never run.
+    // No memory may be made executable.
     for call in [libc::SYS_mmap, libc::SYS_mprotect] {
         calls.insert(call, vec![rule(&[has_not(2, libc::PROT_EXEC)?])?]);
     }
     calls.insert(libc::SYS_fcntl, FCNTL.iter().map(|request| rule(&[is(1, *request)?])).collect::<Result<_, _>>()?);
     calls.insert(libc::SYS_ioctl, vec![rule(&[is(1, libc::FIONBIO as c_int)?])?]);
-    // The names of threads.
+    // For the names of threads.
     calls.insert(libc::SYS_prctl, vec![rule(&[is(0, libc::PR_SET_NAME)?])?]);
-    // Limits are read, and one's own.
+    // The process reads its own limits, and sets none.
     calls.insert(libc::SYS_prlimit64, vec![rule(&[is(0, 0)?, is_null(2)?])?]);
-    // An abort is a signal to oneself.
+    // An abort is a signal to the process itself.
     let this = std::process::id() as c_int;
     calls.insert(libc::SYS_tgkill, vec![rule(&[is(0, this)?])?]);
     if let Some(child) = policy.child {
@@ -172,12 +171,12 @@ fn calls(policy: &Policy) -> Result<Calls, Error> {
     Ok(calls)
 }
 
-/// Of conditions that must all hold.
+/// The rule that all these conditions hold.
 fn rule(conditions: &[SeccompCondition]) -> Result<SeccompRule, Error> {
     Ok(SeccompRule::new(conditions.to_vec())?)
 }
 
-/// An argument of 32 bits is this number.
+/// The condition that an argument of 32 bits is this number.
 fn is(argument: u8, number: c_int) -> Result<SeccompCondition, Error> {
     let number = u64::from(number as u32);
     Ok(SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, number)?)
@@ -187,12 +186,12 @@ fn is_null(argument: u8) -> Result<SeccompCondition, Error> {
     Ok(SeccompCondition::new(argument, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0)?)
 }
 
-/// An argument has this bit.
+/// The condition that an argument has this bit.
 fn has(argument: u8, bit: c_int) -> Result<SeccompCondition, Error> {
     masked(argument, bit, bit)
 }
 
-/// An argument does not have this bit.
+/// The condition that an argument does not have this bit.
 fn has_not(argument: u8, bit: c_int) -> Result<SeccompCondition, Error> {
     masked(argument, bit, 0)
 }

@@ -1,4 +1,4 @@
-//! The sandbox is for good, so each test has a process of its own: this program again, with one test.
+//! The sandbox cannot be left, so each test runs in a process of its own: this program again, with one test.
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
@@ -14,11 +14,11 @@ use nix::unistd::{ForkResult, Pid, fork};
 
 use super::*;
 
-/// Names the folder of a test to the process that is to be in the sandbox.
+/// Tells the process that is to be in the sandbox the test's folder.
 const INSIDE: &str = "VIOMMU_TEST_INSIDE";
 
-/// Runs the test `name` in a process of its own. There `inside` is called, which is to enter the sandbox; here it is seen
-/// to have come to its end.
+/// Runs the test `name` in a process of its own. That process calls `inside`, which is to enter the sandbox. This one
+/// checks that `inside` has returned.
 fn alone(name: &str, inside: impl FnOnce(&Path)) {
     if let Some(folder) = std::env::var_os(INSIDE) {
         inside(Path::new(&folder));
@@ -44,7 +44,7 @@ fn policy(folder: &Path) -> Policy {
     Policy { folders: vec![folder.join("own")], ..Policy::default() }
 }
 
-/// What a file system says to who may not, and what the filter of system calls says.
+/// Whether permission was denied, as a file system does without a right and as the filter of system calls does.
 fn refused<T>(result: std::io::Result<T>) -> bool {
     result.is_err_and(|error| error.kind() == ErrorKind::PermissionDenied)
 }
@@ -67,11 +67,11 @@ fn landlock_alone_closes_the_file_system() {
         let mut open = File::options().append(true).open(folder.join("file")).unwrap();
         files::restrict(&policy(folder)).unwrap();
         open_and_remove(folder);
-        // A thread of later, too.
+        // The same holds in a thread that starts later.
         let copy = folder.to_owned();
         std::thread::spawn(move || open_and_remove(&copy)).join().unwrap();
         assert!(refused(Command::new("/bin/true").status()));
-        // What was open stays so, and what is one's own goes.
+        // An open file stays usable, and an own file can be removed.
         open.write_all(b"more").unwrap();
         fs::remove_file(folder.join("own/file")).unwrap();
     });
@@ -91,7 +91,7 @@ fn the_filter_alone_refuses_calls_and_ends_nothing() {
         let (go, wait) = mpsc::channel::<PathBuf>();
         let before = std::thread::spawn(move || assert!(refused(File::open(wait.recv().unwrap()))));
         syscalls::restrict(&policy(folder)).unwrap();
-        // A thread of before, and one of later.
+        // In a thread that started before, and in one that starts later.
         go.send(folder.join("file")).unwrap();
         before.join().unwrap();
         let file = folder.join("file");
@@ -105,11 +105,11 @@ fn the_filter_alone_refuses_calls_and_ends_nothing() {
     });
 }
 
-/// There is no process, no program, and no memory to run code from.
+/// Checks that no process, no program and no executable memory can be made.
 fn no_program() {
     assert!(refused(Command::new("/bin/true").status()));
     assert!(refused(Err::<(), _>(std::os::unix::process::CommandExt::exec(&mut Command::new("/bin/true")))));
-    // SAFETY: a child, if there is one against expectation, does nothing but end.
+    // SAFETY: if there is a child against expectation, it only ends.
     match unsafe { fork() } {
         Err(error) => assert_eq!(error, Errno::EPERM),
         // SAFETY: the call ends the process and touches none of its memory.
