@@ -1,4 +1,4 @@
-//! Bytes and types, no I/O.
+//! Wire formats: bytes and types, without I/O.
 
 mod numbers;
 pub mod request;

@@ -1,7 +1,7 @@
-//! Numbers that have names.
+//! Enumerations whose values have numbers and names.
 
-/// Declares enumerations once: each value with its number and its name. Names of a specification's numbers are without
-/// their common prefix.
+/// Declares enumerations, each value once with its number and its name. The names of a specification's numbers leave
+/// out their common prefix.
 #[macro_export]
 macro_rules! named_numbers {
     ($($(#[$meta:meta])* pub enum $type:ident { $($(#[$doc:meta])* $value:ident = $number:literal $name:literal,)* })*) => { $(

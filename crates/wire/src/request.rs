@@ -3,7 +3,7 @@
 use crate::named_numbers;
 
 named_numbers! {
-    /// What the first byte of a request says, `VIRTIO_IOMMU_T_*`.
+    /// The type of a request, which is its first byte: `VIRTIO_IOMMU_T_*`.
     pub enum RequestType {
         /// Attach an endpoint to a domain.
         Attach = 1 "ATTACH",
@@ -19,7 +19,7 @@ named_numbers! {
         Reserve = 0x80 "RESERVE",
         /// Split protocol: lead granules of a reservation to memory.
         Link = 0x81 "LINK",
-        /// Split protocol: undo that, for any granules of a reservation.
+        /// Split protocol: undo LINK for any granules of a reservation.
         Unlink = 0x82 "UNLINK",
         /// Split protocol: end a reservation.
         Release = 0x83 "RELEASE",
@@ -27,7 +27,7 @@ named_numbers! {
 }
 
 impl RequestType {
-    /// How many there are.
+    /// The number of types.
     pub const COUNT: usize = Self::ALL.len();
 
     /// Its place in [`RequestType::ALL`].
@@ -36,7 +36,7 @@ impl RequestType {
         if self.is_split() { number - Self::Reserve as usize + Self::Probe as usize } else { number - 1 }
     }
 
-    /// Whether it is one of the split protocol.
+    /// Whether it belongs to the split protocol.
     pub const fn is_split(self) -> bool {
         self as u8 >= Self::Reserve as u8
     }

@@ -1,6 +1,6 @@
 //! The wire format of the split alloc/map protocol, an extension of virtio-iommu: `docs/split-protocol.md`.
 //!
-//! Everything is little endian and without implicit padding. Ranges are inclusive. The tail is the standard's.
+//! Everything is little endian and without implicit padding. Ranges are inclusive. The tail is that of virtio-iommu.
 
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -10,7 +10,7 @@ use super::virtio_iommu::Head;
 /// `VIRTIO_IOMMU_F_SPLIT_MAP`: RESERVE, LINK, UNLINK and RELEASE are available. Needs `VIRTIO_IOMMU_F_MAP_UNMAP`.
 pub const F_SPLIT_MAP: u64 = 1 << 23;
 
-/// The numbers of the split protocol's requests, beside those of [`super::virtio_iommu::request_type`].
+/// The numbers of the split protocol's requests, which add to those of [`super::virtio_iommu::request_type`].
 pub mod request_type {
     use crate::request::RequestType;
 
@@ -39,7 +39,7 @@ pub struct Range {
     pub virt_start: U64,
     /// Last I/O virtual address.
     pub virt_end: U64,
-    /// What the trace calls it.
+    /// The tag that the trace shows for it.
     pub tag: U64,
     /// Zero.
     pub flags: U32,
@@ -55,16 +55,16 @@ pub struct Link {
     pub domain: U32,
     /// The I/O virtual address of the first granule of the first extent.
     pub virt_start: U64,
-    /// What the trace calls accesses to what is linked.
+    /// The tag that the trace shows for accesses to the linked granules.
     pub tag: U64,
     /// [`super::virtio_iommu::MapFlags`].
     pub flags: U32,
-    /// How many extents follow: 1 to [`EXTENTS_MAX`].
+    /// The number of extents that follow: 1 to [`EXTENTS_MAX`].
     pub count: U32,
 }
 
-/// A run of granules in guest-physical memory: bits 63 to 12 are the address of the first, with zeros for its low 12
-/// bits; bits 11 to 0 are how many granules there are, less one.
+/// A run of granules in guest-physical memory. Bits 63 to 12 are the address of the first granule, whose low 12 bits
+/// are zeros. Bits 11 to 0 are the number of granules, minus one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(transparent)]
 pub struct Extent(U64);
@@ -73,8 +73,8 @@ impl Extent {
     /// The most granules of an extent.
     pub const GRANULES_MAX: u64 = 1 << 12;
 
-    /// The run of `granules`, 1 to [`Extent::GRANULES_MAX`], from `phys` on, whose low 12 bits are zero; `None` if it
-    /// is not that.
+    /// A run of `granules` granules from `phys` on. `None` if `granules` is not 1 to [`Extent::GRANULES_MAX`], or if
+    /// the low 12 bits of `phys` are not zero.
     pub fn new(phys: u64, granules: u64) -> Option<Extent> {
         let fits = phys.is_multiple_of(Self::GRANULES_MAX) && (1..=Self::GRANULES_MAX).contains(&granules);
         fits.then(|| Extent((phys | (granules - 1)).into()))
@@ -85,7 +85,7 @@ impl Extent {
         self.0.get() & !(Self::GRANULES_MAX - 1)
     }
 
-    /// How many granules there are: 1 to [`Extent::GRANULES_MAX`].
+    /// The number of granules: 1 to [`Extent::GRANULES_MAX`].
     pub fn granules(self) -> u64 {
         (self.0.get() & (Self::GRANULES_MAX - 1)) + 1
     }

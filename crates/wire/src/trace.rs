@@ -1,15 +1,15 @@
-//! The trace's binary format: a header, then one record of the same size for each event, little endian.
+//! The trace's binary format: a header, and then one record of fixed size for each event, little endian.
 //!
 //! `docs/trace.md` describes the fields of each kind.
 
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-/// What a binary stream starts with.
+/// The first bytes of a binary stream.
 pub const MAGIC: [u8; 8] = *b"VIOMMUTR";
 
-/// The version of the header, of the record layout and of the meaning of the fields. A reader that is told another
-/// version must not guess. New kinds, and new values in fields that were 0, do not change it.
+/// The version of the header, of the record layout and of the meaning of the fields. A reader must not guess what
+/// another version means. New kinds, and new values in fields that were 0, do not change it.
 pub const VERSION: u32 = 1;
 
 /// The first 64 bytes of a binary stream.
@@ -20,21 +20,21 @@ pub struct Header {
     pub magic: [u8; 8],
     /// [`VERSION`].
     pub version: U32,
-    /// Bytes of a [`Record`]; the header has as many.
+    /// Bytes of a [`Record`]. The header has the same size.
     pub record_size: U32,
-    /// Which clock the times are of: 1, the number of `CLOCK_MONOTONIC`.
+    /// The clock of the times: 1, the number of `CLOCK_MONOTONIC`.
     pub clock: U32,
-    /// The process that is traced.
+    /// The id of the traced process.
     pub pid: U32,
-    /// When the trace was started.
+    /// The time when the trace was started.
     pub start_ns: U64,
-    /// What to add to a time to get nanoseconds since 1970 (`CLOCK_REALTIME`), as it was when the stream began.
+    /// The offset from a time to nanoseconds since 1970 (`CLOCK_REALTIME`), as it was when the stream began.
     pub realtime_offset_ns: U64,
-    /// The kinds that the client gets: bit n is the kind with number n.
+    /// The kinds that the client gets. Bit n is the kind with number n.
     pub kinds: U64,
     /// Events that the process lost before the stream began.
     pub lost: U64,
-    /// The sequence number from which on the client gets new events; those of the backlog have lower ones.
+    /// The sequence number from which on events are new. Events of the backlog have lower ones.
     pub seq: U64,
 }
 
@@ -42,25 +42,25 @@ pub struct Header {
 #[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct Record {
-    /// `CLOCK_MONOTONIC` in nanoseconds, taken when the event was made.
+    /// When the event was made: `CLOCK_MONOTONIC` in nanoseconds.
     pub time_ns: U64,
-    /// Counts the recorded events of the process from 0, without gaps. A client sees gaps where its filter left events
-    /// out and where it read too slowly (then a `Lost` record fills the gap).
+    /// The number of the event among the recorded events of the process, from 0 without gaps. A client sees gaps where
+    /// its filter left events out, and where it read too slowly (then a `Lost` record fills the gap).
     pub seq: U64,
     /// A [`Kind`].
     pub kind: U16,
-    /// Small values of the kind.
+    /// Small values, whose meaning depends on the kind.
     pub small: [u8; 2],
     /// The endpoint that the event is about, or [`NO_ENDPOINT`].
     pub endpoint: U32,
-    /// Values of the kind.
+    /// Values whose meaning depends on the kind.
     pub args: [U64; 5],
 }
 
-/// [`Record::endpoint`] of an event that is about no endpoint.
+/// The [`Record::endpoint`] of an event that concerns no endpoint.
 pub const NO_ENDPOINT: u32 = u32::MAX;
 
-/// What happened. The numbers are part of the format: they are never used again for something else.
+/// The kind of an event. The numbers are part of the format and are never reused for another kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u16)]
 pub enum Kind {
@@ -68,7 +68,7 @@ pub enum Kind {
     Session = 1,
     /// The driver accepted features.
     Features = 2,
-    /// A region of guest memory came or went.
+    /// A region of guest memory was added or removed.
     Memory = 3,
     /// A virtqueue started or stopped.
     Queue = 4,
@@ -88,17 +88,17 @@ pub enum Kind {
     Command = 11,
     /// The driver wrote `bypass` in the configuration.
     Bypass = 12,
-    /// A descriptor chain was not a request.
+    /// A descriptor chain was no valid request.
     Malformed = 13,
     /// A device model changed its state.
     Device = 14,
     /// Events were lost.
     Lost = 15,
-    /// A device model panicked; it was contained.
+    /// A device model panicked, and the panic was caught.
     Panic = 16,
     /// A test had a request answered wrongly.
     Injected = 17,
-    /// Faults that waited for buffers of the driver were forgotten.
+    /// Pending faults were dropped, which waited for buffers of the driver.
     Undelivered = 18,
 }
 

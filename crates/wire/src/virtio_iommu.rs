@@ -28,7 +28,7 @@ pub mod feature {
     pub const BYPASS_CONFIG: u64 = 1 << 6;
 }
 
-/// The numbers of the specification's requests (section 5.13.6), for what is written and read as bytes.
+/// The numbers of the specification's requests (section 5.13.6), as constants for code that writes and reads bytes.
 pub mod request_type {
     use crate::request::RequestType;
 
@@ -48,7 +48,7 @@ pub mod request_type {
 pub const ATTACH_F_BYPASS: u32 = 1 << 0;
 
 bitflags::bitflags! {
-    /// The flags of a MAP request: what an endpoint may do through the mapping.
+    /// The flags of a MAP request, which say what an endpoint may do through the mapping.
     #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
     pub struct MapFlags: u32 {
         /// `VIRTIO_IOMMU_MAP_F_READ`: the endpoint may read.
@@ -61,7 +61,7 @@ bitflags::bitflags! {
 }
 
 named_numbers! {
-    /// `VIRTIO_IOMMU_S_*`: what the tail of a request says (section 5.13.6).
+    /// `VIRTIO_IOMMU_S_*`: the status in the tail of a request (section 5.13.6).
     pub enum Status {
         /// All good.
         Ok = 0 "OK",
@@ -96,13 +96,13 @@ pub struct Config {
     pub domain_range: [U32; 2],
     /// Bytes of properties in a PROBE request, without the tail.
     pub probe_size: U32,
-    /// 1: endpoints that are attached to no domain access memory untranslated. 0: they fault.
+    /// 1 if endpoints that are attached to no domain access memory untranslated, 0 if they fault.
     pub bypass: u8,
     /// Zero.
     pub reserved: [u8; 3],
 }
 
-/// Where [`Config::bypass`] stands: the one byte that a driver may write.
+/// The offset of [`Config::bypass`], the only byte that a driver may write.
 pub const CONFIG_BYPASS_OFFSET: usize = 36;
 
 /// `struct virtio_iommu_req_head`.
@@ -131,7 +131,7 @@ pub struct Tail {
 pub struct Attach {
     /// Type ATTACH.
     pub head: Head,
-    /// The domain to attach to; created if it does not exist.
+    /// The domain to attach to. It is created if it does not exist.
     pub domain: U32,
     /// The endpoint to attach.
     pub endpoint: U32,
@@ -167,7 +167,7 @@ pub struct Map {
     pub virt_start: U64,
     /// Last I/O virtual address.
     pub virt_end: U64,
-    /// Guest-physical address that `virt_start` leads to.
+    /// The guest-physical address to which `virt_start` leads.
     pub phys_start: U64,
     /// [`MapFlags`].
     pub flags: U32,
@@ -204,7 +204,7 @@ pub struct Probe {
 /// `VIRTIO_IOMMU_PROBE_T_RESV_MEM`, the only property type of the specification.
 pub const PROBE_T_RESV_MEM: u16 = 1;
 
-/// What a reserved region is (section 5.13.6.8.1).
+/// The kind of a reserved region (section 5.13.6.8.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum ResvMemKind {
