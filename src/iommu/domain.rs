@@ -31,7 +31,8 @@ impl DomainEntry {
     }
 }
 
-/// What ended with a domain. To be dropped when the domains are no longer locked, since millions of reservations take time.
+/// What ended with a domain. To be dropped when the domains are no longer locked, since millions of reservations take
+/// time.
 #[derive(Default)]
 pub(super) struct Ended {
     /// Mappings that MAP made.
@@ -41,7 +42,7 @@ pub(super) struct Ended {
     pub(super) linked_bytes: u64,
 }
 
-/// All domains and who is attached to which: the writer's side, under one lock.
+/// All domains and their endpoints: the writer's side, under one lock.
 #[derive(Default)]
 pub(super) struct Domains {
     by_id: HashMap<u32, DomainEntry>,
@@ -74,8 +75,8 @@ impl Domains {
         self.by_id.len() - usize::from(alone)
     }
 
-    /// Attaches `endpoint` to the domain `id`, which `make` creates if it does not exist. It replaces the endpoint's previous
-    /// domain: a reader sees the old one or the new one, never none. Returns what ended with the old domain.
+    /// Attaches `endpoint` to the domain `id`, which `make` creates if it does not exist. It replaces the endpoint's
+    /// previous domain: a reader sees the old one or the new one, never none. Returns what ended with the old domain.
     pub(super) fn attach(&mut self, endpoint: &Arc<Endpoint>, id: u32, make: impl FnOnce() -> DomainEntry) -> Ended {
         let entry = self.by_id.entry(id).or_insert_with(make);
         entry.members.push(endpoint.clone());

@@ -1,4 +1,4 @@
-//! An endpoint, as whoever accesses memory in its name sees it.
+//! An endpoint as the code sees it that accesses memory in its name.
 
 use std::marker::PhantomData;
 use std::ptr;
@@ -16,8 +16,8 @@ use viommu_wire::virtio_iommu::{FaultReason, MapFlags, ResvMemKind};
 pub struct Translation {
     /// The guest-physical address.
     pub gpa: u64,
-    /// The number of bytes, from this address on, for which address and permission hold; at least 1. A run of 2^64 bytes is
-    /// given as `u64::MAX`.
+    /// The number of bytes, from this address on, for which address and permission hold; at least 1. A run of 2^64
+    /// bytes is given as `u64::MAX`.
     pub len: u64,
     /// How the address was translated.
     pub route: Route,
@@ -36,7 +36,7 @@ pub struct Refused {
     pub domain: Option<u32>,
 }
 
-/// An endpoint, as whoever accesses memory in its name sees it.
+/// An endpoint as the code sees it that accesses memory in its name.
 pub struct Endpoint {
     id: u32,
     /// The device's settings for the endpoint; `None` for an id that the device does not manage.
@@ -83,9 +83,9 @@ impl Endpoint {
         self.id
     }
 
-    /// Whether its function may access memory at all: the function stores Bus Master Enable of its PCI command register here.
-    /// A reset of the machine clears it for an attached endpoint, before the endpoint's I/O virtual addresses get another
-    /// meaning. A reader must hold a [`grace::Guard`].
+    /// Whether its function may access memory at all: the function stores Bus Master Enable of its PCI command register
+    /// here. A reset of the machine clears it for an attached endpoint, before the endpoint's I/O virtual addresses get
+    /// another meaning. A reader must hold a [`grace::Guard`].
     pub fn bus_master(&self) -> &Arc<AtomicBool> {
         &self.bus_master
     }
@@ -112,8 +112,8 @@ impl Endpoint {
         self.managed.as_ref().map_or(&[], |managed| &managed.reserved)
     }
 
-    /// Translates one address. The result may be used until `guard` is dropped: no request that invalidates it is answered
-    /// before that.
+    /// Translates one address. The result may be used until `guard` is dropped: no request that invalidates it is
+    /// answered before that.
     ///
     /// # Panics
     /// If `guard` belongs to another device's reader, as it would keep nothing alive.
@@ -191,9 +191,10 @@ impl<T> Slot<T> {
     /// # Safety
     /// The guard must belong to the grace periods for which the callers of [`Slot::replace`] wait.
     unsafe fn get<'g>(&self, _guard: &'g grace::Guard<'_>) -> Option<&'g T> {
-        // SAFETY: a pointer that is not null came from `Arc::into_raw` in `replace`. The slot owns a count until another
-        // `replace` takes the pointer out, and that call's caller keeps the count until a grace period that began after the
-        // call has ended. That grace period waits for `_guard` if the guard could have loaded the pointer.
+        // SAFETY: a pointer that is not null came from `Arc::into_raw` in `replace`. The slot owns a count until
+        // another `replace` takes the pointer out, and that call's caller keeps the count until a grace period that
+        // began after the call has ended. That grace period waits for `_guard` if the guard could have loaded the
+        // pointer.
         unsafe { self.pointer.load(Ordering::Acquire).as_ref() }
     }
 
@@ -211,8 +212,8 @@ impl<T> Slot<T> {
 
 impl<T> Drop for Slot<T> {
     fn drop(&mut self) {
-        // Nobody reads a slot that is being dropped. A reader of the same value through another slot relies on that slot's
-        // count.
+        // Nobody reads a slot that is being dropped. A reader of the same value through another slot relies on that
+        // slot's count.
         drop(self.replace(None));
     }
 }

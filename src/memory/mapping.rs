@@ -69,7 +69,7 @@ impl FileMapping {
 
 impl Drop for Mapped {
     fn drop(&mut self) {
-        // SAFETY: mapped in `FileMapping::new`, and unused by now: whoever accesses it holds the `FileMapping`.
+        // SAFETY: mapped in `FileMapping::new`, and unused by now: all code that accesses it holds the `FileMapping`.
         if unsafe { libc::munmap(self.start.as_ptr(), self.len) } != 0 {
             log::error!("Guest memory cannot be unmapped: {}", io::Error::last_os_error());
         }

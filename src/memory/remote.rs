@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::NoAccess;
 
-/// A region's memory elsewhere. An access may take as long as whoever has that memory takes.
+/// A region's memory elsewhere. An access may take as long as the owner of that memory takes.
 pub trait Remote: Send + Sync {
     /// Reads from the guest-physical address `gpa` on.
     fn read(&self, gpa: u64, data: &mut [u8]) -> Result<(), NoAccess>;

@@ -7,12 +7,12 @@
 //!
 //! # How an access ends
 //!
-//! An access that has ended must not reach memory later, since whoever waits for its end then takes the memory away. A
-//! DMA_READ may be given up at any time, because nobody uses its answer any more. A DMA_WRITE that was sent ends only
-//! with its answer or with the session. Bytes in a socket can still be read after the other end was closed. So at the
-//! end of the session the bytes of such a write that the client has not read are taken back out of the client's end of
-//! the socket, which this side keeps open for that purpose. A client that has read all of it and has not answered may
-//! still execute it.
+//! An access that has ended must not reach memory later, since the thread that waits for its end then takes the memory
+//! away. A DMA_READ may be given up at any time, because nobody uses its answer any more. A DMA_WRITE that was sent
+//! ends only with its answer or with the session. Bytes in a socket can still be read after the other end was closed.
+//! So at the end of the session the bytes of such a write that the client has not read are taken back out of the
+//! client's end of the socket, which this side keeps open for that purpose. A client that has read all of it and has
+//! not answered may still execute it.
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;

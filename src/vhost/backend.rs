@@ -25,7 +25,8 @@ use viommu_trace::Event;
 use viommu_trace::event::Channel;
 use viommu_wire::trace::NO_ENDPOINT;
 
-/// The largest virtqueue that the device accepts, in case QEMU is configured with another size than [`super::QUEUE_SIZE`].
+/// The largest virtqueue that the device accepts, in case QEMU is configured with another size than
+/// [`super::QUEUE_SIZE`].
 const QUEUE_SIZE_MAX: usize = 1024;
 
 /// The epoll token of [`Backend::wake`]. The crate uses the numbers up to the count of queues.
@@ -258,20 +259,20 @@ impl Backend {
         self.trace_malformed(index, 0, 0, 0);
     }
 
-    /// Runs a function that serves a queue. Returns false if it panics: the queue is then not to be trusted any more. The
-    /// caller must take the queue's lock outside of `serve`: a panic that unwound past the lock would poison it, and then
-    /// the crate would panic too.
+    /// Runs a function that serves a queue. Returns false if it panics: the queue is then not to be trusted any more.
+    /// The caller must take the queue's lock outside of `serve`: a panic that unwound past the lock would poison it,
+    /// and then the crate would panic too.
     pub(super) fn catch_panic(&self, serve: impl FnOnce() -> bool) -> bool {
-        // The call may leave two things half done: the queue, which is left alone from now on, and the worker's buffers,
-        // which are filled again for each request.
+        // The call may leave two things half done: the queue, which is left alone from now on, and the worker's
+        // buffers, which are filled again for each request.
         self.shared.tracer.catch_panic(NO_ENDPOINT, serve).unwrap_or_else(|| {
             log::error!("Caught a panic while serving the virtqueues");
             false
         })
     }
 
-    /// Traces a kick of the driver. QEMU also kicks each queue when it hands the queue over; such a kick is recognised by a
-    /// queue that is empty and was never used.
+    /// Traces a kick of the driver. QEMU also kicks each queue when it hands the queue over; such a kick is recognised
+    /// by a queue that is empty and was never used.
     fn trace_kick(&self, index: usize, base: u16, ring: &Ring, memory: &GuestMemoryMmap) {
         let (requests, next) = {
             let state = ring.get_ref();
@@ -339,7 +340,7 @@ impl VhostUserBackend for Backend {
     }
 
     fn set_event_idx(&self, _enabled: bool) {
-        // The crate has told the queues.
+        // The crate sets it in the queues.
     }
 
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {

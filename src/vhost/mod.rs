@@ -1,8 +1,8 @@
 //! The virtio-iommu device over vhost-user. The only place that knows vhost-user and virtqueues.
 //!
-//! [`Server::run`] serves one frontend after the other. When QEMU ends, the device is as at power-on and waits for the next
-//! frontend. Nothing that a frontend or a guest does ends the server: a frontend that breaks the protocol loses its
-//! connection, and a guest that breaks a queue is not served until it resets the device.
+//! [`Server::run`] serves one frontend after the other. When QEMU ends, the device is as at power-on and waits for the
+//! next frontend. Nothing that a frontend or a guest does ends the server: a frontend that breaks the protocol loses
+//! its connection, and a guest that breaks a queue is not served until it resets the device.
 
 mod backend;
 mod config;
@@ -36,7 +36,7 @@ type QueueMemory = vm_memory::GuestMemoryAtomic<vm_memory::GuestMemoryMmap>;
 
 /// The request queue and the event queue (virtio specification, section 5.13.2).
 pub const QUEUES: usize = 2;
-/// Entries of each queue, as QEMU is told to offer them.
+/// Entries of each queue, which QEMU's arguments set.
 pub const QUEUE_SIZE: u16 = 256;
 /// The request queue.
 const REQUESTS: usize = 0;
@@ -128,17 +128,17 @@ impl SharedDevice {
     }
 }
 
-/// Tells the device what vhost-user does not: see [`Server::control`]. Without these calls the device still distinguishes a
-/// driver's reset from a pause. With them it restores the boot-time `bypass` when the machine is reset.
+/// Tells the device what vhost-user does not: see [`Server::control`]. Without these calls the device still
+/// distinguishes a driver's reset from a pause. With them it restores the boot-time `bypass` when the machine is reset.
 #[derive(Clone)]
 pub struct Control {
     shared: Arc<SharedDevice>,
 }
 
 impl Control {
-    /// A PCI function of the machine was reset over vfio-user (DEVICE_RESET). If the virtqueues ran before and are stopped
-    /// now, the machine is being reset, unless QMP said that it is paused. To be called after the function has stopped its
-    /// accesses.
+    /// A PCI function of the machine was reset over vfio-user (DEVICE_RESET). If the virtqueues ran before and are
+    /// stopped now, the machine is being reset, unless QMP said that it is paused. To be called after the function has
+    /// stopped its accesses.
     pub fn function_reset(&self) {
         let mut lifecycle = self.shared.lifecycle();
         let action = lifecycle.function_reset();

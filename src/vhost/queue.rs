@@ -57,14 +57,14 @@ impl Available for Taken<'_> {
         self.queue.enable_notification(self.memory).ok()
     }
 
-    /// A failed write is ignored here: whoever serves the queue next finds it.
+    /// A failed write is ignored here: the next thread that serves the queue finds it.
     fn decline(&mut self) {
         if !self.queue.event_idx_enabled() {
             let _ = self.queue.disable_notification(self.memory);
             return;
         }
-        // The driver kicks when its index passes avail_event, which follows the used ring's elements (section 2.7.8). The
-        // driver has already passed the value set here, and passes it again only after 2^16 more requests.
+        // The driver kicks when its index passes avail_event, which follows the used ring's elements (section 2.7.8).
+        // The driver has already passed the value set here, and passes it again only after 2^16 more requests.
         let event = self.queue.next_avail().wrapping_sub(1);
         let address = self.queue.used_ring().checked_add(4 + 8 * u64::from(self.queue.size()));
         if let Some(address) = address {
@@ -98,8 +98,8 @@ pub(super) struct ChainBuffers {
     writable: Vec<Segment>,
 }
 
-/// A chain that no driver may make (sections 2.7.4.2, 2.7.5.2 and 2.7.5.3.1). It loops, is longer than the queue or than
-/// this device accepts, has a device-writable part before a device-readable one, or leads out of memory.
+/// A chain that no driver may make (sections 2.7.4.2, 2.7.5.2 and 2.7.5.3.1). It loops, is longer than the queue or
+/// than this device accepts, has a device-writable part before a device-readable one, or leads out of memory.
 #[derive(Debug)]
 pub(super) struct BadChain;
 

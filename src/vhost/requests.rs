@@ -19,11 +19,11 @@ use viommu_wire::virtio_iommu::Tail;
 /// Requests that are answered together: one grace period, and one notification at most, for all of them.
 const BATCH_MAX: usize = 256;
 
-/// After so many batches the worker serves the other queue, and lets the frontend have this one.
+/// The most batches that the worker serves before it serves the other queue, and lets the frontend have this one.
 const ROUNDS_MAX: usize = 8;
 
-/// A batch takes no more requests after this time, and the worker starts no further one before it has served the others. A
-/// single LINK of many pages may take longer, but nobody waits for a second one.
+/// A batch takes no more requests after this time, and the worker starts no further one before it has served the
+/// others. A single LINK of many pages may take longer, but nobody waits for a second one.
 const TIME_SLICE: Duration = Duration::from_millis(2);
 
 /// A chain that was executed and is not in the used ring yet.
@@ -44,7 +44,7 @@ impl Backend {
             if round > 0 && begun.elapsed() >= TIME_SLICE {
                 break;
             }
-            // Held for a batch, so that whoever stops the queue waits for the batch and reads the right index.
+            // Held for a batch, so that a thread that stops the queue waits for the batch and reads the right index.
             let mut state = ring.get_mut();
             if !is_served(&state) {
                 return;
@@ -102,8 +102,8 @@ impl Backend {
         if worker.answers.is_empty() {
             return usable;
         }
-        // The rule on which everything depends: the driver must not learn of a removal while an access may still use what
-        // was removed.
+        // The rule on which everything depends: the driver must not learn of a removal while an access may still use
+        // what was removed.
         self.shared.iommu.synchronize();
         self.shared.counters.batches.fetch_add(1, Ordering::Relaxed);
         for answer in worker.answers.drain(..) {
@@ -120,8 +120,8 @@ impl Backend {
         usable
     }
 
-    /// Executes the request in the buffers and writes its answer. Returns the number of bytes written and the trace event;
-    /// `None` for a request that a test wants to stay unanswered.
+    /// Executes the request in the buffers and writes its answer. Returns the number of bytes written and the trace
+    /// event; `None` for a request that a test wants to stay unanswered.
     fn answer(
         &self,
         worker: &mut WorkerState,

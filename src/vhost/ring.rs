@@ -69,7 +69,8 @@ impl Ring {
         is_served(&state) && queue::available(state.get_queue(), memory) != Some(0)
     }
 
-    /// Notes that a thread polls the queue from now on, so that the driver need not kick. `false` if the queue is not served.
+    /// Notes that a thread polls the queue from now on, so that the driver need not kick. `false` if the queue is not
+    /// served.
     pub(super) fn begin_polling(&self, memory: &GuestMemoryMmap) -> bool {
         let mut state = self.get_mut();
         let served = is_served(&state);
@@ -87,8 +88,8 @@ impl Ring {
         self.kicks().end_polling(served.then_some(&mut queue))
     }
 
-    /// To be called, with the queue locked, when everything found in it was taken. Returns whether there is more; `None` if
-    /// that cannot be read.
+    /// To be called, with the queue locked, when everything found in it was taken. Returns whether there is more;
+    /// `None` if that cannot be read.
     pub(super) fn rest(&self, state: &mut VringState<QueueMemory>, memory: &GuestMemoryMmap) -> Option<bool> {
         self.kicks().rest(&mut Taken { queue: state.get_queue_mut(), memory })
     }
@@ -104,8 +105,8 @@ impl Ring {
         Ok(())
     }
 
-    /// Reads the kick, and returns whether the queue is to be served. The worker must neither end nor wait here: since the
-    /// descriptor was found readable, it may have been replaced, or its kick may have been read.
+    /// Reads the kick, and returns whether the queue is to be served. The worker must neither end nor wait here: since
+    /// the descriptor was found readable, it may have been replaced, or its kick may have been read.
     fn consume(&self) -> bool {
         let state = self.inner.get_ref();
         let Some(kick) = state.get_kick() else { return false };
@@ -130,8 +131,8 @@ impl Ring {
         }
     }
 
-    /// Replaces the kick's descriptor. The frontend may also hold the old one's open file. Closing the descriptor here would
-    /// then leave that file in the worker's epoll, and a write to it would wake the worker for ever.
+    /// Replaces the kick's descriptor. The frontend may also hold the old one's open file. Closing the descriptor here
+    /// would then leave that file in the worker's epoll, and a write to it would wake the worker for ever.
     fn replace_kick(&self, file: Option<File>) {
         if let (Some((epoll, _)), Some(kick)) = (self.watch.epoll.get(), self.inner.get_ref().get_kick()) {
             // An error is normal: most often it is not registered, since the queue was stopped before.
@@ -222,8 +223,8 @@ impl VringT<QueueMemory> for Ring {
         self.inner.set_queue_next_used(idx);
     }
 
-    /// Never an error: that would end the connection, and with it the guest, for good. A used ring that lies partly outside
-    /// memory is found when the queue starts.
+    /// Never an error: that would end the connection, and with it the guest, for good. A used ring that lies partly
+    /// outside memory is found when the queue starts.
     fn queue_used_idx(&self) -> Result<u16, Error> {
         Ok(self.inner.queue_used_idx().unwrap_or(0))
     }
@@ -240,7 +241,7 @@ impl VringT<QueueMemory> for Ring {
 
     fn set_queue_ready(&self, ready: bool) {
         let _handoff = self.handoff();
-        // Both are set with the queue locked: whoever finds it ready also knows whether its start was seen.
+        // Both are set with the queue locked: a thread that finds it ready also knows whether its start was seen.
         let mut state = self.inner.get_mut();
         state.get_queue_mut().set_ready(ready);
         self.watch.started.store(ready, Ordering::Release);

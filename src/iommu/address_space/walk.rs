@@ -8,8 +8,8 @@ use super::node::{ROOT_LEVEL, Slot, TableEntry, shift, span};
 use crate::iommu::grace;
 use viommu_wire::virtio_iommu::MapFlags;
 
-/// The number of slots that one step reads. A step is a read-side section, and whoever removes something waits for its
-/// end.
+/// The number of slots that one step reads. A step is a read-side section, and a thread that removes something waits
+/// for its end.
 const STEP: usize = 2048;
 
 /// Consecutive pages of one mapping, or consecutive pages that LINKs led to consecutive memory with the same flags and
