@@ -111,7 +111,7 @@ mod tests {
             counter.fetch_add(1, Ordering::Relaxed);
         })));
         for (address, queued) in [(0x1234, true), (0x1234, true), (0, false)] {
-            queue.push(&Fault { address, ..FAULT }, |told| assert_eq!(told, queued));
+            queue.push(&Fault { address, ..FAULT }, |found| assert_eq!(found, queued));
         }
         assert_eq!(woken.load(Ordering::Relaxed), 2);
         let record = queue.pop().unwrap();

@@ -240,7 +240,7 @@ impl MemoryMap {
         let addresses: Vec<u64> = gone.iter().map(|region| region.gpa).collect();
         let rest = if addresses.is_empty() { return gone } else { self.memory.load().without(&addresses) };
         if rest.is_empty() {
-            self.memory.0.told.store(false, std::sync::atomic::Ordering::Release);
+            self.memory.0.warned.store(false, std::sync::atomic::Ordering::Release);
         }
         self.memory.0.regions.store(Arc::new(rest));
         wait_until_unused(&mut gone, |region| {
@@ -307,11 +307,11 @@ impl MemoryMap {
 /// Waits until nobody uses `removed` any more. New accesses do not find it. Each access holds what it found for one
 /// bounded copy, which takes long only if a page of the memory takes long to arrive. Accesses never crash, since they
 /// keep the mappings alive. The wait is for the client's sake, which may use the memory for something else as soon as
-/// it has the reply. So the wait ends only with the access, as an earlier reply would be a lie. `say` is called once,
+/// it has the reply. So the wait ends only with the access, as an earlier reply would be a lie. `warn` is called once,
 /// with what the wait is for, if it has taken [`PATIENCE`].
-pub(crate) fn wait_until_unused<'a, T: 'a>(removed: impl IntoIterator<Item = &'a mut Arc<T>>, say: impl Fn(&T)) {
+pub(crate) fn wait_until_unused<'a, T: 'a>(removed: impl IntoIterator<Item = &'a mut Arc<T>>, warn: impl Fn(&T)) {
     let begun = Instant::now();
-    let mut said = false;
+    let mut warned = false;
     for removed in removed {
         while Arc::get_mut(removed).is_none() {
             if begun.elapsed() < Duration::from_millis(1) {
@@ -319,9 +319,9 @@ pub(crate) fn wait_until_unused<'a, T: 'a>(removed: impl IntoIterator<Item = &'a
                 continue;
             }
             thread::sleep(Duration::from_micros(200));
-            if !said && begun.elapsed() > PATIENCE {
-                said = true;
-                say(removed);
+            if !warned && begun.elapsed() > PATIENCE {
+                warned = true;
+                warn(removed);
             }
         }
     }

@@ -31,7 +31,7 @@ pub struct Memory(Arc<Shared>);
 struct Shared {
     regions: ArcSwap<Regions>,
     /// The log has said that memory is not shared.
-    told: AtomicBool,
+    warned: AtomicBool,
 }
 
 /// A range of guest-physical addresses.
@@ -89,8 +89,8 @@ impl Memory {
         let regions = self.load();
         for region in regions.touching(gpa, gpa.saturating_add(len - 1)) {
             match &region.backing {
-                None => self.tell_unshared(region.gpa),
-                Some(Backing::Mapped { file, .. }) if file.watch().is_bad() && file.watch().is_to_be_told() => {
+                None => self.warn_unshared(region.gpa),
+                Some(Backing::Mapped { file, .. }) if file.watch().is_bad() && file.watch().is_first_report() => {
                     log::error!(
                         "Guest memory at {gpa:#x} + {len:#x} is not available (SIGBUS): its file was truncated, its file \
                          system is full, or no huge page is left. Accesses to such pages fail until the client maps \
@@ -103,8 +103,8 @@ impl Memory {
     }
 
     /// Logs, once for each client, that some memory is not shared.
-    pub fn tell_unshared(&self, gpa: u64) {
-        if !self.0.told.swap(true, Ordering::AcqRel) {
+    pub fn warn_unshared(&self, gpa: u64) {
+        if !self.0.warned.swap(true, Ordering::AcqRel) {
             log::warn!(
                 "A device cannot access guest memory at {gpa:#x}: QEMU gave no file for it. If that is RAM it must be \
                  shared: share=on is missing, as in -object memory-backend-memfd,id=mem,size=...,share=on -machine \

@@ -43,7 +43,7 @@ struct Entry {
     lost: AtomicUsize,
     /// Where the first of them begin; 0 for one that is being recorded.
     blocks: [AtomicUsize; BLOCKS],
-    told: AtomicBool,
+    reported: AtomicBool,
     next: AtomicPtr<Entry>,
 }
 
@@ -94,7 +94,7 @@ impl Watch {
         });
         entry.lost.store(0, Ordering::SeqCst);
         entry.blocks.iter().for_each(|block| block.store(0, Ordering::SeqCst));
-        entry.told.store(false, Ordering::SeqCst);
+        entry.reported.store(false, Ordering::SeqCst);
         entry.start.store(start, Ordering::SeqCst);
         entry.block.store(block.max(PAGE), Ordering::SeqCst);
         entry.end.store(start + len.next_multiple_of(PAGE), Ordering::SeqCst);
@@ -114,8 +114,8 @@ impl Watch {
     }
 
     /// Whether this is the first call. The caller then reports that the mapping is bad.
-    pub fn is_to_be_told(&self) -> bool {
-        !self.0.told.swap(true, Ordering::AcqRel)
+    pub fn is_first_report(&self) -> bool {
+        !self.0.reported.swap(true, Ordering::AcqRel)
     }
 }
 

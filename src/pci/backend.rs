@@ -225,7 +225,7 @@ impl Device for Backend<'_> {
                         self.context.dma.set_bus_master(master && self.function.is_some());
                     }
                     if effect.master == Some(true) && self.memory.is_unshared() {
-                        self.memory.memory().tell_unshared(0);
+                        self.memory.memory().warn_unshared(0);
                     }
                     self.context.interrupts.disable_pin(effect.pin_disabled);
                 }

@@ -113,22 +113,22 @@ impl Session<'_> {
                     num_regions: self.device.regions().into(),
                     num_irqs: self.device.irqs().into(),
                 };
-                self.say(&info)
+                self.reply_with(&info)
             }
             Command::DeviceGetRegionInfo => {
                 let request: RegionInfo = self.with_argsz()?;
                 let info = region::info(self.device, &request)?;
-                self.say(&info)
+                self.reply_with(&info)
             }
             Command::DeviceGetRegionIoFds => {
                 let request: RegionIoFds = self.with_argsz()?;
                 let none = region::io_fds(self.device, &request)?;
-                self.say(&none)
+                self.reply_with(&none)
             }
             Command::DeviceGetIrqInfo => {
                 let request: IrqInfoReply = self.with_argsz()?;
                 let info = irq::info(self.device, &request)?;
-                self.say(&info)
+                self.reply_with(&info)
             }
             Command::DeviceSetIrqs => {
                 let request: IrqSetRequest = self.with_argsz()?;
@@ -142,11 +142,11 @@ impl Session<'_> {
             Command::RegionWrite => {
                 let access: RegionAccess = self.fixed()?;
                 region::write(self.device, &access, &self.payload[size_of::<RegionAccess>()..])?;
-                self.say(&access)
+                self.reply_with(&access)
             }
             Command::RegionWriteMulti => {
                 let done = region::write_multi(self.device, &self.payload)?;
-                self.say(&done)
+                self.reply_with(&done)
             }
             Command::DeviceReset => {
                 self.device.reset();
@@ -226,7 +226,7 @@ impl Session<'_> {
             }
             _ => return Err(Refused::invalid("unknown flags")),
         }
-        self.say(&request)
+        self.reply_with(&request)
     }
 
     /// The structure at the beginning of the payload.
@@ -248,7 +248,7 @@ impl Session<'_> {
         Ok(structure)
     }
 
-    fn say(&mut self, structure: &(impl IntoBytes + Immutable + Unaligned)) -> Result<(), Refused> {
+    fn reply_with(&mut self, structure: &(impl IntoBytes + Immutable + Unaligned)) -> Result<(), Refused> {
         self.reply.extend_from_slice(structure.as_bytes());
         Ok(())
     }

@@ -91,7 +91,7 @@ impl MemoryTable {
 
     /// The same for the caller that logs it: true once for each region.
     pub(super) fn is_newly_lost(&self) -> bool {
-        sigbus::any() && self.watches().values().any(|watch| watch.is_bad() && watch.is_to_be_told())
+        sigbus::any() && self.watches().values().any(|watch| watch.is_bad() && watch.is_first_report())
     }
 
     fn watches(&self) -> MutexGuard<'_, HashMap<usize, sigbus::Watch>> {
