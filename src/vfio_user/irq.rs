@@ -15,7 +15,7 @@ const AUTOMASKED: u32 = 1 << 2;
 pub fn info(device: &dyn Device, request: &IrqInfoReply) -> Result<IrqInfoReply, Refused> {
     let index = request.index.get();
     if index >= device.irqs() {
-        return Err(Refused::invalid(format!("there are no interrupts {index}")));
+        return Err(Refused::invalid(format!("there is no interrupt type {index}")));
     }
     let IrqInfo { count, eventfd, maskable, automasked } = device.irq_info(index);
     let flags = [(eventfd, EVENTFD), (maskable, MASKABLE), (automasked, AUTOMASKED)];
@@ -28,7 +28,7 @@ pub fn info(device: &dyn Device, request: &IrqInfoReply) -> Result<IrqInfoReply,
 pub fn set(device: &dyn Device, request: &IrqSetRequest, bytes: &[u8], fds: Vec<OwnedFd>) -> Result<IrqSet, Refused> {
     let (index, start, count) = (request.index.get(), request.start.get(), request.count.get());
     if index >= device.irqs() {
-        return Err(Refused::invalid(format!("there are no interrupts {index}")));
+        return Err(Refused::invalid(format!("there is no interrupt type {index}")));
     }
     let flags = IrqSetFlags::from_bits(request.flags.get()).ok_or_else(|| Refused::invalid("unknown flags"))?;
     let actions = IrqSetFlags::ACTION_MASK | IrqSetFlags::ACTION_UNMASK | IrqSetFlags::ACTION_TRIGGER;
@@ -36,7 +36,7 @@ pub fn set(device: &dyn Device, request: &IrqSetRequest, bytes: &[u8], fds: Vec<
         IrqSetFlags::ACTION_MASK => IrqAction::Mask,
         IrqSetFlags::ACTION_UNMASK => IrqAction::Unmask,
         IrqSetFlags::ACTION_TRIGGER => IrqAction::Trigger,
-        _ => return Err(Refused::invalid("it is to be one of masking, unmasking and triggering")),
+        _ => return Err(Refused::invalid("it must be one of masking, unmasking and triggering")),
     };
     let info = device.irq_info(index);
     if count == 0 {
@@ -61,7 +61,7 @@ pub fn set(device: &dyn Device, request: &IrqSetRequest, bytes: &[u8], fds: Vec<
         IrqSetFlags::DATA_EVENTFD if fds.is_empty() || fds.len() == count as usize => {
             IrqData::EventFd(fds.into_iter().map(File::from).collect())
         }
-        _ => return Err(Refused::invalid("its data are not what its flags and its count say")),
+        _ => return Err(Refused::invalid("its data do not match its flags and its count")),
     };
     Ok(IrqSet { index, start, count, action, data })
 }

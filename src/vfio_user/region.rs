@@ -26,7 +26,7 @@ pub fn info(device: &dyn Device, request: &RegionInfo) -> Result<RegionInfo, Ref
 pub fn io_fds(device: &dyn Device, request: &RegionIoFds) -> Result<RegionIoFds, Refused> {
     let index = request.index.get();
     if request.flags.get() != 0 || request.count.get() != 0 {
-        return Err(Refused::invalid("flags and count are to be zero"));
+        return Err(Refused::invalid("flags and count must be zero"));
     }
     if index >= device.regions() || device.region_size(index) == 0 {
         return Err(Refused::invalid(format!("there is no region {index}")));
@@ -66,7 +66,7 @@ pub fn read(device: &mut dyn Device, access: &RegionAccess, reply: &mut Vec<u8>)
 pub fn write(device: &mut dyn Device, access: &RegionAccess, data: &[u8]) -> Result<(), Refused> {
     let (region, offset, count) = check(device, access)?;
     if data.len() != count {
-        return Err(Refused::invalid(format!("access with {} bytes of data that says {count}", data.len())));
+        return Err(Refused::invalid(format!("access of {count} bytes with {} bytes of data", data.len())));
     }
     if count > 0 {
         device.region_write(region, offset, data);
@@ -82,7 +82,7 @@ pub fn write_multi(device: &mut dyn Device, payload: &[u8]) -> Result<RegionWrit
     let (writes, _) = <[RegionWrite]>::ref_from_prefix_with_elems(rest, count).map_err(|_| short())?;
     for (done, one) in writes.iter().enumerate() {
         let data = one.data.get(..one.access.count.get() as usize);
-        let result = data.ok_or_else(|| Refused::invalid("one has more than eight bytes"));
+        let result = data.ok_or_else(|| Refused::invalid("a write has more than eight bytes"));
         match result.and_then(|data| write(device, &one.access, data)) {
             Ok(()) => {}
             Err(refused) if done == 0 => return Err(refused),

@@ -61,7 +61,7 @@ impl Session<'_> {
         if size > MAX_MESSAGE {
             self.answer(
                 &header,
-                Err(Refused::invalid(format!("it has {size} bytes, and {MAX_MESSAGE} are the most"))),
+                Err(Refused::invalid(format!("it has {size} bytes, and at most {MAX_MESSAGE} are allowed"))),
             )?;
             skip(self.transport, payload as u64)?;
             return Ok(true);
@@ -161,7 +161,7 @@ impl Session<'_> {
             Command::MigDataRead | Command::MigDataWrite | Command::DirtyPages => {
                 Err(Refused::new(libc::EOPNOTSUPP, "the device cannot be migrated"))
             }
-            Command::DmaRead | Command::DmaWrite => Err(Refused::invalid("it is a command of the server's")),
+            Command::DmaRead | Command::DmaWrite => Err(Refused::invalid("only the server may send it")),
         }
     }
 
@@ -214,13 +214,13 @@ impl Session<'_> {
     fn dma_unmap(&mut self) -> Result<(), Refused> {
         let request: DmaUnmap = self.with_argsz()?;
         if request.argsz.get() as usize > MAX_DATA {
-            return Err(Refused::invalid("no reply is as long as argsz says"));
+            return Err(Refused::invalid("argsz is larger than any reply"));
         }
         let (address, size) = (request.address.get(), request.size.get());
         match DmaUnmapFlags::from_bits(request.flags.get()) {
             Some(flags) if flags.is_empty() => self.device.dma_unmap(address, size)?,
             Some(DmaUnmapFlags::ALL) if address == 0 && size == 0 => self.device.dma_unmap_all(),
-            Some(DmaUnmapFlags::ALL) => return Err(Refused::invalid("all regions have neither address nor size")),
+            Some(DmaUnmapFlags::ALL) => return Err(Refused::invalid("address and size must be zero for all regions")),
             Some(DmaUnmapFlags::GET_DIRTY_BITMAP) => {
                 return Err(Refused::invalid("the device does not record which pages it writes"));
             }

@@ -148,7 +148,7 @@ impl Backend {
     pub(super) fn leave_requests(&self) {
         self.left.store(true, Ordering::Release);
         if let Err(error) = self.wake.1.notify() {
-            log::warn!("The worker cannot be woken, requests wait for the next kick: {error}");
+            log::warn!("The worker cannot be woken, and requests wait for the next kick: {error}");
         }
     }
 
@@ -255,7 +255,7 @@ impl Backend {
     /// report this, DEVICE_NEEDS_RESET, does not exist in vhost-user.
     pub(super) fn mark_broken(&self, worker: &mut WorkerState, index: usize) {
         worker.usable[index] = false;
-        log::warn!("Virtqueue {index} is not a virtqueue: it is ignored until the driver resets the device");
+        log::warn!("Virtqueue {index} is broken and is ignored until the driver resets the device");
         self.trace_malformed(index, 0, 0, 0);
     }
 

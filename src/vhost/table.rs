@@ -29,7 +29,7 @@ pub(super) enum TableError {
     PastEnd { gpa: u64, have: u64, offset: u64, len: u64 },
     #[error("The memory region at {gpa:#x} has {len:#x} bytes, no multiple of its file's pages of {block:#x}")]
     PartOfPage { gpa: u64, len: u64, block: u64 },
-    #[error("The file of a memory region cannot be looked at")]
+    #[error("Cannot query the file of a memory region")]
     File(#[source] io::Error),
 }
 
