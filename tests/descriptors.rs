@@ -57,6 +57,7 @@ impl Function for Idle {
             class: 0x088000,
             revision: 1,
             bars: &[],
+            capabilities: &[],
             vectors: 1,
             integrated: false,
         }

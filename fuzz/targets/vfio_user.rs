@@ -65,7 +65,8 @@ impl Function for Accesses {
             subsystem: 0x1100,
             class: 0x08_8000,
             revision: 1,
-            bars: &[Bar { index: 0, size: 0x1000, wide: true }],
+            bars: const { &[Bar::registers(0, 0x1000)] },
+            capabilities: &[],
             vectors: 3,
             integrated: false,
         }

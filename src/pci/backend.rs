@@ -5,14 +5,17 @@ use std::sync::Arc;
 use vfio_bindings::bindings::vfio::{
     VFIO_PCI_BAR0_REGION_INDEX, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_ERR_IRQ_INDEX, VFIO_PCI_INTX_IRQ_INDEX,
     VFIO_PCI_MSI_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX, VFIO_PCI_NUM_IRQS, VFIO_PCI_NUM_REGIONS,
+    VFIO_PCI_ROM_REGION_INDEX,
 };
 
 use super::config::{self, Config, MsixBar};
-use super::function::{Function, FunctionContext};
+use super::function::{BarMemory, Function, FunctionContext};
 use super::interrupts::Kind;
 use super::server::Slot;
 use crate::memory::{MemoryMap, NewRegion, NoAccess, REGIONS_MAX, Region, RegionError, RegionSource, Remote};
-use crate::vfio_user::{Backing, ClientMemory, Device, DmaMap, IrqAction, IrqData, IrqInfo, IrqSet, Refused};
+use crate::vfio_user::{
+    Backing, ClientMemory, Device, DmaMap, IrqAction, IrqData, IrqInfo, IrqSet, Refused, RegionMemory,
+};
 use viommu_trace::Event;
 use viommu_trace::event::{Channel, ResetKind};
 
@@ -29,6 +32,8 @@ pub(super) struct Backend<'a> {
     config: Config,
     memory: MemoryMap,
     msix_table: Vec<u8>,
+    /// By BAR: what is behind it for the client to map.
+    bar_memory: Vec<(u8, BarMemory)>,
 }
 
 impl<'a> Backend<'a> {
@@ -41,7 +46,12 @@ impl<'a> Backend<'a> {
         let config = Config::new(identity, slot.msix);
         let memory = MemoryMap::new(slot.memory.clone());
         let msix_table = vec![0; config.msix_bar().map_or(0, |bar| bar.size as usize / 2)];
-        Some(Backend { context, make, on_device_reset, function: Some(function), config, memory, msix_table })
+        let bars = identity.bars.iter().map(|bar| bar.index);
+        let bar_memory = catch_panic(&context, || {
+            bars.filter_map(|bar| Some((bar, function.bar_memory(bar)?))).collect::<Vec<_>>()
+        })?;
+        let function = Some(function);
+        Some(Backend { context, make, on_device_reset, function, config, memory, msix_table, bar_memory })
     }
 
     /// The BAR of the MSI-X table, if this is its region.
@@ -166,6 +176,12 @@ impl Device for Backend<'_> {
             return msix.size;
         }
         self.config.identity().bars.iter().find(|bar| u32::from(bar.index) == region).map_or(0, |bar| bar.size)
+    }
+
+    fn region_memory(&self, region: u32) -> Option<RegionMemory<'_>> {
+        let bar = region.checked_sub(VFIO_PCI_BAR0_REGION_INDEX).filter(|_| region < VFIO_PCI_ROM_REGION_INDEX)?;
+        let memory = self.bar_memory.iter().find(|(index, _)| u32::from(*index) == bar).map(|(_, memory)| memory)?;
+        Some(RegionMemory { file: memory.file(), areas: memory.areas() })
     }
 
     fn irqs(&self) -> u32 {

@@ -2,7 +2,7 @@
 //!
 //! QEMU passes every write of the guest's on and answers reads of BARs and of the MSI and MSI-X capabilities itself.
 
-use super::function::{Bar, Identity};
+use super::function::{Bar, Capability, CapabilityId, Identity};
 
 /// Bytes of a PCI Express function's configuration space.
 pub(super) const SIZE: usize = 4096;
@@ -16,6 +16,10 @@ const PM: usize = 0x40;
 const MSI: usize = 0x50;
 const MSIX: usize = 0x60;
 const EXPRESS: usize = 0x70;
+/// Where a model's own begin.
+const OWN: usize = 0xb0;
+/// Where extended ones do.
+const EXTENDED: usize = 0x100;
 
 const COMMAND_MEMORY: u16 = 1 << 1;
 const COMMAND_MASTER: u16 = 1 << 2;
@@ -109,7 +113,8 @@ impl Config {
             }
             None => self.msi(EXPRESS as u8),
         }
-        self.express(0);
+        let own = self.own_capabilities();
+        self.express(own);
     }
 
     /// Reads; what lies past the end is ones.
@@ -157,7 +162,7 @@ impl Config {
             self.bar(*bar);
         }
         if let Some(MsixBar { index, size }) = self.msix {
-            self.bar(Bar { index, size, wide: false });
+            self.bar(Bar { index, size, wide: false, prefetchable: false });
         }
         self.set16(0x2c, identity.subsystem_vendor, 0);
         self.set16(0x2e, identity.subsystem, 0);
@@ -170,7 +175,8 @@ impl Config {
     fn bar(&mut self, bar: Bar) {
         let at = BAR0 + 4 * usize::from(bar.index);
         let mask = !(bar.size - 1);
-        self.set32(at, if bar.wide { 0b100 } else { 0 }, mask as u32);
+        let kind = if bar.wide { 0b100 } else { 0 } | if bar.prefetchable { 0b1000 } else { 0 };
+        self.set32(at, kind, mask as u32 & !0xf);
         if bar.wide {
             self.set32(at + 4, 0, (mask >> 32) as u32);
         }
@@ -215,6 +221,43 @@ impl Config {
         }
     }
 
+    /// The model's own capabilities, in the order in which it names them. Returns where the first one is that is not
+    /// extended, or 0.
+    fn own_capabilities(&mut self) -> u8 {
+        let (mut at, mut extended_at) = (OWN, EXTENDED);
+        let (mut first, mut last, mut last_extended) = (0, None::<usize>, None::<usize>);
+        for capability in self.identity.capabilities {
+            let Capability { id, body, writable } = *capability;
+            let (start, header, end) = match id {
+                CapabilityId::Standard(_) => (&mut at, 2, EXTENDED),
+                CapabilityId::Extended { .. } => (&mut extended_at, 4, SIZE),
+            };
+            let here = *start;
+            *start = (here + header + body.len()).next_multiple_of(4);
+            assert!(*start <= end, "there is no room for the capability {id:?}");
+            match id {
+                CapabilityId::Standard(id) => {
+                    self.capability(here, id, 0);
+                    match last.replace(here) {
+                        Some(last) => self.bytes[last + 1] = here as u8,
+                        None => first = here as u8,
+                    }
+                }
+                CapabilityId::Extended { id, version } => {
+                    self.set32(here, u32::from(id) | u32::from(version) << 16, 0);
+                    if let Some(last) = last_extended.replace(here) {
+                        let head = u32::from(self.get16(last)) | u32::from(self.get16(last + 2) & 0xf) << 16;
+                        self.set32(last, head | (here as u32) << 20, 0);
+                    }
+                }
+            }
+            self.bytes[here + header..here + header + body.len()].copy_from_slice(body);
+            let len = writable.len().min(body.len());
+            self.writable[here + header..here + header + len].copy_from_slice(&writable[..len]);
+        }
+        first
+    }
+
     fn capability(&mut self, at: usize, id: u8, next: u8) {
         self.set16(at, u16::from(next) << 8 | u16::from(id), 0);
     }
@@ -257,7 +300,8 @@ mod tests {
             subsystem: 0x1100,
             class: 0x010802,
             revision: 2,
-            bars: &[Bar { index: 0, size: 0x4000, wide: true }],
+            bars: const { &[Bar::registers(0, 0x4000)] },
+            capabilities: &[],
             vectors: 65,
             integrated,
         }
@@ -293,6 +337,37 @@ mod tests {
         assert_eq!(read32(&config, 0x18), 0);
         // MSI with its most messages, 32.
         assert_eq!(read32(&config, MSI as u64) >> 17 & 7, 5);
+    }
+
+    #[test]
+    fn a_models_own_capabilities_are_in_the_lists() {
+        const OWN: &[Capability] = &[
+            Capability { id: CapabilityId::Extended { id: 0x0b, version: 1 }, body: &[1, 2, 3, 4, 5], writable: &[] },
+            Capability { id: CapabilityId::Standard(0x09), body: &[5, 6, 7], writable: &[0, 0x0f] },
+            Capability { id: CapabilityId::Standard(0x09), body: &[], writable: &[] },
+            Capability { id: CapabilityId::Extended { id: 0x03, version: 2 }, body: &[0; 8], writable: &[0xff; 8] },
+        ];
+        let identity = Identity { capabilities: OWN, ..identity(false) };
+        let mut config = Config::new(identity, true);
+        assert_eq!(capabilities(&config), [0x01, 0x05, 0x11, 0x10, 0x09, 0x09]);
+        let at = super::OWN as u64;
+        config.write(at + 2, &[0xff; 3]);
+        assert_eq!((read32(&config, at), read32(&config, at + 4)), (0x0f05_b809, 7));
+        assert_eq!((read32(&config, 0x100), read32(&config, 0x104)), (0x10c1_000b, 0x0403_0201));
+        config.write(0x10c, &[0xff; 8]);
+        assert_eq!((read32(&config, 0x10c), read32(&config, 0x110)), (0x0002_0003, u32::MAX));
+        config.reset();
+        assert_eq!((read32(&config, at), read32(&config, 0x110)), (0x0605_b809, 0));
+    }
+
+    #[test]
+    fn memory_is_prefetchable() {
+        let identity =
+            Identity { bars: const { &[Bar::registers(0, 0x1000), Bar::memory(2, 1 << 33)] }, ..identity(false) };
+        let mut config = Config::new(identity, true);
+        config.write(0x10, &[0xff; 16]);
+        assert_eq!((read32(&config, 0x10), read32(&config, 0x18)), (0xffff_f004, 0x0000_000c));
+        assert_eq!(read32(&config, 0x1c), 0xffff_fffe);
     }
 
     #[test]

@@ -11,7 +11,7 @@ mod interrupts;
 mod pin;
 mod server;
 
-pub use function::{Bar, Function, FunctionContext, Identity};
+pub use function::{Bar, BarMemory, Capability, CapabilityId, Function, FunctionContext, Identity};
 pub use interrupts::Interrupts;
 pub use pin::PinSource;
 pub use server::{Server, Slot};

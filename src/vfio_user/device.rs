@@ -4,6 +4,7 @@ use std::error::Error;
 use std::fs::File;
 use std::io;
 use std::iter::successors;
+use std::ops::Range;
 
 use super::client_memory::ClientMemory;
 
@@ -15,6 +16,11 @@ pub trait Device {
 
     /// The size of a region in bytes.
     fn region_size(&self, region: u32) -> u64;
+
+    /// The memory behind a region that the client may map, if there is any.
+    fn region_memory(&self, _region: u32) -> Option<RegionMemory<'_>> {
+        None
+    }
 
     /// The number of interrupt types.
     fn irqs(&self) -> u32;
@@ -45,6 +51,15 @@ pub trait Device {
 
     /// The client resets the device.
     fn reset(&mut self);
+}
+
+/// Memory behind a region.
+#[derive(Clone, Copy, Debug)]
+pub struct RegionMemory<'a> {
+    /// What is mapped, from its beginning on; it has as many bytes as the region.
+    pub file: &'a File,
+    /// The parts of the region that may be mapped, in whole pages.
+    pub areas: &'a [Range<u64>],
 }
 
 /// A range of addresses that a device may access ("VFIO_USER_DMA_MAP").

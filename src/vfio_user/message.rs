@@ -122,6 +122,10 @@ bitflags! {
         const READ = 1 << 0;
         /// The client may write.
         const WRITE = 1 << 1;
+        /// The client may map it, or parts of it.
+        const MMAP = 1 << 2;
+        /// The reply has capabilities.
+        const CAPS = 1 << 3;
     }
 
     /// The action of SET_IRQS and the type of its data ("VFIO_USER_DEVICE_SET_IRQS").
@@ -141,6 +145,9 @@ bitflags! {
         const ACTION_TRIGGER = 1 << 5;
     }
 }
+
+/// The capability of a region of which areas can be mapped.
+pub const SPARSE_MMAP: u16 = 1;
 
 macro_rules! structures {
     ($($(#[$doc:meta])* $name:ident { $($(#[$field_doc:meta])* $field:ident: $type:ty,)* })*) => {
@@ -220,12 +227,35 @@ structures! {
         flags: U32,
         /// The region's number.
         index: U32,
-        /// The offset of capabilities. No region has any.
+        /// Where a [`SparseMmap`] is in the reply, if it has one.
         cap_offset: U32,
         /// Bytes.
         size: U64,
-        /// The offset for mapping it. No region can be mapped.
+        /// Where it begins in the descriptor that comes with the reply.
         offset: U64,
+    }
+
+    /// What the capability with the areas that can be mapped begins with (`struct vfio_region_info_cap_sparse_mmap` of
+    /// `<linux/vfio.h>`); then come as many [`MmapArea`]s.
+    SparseMmap {
+        /// [`SPARSE_MMAP`].
+        id: U16,
+        /// 1.
+        version: U16,
+        /// Where the next capability is: there is none.
+        next: U32,
+        /// How many areas there are.
+        count: U32,
+        /// Nothing.
+        reserved: U32,
+    }
+
+    /// An area that can be mapped.
+    MmapArea {
+        /// Where it begins in the region.
+        offset: U64,
+        /// Bytes.
+        size: U64,
     }
 
     /// DEVICE_GET_REGION_IO_FDS, and the beginning of its reply.

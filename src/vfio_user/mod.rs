@@ -18,7 +18,7 @@ mod transport;
 mod version;
 
 pub use client_memory::ClientMemory;
-pub use device::{Backing, Device, DmaMap, IrqAction, IrqData, IrqInfo, IrqSet, Refused};
+pub use device::{Backing, Device, DmaMap, IrqAction, IrqData, IrqInfo, IrqSet, Refused, RegionMemory};
 pub use message::{MAX_DATA, MAX_FDS, MAX_MESSAGE};
 pub use session::serve;
 pub use transport::{Descriptors, Lost, Transport};

@@ -1,25 +1,59 @@
 //! The commands about regions.
 
+use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
+
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::device::{Device, Refused};
-use super::message::{MAX_DATA, RegionAccess, RegionFlags, RegionInfo, RegionIoFds, RegionWrite, RegionWriteMulti};
+use super::message::{
+    MAX_DATA, MmapArea, RegionAccess, RegionFlags, RegionInfo, RegionIoFds, RegionWrite, RegionWriteMulti, SPARSE_MMAP,
+    SparseMmap,
+};
 
-/// The reply to DEVICE_GET_REGION_INFO.
-pub fn info(device: &dyn Device, request: &RegionInfo) -> Result<RegionInfo, Refused> {
+/// DEVICE_GET_REGION_INFO; adds the reply's payload to `reply`. The descriptor that goes with it, if the region can be mapped
+/// and the client has room for all that there is to say.
+pub fn info(device: &dyn Device, request: &RegionInfo, reply: &mut Vec<u8>) -> Result<Option<OwnedFd>, Refused> {
     let index = request.index.get();
     if index >= device.regions() {
         return Err(Refused::invalid(format!("there is no region {index}")));
     }
     let size = device.region_size(index);
-    let flags = if size == 0 { RegionFlags::empty() } else { RegionFlags::READ | RegionFlags::WRITE };
-    Ok(RegionInfo {
-        argsz: (size_of::<RegionInfo>() as u32).into(),
+    let memory = device.region_memory(index);
+    let mut flags = if size == 0 { RegionFlags::empty() } else { RegionFlags::READ | RegionFlags::WRITE };
+    let capability = memory.map_or(Vec::new(), |memory| sparse_mmap(memory.areas, size));
+    flags.set(RegionFlags::MMAP, memory.is_some());
+    flags.set(RegionFlags::CAPS, !capability.is_empty());
+    let argsz = size_of::<RegionInfo>() + capability.len();
+    let has_room = request.argsz.get() as usize >= argsz;
+    let cap_offset = if has_room && !capability.is_empty() { size_of::<RegionInfo>() as u32 } else { 0 };
+    let info = RegionInfo {
+        argsz: (argsz as u32).into(),
         flags: flags.bits().into(),
         index: request.index,
+        cap_offset: cap_offset.into(),
         size: size.into(),
-        ..RegionInfo::default()
-    })
+        offset: 0.into(),
+    };
+    reply.extend_from_slice(info.as_bytes());
+    let Some(memory) = memory.filter(|_| has_room) else { return Ok(None) };
+    reply.extend_from_slice(&capability);
+    memory.file.as_fd().try_clone_to_owned().map(Some).map_err(Refused::system)
+}
+
+/// The capability that says which parts of a region of `size` bytes can be mapped; nothing if all can.
+fn sparse_mmap(areas: &[Range<u64>], size: u64) -> Vec<u8> {
+    if matches!(areas, [all] if *all == (0..size)) {
+        return Vec::new();
+    }
+    let count = areas.len() as u32;
+    let head = SparseMmap { id: SPARSE_MMAP.into(), version: 1.into(), count: count.into(), ..SparseMmap::default() };
+    let mut capability = head.as_bytes().to_vec();
+    for area in areas {
+        let area = MmapArea { offset: area.start.into(), size: (area.end - area.start).into() };
+        capability.extend_from_slice(area.as_bytes());
+    }
+    capability
 }
 
 /// The reply to DEVICE_GET_REGION_IO_FDS: no region has any.

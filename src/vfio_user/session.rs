@@ -117,8 +117,8 @@ impl Session<'_> {
             }
             Command::DeviceGetRegionInfo => {
                 let request: RegionInfo = self.with_argsz()?;
-                let info = region::info(self.device, &request)?;
-                self.reply_with(&info)
+                self.reply_fd = region::info(self.device, &request, &mut self.reply)?;
+                Ok(())
             }
             Command::DeviceGetRegionIoFds => {
                 let request: RegionIoFds = self.with_argsz()?;

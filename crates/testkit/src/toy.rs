@@ -38,7 +38,8 @@ impl Function for Toy {
             subsystem: 0x1100,
             class: 0x088000,
             revision: 1,
-            bars: &[Bar { index: 0, size: 0x2000, wide: true }],
+            bars: const { &[Bar::registers(0, 0x2000)] },
+            capabilities: &[],
             vectors: 3,
             integrated: false,
         }

@@ -60,7 +60,8 @@ impl StateMachine for Channel {
         subsystem: 0x0000,
         class: 0x08_80_00,
         revision: 4,
-        bars: &[Bar { index: 0, size: registers::BAR_SIZE, wide: true }],
+        bars: &[Bar::registers(0, registers::BAR_SIZE)],
+        capabilities: &[],
         vectors: CHANNELS as u16,
         integrated: true,
     };

@@ -75,7 +75,8 @@ impl StateMachine for State {
         // Other system peripheral.
         class: 0x08_80_00,
         revision: 0,
-        bars: &[Bar { index: 0, size: 4096, wide: true }],
+        bars: &[Bar::registers(0, 4096)],
+        capabilities: &[],
         vectors: 1,
         integrated: false,
     };

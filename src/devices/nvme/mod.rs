@@ -265,7 +265,8 @@ impl Function for Nvme {
             subsystem: SUBSYSTEM,
             class: CLASS,
             revision: 2,
-            bars: &[Bar { index: 0, size: BAR_SIZE, wide: true }],
+            bars: const { &[Bar::registers(0, BAR_SIZE)] },
+            capabilities: &[],
             vectors: self.shared.disk.config().queues + 1,
             integrated: false,
         }

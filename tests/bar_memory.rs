@@ -1,0 +1,179 @@
+//! Memory behind a BAR that a client maps, and a model's own capabilities, over a vfio-user socket.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
+use std::os::unix::fs::FileExt;
+
+use vfio_bindings::bindings::vfio::*;
+use viommu::pci::{Bar, BarMemory, Capability, CapabilityId, Function, FunctionContext, Identity};
+use viommu_testkit::function::Served;
+use viommu_testkit::vfio::{RawClient, command, words};
+
+const ENDPOINT: u32 = 0x20;
+const SIZE: u64 = 0x8000;
+/// What the client maps of it; the last page is registers.
+const MAPPED: [std::ops::Range<u64>; 2] = [0x0000..0x2000, 0x3000..0x7000];
+
+/// A frame buffer: a read of BAR 0 gives the sum of its mapped bytes, a write fills them.
+struct Frames {
+    memory: BarMemory,
+    /// Accesses to the memory's BAR that came by message.
+    asked: u8,
+}
+
+impl Frames {
+    fn make(_context: FunctionContext) -> Box<dyn Function> {
+        Box::new(Frames { memory: BarMemory::new(SIZE, &MAPPED).unwrap(), asked: 0 })
+    }
+}
+
+impl Function for Frames {
+    fn identity(&self) -> Identity {
+        Identity {
+            vendor: 0x1234,
+            device: 0x0002,
+            subsystem_vendor: 0,
+            subsystem: 0,
+            // Display controller.
+            class: 0x03_80_00,
+            revision: 0,
+            bars: const { &[Bar::registers(0, 4096), Bar::memory(2, SIZE)] },
+            capabilities: &[
+                Capability { id: CapabilityId::Standard(0x09), body: &[8, 1, 2, 3, 4, 5], writable: &[0, 0xff] },
+                // Device Serial Number.
+                Capability {
+                    id: CapabilityId::Extended { id: 0x03, version: 1 },
+                    body: &[1, 2, 3, 4, 5, 6, 7, 8],
+                    writable: &[],
+                },
+            ],
+            vectors: 1,
+            integrated: false,
+        }
+    }
+
+    fn bar_memory(&self, bar: u8) -> Option<BarMemory> {
+        (bar == 2).then(|| self.memory.clone())
+    }
+
+    fn bar_read(&mut self, bar: u8, offset: u64, data: &mut [u8]) {
+        if bar == 2 {
+            self.asked += 1;
+            return self.memory.read(offset, data).unwrap();
+        }
+        let mut sum = 0u64;
+        for area in MAPPED {
+            let mut bytes = vec![0; (area.end - area.start) as usize];
+            self.memory.read(area.start, &mut bytes).unwrap();
+            sum += bytes.iter().map(|byte| u64::from(*byte)).sum::<u64>();
+        }
+        data.fill(0);
+        let len = data.len().min(8);
+        data[..len].copy_from_slice(&sum.to_le_bytes()[..len]);
+    }
+
+    fn bar_write(&mut self, bar: u8, offset: u64, data: &[u8]) {
+        if bar == 2 {
+            self.asked += 1;
+            return self.memory.write(offset, data).unwrap();
+        }
+        for area in MAPPED {
+            self.memory.write(area.start, &vec![data[0]; (area.end - area.start) as usize]).unwrap();
+        }
+    }
+
+    fn reset(&mut self) {}
+}
+
+fn serve() -> Served {
+    Served::new(ENDPOINT, Default::default(), Frames::make, || ())
+}
+
+#[test]
+fn a_client_maps_the_memory_and_shares_it_with_the_device() {
+    let served = serve();
+    let mut client = served.client();
+    let region = client.region(2).unwrap();
+    let flags = VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE | VFIO_REGION_INFO_FLAG_MMAP;
+    assert_eq!((region.flags & flags, region.size), (flags, SIZE));
+    let areas: Vec<_> = region.sparse_areas.iter().map(|area| area.offset..area.offset + area.size).collect();
+    assert_eq!(areas, MAPPED);
+    let file = region.file_offset.as_ref().expect("a descriptor");
+    assert_eq!(file.start(), 0);
+    let file = file.file().try_clone().unwrap();
+    let sum = |client: &mut vfio_user::Client| {
+        let mut data = [0; 8];
+        client.region_read(0, 0, &mut data).unwrap();
+        u64::from_le_bytes(data)
+    };
+    assert_eq!(sum(&mut client), 0);
+    file.write_all_at(&[3; 100], 0x3000).unwrap();
+    assert_eq!(sum(&mut client), 300);
+    client.region_write(0, 0, &[7]).unwrap();
+    let mut seen = [0; 2];
+    file.read_exact_at(&mut seen, 0x6ffe).unwrap();
+    assert_eq!((seen, sum(&mut client)), ([7; 2], 7 * 0x6000));
+    // By message too, where it is mapped and where it is not.
+    client.region_write(2, 0x7ff0, &[9; 16]).unwrap();
+    let mut data = [0; 16];
+    client.region_read(2, 0x7ff0, &mut data).unwrap();
+    assert_eq!(data, [9; 16]);
+    client.region_read(2, 0x3000, &mut data).unwrap();
+    assert_eq!(data, [7; 16]);
+    // Nobody can take it away.
+    assert!(file.set_len(0).is_err() && file.set_len(2 * SIZE).is_err());
+    assert!(client.region(0).unwrap().file_offset.is_none());
+}
+
+#[test]
+fn a_client_is_told_how_much_room_it_needs() {
+    let served = serve();
+    let mut client = RawClient::connect(&served.path());
+    client.version(0, "");
+    let mut info = |argsz: u32, region: u32| {
+        let request = [words(&[argsz, 0, region, 0]), vec![0; 16]].concat();
+        let id = client.send(command::GET_REGION_INFO, 0, &request, &[]);
+        let reply = client.reply();
+        assert_eq!((reply.id, reply.errno), (id, 0));
+        (reply.payload, reply.fd.is_some())
+    };
+    const MMAP_AND_CAPS: u32 = 0b1111;
+    let needed = 32 + 16 + 2 * 16;
+    for argsz in [32, needed - 1] {
+        let (payload, has_fd) = info(argsz, 2);
+        assert_eq!((&payload[..16], has_fd), (&words(&[needed, MMAP_AND_CAPS, 2, 0])[..], false));
+        assert_eq!(payload.len(), 32);
+    }
+    let (payload, has_fd) = info(needed, 2);
+    assert_eq!((&payload[..16], has_fd), (&words(&[needed, MMAP_AND_CAPS, 2, 32])[..], true));
+    let areas = MAPPED.iter().flat_map(|area| [area.start, area.end - area.start]).flat_map(u64::to_le_bytes);
+    assert_eq!(payload[32..], [words(&[1 << 16 | 1, 0, 2, 0]), areas.collect()].concat());
+    // One that has no memory.
+    let (payload, has_fd) = info(needed, 0);
+    assert_eq!((&payload[..16], has_fd), (&words(&[32, 0b11, 0, 0])[..], false));
+}
+
+#[test]
+fn configuration_space_has_the_models_own_capabilities() {
+    let served = serve();
+    let mut client = served.client();
+    let read = |client: &mut vfio_user::Client, at: u64| {
+        let mut data = [0; 4];
+        client.region_read(VFIO_PCI_CONFIG_REGION_INDEX, at, &mut data).unwrap();
+        u32::from_le_bytes(data)
+    };
+    assert_eq!(read(&mut client, 0x18) & 0xf, 0b1100, "64-bit and prefetchable");
+    let mut at = u64::from(read(&mut client, 0x34) & 0xff);
+    let mut ids = Vec::new();
+    while at != 0 {
+        let header = read(&mut client, at);
+        ids.push((header & 0xff, at));
+        at = u64::from(header >> 8 & 0xff);
+    }
+    assert_eq!(ids.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [0x01, 0x05, 0x11, 0x10, 0x09]);
+    let own = ids[4].1;
+    client.region_write(VFIO_PCI_CONFIG_REGION_INDEX, own + 2, &[0xee; 4]).unwrap();
+    assert_eq!((read(&mut client, own) >> 16, read(&mut client, own + 4)), (0xee08, 0x0504_0302));
+    assert_eq!(read(&mut client, 0x100), 1 << 16 | 3);
+    assert_eq!((read(&mut client, 0x104), read(&mut client, 0x108)), (0x0403_0201, 0x0807_0605));
+}
