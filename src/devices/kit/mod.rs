@@ -1,4 +1,4 @@
-//! What every model uses: declared registers, tasks, and a life cycle.
+//! What every model uses: declared registers, rings in guest memory, tasks, and a life cycle.
 //!
 //! A model is a state machine that does no DMA (registers in, work out), and an executor: a [`Task`], which has a thread
 //! and its [`Dma`](crate::dma::Dma). A task that is quiesced gives its state back, and is started with it again; so a
@@ -8,6 +8,7 @@
 mod engine;
 mod lifecycle;
 pub mod registers;
+pub mod ring;
 mod task;
 
 pub use engine::{Engine, Executor, SharedMachine, StateMachine};

@@ -15,6 +15,7 @@ use super::registers::AdminQueues;
 use super::shared::{Doorbell, Shadow, Shared};
 use super::spec::{CSTS_SHUTDOWN, CSTS_SHUTDOWN_COMPLETE, Sqe, Status};
 use super::worker::IoQueue;
+use crate::devices::kit::ring::{CommandRing, CompletionRing};
 use crate::devices::kit::{self, Interruption, Task, ThreadContext};
 use crate::sync::lock;
 use viommu_trace::Event;
@@ -58,11 +59,10 @@ impl Admin {
     pub fn new(shared: &Arc<Shared>, page_size: u64, queues: AdminQueues) -> Self {
         let AdminQueues { sq, cq } = queues;
         if let Some(doorbells) = shared.doorbells.first() {
-            doorbells.tail.open(sq.1);
-            doorbells.head.open(cq.1);
+            doorbells.tail.open(sq.size());
+            doorbells.head.open(cq.size());
         }
-        let (sq, cq) = (SubmissionQueue::new(0, sq.0, sq.1), CompletionQueue::new(0, cq.0, cq.1, Some(0)));
-        Admin::with_queues(shared, page_size, sq, cq)
+        Admin::with_queues(shared, page_size, SubmissionQueue::new(0, sq), CompletionQueue::new(0, cq, Some(0)))
     }
 
     pub(super) fn with_queues(shared: &Arc<Shared>, page_size: u64, sq: SubmissionQueue, cq: CompletionQueue) -> Self {
@@ -304,11 +304,12 @@ impl Admin {
 
     fn create_cq(&mut self, thread: &mut ThreadContext, queue: NewQueue, vector: Option<u16>) -> Result<(), Status> {
         let NewQueue { id, size, base } = queue;
+        let ring = CompletionRing::new(base, size).ok_or(Status::INVALID_QUEUE_SIZE)?;
         if let Some(doorbells) = self.shared.doorbells.get(usize::from(id)) {
             doorbells.head.open(size);
         }
         self.start_shadow(thread, self.shared.shadow.head(id).map(|shadow| shadow.doorbell), 0)?;
-        self.add_cq(CompletionQueue::new(id, base, size, vector));
+        self.add_cq(CompletionQueue::new(id, ring, vector));
         Ok(())
     }
 
@@ -322,13 +323,14 @@ impl Admin {
 
     fn create_sq(&mut self, thread: &mut ThreadContext, queue: NewQueue, cq_id: u16) -> Result<(), Status> {
         let NewQueue { id, size, base } = queue;
+        let ring = CommandRing::new(base, size).ok_or(Status::INVALID_QUEUE_SIZE)?;
         let cq = self.cqs.get(&cq_id).ok_or(Status::COMPLETION_QUEUE_INVALID)?.clone();
         self.start_shadow(thread, self.shared.shadow.tail(id).map(|shadow| shadow.doorbell), 0)?;
         let doorbell = self.shared.doorbells.get(usize::from(id)).map(|doorbells| &doorbells.tail);
         if let Some(doorbell) = doorbell {
             doorbell.open(size);
         }
-        let queue = IoQueue::new(&self.shared, SubmissionQueue::new(id, base, size), &cq);
+        let queue = IoQueue::new(&self.shared, SubmissionQueue::new(id, ring), &cq);
         match Task::start(&self.shared.context, queue.name(), queue) {
             Ok(task) => {
                 self.queues.insert(id, Queue::Running(task));

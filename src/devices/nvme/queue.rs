@@ -8,13 +8,11 @@ use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U16, U32};
 
 use super::shared::{Doorbells, InvalidDoorbell, Shadow, Shared};
-use super::spec::{CQE, Cqe, SQE, Sqe, Status};
+use super::spec::{Cqe, Sqe, Status};
 use crate::devices::kit::ThreadContext;
+use crate::devices::kit::ring::{CommandRing, CompletionRing};
 use crate::dma::{Dma, DmaError};
 use crate::sync::lock;
-
-/// The most entries of an admin queue, as AQA can say them; I/O queues have fewer.
-const ADMIN_ENTRIES_MAX: u32 = 4096;
 
 /// The thread is to end: the queue or the controller goes away, or the queue cannot be accessed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,19 +22,16 @@ pub(super) struct Ended;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct SubmissionQueue {
     id: u16,
-    base: u64,
-    size: u32,
-    head: u32,
-    /// The tail as it was last seen.
-    tail: u32,
+    /// With the tail as it was last seen.
+    ring: CommandRing,
     /// Where the event index was written last, and what; `None` before that.
     armed: Option<(u64, u32)>,
 }
 
 impl SubmissionQueue {
-    /// A new, empty queue of `size` entries. The calling thread is its only reader.
-    pub fn new(id: u16, base: u64, size: u32) -> Self {
-        SubmissionQueue { id, base, size, head: 0, tail: 0, armed: None }
+    /// A new, empty queue. The calling thread is its only reader.
+    pub fn new(id: u16, ring: CommandRing) -> Self {
+        SubmissionQueue { id, ring, armed: None }
     }
 
     /// The queue identifier.
@@ -46,56 +41,52 @@ impl SubmissionQueue {
 
     /// Entries of the queue.
     pub fn size(&self) -> u32 {
-        self.size
+        self.ring.size()
     }
 
     /// Whether a controller can have such a queue, of this identifier at most.
     pub fn is_possible(&self, id_max: u16) -> bool {
-        self.id <= id_max
-            && (2..=ADMIN_ENTRIES_MAX).contains(&self.size)
-            && self.head < self.size
-            && self.tail < self.size
+        self.id <= id_max && self.ring.is_possible()
     }
 
     /// Up to where the queue was fetched.
     pub fn head(&self) -> u16 {
-        self.head as u16
+        self.ring.head() as u16
     }
 
     /// Looks for new entries, and says whether there are any.
     pub fn poll(&mut self, dma: &mut Dma, shared: &Shared) -> Result<bool, DmaError> {
         let Some(doorbells) = shared.doorbells.get(usize::from(self.id)) else { return Ok(false) };
+        let known = self.ring.tail();
         let tail = match shared.shadow.tail(self.id) {
-            Some(shadow) => dma.poll(shadow.doorbell, self.tail)?,
+            Some(shadow) => dma.poll(shadow.doorbell, known)?,
             None => doorbells.tail.value(),
         };
-        if tail < self.size {
-            self.tail = tail;
-        } else if self.tail != tail {
+        if !self.ring.set_tail(tail) {
             shared.invalid_doorbell(InvalidDoorbell::Value);
         }
-        Ok(self.head != self.tail)
+        Ok(self.ring.head() != self.ring.tail())
     }
 
     /// Asks the host to write the register when it has new entries. `false`: it has some already.
     pub fn prepare_wait(&mut self, dma: &mut Dma, shared: &Shared) -> Result<bool, DmaError> {
         if let Some(shadow) = shared.shadow.tail(self.id)
-            && self.armed != Some((shadow.event_index, self.tail))
+            && self.armed != Some((shadow.event_index, self.ring.tail()))
         {
-            arm(dma, shadow, self.tail)?;
-            self.armed = Some((shadow.event_index, self.tail));
+            arm(dma, shadow, self.ring.tail())?;
+            self.armed = Some((shadow.event_index, self.ring.tail()));
         }
         Ok(!self.poll(dma, shared)?)
     }
 
     /// Fetches at most `max` new entries; there are more if it was as many.
     pub fn fetch(&mut self, dma: &mut Dma, max: usize, entries: &mut Vec<Sqe>) -> Result<(), DmaError> {
-        let end = if self.tail >= self.head { self.tail } else { self.size };
-        let count = (end - self.head).min(max as u32);
         entries.clear();
-        entries.resize(count as usize, Sqe::default());
-        dma.read(self.base.wrapping_add(u64::from(self.head) * SQE), entries.as_mut_bytes())?;
-        self.head = (self.head + count) % self.size;
+        if let Some(span) = self.ring.next(max) {
+            entries.resize(span.entries, Sqe::default());
+            dma.read(span.address, entries.as_mut_bytes())?;
+            self.ring.consume(span.entries);
+        }
         Ok(())
     }
 }
@@ -119,25 +110,20 @@ pub(super) struct Completion {
 /// A completion queue; the submission queues that belong to it share it.
 pub(super) struct CompletionQueue {
     id: u16,
-    base: u64,
     size: u32,
     vector: Option<u16>,
-    /// Up to where entries were posted. Changed only with the state locked; looked at without, since a lock that is held
-    /// during a write to guest memory may be held for long.
+    /// With the head as it was last seen.
+    ring: Mutex<CompletionRing>,
+    /// Its tail, to be looked at without the lock, which is held during a write to guest memory and so may be held for long.
     tail: AtomicU32,
-    state: Mutex<State>,
 }
 
 /// A completion queue's state, to be kept.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct SavedCompletionQueue {
     pub id: u16,
-    base: u64,
-    pub size: u32,
+    pub ring: CompletionRing,
     vector: Option<u16>,
-    tail: u32,
-    head: u32,
-    phase: bool,
     /// Its head doorbell.
     pub doorbell: u32,
 }
@@ -145,22 +131,16 @@ pub(super) struct SavedCompletionQueue {
 impl SavedCompletionQueue {
     /// Whether a controller can have such a queue, of this identifier at most; it has one vector more.
     pub fn is_possible(&self, id_max: u16) -> bool {
-        let inside = [self.tail, self.head, self.doorbell].iter().all(|index| *index < self.size);
         let vector = self.vector.is_none_or(|vector| vector <= id_max);
-        self.id <= id_max && (2..=ADMIN_ENTRIES_MAX).contains(&self.size) && inside && vector
+        self.id <= id_max && vector && self.ring.is_possible() && self.doorbell < self.ring.size()
     }
 }
 
-struct State {
-    head: u32,
-    phase: bool,
-}
-
 impl CompletionQueue {
-    /// A new, empty queue of `size` entries.
-    pub fn new(id: u16, base: u64, size: u32, vector: Option<u16>) -> Self {
-        let state = Mutex::new(State { head: 0, phase: true });
-        CompletionQueue { id, base, size, vector, tail: AtomicU32::new(0), state }
+    /// A new queue.
+    pub fn new(id: u16, ring: CompletionRing, vector: Option<u16>) -> Self {
+        let tail = AtomicU32::new(ring.tail());
+        CompletionQueue { id, size: ring.size(), vector, ring: Mutex::new(ring), tail }
     }
 
     /// The queue identifier.
@@ -197,24 +177,17 @@ impl CompletionQueue {
 
     /// What it is to go on from.
     pub fn save(&self, shared: &Shared) -> SavedCompletionQueue {
-        let state = lock(&self.state);
         SavedCompletionQueue {
             id: self.id,
-            base: self.base,
-            size: self.size,
+            ring: lock(&self.ring).clone(),
             vector: self.vector,
-            tail: self.tail.load(Ordering::SeqCst),
-            head: state.head,
-            phase: state.phase,
             doorbell: self.doorbells(shared).map_or(0, |doorbells| doorbells.head.value()),
         }
     }
 
     /// Goes on from where another one was, but for its doorbell.
     pub fn load(saved: &SavedCompletionQueue) -> Self {
-        let state = Mutex::new(State { head: saved.head, phase: saved.phase });
-        let &SavedCompletionQueue { id, base, size, vector, tail, .. } = saved;
-        CompletionQueue { id, base, size, vector, tail: AtomicU32::new(tail), state }
+        CompletionQueue::new(saved.id, saved.ring.clone(), saved.vector)
     }
 
     fn interrupt(&self, shared: &Shared) {
@@ -252,37 +225,26 @@ impl CompletionQueue {
         (sq_id, sq_head): (u16, u16),
         done: &[Completion],
     ) -> Result<usize, DmaError> {
-        let mut state = lock(&self.state);
-        let tail = self.tail.load(Ordering::SeqCst);
-        let mut free = self.free(state.head, tail);
-        if free < done.len() {
-            state.head = self.host_head(dma, shared)?;
-            free = self.free(state.head, tail);
+        let mut ring = lock(&self.ring);
+        if ring.free() < done.len() {
+            ring.set_head(self.host_head(dma, shared)?);
         }
-        let count = done.len().min(free).min((self.size - tail) as usize);
+        let Some(span) = ring.next(done.len()) else { return Ok(0) };
         let entry = |completion: &Completion| Cqe {
             result: U32::new(completion.result),
             reserved: U32::ZERO,
             sq_head: U16::new(sq_head),
             sq_id: U16::new(sq_id),
             cid: U16::new(completion.cid),
-            status: U16::new(completion.status.0 << 1 | u16::from(state.phase)),
+            status: U16::new(completion.status.0 << 1 | u16::from(span.phase)),
         };
-        let entries: Vec<Cqe> = done[..count].iter().map(entry).collect();
-        if count > 0 {
-            // The phase tag, which makes an entry valid, is in the same aligned 8 bytes as all that an I/O driver
-            // looks at; so a host that polls sees an entry whole or not at all.
-            dma.write(self.base.wrapping_add(u64::from(tail) * CQE), entries.as_bytes())?;
-            let tail = (tail + count as u32) % self.size;
-            state.phase ^= tail == 0;
-            self.tail.store(tail, Ordering::SeqCst);
-        }
-        Ok(count)
-    }
-
-    /// Entries that can be posted: one always stays free.
-    fn free(&self, head: u32, tail: u32) -> usize {
-        ((head + self.size - tail - 1) % self.size) as usize
+        let entries: Vec<Cqe> = done[..span.entries].iter().map(entry).collect();
+        // The phase tag, which makes an entry valid, is in the same aligned 8 bytes as all that an I/O driver looks at; so
+        // a host that polls sees an entry whole or not at all.
+        dma.write(span.address, entries.as_bytes())?;
+        ring.post(span.entries);
+        self.tail.store(ring.tail(), Ordering::SeqCst);
+        Ok(span.entries)
     }
 
     fn doorbells<'a>(&self, shared: &'a Shared) -> Option<&'a Doorbells> {
@@ -315,7 +277,7 @@ impl CompletionQueue {
             shared.fatal();
             Ended
         };
-        let full_at = lock(&self.state).head;
+        let full_at = lock(&self.ring).head();
         let mut armed = None;
         loop {
             // The host may give others while the thread waits.

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::spec::{CC_ENABLE, CC_FIXED, MPS_MAX, QUEUE_ENTRIES_MAX, VERSION, page_size};
 use crate::devices::kit::registers::{Access, Register, RegisterMap};
+use crate::devices::kit::ring::{CommandRing, CompletionRing};
 
 /// Where the doorbells begin: submission queue y's tail at 8y, completion queue y's head at 8y + 4.
 pub(super) const DOORBELLS: u64 = 0x1000;
@@ -64,11 +65,11 @@ pub(super) struct Request {
     pub shutdown: Option<u8>,
 }
 
-/// Where the admin queues are, and their entries: submission and completion queue.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// The admin queues.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct AdminQueues {
-    pub sq: (u64, u32),
-    pub cq: (u64, u32),
+    pub sq: CommandRing,
+    pub cq: CompletionRing,
 }
 
 impl Registers {
@@ -126,8 +127,9 @@ impl Registers {
         let (sq_size, cq_size) = ((self.aqa & 0xfff) + 1, (self.aqa >> 16) + 1);
         let page = self.page_size();
         let aligned = self.asq.is_multiple_of(page) && self.acq.is_multiple_of(page);
-        let usable = supported && aligned && sq_size >= 2 && cq_size >= 2;
-        usable.then_some(AdminQueues { sq: (self.asq, sq_size), cq: (self.acq, cq_size) })
+        let queues =
+            AdminQueues { sq: CommandRing::new(self.asq, sq_size)?, cq: CompletionRing::new(self.acq, cq_size)? };
+        (supported && aligned).then_some(queues)
     }
 
     /// The memory page size.
@@ -157,6 +159,7 @@ fn capabilities() -> u64 {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
     use super::*;
 
@@ -183,7 +186,9 @@ mod tests {
         registers.write(Id::Aqa, 0xf01f_f007);
         registers.write(Id::Asq, 0x1234);
         registers.write(Id::Acq, 0x2000);
-        assert_eq!(registers.admin_queues(), Some(AdminQueues { sq: (0x1000, 8), cq: (0x2000, 32) }));
+        let queues =
+            AdminQueues { sq: CommandRing::new(0x1000, 8).unwrap(), cq: CompletionRing::new(0x2000, 32).unwrap() };
+        assert_eq!(registers.admin_queues(), Some(queues));
         for (cc, usable) in [(0x80, false), (0x10, false), (0x800, false), (0x0046_0000, true)] {
             registers.write(Id::Cc, cc);
             assert_eq!(registers.admin_queues().is_some(), usable, "{cc:#x}");

@@ -139,7 +139,7 @@ impl Admin {
         }
         for cq in &saved.cqs {
             if let Some(doorbells) = doorbells(cq.id) {
-                doorbells.head.restore(cq.size, cq.doorbell);
+                doorbells.head.restore(cq.ring.size(), cq.doorbell);
             }
         }
     }

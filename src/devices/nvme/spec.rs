@@ -4,6 +4,8 @@ use serde::{Deserialize, Serialize};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use crate::devices::kit::ring;
+
 /// A submission queue entry (figure 105).
 #[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
@@ -81,10 +83,8 @@ pub struct Cqe {
     pub status: U16,
 }
 
-/// Bytes of an [`Sqe`].
-pub const SQE: u64 = size_of::<Sqe>() as u64;
-/// Bytes of a [`Cqe`].
-pub const CQE: u64 = size_of::<Cqe>() as u64;
+// The kit's rings have entries of these sizes.
+const _: () = assert!(size_of::<Sqe>() as u64 == ring::COMMAND && size_of::<Cqe>() as u64 == ring::COMPLETION);
 
 /// A completion's status field (figure 122): status code, type, and Do Not Retry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
