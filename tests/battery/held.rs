@@ -3,6 +3,7 @@
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use serde_json::Value;
 use viommu::devices::Device;
 use viommu::devices::kit::Lifecycle;
 use viommu::pci::{Function, FunctionContext, Identity};
@@ -55,12 +56,25 @@ impl Held {
         self.with(|model| model.reset());
     }
 
+    /// The state of a model at rest.
+    pub fn save(&self) -> Value {
+        self.with(|model| serde_json::to_value(model.save()).unwrap())
+    }
+
+    /// Has a model at rest take a state over; why not, if it does not.
+    pub fn load(&self, state: Value) -> Result<(), String> {
+        let state = serde_json::from_value(state).unwrap();
+        self.with(|model| model.load(&state)).map_err(|error| error.to_string())
+    }
+
     /// Saves the model's state and has another one go on from it, which takes its place.
     pub fn migrate(&self) {
         let mut model = self.lock();
         let Model { lifecycle, context } = model.as_mut().expect("a client is connected");
         lifecycle.quiesce();
-        let state = lifecycle.save();
+        // As it is kept, or sent to another host.
+        let kept = serde_json::to_string(&lifecycle.save()).unwrap();
+        let state = serde_json::from_str(&kept).unwrap();
         let mut other = self.device.make(context.clone());
         other.quiesce();
         other.load(&state).unwrap();

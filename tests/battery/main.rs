@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use drivers::{Load, set_bus_master};
 use held::Held;
+use serde_json::json;
 use tempfile::TempDir;
 use viommu::devices::{Device, MODELS, Model};
 use viommu::topology::Topology;
@@ -197,5 +198,30 @@ fn junk_in_every_register_is_survived_and_can_be_saved() {
             machine.load.finish();
             machine.load.client().reset().unwrap();
         }
+    });
+}
+
+#[test]
+fn a_state_of_another_version_is_refused_and_leaves_a_device_that_works() {
+    on_each(|mut machine| {
+        machine.load.begin();
+        machine.load.submit();
+        machine.held.quiesce();
+        for (key, value) in [("version", json!(u32::MAX)), ("model", json!("other")), ("value", json!({}))] {
+            let mut state = machine.held.save();
+            let before = state[key].take();
+            state[key] = value.clone();
+            let refused = machine.held.load(state).unwrap_err();
+            // What was found, and what was expected.
+            let told = if key == "value" { [json!("cannot"), json!("be read")] } else { [value, before] };
+            for told in told.map(|told| told.to_string()) {
+                assert!(refused.contains(told.trim_matches('"')), "{told} is not told: {refused}");
+            }
+        }
+        machine.held.resume();
+        machine.load.client().reset().unwrap();
+        machine.load.begin();
+        machine.load.submit();
+        machine.load.finish();
     });
 }

@@ -1,7 +1,7 @@
 //! Pausing a model, and moving its state into another one.
 
-use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::pci::Function;
@@ -26,11 +26,11 @@ pub trait Lifecycle: Function {
     fn load(&mut self, state: &SavedState) -> Result<(), LoadError>;
 }
 
-/// A model's state, in a form that a later version of the model can still tell from its own.
-#[derive(Clone, Debug, PartialEq)]
+/// A model's state, in a form that can be kept, and that another version of the model can still tell from its own.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SavedState {
     /// Whose it is.
-    model: &'static str,
+    model: String,
     /// What of the model's forms it has.
     version: u32,
     value: Value,
@@ -41,7 +41,7 @@ pub struct SavedState {
 #[allow(missing_docs, reason = "the messages say it")]
 pub enum LoadError {
     #[error("The state is one of {found}, version {version}; {expected}, version {expected_version}, was expected")]
-    Other { found: &'static str, version: u32, expected: &'static str, expected_version: u32 },
+    Other { found: String, version: u32, expected: &'static str, expected_version: u32 },
     #[error("The state cannot be read: {0}")]
     Form(#[from] serde_json::Error),
     #[error("The state is none that {model} can be in: {what}")]
@@ -55,7 +55,7 @@ impl SavedState {
     /// If `T` is no value of JSON's: a mistake in the model.
     pub fn new<T: Serialize>(model: &'static str, version: u32, state: &T) -> Self {
         let value = serde_json::to_value(state).unwrap_or_else(|error| panic!("The state of {model}: {error}"));
-        SavedState { model, version, value }
+        SavedState { model: model.to_owned(), version, value }
     }
 
     /// The state, if it is one of this model and form.
@@ -63,14 +63,31 @@ impl SavedState {
     /// # Errors
     /// It is not, or cannot be read.
     pub fn read<T: DeserializeOwned>(&self, model: &'static str, version: u32) -> Result<T, LoadError> {
-        if (self.model, self.version) != (model, version) {
+        if (self.model.as_str(), self.version) != (model, version) {
             return Err(LoadError::Other {
-                found: self.model,
+                found: self.model.clone(),
                 version: self.version,
                 expected: model,
                 expected_version: version,
             });
         }
         Ok(T::deserialize(&self.value)?)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_is_read_by_its_own_model_and_version_alone() {
+        let kept = serde_json::to_string(&SavedState::new("null", 2, &[1, 2])).unwrap();
+        let state: SavedState = serde_json::from_str(&kept).unwrap();
+        assert_eq!(state.read::<[u8; 2]>("null", 2).unwrap(), [1, 2]);
+        let refused = |model, version| state.read::<[u8; 2]>(model, version).unwrap_err().to_string();
+        assert_eq!(refused("null", 3), "The state is one of null, version 2; null, version 3, was expected");
+        assert_eq!(refused("nvme", 2), "The state is one of null, version 2; nvme, version 2, was expected");
+        assert!(state.read::<[u8; 3]>("null", 2).unwrap_err().to_string().starts_with("The state cannot be read: "));
     }
 }
