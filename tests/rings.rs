@@ -19,7 +19,7 @@ use viommu::pci::{Bar, Function, FunctionContext, Identity};
 use viommu_testkit::function::Served;
 use viommu_testkit::trace::Recorder;
 use viommu_testkit::{Numbers, memfd};
-use viommu_wire::trace::Kind;
+use viommu_trace::Kind;
 use vmm_sys_util::eventfd::EventFd;
 
 const ENDPOINT: u32 = 0x20;

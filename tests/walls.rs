@@ -15,7 +15,7 @@ const MAY_IMPORT: [(&str, &[&str]); 12] = [
     ("vhost", &["wire", "trace", "iommu", "memory", "poller", "socket"]),
     ("vfio_user", &[]),
     ("pci", &["trace", "iommu", "dma", "memory", "poller", "socket", "vfio_user"]),
-    ("devices", &["trace", "dma", "poller", "pci"]),
+    ("devices", &["wire", "trace", "dma", "poller", "pci"]),
     ("topology", &["wire", "iommu", "vhost", "devices"]),
     ("daemon", &["trace", "dma", "devices", "iommu", "pci", "socket", "topology", "vhost"]),
     ("merge", &["wire", "trace"]),

@@ -9,7 +9,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use zerocopy::IntoBytes;
 
 use viommu_trace::{self as trace, Choice, Last, ReadError, Reader};
-use viommu_wire::trace::{Header, Kind, Record};
+use viommu_trace::{Header, Kind, Record};
 
 /// Print the trace of a running viommu
 ///
@@ -36,6 +36,10 @@ pub struct Args {
     /// Begin with the last N events that happened before, or with all that are kept
     #[arg(long, value_name = "N|all", default_value = "0", value_parser = parse_backlog)]
     backlog: Last,
+
+    /// Print instead what the trace's formats are, as JSON for programs: kinds, fields, types, units, places in a record
+    #[arg(long, exclusive = true)]
+    schema: bool,
 
     /// End after N events
     #[arg(long, value_name = "N")]
@@ -69,6 +73,9 @@ fn parse_backlog(text: &str) -> Result<Last, String> {
 
 /// Prints the trace to the standard output.
 pub fn main(args: &Args) -> Result<()> {
+    if args.schema {
+        return super::say(format_args!("{:#}\n", trace::schema()));
+    }
     let stdout = io::stdout();
     ensure!(
         args.format != Format::Binary || !stdout.is_terminal(),

@@ -24,6 +24,7 @@ pub struct HostLine<'a> {
     pub model: Option<&'a str>,
     pub opcode: Option<&'a str>,
     pub queue: Option<u16>,
+    #[serde(rename = "id", alias = "cid")]
     pub cid: Option<u16>,
     pub slba: Option<u64>,
 }

@@ -12,7 +12,7 @@ use lines::{GuestLine, HostLine, Lines};
 use spans::{GuestEvent, HostSpans, guest_spans};
 use tie::Tied;
 
-use viommu_wire::trace::VERSION;
+use viommu_trace::record::VERSION;
 
 /// The version of the guest's lines that is read.
 pub const GUEST_VERSION: u32 = 1;
@@ -244,7 +244,7 @@ fn error(error: Option<u64>) -> String {
 fn is_hello(line: &str) -> Result<bool, MergeError> {
     let value: serde_json::Value = serde_json::from_str(line).unwrap_or_default();
     match value["version"].as_u64() {
-        Some(found) if found != u64::from(VERSION) => {
+        Some(found) if !(1..=u64::from(VERSION)).contains(&found) => {
             Err(MergeError::Version { whose: "device's", found, wanted: VERSION })
         }
         _ => Ok(value["kind"] == "hello"),

@@ -12,7 +12,7 @@ use std::collections::HashMap;
 
 use super::clock::{Bound, Side};
 use super::lines::{GuestLine, HostLine, number, tag};
-use viommu_trace::nvme_opcode;
+use viommu_wire::nvme;
 
 /// The granule of the addresses that are compared.
 const GRANULE: u64 = 4096;
@@ -63,7 +63,11 @@ pub struct HostSpans {
 impl HostSpans {
     /// None yet.
     pub fn new() -> Self {
-        let opcodes = (0..=u8::MAX).map(|opcode| (nvme_opcode(1, opcode), opcode)).collect();
+        let name = |opcode: u8| {
+            let named = nvme::IO.iter().find(|(number, _)| *number == opcode);
+            named.map_or_else(|| format!("{opcode:#x}"), |(_, name)| (*name).to_owned())
+        };
+        let opcodes = (0..=u8::MAX).map(|opcode| (name(opcode), opcode)).collect();
         HostSpans { spans: Vec::new(), linked: HashMap::new(), opcodes }
     }
 

@@ -23,7 +23,7 @@ use super::{QUEUES, QueueMemory, REQUESTS, SharedDevice, config};
 use crate::sync::lock;
 use viommu_trace::Event;
 use viommu_trace::event::Channel;
-use viommu_wire::trace::NO_ENDPOINT;
+use viommu_trace::record::NO_ENDPOINT;
 
 /// The largest virtqueue that the device accepts, in case QEMU is configured with another size than
 /// [`super::QUEUE_SIZE`].

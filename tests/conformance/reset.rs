@@ -11,8 +11,8 @@ use viommu_socket::SocketError;
 use viommu_testkit::frontend::*;
 use viommu_testkit::trace::Recorder;
 use viommu_testkit::{PATIENCE, wait_until};
+use viommu_trace::Kind;
 use viommu_trace::Tracer;
-use viommu_wire::trace::Kind;
 
 /// A driver with [`EP`] attached to domain 1, a mapping there, and `bypass` 0.
 fn busy(device: &Device) -> Driver {

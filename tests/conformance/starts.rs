@@ -8,8 +8,8 @@ use viommu_testkit::frontend::*;
 use viommu_testkit::trace::Recorder;
 use viommu_testkit::{Ends, Numbers};
 use viommu_trace::Event;
+use viommu_trace::Kind;
 use viommu_trace::event::ResetKind;
-use viommu_wire::trace::Kind;
 use vmm_sys_util::eventfd::EventFd;
 
 const ROUNDS: u64 = 400;

@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 use super::{end, folder, serve_with};
 use viommu_testkit::frontend::{Driver, EP2, OK, REQUESTS};
 use viommu_testkit::memfd;
+use viommu_trace::Kind;
 use viommu_trace::event::Channel;
 use viommu_trace::{Choice, Event, Reader};
-use viommu_wire::trace::Kind;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 /// How many come before the one that is of use.

@@ -5,8 +5,8 @@ use std::os::unix::net::UnixStream;
 use serde_json::{Value, json};
 use viommu_testkit::guest::{Guest, Outcome, Running};
 use viommu_testkit::process::viommu;
+use viommu_trace::Kind;
 use viommu_trace::{Choice, Event, Reader};
-use viommu_wire::trace::Kind;
 
 /// The second controller is not there at first.
 const TOPOLOGY: &str = "[[root-port]]\nname = \"rp1\"\naddress = \"06.0\"\n\

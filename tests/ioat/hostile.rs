@@ -3,7 +3,7 @@
 use crate::setup::*;
 use viommu_testkit::engine::*;
 use viommu_trace as trace;
-use viommu_wire::trace::Kind;
+use viommu_trace::Kind;
 
 #[test]
 fn random_registers_and_descriptors_do_no_harm() {

@@ -4,8 +4,10 @@ use crate::setup::*;
 use viommu_testkit::engine::*;
 use viommu_testkit::trace::Recorder;
 use viommu_trace::Event;
-use viommu_trace::event::{Access, DataPointer, Model, Route};
-use viommu_wire::trace::Kind;
+use viommu_trace::Kind;
+use viommu_trace::event::{Access, Route};
+use viommu_wire::ioat::Command;
+use viommu_wire::model::Model;
 use viommu_wire::virtio_iommu::*;
 
 #[test]
@@ -27,15 +29,13 @@ fn descriptors_accesses_and_states_are_traced() {
     let command = |status, data, len| Event::Command {
         endpoint: ENDPOINT,
         model: Model::Ioat,
-        opcode: 0,
         queue: 0,
+        opcode: 0,
         id: 0,
         status,
-        pointer: DataPointer::Address,
-        address: 0x8000,
-        data,
         len,
         duration: 0,
+        part: Command { source: 0x8000, destination: data }.into(),
     };
     let state = |state| Event::Device { endpoint: ENDPOINT, model: Model::Ioat, state };
     let fault = Event::Fault {
@@ -55,7 +55,7 @@ fn descriptors_accesses_and_states_are_traced() {
         access(Access::Read, RING, 64),
         access(Access::Read, 0x8000, 8),
         fault,
-        command(chanerr::DESTINATION as u16, 0x8000_0000, 8),
+        command(chanerr::DESTINATION, 0x8000_0000, 8),
         state(u64::from(chanerr::DESTINATION) << 32 | HALTED),
         state(HALTED),
     ];
@@ -63,9 +63,9 @@ fn descriptors_accesses_and_states_are_traced() {
         .into_iter()
         .map(|event| match event {
             // However long it took.
-            Event::Command { endpoint, model, opcode, queue, id, status, pointer, address, data, len, duration } => {
+            Event::Command { endpoint, model, queue, opcode, id, status, len, duration, part } => {
                 assert!(duration > 0);
-                Event::Command { endpoint, model, opcode, queue, id, status, pointer, address, data, len, duration: 0 }
+                Event::Command { endpoint, model, queue, opcode, id, status, len, duration: 0, part }
             }
             event => event,
         })

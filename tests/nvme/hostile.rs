@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use viommu::devices::nvme::Counters;
 use viommu_trace as trace;
-use viommu_wire::trace::Kind;
+use viommu_trace::Kind;
 
 use crate::READ;
 use viommu_testkit::nvme::{CC_ENABLED, Driver, PAGE, RAM, Setup, io, pattern};

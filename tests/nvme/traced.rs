@@ -6,8 +6,10 @@ use viommu_testkit::folders;
 use viommu_testkit::nvme::{CC_ENABLED, ENDPOINT, PAGE, RAM, Setup, Sqe, io};
 use viommu_testkit::trace::Recorder;
 use viommu_trace::Event;
-use viommu_trace::event::{Access, Channel, DataPointer, Model, ResetKind, Route};
-use viommu_wire::trace::Kind;
+use viommu_trace::Kind;
+use viommu_trace::event::{Access, Channel, ResetKind, Route};
+use viommu_wire::model::Model;
+use viommu_wire::nvme::{Command, DataPointer};
 use viommu_wire::virtio_iommu::{Attach, Head, Map, MapFlags, Status, request_type};
 use zerocopy::IntoBytes;
 
@@ -53,24 +55,22 @@ fn every_step_is_traced() {
     };
     let from = events.iter().position(|event| *event == dma(Access::Read, sq, 64)).unwrap();
     let commands = events[from..].iter().map(|event| match *event {
-        Event::Command { endpoint, model, opcode, queue, id: _, status, pointer, address, data, len, duration } => {
+        Event::Command { endpoint, model, queue, opcode, id: _, status, len, duration, part } => {
             assert!(duration > 0);
-            Event::Command { endpoint, model, opcode, queue, id: 0, status, pointer, address, data, len, duration: 0 }
+            Event::Command { endpoint, model, queue, opcode, id: 0, status, len, duration: 0, part }
         }
         other => other,
     });
-    let command = |opcode, status, pointer, address, data, len| Event::Command {
+    let command = |opcode, status, pointer, slba, data, len| Event::Command {
         endpoint: ENDPOINT,
         model: Model::Nvme,
-        opcode,
         queue: 1,
+        opcode,
         id: 0,
         status,
-        pointer,
-        address,
-        data,
         len,
         duration: 0,
+        part: Command { slba, pointer, data }.into(),
     };
     let expected = [
         dma(Access::Read, sq, 64),
@@ -175,9 +175,9 @@ fn event_requests_are_traced_when_they_are_completed() {
     drop(driver);
     drop(setup);
     let commands = recorder.end().into_iter().filter_map(|event| match event {
-        Event::Command { queue: 0, opcode, id, status, pointer, len, duration, .. } => {
+        Event::Command { queue: 0, opcode, id, status, len, duration, part, .. } => {
             assert!(duration > 0);
-            Some((opcode, id, status, pointer, len))
+            Some((opcode, id as u16, status, Command::from(part).pointer, len))
         }
         _ => None,
     });

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use viommu_trace::event::{Access, Route};
 use viommu_trace::{Choice, Event, Last, Options, ReadError, Reader};
-use viommu_wire::trace::{Kind, Record};
+use viommu_trace::{Kind, Record};
 
 use crate::fixture::*;
 
@@ -39,11 +39,11 @@ fn a_silent_client_gets_json_from_now_on() {
         }
     };
     assert_eq!(hello["kind"], "hello");
-    assert_eq!(hello["version"], 1);
+    assert_eq!(hello["version"], 2);
     assert_eq!(hello["pid"], std::process::id());
     assert_eq!(hello["clock"], "CLOCK_MONOTONIC");
     assert_eq!(hello["format"], "json");
-    assert_eq!(hello["record_size"], 64);
+    assert_eq!(hello["record_size"], 72);
     assert_eq!(hello["lost"], 0);
     assert_eq!(hello["kinds"].as_array().unwrap().len(), Kind::ALL.len());
     let first = hello["seq"].as_u64().unwrap();

@@ -1,8 +1,14 @@
 //! `docs/trace.md` shows what the code writes.
 
-use viommu_trace::event::{Access, Answer, Channel, DataPointer, LossPlace, Model, ResetKind, Route};
+use std::collections::BTreeSet;
+use viommu_trace::Kind;
+
+use serde_json::Value;
+use viommu_trace::event::{Access, Answer, Channel, LossPlace, ResetKind, Route};
 use viommu_trace::{self as trace, Event};
-use viommu_wire::trace::Kind;
+use viommu_wire::model::Model;
+use viommu_wire::nvme::DataPointer;
+use viommu_wire::{ioat, nvme};
 
 /// One event of each sort that `docs/trace.md` shows, in its order.
 fn documented() -> Vec<Event> {
@@ -20,19 +26,18 @@ fn documented() -> Vec<Event> {
         count,
         duration,
     };
-    let nvme = |queue, opcode, id, status, pointer, address, data, len, duration| Event::Command {
+    let nvme = |queue, opcode, id, status, part: nvme::Command, len, duration| Event::Command {
         endpoint: 0x20,
         model: Model::Nvme,
-        opcode,
         queue,
+        opcode,
         id,
         status,
-        pointer,
-        address,
-        data,
         len,
         duration,
+        part: part.into(),
     };
+    let prp = |slba, data| nvme::Command { slba, pointer: DataPointer::Prp, data };
     let dma = |access, route, iova, gpa, len| Event::Dma {
         endpoint: 0x20,
         access,
@@ -85,21 +90,19 @@ fn documented() -> Vec<Event> {
             domain: Some(1),
             dropped: false,
         },
-        nvme(0, 0x06, 3, 0, DataPointer::Prp, 0, 0xffff_c000, 4096, 9_300),
-        nvme(1, 0x02, 17, 0, DataPointer::Prp, 2048, 0xfffd_e000, 131_072, 81_250),
-        nvme(1, 0x01, 18, 0x4004, DataPointer::Prp, 4096, 0xdead_b000, 4096, 7_900),
+        nvme(0, 0x06, 3, 0, prp(0, 0xffff_c000), 4096, 9_300),
+        nvme(1, 0x02, 17, 0, prp(2048, 0xfffd_e000), 131_072, 81_250),
+        nvme(1, 0x01, 18, 0x4004, prp(4096, 0xdead_b000), 4096, 7_900),
         Event::Command {
             endpoint: 0x28,
             model: Model::Ioat,
-            opcode: 0,
             queue: 0,
+            opcode: 0,
             id: 4,
             status: 0,
-            pointer: DataPointer::Address,
-            address: 0xffff_a000,
-            data: 0xffff_8000,
             len: 2000,
             duration: 3_450,
+            part: ioat::Command { source: 0xffff_a000, destination: 0xffff_8000 }.into(),
         },
         Event::Interrupt { endpoint: Some(0x20), vector: 1 },
         Event::Device { endpoint: 0x20, model: Model::Nvme, state: 0x1_0046_0001 },
@@ -142,4 +145,36 @@ fn the_documentation_shows_every_kind_as_it_is() {
         let row = format!("| {} | `{}` |", kind as u16, kind.name());
         assert!(doc.contains(&row), "docs/trace.md has no row {row}");
     }
+}
+
+/// The members that the declarations name, with those of the models.
+fn declared() -> Vec<(String, String)> {
+    let schema = trace::schema();
+    let list = |value: &Value| value.as_array().unwrap().clone();
+    let name = |value: &Value| value["name"].as_str().unwrap().to_owned();
+    let mut names = Vec::new();
+    for kind in list(&schema["kinds"]) {
+        for field in list(&kind["layouts"]).iter().flat_map(|layout| list(&layout["fields"])) {
+            names.extend(list(&field["names"]).iter().map(|found| (name(&kind), name(found))));
+            names.extend(field["derived"].as_str().map(|derived| (name(&kind), derived.to_owned())));
+        }
+    }
+    for model in list(&schema["models"]) {
+        names.extend(list(&model["command"]).iter().map(|member| ("command".into(), name(member))));
+        names.extend(list(&model["state"]).iter().map(|member| ("device".into(), name(member))));
+    }
+    names
+}
+
+#[test]
+fn the_documentation_shows_every_member_of_the_schema_and_no_other() {
+    let doc = include_str!("../../docs/trace.md");
+    let mut shown = BTreeSet::new();
+    for line in doc.lines().filter(|line| line.starts_with("{\"t\":50000")) {
+        let Value::Object(members) = serde_json::from_str(line).unwrap() else { panic!("{line}") };
+        let kind = members["kind"].as_str().unwrap().to_owned();
+        let own = members.keys().filter(|key| !["t", "seq", "kind", "endpoint", "bdf"].contains(&key.as_str()));
+        shown.extend(own.map(|key| (kind.clone(), key.clone())));
+    }
+    assert_eq!(shown, declared().into_iter().collect());
 }

@@ -8,9 +8,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use serde_json::Value;
 use tempfile::TempDir;
 pub use viommu_testkit::PATIENCE;
+use viommu_trace::Record;
 use viommu_trace::event::LossPlace;
 use viommu_trace::{self as trace, Choice, Counters, Event, Options, Reader, TraceHandle, Tracer};
-use viommu_wire::trace::Record;
 
 /// One at a time: some tests measure time, and the machine may have two processors only.
 pub fn alone() -> MutexGuard<'static, ()> {

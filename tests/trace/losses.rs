@@ -5,8 +5,8 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use viommu_trace::Kind;
 use viommu_trace::{Choice, Counters, Event, Options};
-use viommu_wire::trace::Kind;
 
 use crate::fixture::*;
 

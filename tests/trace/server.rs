@@ -9,8 +9,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use viommu_socket::SocketError;
+use viommu_trace::Kind;
 use viommu_trace::{self as trace, Choice, Event, Options, ReadError, Reader, StartError, Tracer};
-use viommu_wire::trace::Kind;
 
 use crate::fixture::*;
 

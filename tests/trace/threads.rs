@@ -4,8 +4,8 @@ use std::io::BufReader;
 use std::sync::Barrier;
 use std::thread;
 
+use viommu_trace::Kind;
 use viommu_trace::{Choice, Event};
-use viommu_wire::trace::Kind;
 
 use crate::fixture::*;
 

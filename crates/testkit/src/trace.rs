@@ -4,8 +4,8 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use tempfile::TempDir;
+use viommu_trace::Kind;
 use viommu_trace::{self as trace, Choice, Event, Options, Reader, TraceHandle, Tracer};
-use viommu_wire::trace::Kind;
 
 /// A client of a trace from its begin to its end.
 pub struct Recorder {

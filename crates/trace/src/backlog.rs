@@ -1,6 +1,6 @@
 //! The last events, for all clients together.
 
-use viommu_wire::trace::Record;
+use crate::record::Record;
 
 /// A ring of records. Positions count all records ever pushed, from 0: they are the records' sequence numbers, as the
 /// collector leaves none out.

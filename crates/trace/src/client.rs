@@ -9,10 +9,11 @@ use epoll::Events;
 use zerocopy::IntoBytes;
 
 use crate::backlog::Backlog;
+use crate::event::Kind;
 use crate::event::{Event, LossPlace};
-use crate::fields;
 use crate::filter::{Choice, Filter, Format, Last, hello, refusal};
-use viommu_wire::trace::{Header, Kind, Record};
+use crate::line;
+use crate::record::{Header, Record};
 
 /// A client that has sent nothing for so long gets the default.
 const GRACE: Duration = Duration::from_millis(100);
@@ -308,6 +309,6 @@ fn append(format: Format, record: &Record, out: &mut Vec<u8>) {
     match format {
         Format::Binary => out.extend(record.as_bytes()),
         // Records are made in this process, so they are of this version.
-        Format::Json => drop(fields::json(record, out)),
+        Format::Json => drop(line::json(record, out)),
     }
 }

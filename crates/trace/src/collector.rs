@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use crate::Event;
 use crate::event::LossPlace;
+use crate::record::{Record, WORDS};
 use crate::ring::Consumer;
-use crate::tracer::{Lane, Shared, WORDS, now_ns};
-use viommu_wire::trace::Record;
+use crate::tracer::{Lane, Shared, now_ns};
 
 /// Which word of a record is its sequence number.
 const SEQ_WORD: usize = std::mem::offset_of!(Record, seq) / 8;
@@ -97,7 +97,7 @@ impl Collector {
             let ring = &mut self.rings[index];
             while *left > 0 && number(ring) == Some(self.next) {
                 let Some(words) = ring.pop() else { break };
-                take(zerocopy::transmute!(words));
+                take(Record::from_words(words));
                 self.next += 1;
                 *left -= 1;
             }
@@ -136,14 +136,14 @@ impl Collector {
 
 /// The number of the oldest event in a ring.
 fn number(ring: &Consumer<WORDS>) -> Option<u64> {
-    ring.peek(SEQ_WORD).map(u64::from_le)
+    ring.peek(SEQ_WORD)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::Tracer;
-    use viommu_wire::trace::Kind;
+    use crate::event::Kind;
 
     fn all(collector: &mut Collector) -> Vec<Record> {
         let mut records = Vec::new();

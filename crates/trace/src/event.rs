@@ -1,9 +1,41 @@
-//! What can happen, typed. Each variant packs into one [`viommu_wire::trace::Record`]; `codec` says how.
+//! What can happen, declared once: its number and name, and its fields with their types, their places in the record and how
+//! they are written. From it come the [`Event`], its record, its line of JSON or text, what reads them, the schema that
+//! `viommu trace --schema` prints, and the events that tests make. `declare` explains how a declaration is written.
+//!
+//! A new event takes a declaration here and its paragraph in `docs/trace.md`.
 
 use std::time::Duration;
 
+use viommu_wire::model::{Model, Part};
+use viommu_wire::named_numbers;
+use viommu_wire::split::request_type::{LINK, RELEASE, UNLINK};
+use viommu_wire::virtio_iommu::request_type::{ATTACH, DETACH, PROBE, UNMAP};
+
+use crate::codec::{CodecError, MemberError};
+use crate::declare::{self, events};
+use crate::members::Members;
+use crate::part::{CommandPart, State};
+use crate::place::{About, Stored, word};
+use crate::record::{NO_ENDPOINT, Record, WORDS};
+use crate::schema;
+use crate::unit::*;
+
+/// The members that every line has, whatever its kind.
+pub mod key {
+    /// When it happened, ns.
+    pub const TIME: &str = "t";
+    /// Its number.
+    pub const SEQ: &str = "seq";
+    /// The name of its [`Kind`](super::Kind).
+    pub const KIND: &str = "kind";
+    /// The endpoint that it is about.
+    pub const ENDPOINT: &str = "endpoint";
+    /// The same as bus, device and function, if it is a PCI function.
+    pub const BDF: &str = "bdf";
+}
+
 // The numbers and names are part of the format: neither is ever used again for something else.
-viommu_wire::named_numbers! {
+named_numbers! {
     /// Who is at the other end of a session, or whose memory a region is.
     pub enum Channel {
         /// The vhost-user connection of the virtio-iommu device.
@@ -54,26 +86,6 @@ viommu_wire::named_numbers! {
         Msi = 2 "msi",
     }
 
-    /// Which model completed a command.
-    pub enum Model {
-        /// An NVMe controller.
-        Nvme = 0 "nvme",
-        /// An I/OAT DMA engine.
-        Ioat = 1 "ioat",
-    }
-
-    /// How a command described its data.
-    pub enum DataPointer {
-        /// The command moves no data.
-        None = 0 "none",
-        /// NVMe physical region pages.
-        Prp = 1 "prp",
-        /// NVMe scatter-gather list.
-        Sgl = 2 "sgl",
-        /// Plain source and destination addresses.
-        Address = 3 "address",
-    }
-
     /// Where events were lost.
     pub enum LossPlace {
         /// Between the thread that made them and the collector: no client has them.
@@ -83,105 +95,179 @@ viommu_wire::named_numbers! {
     }
 }
 
-/// One event, without its time and sequence number. Addresses and lengths are in bytes, durations in nanoseconds.
-#[allow(missing_docs, reason = "each variant's comment describes its fields")]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Event {
-    /// A peer connected (`connected`) or left.
-    Session { channel: Channel, endpoint: Option<u32>, connected: bool },
-    /// The driver accepted features.
-    Features { offered: u64, accepted: u64 },
-    /// A region of guest memory was added (`added`) or removed.
-    Memory { channel: Channel, endpoint: Option<u32>, added: bool, gpa: u64, len: u64, writable: bool },
-    /// A virtqueue started (`started`) at this available index, or stopped.
-    Queue { queue: u8, started: bool, index: u16, size: u16 },
-    /// The driver kicked a virtqueue, and this many requests were found.
-    Kick { queue: u8, requests: u32 },
-    /// A request was answered. `domain`, the addresses and `flags` are the request's; unused ones are 0.
-    /// `endpoint` is that of ATTACH, DETACH and PROBE. `duration` is the time in the device.
-    Request {
-        request: u8,
-        status: u8,
-        endpoint: Option<u32>,
-        domain: u32,
-        flags: u32,
-        virt_start: u64,
-        virt_end: u64,
-        phys_start: u64,
-        duration: u64,
-    },
-    /// A request of the split protocol was answered. `flags` and `tag` are the request's, and so is the range; a LINK's
-    /// is that of its extents. `count`: LINK: its extents; UNLINK, RELEASE: the granules that it unlinked. `duration` is
-    /// the time in the device.
-    Split {
-        request: u8,
-        status: u8,
-        domain: u32,
-        flags: u32,
-        virt_start: u64,
-        virt_end: u64,
-        tag: u64,
-        count: u32,
-        duration: u64,
-    },
-    /// A reset, of the endpoint's function or of the IOMMU.
-    Reset { reset: ResetKind, endpoint: Option<u32> },
-    /// An access faulted; `reason` is the specification's `VIRTIO_IOMMU_FAULT_R_*`. `dropped`: the driver is not told,
-    /// since as many faults as the device keeps wait for buffers in its event queue.
-    Fault { endpoint: u32, reason: u8, access: Access, address: u64, domain: Option<u32>, dropped: bool },
-    /// An endpoint accessed one contiguous run of guest memory. `tag` is that of the split protocol's LINK, else 0.
-    /// `failed`: the address was translated, but no memory of the guest is there.
-    Dma {
-        endpoint: u32,
-        access: Access,
-        route: Route,
-        failed: bool,
-        iova: u64,
-        gpa: u64,
-        len: u32,
-        domain: u32,
-        tag: u64,
-    },
-    /// An interrupt was sent: an MSI-X vector of an endpoint, or the used buffer notification of a virtqueue.
-    Interrupt { endpoint: Option<u32>, vector: u16 },
-    /// A device model completed a command.
-    ///
-    /// NVMe: `status` is the completion's status field without the phase tag, `address` the starting LBA (0 for a command
-    /// that has none), `data` the first address of the data pointer (PRP1, or the first SGL descriptor's). I/OAT: `queue`
-    /// is the channel, `id` counts descriptors, `opcode` is the descriptor's operation type, `status` the low half of
-    /// CHANERR, `address` the source, `data` the destination. `duration` is the time from fetching the command to
-    /// completing it.
-    Command {
-        endpoint: u32,
-        model: Model,
-        opcode: u8,
-        queue: u16,
-        id: u16,
-        status: u16,
-        pointer: DataPointer,
-        address: u64,
-        data: u64,
-        len: u32,
-        duration: u64,
-    },
-    /// The driver wrote `bypass`.
-    Bypass { value: u8 },
-    /// A descriptor chain on this queue was not a request: it was returned with length `used`.
-    Malformed { queue: u8, head: u16, readable: u32, writable: u32, used: u32 },
-    /// A device model changed its state: `state` is the model's own.
-    ///
-    /// NVMe: CC in the low half, CSTS in the high half. I/OAT: in the low half the state of CHANSTS (0 active, 2
-    /// suspended, 3 halted; a channel that is done stays active here), in the high half CHANERR.
-    Device { endpoint: u32, model: Model, state: u64 },
-    /// `count` events were lost at `place`, the first of them at `since` (`CLOCK_MONOTONIC`, ns). The trace itself makes
-    /// this event; nobody else does.
-    Lost { place: LossPlace, count: u64, since: u64 },
-    /// A device model panicked and was contained.
-    Panic { endpoint: u32 },
-    /// A test had the `number`-th request of a type answered wrongly.
-    Injected { request: u8, answer: Answer, number: u64 },
-    /// `count` faults waited for buffers of the driver, and are forgotten: it reset the device, or is gone.
-    Undelivered { count: u64 },
+events! {
+    Session = 1 "session":
+        /// A peer connected (`connected`) or left.
+        Session (endpoint: Option<u32>) {
+            channel: Channel as Named at s0, "channel";
+            connected: bool as Flag at s1, "connected";
+        };
+
+    Features = 2 "features":
+        /// The driver accepted features.
+        Features () {
+            offered: u64 as Hex at a0, "offered";
+            accepted: u64 as Hex at a1, "accepted" => "accepted_names" Features(accepted);
+        };
+
+    Memory = 3 "memory":
+        /// A region of guest memory was added (`added`) or removed.
+        Memory (endpoint: Option<u32>) {
+            channel: Channel as Named at s0, "channel";
+            added: bool as Flag at s1[0..7], "added";
+            gpa: u64 as Hex at a0, "gpa";
+            len: u64 as Bytes at a1, "len";
+            writable: bool as Flag at s1[7..8], "writable";
+        };
+
+    Queue = 4 "queue":
+        /// A virtqueue started (`started`) at this available index, or stopped.
+        Queue () {
+            queue: u8 as VIRTQUEUE at s0, "virtqueue";
+            started: bool as Flag at s1, "started";
+            index: u16 as Number at a0, "index";
+            size: u16 as Number at a1, "size";
+        };
+
+    Kick = 5 "kick":
+        /// The driver kicked a virtqueue, and this many requests were found.
+        Kick () {
+            queue: u8 as VIRTQUEUE at s0, "virtqueue";
+            requests: u32 as Number at a0, "requests";
+        };
+
+    Request = 6 "request":
+        /// A request of the split protocol was answered. `flags` and `tag` are the request's, and so is the range; a LINK's
+        /// is that of its extents. `count`: LINK: its extents; UNLINK, RELEASE: the granules that it unlinked. `duration` is
+        /// the time in the device. What does not fit of the last two is the largest number that does.
+        Split () {
+            request: u8 as SPLIT_TYPE at s0, "type";
+            status: u8 as STATUS at s1, "status";
+            domain: u32 as Number at a3[0..32], "domain";
+            virt_start: u64 as Hex at a0, "virt_start";
+            virt_end: u64 as Hex at a1, "virt_end" => "size" Size(virt_start, virt_end);
+            tag: u64 as Hex at a2, "tag";
+            count: u32 as Number at a4[40..64],
+                "extents" if request == LINK, "granules" if matches!(request, UNLINK | RELEASE);
+            flags: u32 as Flags(request) at a3[32..64], "flags" if request == LINK || flags != 0;
+            duration: u64 as Nanoseconds at a4[0..40], "duration_ns";
+        }
+        or
+        /// A request was answered. `domain`, the addresses and `flags` are the request's; unused ones are 0.
+        /// `endpoint` is that of ATTACH, DETACH and PROBE. `duration` is the time in the device.
+        Request (endpoint: Option<u32> where matches!(request, ATTACH | DETACH | PROBE)) {
+            request: u8 as BASE_TYPE at s0, "type";
+            status: u8 as STATUS at s1, "status";
+            domain: u32 as Number at a3[0..32], "domain" if request != PROBE;
+            virt_start: u64 as Hex at a0, "virt_start" if !matches!(request, ATTACH | DETACH | PROBE);
+            virt_end: u64 as Hex at a1,
+                "virt_end" if !matches!(request, ATTACH | DETACH | PROBE) => "size" Size(virt_start, virt_end);
+            phys_start: u64 as Hex at a2, "phys_start" if !matches!(request, ATTACH | DETACH | UNMAP | PROBE);
+            flags: u32 as Flags(request) at a3[32..64], "flags" if !matches!(request, DETACH | UNMAP | PROBE);
+            duration: u64 as Nanoseconds at a4, "duration_ns";
+        };
+
+    Reset = 7 "reset":
+        /// A reset, of the endpoint's function or of the IOMMU.
+        Reset (endpoint: Option<u32>) {
+            reset: ResetKind as Named at s0, "reset";
+        };
+
+    Fault = 8 "fault":
+        /// An access faulted; `reason` is the specification's `VIRTIO_IOMMU_FAULT_R_*`. `dropped`: the driver is not told,
+        /// since as many faults as the device keeps wait for buffers in its event queue.
+        Fault (endpoint: u32) {
+            reason: u8 as FAULT_REASON at s0, "reason";
+            access: Access as Named at s1, "access";
+            address: u64 as Hex at a0, "address";
+            domain: Option<u32> as Number at a1[0..33], "domain";
+            dropped: bool as Flag at a2, "dropped";
+        };
+
+    Dma = 9 "dma":
+        /// An endpoint accessed one contiguous run of guest memory. `tag` is that of the split protocol's LINK, else 0.
+        /// `failed`: the address was translated, but no memory of the guest is there.
+        Dma (endpoint: u32) {
+            access: Access as Named at s0, "access";
+            route: Route as Named at s1[0..7], "route";
+            failed: bool as Flag at s1[7..8], "failed";
+            iova: u64 as Hex at a0, "iova";
+            gpa: u64 as Hex at a1, "gpa";
+            len: u32 as Bytes at a2[0..32], "len";
+            domain: u32 as Number at a2[32..64], "domain";
+            tag: u64 as Hex at a3, "tag";
+        };
+
+    Interrupt = 10 "interrupt":
+        /// An interrupt was sent: an MSI-X vector of an endpoint, or the used buffer notification of a virtqueue.
+        Interrupt (endpoint: Option<u32>) {
+            vector: u16 as Number at a0, "vector";
+        };
+
+    Command = 11 "command":
+        /// A device model completed a command. `queue`, `id`, `opcode` and `status` are the model's, and so is `part`, which
+        /// `viommu_wire` declares. `len` is how many bytes it moved. `duration` is the time from fetching the command to
+        /// completing it.
+        Command (endpoint: u32) {
+            model: Model as Named at s0, "model";
+            queue: u32 as Number at a1[0..32], "queue";
+            opcode: u8 as Opcode(model, queue) at s1, "opcode";
+            id: u64 as Number at a0, "id";
+            status: u32 as Hex at a1[32..64], "status";
+            len: u32 as Bytes at a3[0..32], "len";
+            duration: u64 as Nanoseconds at a2, "duration_ns";
+            part: Part as CommandPart(model, queue) at a3[32..192];
+        };
+
+    Bypass = 12 "bypass":
+        /// The driver wrote `bypass`.
+        Bypass () {
+            value: u8 as Number at s0, "value";
+        };
+
+    Malformed = 13 "malformed":
+        /// A descriptor chain on this queue was not a request: it was returned with length `used`.
+        Malformed () {
+            queue: u8 as VIRTQUEUE at s0, "virtqueue";
+            head: u16 as Number at a0, "head";
+            readable: u32 as Bytes at a1[0..32], "readable";
+            writable: u32 as Bytes at a1[32..64], "writable";
+            used: u32 as Bytes at a2, "used";
+        };
+
+    Device = 14 "device":
+        /// A device model changed its state: `state` is the model's own, which `viommu_wire` declares.
+        Device (endpoint: u32) {
+            model: Model as Named at s0, "model";
+            state: u64 as State(model) at a0;
+        };
+
+    Lost = 15 "lost":
+        /// `count` events were lost at `place`, the first of them at `since` (`CLOCK_MONOTONIC`, ns). The trace itself makes
+        /// this event; nobody else does.
+        Lost () {
+            place: LossPlace as Named at s0, "place";
+            count: u64 as Number at a0, "count";
+            since: u64 as Moment at a1, "since";
+        };
+
+    Panic = 16 "panic":
+        /// A device model panicked and was contained.
+        Panic (endpoint: u32) {};
+
+    Injected = 17 "injected":
+        /// A test had the `number`-th request of a type answered wrongly.
+        Injected () {
+            request: u8 as REQUEST_TYPE at s0, "type";
+            answer: Answer as Named at s1, "answer";
+            number: u64 as Number at a0, "number";
+        };
+
+    Undelivered = 18 "undelivered":
+        /// `count` faults waited for buffers of the driver, and are forgotten: it reset the device, or is gone.
+        Undelivered () {
+            count: u64 as Number at a0, "count";
+        };
 }
 
 impl Event {
@@ -191,5 +277,29 @@ impl Event {
             *duration = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         }
         self
+    }
+}
+
+impl Kind {
+    /// The kinds that a client gets that names none: bit n is the kind with number n.
+    pub const DEFAULT: u64 = {
+        let mut kinds = 0;
+        let mut n = 0;
+        while n < Kind::ALL.len() {
+            kinds |= Kind::ALL[n].bit();
+            n += 1;
+        }
+        kinds & !Kind::ON_REQUEST
+    };
+
+    /// The kind's bit in a set of kinds.
+    #[inline]
+    pub const fn bit(self) -> u64 {
+        1 << self as u16
+    }
+
+    /// The kind with this name.
+    pub fn from_name(name: &str) -> Option<Kind> {
+        Kind::ALL.into_iter().find(|kind| kind.name() == name)
     }
 }

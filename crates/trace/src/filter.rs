@@ -5,7 +5,8 @@ use std::fmt::Write;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use viommu_wire::trace::{Header, Kind, NO_ENDPOINT, Record, VERSION};
+use crate::event::Kind;
+use crate::record::{Header, NO_ENDPOINT, Record, VERSION};
 
 /// How a client gets events.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -34,7 +35,7 @@ pub enum Last {
 pub struct Choice {
     /// How to write the events.
     pub format: Format,
-    /// Only these kinds; all if empty. [`Kind::Lost`] always comes.
+    /// Only these kinds; if empty, all that need not be asked for. [`Kind::Lost`] always comes.
     pub kinds: Vec<Kind>,
     /// No events about other endpoints; all if empty. Events about no endpoint always come.
     pub endpoints: Vec<u32>,
@@ -88,8 +89,11 @@ impl Choice {
 
     /// The filter of the choice.
     pub fn filter(&self) -> Filter {
-        let chosen = if self.kinds.is_empty() { &Kind::ALL } else { self.kinds.as_slice() };
-        let kinds = chosen.iter().fold(Kind::Lost.bit(), |bits, kind| bits | kind.bit());
+        let chosen = match self.kinds.as_slice() {
+            [] => Kind::DEFAULT,
+            chosen => chosen.iter().fold(0, |bits, kind| bits | kind.bit()),
+        };
+        let kinds = chosen | Kind::Lost.bit();
         let mut endpoints = self.endpoints.clone();
         endpoints.sort_unstable();
         endpoints.dedup();
@@ -198,14 +202,15 @@ struct Hello<'a> {
 pub fn hello(header: &Header) -> String {
     line(&Hello {
         kind: "hello",
-        version: header.version.get(),
+        // Whatever version was read: lines are written as this one has them.
+        version: VERSION,
         pid: header.pid.get(),
         clock: "CLOCK_MONOTONIC",
         start: header.start_ns.get(),
         // In microseconds it is exact in a double.
         realtime_offset_us: header.realtime_offset_ns.get() / 1000,
         format: "json",
-        record_size: header.record_size.get(),
+        record_size: size_of::<Record>() as u32,
         kinds: Kind::ALL.iter().filter(|kind| header.kinds & kind.bit() != 0).map(|kind| kind.name()).collect(),
         lost: header.lost.get(),
         seq: header.seq.get(),

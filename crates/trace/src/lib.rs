@@ -9,14 +9,24 @@ mod backlog;
 mod client;
 mod codec;
 mod collector;
+mod declare;
 pub mod event;
-mod fields;
+mod file;
 mod filter;
+mod guest;
+mod line;
+mod members;
 mod names;
+mod part;
+mod place;
+mod put;
 mod reader;
+pub mod record;
 mod ring;
+mod schema;
 mod server;
 mod tracer;
+mod unit;
 
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -24,12 +34,16 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-pub use codec::CodecError;
-pub use event::Event;
-pub use fields::{json, text};
+pub use codec::{CodecError, MemberError};
+pub use event::{Event, Kind};
+pub use file::{Entry, Item, Tally, TraceFile, Unreadable};
 pub use filter::{Choice, Format, Last, hello, parse_endpoint};
-pub use names::nvme_opcode;
+pub use guest::{GUEST_VERSION, GuestEvent, GuestFields, guest_key};
+pub use line::{LineError, Stamped, json, text};
+pub use members::{Members, Value};
 pub use reader::{ReadError, Reader};
+pub use record::{Header, Record};
+pub use schema::schema;
 pub use tracer::{Counters, Tracer, now_ns};
 
 use viommu_socket::{Socket, SocketError};
@@ -40,17 +54,17 @@ pub struct Options {
     /// Serve clients on a Unix socket with this path. A stale socket there is replaced.
     pub socket: Option<PathBuf>,
     /// Events that are kept for clients, those that come late and those that read slowly; rounded up to a power of two.
-    /// 64 bytes each.
+    /// 72 bytes each.
     pub backlog: usize,
     /// Events that a thread can make before the collector must have taken the first; rounded up to a power of two.
-    /// 64 bytes each, for each thread that makes events.
+    /// 72 bytes each, for each thread that makes events.
     pub ring: usize,
     /// How long clients have to take the last events when the trace is stopped.
     pub farewell: Duration,
 }
 
 impl Default for Options {
-    /// No socket, a backlog of 8 MiB, rings of 1 MiB, half a second at the end.
+    /// No socket, a backlog of 9 MiB, rings of 1.1 MiB, half a second at the end.
     fn default() -> Self {
         Options { socket: None, backlog: 1 << 17, ring: 1 << 14, farewell: Duration::from_millis(500) }
     }

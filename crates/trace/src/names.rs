@@ -2,35 +2,81 @@
 
 use std::borrow::Cow;
 
-use crate::event::Model;
 use viommu_wire::request::RequestType;
-use viommu_wire::split::F_SPLIT_MAP;
-use viommu_wire::virtio_iommu::{ATTACH_F_BYPASS, FaultReason, MapFlags, Status, feature};
+use viommu_wire::split::{F_SPLIT_MAP, request_type as split_type};
+use viommu_wire::virtio_iommu::{ATTACH_F_BYPASS, FaultReason, MapFlags, Status, feature, request_type};
 
-/// A spelled number, or the number in hexadecimal where the specification has no name for it.
+/// A spelled number.
 type Name = Cow<'static, str>;
 
-fn or_number(name: Option<&'static str>, number: impl std::fmt::LowerHex) -> Name {
-    name.map_or_else(|| format!("{number:#x}").into(), Cow::Borrowed)
+/// Whether a request's type is one of the split protocol's.
+pub fn is_split(request: u8) -> bool {
+    RequestType::from_number(request).is_some_and(RequestType::is_split)
 }
 
 /// `VIRTIO_IOMMU_T_*` without the prefix, those of the split protocol too.
-pub fn request(kind: u8) -> Name {
-    or_number(RequestType::from_number(kind).map(RequestType::name), kind)
+pub fn request(kind: u8) -> Option<&'static str> {
+    RequestType::from_number(kind).map(RequestType::name)
 }
 
 /// `VIRTIO_IOMMU_S_*` without the prefix.
-pub fn status(status: u8) -> Name {
-    or_number(Status::from_number(status).map(Status::name), status)
+pub fn status(status: u8) -> Option<&'static str> {
+    Status::from_number(status).map(Status::name)
 }
 
 /// `VIRTIO_IOMMU_FAULT_R_*` without the prefix.
-pub fn fault_reason(reason: u8) -> Name {
-    or_number(FaultReason::from_number(reason).map(FaultReason::name), reason)
+pub fn fault_reason(reason: u8) -> Option<&'static str> {
+    FaultReason::from_number(reason).map(FaultReason::name)
 }
 
-/// The flags of a MAP: `rw`, `r`, `w` or `-`, then `,mmio`, then the bits that have no name.
-pub fn map_flags(bits: u32) -> Name {
+/// The virtio-iommu's virtqueues.
+pub fn virtqueue(queue: u8) -> Option<&'static str> {
+    match queue {
+        0 => Some("request"),
+        1 => Some("event"),
+        _ => None,
+    }
+}
+
+/// The flags of a request of this type: those of a MAP or a LINK as [`map_flags`] spells them, of an ATTACH `bypass` or
+/// `-`. Others are a number.
+pub fn flags(request: u8, bits: u32) -> Name {
+    match request {
+        request_type::MAP | split_type::LINK => map_flags(bits),
+        request_type::ATTACH => match bits {
+            0 => "-".into(),
+            ATTACH_F_BYPASS => "bypass".into(),
+            _ => format!("{bits:#x}").into(),
+        },
+        _ => format!("{bits:#x}").into(),
+    }
+}
+
+/// The flags that are spelled so.
+pub fn flags_named(request: u8, text: &str) -> Option<u32> {
+    let number = |text: &str| u32::from_str_radix(text.strip_prefix("0x")?, 16).ok();
+    match request {
+        request_type::MAP | split_type::LINK => {
+            let mut parts = text.split(',');
+            let access = match parts.next()? {
+                "rw" => MapFlags::READ | MapFlags::WRITE,
+                "r" => MapFlags::READ,
+                "w" => MapFlags::WRITE,
+                "-" => MapFlags::empty(),
+                _ => return None,
+            };
+            parts.try_fold(access.bits(), |bits, part| {
+                Some(bits | if part == "mmio" { MapFlags::MMIO.bits() } else { number(part)? })
+            })
+        }
+        request_type::ATTACH if text == "-" => Some(0),
+        request_type::ATTACH if text == "bypass" => Some(ATTACH_F_BYPASS),
+        _ => number(text),
+    }
+}
+
+/// `rw`, `r`, `w` or `-`, then `,mmio`, then the bits that have no name.
+fn map_flags(bits: u32) -> Name {
     let flags = MapFlags::from_bits_retain(bits);
     let access = match (flags.contains(MapFlags::READ), flags.contains(MapFlags::WRITE)) {
         (true, true) => "rw",
@@ -44,24 +90,6 @@ pub fn map_flags(bits: u32) -> Name {
         (true, 0) => format!("{access},mmio").into(),
         (false, _) => format!("{access},{unknown:#x}").into(),
         (true, _) => format!("{access},mmio,{unknown:#x}").into(),
-    }
-}
-
-/// The flags of an ATTACH: `bypass` or `-`.
-pub fn attach_flags(bits: u32) -> Name {
-    match bits {
-        0 => "-".into(),
-        ATTACH_F_BYPASS => "bypass".into(),
-        _ => format!("{bits:#x}").into(),
-    }
-}
-
-/// The virtio-iommu's virtqueues.
-pub fn queue(queue: u8) -> Name {
-    match queue {
-        0 => "request".into(),
-        1 => "event".into(),
-        _ => or_number(None, queue),
     }
 }
 
@@ -100,111 +128,38 @@ pub fn features(bits: u64) -> impl Iterator<Item = Name> {
     })
 }
 
-/// A command's operation, as Linux names it (`enum nvme_opcode`, `enum nvme_admin_opcode` without their prefixes); on
-/// an NVMe controller queue 0 takes the admin commands.
-pub fn opcode(model: Model, queue: u16, opcode: u8) -> Name {
-    let name = match (model, queue) {
-        (Model::Nvme, 0) => nvme_admin(opcode),
-        (Model::Nvme, _) => nvme_io(opcode),
-        (Model::Ioat, _) => ioat(opcode),
-    };
-    or_number(name, opcode)
-}
-
-/// The name that an NVMe command on this queue has in the trace.
-pub fn nvme_opcode(queue: u16, number: u8) -> String {
-    opcode(Model::Nvme, queue, number).into_owned()
-}
-
-fn nvme_admin(opcode: u8) -> Option<&'static str> {
-    Some(match opcode {
-        0x00 => "delete_sq",
-        0x01 => "create_sq",
-        0x02 => "get_log_page",
-        0x04 => "delete_cq",
-        0x05 => "create_cq",
-        0x06 => "identify",
-        0x08 => "abort_cmd",
-        0x09 => "set_features",
-        0x0a => "get_features",
-        0x0c => "async_event",
-        0x0d => "ns_mgmt",
-        0x10 => "activate_fw",
-        0x11 => "download_fw",
-        0x14 => "dev_self_test",
-        0x15 => "ns_attach",
-        0x18 => "keep_alive",
-        0x19 => "directive_send",
-        0x1a => "directive_recv",
-        0x1c => "virtual_mgmt",
-        0x1d => "nvme_mi_send",
-        0x1e => "nvme_mi_recv",
-        0x7c => "dbbuf",
-        0x80 => "format_nvm",
-        0x81 => "security_send",
-        0x82 => "security_recv",
-        0x84 => "sanitize_nvm",
-        0x86 => "get_lba_status",
-        _ => return None,
-    })
-}
-
-fn nvme_io(opcode: u8) -> Option<&'static str> {
-    Some(match opcode {
-        0x00 => "flush",
-        0x01 => "write",
-        0x02 => "read",
-        0x04 => "write_uncor",
-        0x05 => "compare",
-        0x08 => "write_zeroes",
-        0x09 => "dsm",
-        0x0c => "verify",
-        0x0d => "resv_register",
-        0x0e => "resv_report",
-        0x11 => "resv_acquire",
-        0x15 => "resv_release",
-        _ => return None,
-    })
-}
-
-/// The operation types that stand in bits 31..24 of a descriptor's control word.
-fn ioat(opcode: u8) -> Option<&'static str> {
-    Some(match opcode {
-        0x00 => "copy",
-        0x01 => "fill",
-        0x87 => "xor",
-        0x88 => "xor_val",
-        0x89 => "pq",
-        0x8a => "pq_val",
-        _ => return None,
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn flags_are_spelled_with_the_bits_that_have_no_name() {
-        assert_eq!(map_flags(0), "-");
-        assert_eq!(map_flags(1), "r");
-        assert_eq!(map_flags(2), "w");
-        assert_eq!(map_flags(7), "rw,mmio");
-        assert_eq!(map_flags(0x13), "rw,0x10");
-        assert_eq!(map_flags(0x8000_0004), "-,mmio,0x80000000");
-        assert_eq!(attach_flags(1), "bypass");
-        assert_eq!(attach_flags(3), "0x3");
+        let (map, attach, unmap) = (request_type::MAP, request_type::ATTACH, request_type::UNMAP);
+        for (request, bits, text) in [
+            (map, 0, "-"),
+            (map, 1, "r"),
+            (map, 2, "w"),
+            (map, 7, "rw,mmio"),
+            (map, 0x13, "rw,0x10"),
+            (split_type::LINK, 0x8000_0004, "-,mmio,0x80000000"),
+            (attach, 0, "-"),
+            (attach, 1, "bypass"),
+            (attach, 3, "0x3"),
+            (unmap, 3, "0x3"),
+        ] {
+            assert_eq!(flags(request, bits), text);
+            assert_eq!(flags_named(request, text), Some(bits));
+        }
+        for (request, text) in [(map, "x"), (map, ""), (map, "rw,"), (map, "rw,10"), (attach, "r"), (unmap, "-")] {
+            assert_eq!(flags_named(request, text), None, "{text}");
+        }
     }
 
     #[test]
-    fn an_unknown_number_stays_a_number() {
-        assert_eq!(request(0x83), "RELEASE");
-        assert_eq!(request(0x84), "0x84");
-        assert_eq!(status(99), "0x63");
-        assert_eq!(fault_reason(7), "0x7");
-        assert_eq!(opcode(Model::Nvme, 0, 0x02), "get_log_page");
-        assert_eq!(opcode(Model::Nvme, 1, 0x02), "read");
-        assert_eq!(opcode(Model::Nvme, 1, 0xc1), "0xc1");
+    fn an_unknown_number_has_no_name() {
+        assert_eq!((request(0x83), request(0x84)), (Some("RELEASE"), None));
+        assert_eq!((status(0), status(99)), (Some("OK"), None));
+        assert_eq!((fault_reason(2), fault_reason(7)), (Some("MAPPING"), None));
         let accepted = 1 << 2 | 1 << 32 | 1 << 63;
         assert_eq!(features(accepted).collect::<Vec<_>>(), ["MAP_UNMAP", "VERSION_1", "BIT_63"]);
     }

@@ -6,11 +6,12 @@ use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
-use zerocopy::{FromBytes, IntoBytes};
+use zerocopy::IntoBytes;
 
 use crate::filter::{Choice, Format};
+use crate::guest::GUEST_VERSION;
+use crate::record::{Header, MAGIC, Record, Record1, VERSION};
 use viommu_socket::{self as socket, SocketError};
-use viommu_wire::trace::{Header, MAGIC, Record, VERSION};
 
 /// Why a trace cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -48,13 +49,24 @@ pub enum ReadError {
     #[error("This is no viommu trace: it starts with {0:02x?}")]
     NoTrace([u8; 8]),
     /// It comes from another version.
-    #[error("The trace has format version {found} with records of {size} bytes; this viommu reads version {VERSION}")]
+    #[error(
+        "The trace has format version {found} with records of {size} bytes; this viommu reads versions 1 and {VERSION}"
+    )]
     Version {
         /// The version.
         found: u32,
         /// Bytes of a record.
         size: u32,
     },
+    /// Lines come from another version.
+    #[error("The trace has format version {0}; this viommu reads versions 1 and {VERSION}")]
+    LineVersion(u64),
+    /// The guest's lines come from another version.
+    #[error("The guest's trace has format version {0}; this viommu reads version {GUEST_VERSION}")]
+    GuestVersion(u64),
+    /// A file ends before its events begin.
+    #[error("The trace is cut off in its header: it has {0} of 64 bytes")]
+    CutHeader(usize),
     /// Reading failed.
     #[error("Cannot read the trace")]
     Read(#[from] io::Error),
@@ -108,26 +120,54 @@ impl<R: Read> Reader<R> {
     /// Reads the header.
     pub fn new(input: R) -> Result<Self, ReadError> {
         let mut input = BufReader::with_capacity(64 << 10, input);
+        match input.fill_buf() {
+            Ok([]) => return Err(ReadError::NoHeader),
+            Ok([b'{', ..]) => return Err(refusal(input)),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Err(ReadError::NoHeader),
+            result => drop(result?),
+        }
+        Self::of_file(input).map_err(|error| match error {
+            ReadError::CutHeader(_) => ReadError::NoHeader,
+            other => other,
+        })
+    }
+
+    /// Reads the header of a file.
+    pub(crate) fn of_file(mut input: BufReader<R>) -> Result<Self, ReadError> {
         let mut bytes = [0; size_of::<Header>()];
-        let first = read_or_end(&mut input, &mut bytes[..1])?;
-        if !first {
-            return Err(ReadError::NoHeader);
-        }
-        if bytes[0] == b'{' {
-            return Err(refusal(input));
-        }
-        if !read_or_end(&mut input, &mut bytes[1..])? {
-            return Err(ReadError::NoHeader);
-        }
+        let len = fill(&mut input, &mut bytes)?;
         let header: Header = zerocopy::transmute!(bytes);
-        if header.magic != MAGIC {
+        if len >= MAGIC.len() && header.magic != MAGIC {
             return Err(ReadError::NoTrace(header.magic));
         }
+        if len < bytes.len() {
+            return Err(ReadError::CutHeader(len));
+        }
         let (found, size) = (header.version.get(), header.record_size.get());
-        if found != VERSION || size as usize != size_of::<Record>() {
+        let right = match found {
+            1 => size_of::<Record1>(),
+            VERSION => size_of::<Record>(),
+            _ => 0,
+        };
+        if right == 0 || size as usize != right {
             return Err(ReadError::Version { found, size });
         }
         Ok(Reader { input, header })
+    }
+
+    /// A reader of which the header was read.
+    pub(crate) fn from_parts(input: BufReader<R>, header: Header) -> Self {
+        Reader { input, header }
+    }
+
+    /// What is read, and the header.
+    pub(crate) fn into_parts(self) -> (BufReader<R>, Header) {
+        (self.input, self.header)
+    }
+
+    /// What is read.
+    pub(crate) fn input(&mut self) -> &mut BufReader<R> {
+        &mut self.input
     }
 
     /// What the trace said of itself.
@@ -135,37 +175,66 @@ impl<R: Read> Reader<R> {
         &self.header
     }
 
-    /// The next record; `None` at the end. Waits for one.
+    /// Bytes of a record.
+    pub(crate) fn record_size(&self) -> usize {
+        self.header.record_size.get() as usize
+    }
+
+    /// The next record, as this version has them; `None` at the end. Waits for one. A record that was cut off is as good as
+    /// none.
     pub fn next_record(&mut self) -> Result<Option<Record>, ReadError> {
-        if let Some((bytes, _)) = self.input.buffer().split_first_chunk::<{ size_of::<Record>() }>() {
-            let record = Record::read_from_bytes(bytes).ok();
-            self.input.consume(size_of::<Record>());
-            return Ok(record);
+        Ok(self.next_or_cut()?.unwrap_or(None))
+    }
+
+    /// The next record, or how many bytes of it there are.
+    pub(crate) fn next_or_cut(&mut self) -> io::Result<Result<Option<Record>, usize>> {
+        if self.header.version == VERSION {
+            let mut record = Record::default();
+            return Ok(match fill(&mut self.input, record.as_mut_bytes())? {
+                0 => Ok(None),
+                len if len < size_of::<Record>() => Err(len),
+                _ => Ok(Some(record)),
+            });
         }
-        let mut record = Record::default();
-        Ok(read_or_end(&mut self.input, record.as_mut_bytes())?.then_some(record))
+        let mut bytes = [0; size_of::<Record1>()];
+        let len = fill(&mut self.input, &mut bytes)?;
+        let record: Record1 = zerocopy::transmute!(bytes);
+        Ok(match len {
+            0 => Ok(None),
+            len if len < size_of::<Record1>() => Err(len),
+            _ => Ok(Some(record.upgrade())),
+        })
     }
 
     /// Whether the next record is here already.
     pub fn is_ready(&self) -> bool {
-        self.input.buffer().len() >= size_of::<Record>()
+        self.input.buffer().len() >= self.record_size()
     }
 }
 
-/// Fills `buffer`; `false` if the input ends before: a record that was cut off is as good as none.
-fn read_or_end(input: &mut impl Read, buffer: &mut [u8]) -> io::Result<bool> {
-    match input.read_exact(buffer) {
-        Ok(()) => Ok(true),
-        Err(error) if matches!(error.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset) => {
-            Ok(false)
+/// Fills `buffer`, as far as the input has bytes: how many there were.
+fn fill(input: &mut BufReader<impl Read>, buffer: &mut [u8]) -> io::Result<usize> {
+    if let Some(bytes) = input.buffer().get(..buffer.len()) {
+        buffer.copy_from_slice(bytes);
+        input.consume(buffer.len());
+        return Ok(buffer.len());
+    }
+    let mut len = 0;
+    while len < buffer.len() {
+        match input.read(&mut buffer[len..]) {
+            Ok(0) => break,
+            Ok(count) => len += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => break,
+            Err(error) => return Err(error),
         }
-        Err(error) => Err(error),
     }
+    Ok(len)
 }
 
-/// The error that a server's line of JSON stands for; its first byte is read already.
+/// The error that a server's line of JSON stands for.
 fn refusal(input: impl Read) -> ReadError {
-    let mut line = b"{".to_vec();
+    let mut line = Vec::new();
     if let Err(error) = BufReader::new(input.take(64 << 10)).read_until(b'\n', &mut line) {
         return error.into();
     }

@@ -13,9 +13,9 @@ use crate::backlog::Backlog;
 use crate::client::{Client, Progress};
 use crate::collector::{Collector, Drained};
 use crate::filter::Filter;
+use crate::record::{Header, MAGIC, Record, VERSION};
 use crate::tracer::{Shared, now_ns, realtime_ns};
 use viommu_socket::Socket;
-use viommu_wire::trace::{Header, MAGIC, Record, VERSION};
 
 /// How long events may wait in the rings while clients watch and there is traffic.
 const TICK: Duration = Duration::from_millis(2);

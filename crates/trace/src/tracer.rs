@@ -8,15 +8,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::Event;
+use crate::event::Kind;
 use crate::event::LossPlace;
+use crate::record::WORDS;
 use crate::ring::{Consumer, Producer, Sequence, ring};
-use viommu_wire::trace::Kind;
 
-/// 64-bit words of a record.
-pub const WORDS: usize = 8;
-
-/// Bytes that the rings of a trace may have together. One that nobody wrote to yet takes addresses but no memory.
-const RINGS_MAX: usize = 256 << 20;
+/// Events that the rings of a trace may have room for together: 288 MiB. A ring that nobody wrote to yet takes addresses
+/// but no memory.
+const RINGS_MAX: usize = 1 << 22;
 
 /// One more than the highest number of a kind.
 const KINDS: usize = Kind::ALL.len() + 1;
@@ -231,12 +230,12 @@ impl Shared {
     #[cold]
     fn lane(&self) -> Option<Lane> {
         let mut threads = self.threads();
-        let bytes = (threads.counts.len() + 1) * self.slots * WORDS * size_of::<u64>();
-        let wanted = if bytes <= RINGS_MAX { self.slots / 2 } else { 0 };
+        let events = (threads.counts.len() + 1) * self.slots;
+        let wanted = if events <= RINGS_MAX { self.slots / 2 } else { 0 };
         let idle = threads.idle.iter_mut().map(|lane| lane.producer.free()).enumerate();
         match idle.max_by_key(|(_, free)| *free) {
             Some((at, free)) if free >= wanted => Some(threads.idle.swap_remove(at)),
-            _ if bytes <= RINGS_MAX => Some(threads.add_lane(self.slots)),
+            _ if events <= RINGS_MAX => Some(threads.add_lane(self.slots)),
             _ => None,
         }
     }
@@ -338,7 +337,7 @@ impl Lane {
     #[inline]
     fn push(&mut self, shared: &Shared, event: &Event, now: u64) {
         let (seq, asleep) = shared.sequence.take();
-        self.producer.push(zerocopy::transmute!(event.encode(now, seq)));
+        self.producer.push(event.encode(now, seq).words());
         if (asleep && shared.sequence.end_sleep()) || self.producer.is_filling() {
             shared.wake();
         }

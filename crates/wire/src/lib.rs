@@ -1,7 +1,11 @@
 //! Wire formats: bytes and types, without I/O.
 
+pub mod ioat;
+pub mod model;
 mod numbers;
+pub mod nvme;
 pub mod request;
 pub mod split;
-pub mod trace;
 pub mod virtio_iommu;
+
+pub use numbers::Named;

@@ -8,7 +8,8 @@ use super::registers::Errors;
 use crate::devices::kit::{Executor, SharedMachine, ThreadContext};
 use crate::pci::FunctionContext;
 use viommu_trace::Event;
-use viommu_trace::event::{DataPointer, Model};
+use viommu_wire::ioat::Command;
+use viommu_wire::model::Model;
 
 /// Executes descriptors.
 pub struct Descriptors {
@@ -41,18 +42,15 @@ impl Executor<Channel> for Descriptors {
 }
 
 fn trace_command(context: &FunctionContext, job: &Job, descriptor: &Descriptor, errors: Errors, begun: Instant) {
-    let pointer = if descriptor.moves_data() { DataPointer::Address } else { DataPointer::None };
     context.tracer.emit(Event::Command {
         endpoint: context.dma.endpoint(),
         model: Model::Ioat,
-        opcode: descriptor.operation(),
         queue: 0,
-        id: job.index,
-        status: errors.bits() as u16,
-        pointer,
-        address: descriptor.source(),
-        data: descriptor.destination(),
+        opcode: descriptor.operation(),
+        id: job.index.into(),
+        status: errors.bits() & 0xffff,
         len: descriptor.size(),
         duration: u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX),
+        part: Command { source: descriptor.source(), destination: descriptor.destination() }.into(),
     });
 }

@@ -30,7 +30,7 @@ use super::kit::registers::{RegisterMap, RegisterWrite};
 use super::kit::{Engine, Lifecycle, StateMachine};
 use super::model::{Model, Plain};
 use crate::pci::{Bar, FunctionContext, Identity};
-use viommu_trace::event;
+use viommu_wire::model;
 
 /// The model.
 pub const MODEL: Model = Model {
@@ -135,12 +135,12 @@ impl StateMachine for Channel {
 
     /// CHANSTS's state, where a channel that is done counts as active, since it goes from one to the other with each piece
     /// of work, and CHANERR.
-    fn traced(&self) -> Option<(event::Model, u64)> {
+    fn traced(&self) -> Option<(model::Model, u64)> {
         let status = match self.status() {
             Status::Done => Status::Active,
             other => other,
         };
-        Some((event::Model::Ioat, u64::from(self.errors().bits()) << 32 | status as u64))
+        Some((model::Model::Ioat, u64::from(self.errors().bits()) << 32 | status as u64))
     }
 
     fn check(&self) -> Result<(), &'static str> {

@@ -10,7 +10,7 @@ use super::{Interruption, Lifecycle, LoadError, SavedState, Task, ThreadContext,
 use crate::pci::{Function, FunctionContext, Identity, PinSource};
 use crate::sync;
 use viommu_trace::Event;
-use viommu_trace::event::Model;
+use viommu_wire::model::Model;
 
 /// Registers in, work and interrupts out. It does no DMA and knows no thread, so a unit test can put it into any state. The
 /// default is its power-on state, and what is serialized of it is all that a driver could notice the lack of.

@@ -19,7 +19,8 @@ use crate::devices::kit::ring::{CommandRing, CompletionRing};
 use crate::devices::kit::{self, Interruption, Task, ThreadContext};
 use crate::sync::lock;
 use viommu_trace::Event;
-use viommu_trace::event::{DataPointer, Model};
+use viommu_wire::model::Model;
+use viommu_wire::nvme::{Command, DataPointer};
 
 /// The admin queue, and all that hangs on it.
 pub(super) struct Admin {
@@ -223,18 +224,17 @@ impl Admin {
         if status != Status::SUCCESS {
             self.shared.log_error(0, sqe.cid.get(), status, sqe.nsid.get(), 0);
         }
+        let pointer = if self.moved == 0 { DataPointer::None } else { DataPointer::Prp };
         self.shared.context.tracer.emit(Event::Command {
             endpoint: self.shared.context.dma.endpoint(),
             model: Model::Nvme,
-            opcode: sqe.opcode,
             queue: 0,
-            id: sqe.cid.get(),
-            status: status.0,
-            pointer: if self.moved == 0 { DataPointer::None } else { DataPointer::Prp },
-            address: 0,
-            data: sqe.data[0].get(),
+            opcode: sqe.opcode,
+            id: sqe.cid.get().into(),
+            status: status.0.into(),
             len: self.moved,
             duration: fetched.elapsed().as_nanos() as u64,
+            part: Command { slba: 0, pointer, data: sqe.data[0].get() }.into(),
         });
         self.done.push(Completion { cid: sqe.cid.get(), status, result });
         self.post(thread)

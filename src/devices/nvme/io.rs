@@ -13,7 +13,8 @@ use super::shared::Shared;
 use super::spec::{Sqe, Status, nvm, page_size};
 use crate::devices::kit::ThreadContext;
 use crate::dma::Dma;
-use viommu_trace::event::{Access, DataPointer};
+use viommu_trace::event::Access;
+use viommu_wire::nvme::DataPointer;
 
 /// What the trace tells of a command beside its entry.
 #[derive(Clone, Copy, Debug)]

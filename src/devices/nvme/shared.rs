@@ -12,7 +12,7 @@ use super::spec::{CSTS_FATAL, Status};
 use crate::pci::{FunctionContext, PinSource};
 use crate::sync::lock;
 use viommu_trace::Event;
-use viommu_trace::event::Model;
+use viommu_wire::model::Model;
 
 /// A doorbell register of a queue.
 #[derive(Default)]

@@ -11,7 +11,8 @@ use super::shared::Shared;
 use super::spec::{Sqe, Status, nvm};
 use crate::devices::kit::{Interruption, ThreadContext, Work};
 use viommu_trace::Event;
-use viommu_trace::event::Model;
+use viommu_wire::model::Model;
+use viommu_wire::nvme::Command;
 
 /// Entries that are fetched at once.
 const BATCH: usize = 32;
@@ -193,15 +194,13 @@ impl IoQueue {
         self.shared.context.tracer.emit(Event::Command {
             endpoint: self.shared.context.dma.endpoint(),
             model: Model::Nvme,
+            queue: queue.into(),
             opcode: sqe.opcode,
-            queue,
-            id: sqe.cid.get(),
-            status: status.0,
-            pointer: moved.pointer,
-            address,
-            data: sqe.data[0].get(),
+            id: sqe.cid.get().into(),
+            status: status.0.into(),
             len: moved.len,
             duration: duration.as_nanos() as u64,
+            part: Command { slba: address, pointer: moved.pointer, data: sqe.data[0].get() }.into(),
         });
     }
 

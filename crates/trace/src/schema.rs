@@ -1,0 +1,80 @@
+//! What the declarations say, for programs.
+
+use serde_json::{Value, json};
+use viommu_wire::model::Model;
+
+use crate::event::{self, Kind, key};
+use crate::part::schema_of_members;
+use crate::place::{Place, word};
+use crate::record::{Header, NO_ENDPOINT, Record, VERSION};
+
+/// Where a field lies: in bytes from the record's begin, and in bits of the 64-bit word there.
+pub fn place(place: Place) -> Value {
+    json!({ "offset": place.word * 8, "bit": place.low, "bits": place.width })
+}
+
+/// A kind and its layouts.
+pub fn kind(kind: Kind, layouts: Vec<Value>) -> Value {
+    json!({
+        "name": kind.name(),
+        "number": kind as u16,
+        "on_request": Kind::DEFAULT & kind.bit() == 0,
+        "layouts": layouts,
+    })
+}
+
+/// One of a kind's layouts.
+pub fn layout(doc: &str, endpoint: &str, fields: Vec<Value>) -> Value {
+    let doc: Vec<_> = doc.lines().map(str::trim).collect();
+    json!({ "doc": doc.join(" ").trim(), "endpoint": endpoint, "fields": fields })
+}
+
+/// A field; a name may have a condition.
+pub fn field(mut unit: Value, r#type: &str, at: Place, names: &[(&str, Option<&str>)], derived: Option<&str>) -> Value {
+    let names: Vec<_> = names.iter().map(|(name, condition)| json!({ "name": name, "if": condition })).collect();
+    unit["names"] = names.into();
+    unit["type"] = r#type.into();
+    unit["place"] = place(at);
+    if let Some(derived) = derived {
+        unit["derived"] = derived.into();
+    }
+    unit
+}
+
+/// The format of the trace as `viommu trace --schema` prints it.
+pub fn schema() -> Value {
+    let common = |name: &str, unit: &str, offset: usize, bit: u32, bits: u32| json!({ "name": name, "unit": unit, "place": { "offset": offset, "bit": bit, "bits": bits } });
+    let queues = |model: Model| {
+        let table = |queue| {
+            let opcodes = (model.declaration().opcodes)(queue).iter();
+            opcodes.map(|(number, name)| json!({ "number": number, "name": name })).collect::<Vec<_>>()
+        };
+        json!({ "0": table(0), "others": table(1) })
+    };
+    // Where the parts of a command and of a state begin.
+    let (command, state) = (64 * word::a3.word as u32 + 32, 64 * (word::a0.word as u32) - 32);
+    let models = Model::ALL.iter().map(|model| {
+        json!({
+            "name": model.name(),
+            "number": *model as u8,
+            "opcodes_by_queue": queues(*model),
+            "command": schema_of_members(model.declaration().command, command),
+            "state": schema_of_members(model.declaration().state, state),
+        })
+    });
+    json!({
+        "version": VERSION,
+        "header_size": size_of::<Header>(),
+        "record_size": size_of::<Record>(),
+        "common": [
+            common(key::TIME, "ns", 0, 0, 64),
+            common(key::SEQ, "number", 8, 0, 64),
+            common(key::KIND, "name", 16, 0, 16),
+            common(key::ENDPOINT, "number", 16, 32, 32),
+        ],
+        "derived": [key::BDF],
+        "no_endpoint": NO_ENDPOINT,
+        "kinds": event::kinds(),
+        "models": models.collect::<Vec<_>>(),
+    })
+}

@@ -1,0 +1,118 @@
+//! The device models as the trace knows them: their numbers, the names of their operations, and what of their commands
+//! and states is their own.
+
+use crate::{ioat, named_numbers, nvme};
+
+named_numbers! {
+    /// A device model.
+    pub enum Model {
+        /// An NVMe controller.
+        Nvme = 0 "nvme",
+        /// An I/OAT DMA engine.
+        Ioat = 1 "ioat",
+    }
+}
+
+impl Model {
+    /// What the model declares.
+    pub fn declaration(self) -> &'static Declaration {
+        match self {
+            Model::Nvme => &nvme::DECLARATION,
+            Model::Ioat => &ioat::DECLARATION,
+        }
+    }
+}
+
+/// What a model declares of itself.
+pub struct Declaration {
+    /// The operations that a queue takes, by their numbers.
+    pub opcodes: fn(queue: u32) -> &'static [(u8, &'static str)],
+    /// The model's part of a command.
+    pub command: &'static [Member],
+    /// What its state is made of.
+    pub state: &'static [Member],
+}
+
+/// What of an event is the model's own: 160 bits, of which the first 32 are `detail`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Part {
+    /// Bits 0 to 31.
+    pub detail: u32,
+    /// Bits 32 to 95, and 96 to 159.
+    pub words: [u64; 2],
+}
+
+/// How a member's value is written.
+#[derive(Clone, Copy, Debug)]
+pub enum Form {
+    /// In decimal.
+    Number,
+    /// In hexadecimal: an address or a bit mask.
+    Hex,
+    /// By its name, if it has one; numbers begin with 0.
+    Name(&'static [&'static str]),
+}
+
+/// One value of a part. It lies in one word.
+pub struct Member {
+    /// Its name.
+    pub name: &'static str,
+    /// How it is written.
+    pub form: Form,
+    /// The first of its bits.
+    pub low: u32,
+    /// How many bits it has.
+    pub width: u32,
+    /// Whether an event has it.
+    pub is_there: fn(queue: u32, part: &Part) -> bool,
+}
+
+/// For a [`Member`] that every event has.
+pub const ALWAYS: fn(u32, &Part) -> bool = |_, _| true;
+
+impl Member {
+    /// Its value.
+    pub fn get(&self, part: &Part) -> u64 {
+        match self.low {
+            low @ 0..32 => u64::from(part.detail) >> low & self.mask(),
+            low @ 32..96 => part.words[0] >> (low - 32) & self.mask(),
+            low => part.words[1] >> (low - 96) & self.mask(),
+        }
+    }
+
+    /// Sets its value, which was 0; a larger one than fits is cut.
+    pub fn set(&self, part: &mut Part, value: u64) {
+        let value = value & self.mask();
+        match self.low {
+            low @ 0..32 => part.detail |= (value << low) as u32,
+            low @ 32..96 => part.words[0] |= value << (low - 32),
+            low => part.words[1] |= value << (low - 96),
+        }
+    }
+
+    const fn mask(&self) -> u64 {
+        if self.width == 64 { u64::MAX } else { (1 << self.width) - 1 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn members_of_a_part_do_not_overlap() {
+        for model in Model::ALL {
+            let Declaration { command, state, .. } = model.declaration();
+            for members in [*command, *state] {
+                let mut all = Part::default();
+                for member in members {
+                    let mut part = Part::default();
+                    member.set(&mut part, u64::MAX);
+                    assert_eq!(member.get(&part), member.mask(), "{}", member.name);
+                    assert_eq!(member.get(&all), 0, "{} lies where another does", member.name);
+                    member.set(&mut all, u64::MAX);
+                }
+            }
+        }
+    }
+}
