@@ -6,8 +6,11 @@
 //!
 //! # The house
 //!
-//! * [`viommu_wire`]: bytes and types, no I/O: the virtio-iommu requests and the trace records. A crate of its own.
-//! * [`viommu_trace`]: events, the per-thread rings they go into, and the socket that serves them. A crate of its own.
+//! * [`viommu_wire`]: bytes and types, no I/O: the virtio-iommu requests, and what of an event is a model's own. A crate of its own.
+//! * [`viommu_trace`]: events, the per-thread rings they go into, the socket that serves them, and what reads them back. A
+//!   crate of its own.
+//! * [`viommu_report`]: what reads traces and never the live device: one trace of the device's events and the guest's, on one
+//!   clock. A crate of its own.
 //! * [`viommu_socket`]: how all that listen make their sockets. A crate of its own.
 //! * [`iommu`]: the vIOMMU itself: endpoints, domains, address spaces. It knows no socket, no queue and no thread.
 //! * [`dma`]: the one way to guest memory: translate, copy, trace, fault.
@@ -18,7 +21,6 @@
 //! * [`devices`]: the device models; they see a [`pci::Function`] to implement and a [`dma::Dma`] to use.
 //! * [`daemon`]: the composition root: what a topology describes, put together and served.
 //! * [`cli`]: the `viommu` command, one file a subcommand.
-//! * [`merge`]: one trace of the device's events and the guest's, on one clock.
 //! * [`sandbox`]: what the process gives up once everything is open.
 //! * `sync`: locks that a panic does not close.
 //! * [`poller`]: a queue that one thread polls for another, which sleeps.
@@ -36,7 +38,6 @@ pub mod devices;
 pub mod dma;
 pub mod iommu;
 pub mod memory;
-pub mod merge;
 pub mod pci;
 pub mod poller;
 pub mod sandbox;

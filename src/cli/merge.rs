@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use crate::merge::{self, MergeError};
+use viommu_report::merge::{self, MergeError};
+use viommu_trace::TraceFile;
 
 /// Merge a trace and the guest's own trace into one, on one clock
 ///
@@ -15,7 +16,7 @@ use crate::merge::{self, MergeError};
 /// memory.
 #[derive(clap::Args)]
 pub struct Args {
-    /// The trace, as `viommu run --trace-file` or `viommu trace --format json` wrote it
+    /// The trace, as `viommu run --trace-file` or `viommu trace --format json` or `binary` wrote it
     #[arg(value_name = "TRACE")]
     trace: PathBuf,
 
@@ -26,9 +27,9 @@ pub struct Args {
 
 /// Prints the merged trace to the standard output, and what it is made of to the standard error output.
 pub fn main(args: &Args) -> Result<()> {
-    let (host, guest) = (open(&args.trace)?, open(&args.guest_trace)?);
+    let (mut host, mut guest) = (open(&args.trace)?, open(&args.guest_trace)?);
     let mut out = BufWriter::with_capacity(64 << 10, io::stdout().lock());
-    let report = match merge::merge(host, guest, &mut out) {
+    let report = match merge::merge(&mut host, &mut guest, &mut out) {
         // Whoever read our output has seen enough.
         Err(MergeError::Write(error)) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
         result => result?,
@@ -50,6 +51,11 @@ pub fn main(args: &Args) -> Result<()> {
     if report.skipped > 0 {
         log::warn!("{} lines were left out: they are no events of such a trace", report.skipped);
     }
+    for (path, tally) in [(&args.trace, host.tally()), (&args.guest_trace, guest.tally())] {
+        if let Some((at, why)) = &tally.first {
+            log::warn!("{}: what begins at byte {at} cannot be read: {why}", path.display());
+        }
+    }
     if report.untied > 0 {
         log::warn!("{} events of the guest were left out: nothing ties their time to the device's", report.untied);
     }
@@ -61,7 +67,12 @@ trait Input: Read + Seek {}
 
 impl<T: Read + Seek> Input for T {}
 
-fn open(path: &Path) -> Result<Box<dyn Input>> {
+fn open(path: &Path) -> Result<TraceFile<Box<dyn Input>>> {
+    let input = open_input(path)?;
+    TraceFile::new(input).with_context(|| format!("Cannot read the trace {}", path.display()))
+}
+
+fn open_input(path: &Path) -> Result<Box<dyn Input>> {
     let failed = || format!("Cannot read the trace {}", path.display());
     let mut file = File::open(path).with_context(failed)?;
     if file.metadata().with_context(failed)?.is_file() {

@@ -1,7 +1,7 @@
 //! `viommu run`: the daemon and a QEMU, from one topology.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, BufWriter, Write};
+use std::io::{BufWriter, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -24,6 +24,7 @@ use crate::daemon::{Bound, Options, open_devices};
 use crate::topology::qemu::{self as arguments, Paths};
 use crate::topology::{Size, Topology};
 use crate::vhost::Injection;
+use viommu_trace::{Choice, Format, Last, TraceFile};
 
 /// How long QEMU may take to end once it is asked to.
 const QEMU_END: Duration = Duration::from_secs(5);
@@ -299,32 +300,24 @@ fn end(child: &mut Child) -> std::io::Result<()> {
 
 /// Copies the trace to a file, from now until its connection closes; returns how many events the file lacks because
 /// writing it was too slow.
-fn record(mut stream: UnixStream, out: File) -> Result<JoinHandle<std::io::Result<u64>>> {
-    stream.write_all(b"{\"format\":\"json\",\"backlog\":\"all\"}\n").context("Cannot ask for the trace")?;
+fn record(mut stream: UnixStream, out: File) -> Result<JoinHandle<Result<u64>>> {
+    let choice = Choice { format: Format::Binary, backlog: Last::All, ..Choice::default() };
+    stream.write_all(choice.line().as_bytes()).context("Cannot ask for the trace")?;
     let copy = move || {
+        let mut trace = TraceFile::new(stream)?;
         let mut out = BufWriter::with_capacity(1 << 20, out);
         let mut lost = 0;
-        let mut reader = BufReader::with_capacity(1 << 16, stream);
-        let mut line = String::new();
-        while reader.read_line(&mut line)? > 0 {
-            out.write_all(line.as_bytes())?;
-            lost += lost_here(&line);
+        let mut line = Vec::new();
+        while let Some(entry) = trace.next_entry()? {
             line.clear();
+            trace.append_json(&entry, &mut line);
+            out.write_all(&line)?;
+            lost += entry.item.lost_on_the_way();
         }
         out.flush()?;
         Ok(lost)
     };
     std::thread::Builder::new().name("trace-file".into()).spawn(copy).context("Cannot start a thread")
-}
-
-/// The events that a line of the trace says this client lost.
-fn lost_here(line: &str) -> u64 {
-    // Only a line in thousands is worth parsing.
-    if !line.contains("\"lost\"") {
-        return 0;
-    }
-    let event: serde_json::Value = serde_json::from_str(line).unwrap_or_default();
-    if event["kind"] == "lost" && event["place"] == "client" { event["count"].as_u64().unwrap_or(0) } else { 0 }
 }
 
 /// The folder of a run. A temporary one stays, with what the guest said in it.

@@ -5,13 +5,11 @@ use std::io::Read;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use serde_json::{Value, json};
+use serde_json::json;
+use viommu_report::results::Results;
 
 use super::short::short;
 use crate::daemon::Counts;
-
-/// Bytes of results that are read: a guest may write as much as it likes, and says little.
-const RESULTS_MAX: u64 = 4 << 20;
 
 /// The files of a run.
 pub struct Files {
@@ -29,7 +27,8 @@ pub struct Summary {
     console: PathBuf,
     results: PathBuf,
     trace: Option<PathBuf>,
-    workloads: Vec<Workload>,
+    /// What the guest said of each of its workloads.
+    workloads: Vec<String>,
     /// Whether the guest found its data as it had written them; `None` if no workload checked that.
     verified: Option<bool>,
     /// What the guest said went wrong.
@@ -37,26 +36,18 @@ pub struct Summary {
     elapsed: Duration,
 }
 
-/// What the guest said of one of its workloads.
-struct Workload {
-    text: String,
-    verified: Option<bool>,
-}
-
 impl Summary {
     /// Puts the daemon's counts and the guest's results together. `elapsed` is the time that QEMU ran.
     pub fn new(counts: &Counts, files: &Files, results: impl Read, elapsed: Duration) -> Summary {
-        let results = read_results(results);
-        let workloads: Vec<_> = results.iter().filter_map(workload).collect();
-        let checks: Vec<bool> = workloads.iter().filter_map(|workload| workload.verified).collect();
+        let results = Results::read(results);
         Summary {
             counts: counts.clone(),
             console: files.console.clone(),
             results: files.results.clone(),
             trace: files.trace.clone(),
-            verified: (!checks.is_empty()).then(|| checks.iter().all(|verified| *verified)),
-            failure: failure(&results),
-            workloads,
+            verified: results.verified(),
+            workloads: results.workloads.iter().map(|workload| short(&workload.text)).collect(),
+            failure: results.failure.map(|message| short(&message)),
             elapsed,
         }
     }
@@ -133,7 +124,7 @@ impl fmt::Display for Summary {
         row("trace: events, lost", format!("{}, {}", counts.events, counts.events_lost))?;
         row("time QEMU ran", format!("{:.1} s", self.elapsed.as_secs_f64()))?;
         for workload in &self.workloads {
-            row("guest", workload.text.clone())?;
+            row("guest", workload.clone())?;
         }
         let verified = match self.verified {
             Some(true) => "the guest read back what it had written",
@@ -155,40 +146,6 @@ fn bytes(count: u64) -> String {
         1024..1_048_576 => format!("{count} ({:.1} KiB)", count as f64 / 1024.0),
         _ => format!("{count} ({:.1} MiB)", count as f64 / 1_048_576.0),
     }
-}
-
-/// The guest's results; lines that are none are the guest's own noise.
-fn read_results(results: impl Read) -> Vec<Value> {
-    let mut text = Vec::new();
-    // What was read before an error is what the guest said.
-    let _ = results.take(RESULTS_MAX).read_to_end(&mut text);
-    let text = String::from_utf8_lossy(&text);
-    text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
-}
-
-fn failure(results: &[Value]) -> Option<String> {
-    let error = results.iter().find(|value| value["event"] == "error");
-    let failed = results.iter().any(|value| value["event"] == "end" && value["ok"] == false);
-    let message = error.and_then(|value| value["message"].as_str());
-    message.map(|message| short(&message)).or_else(|| failed.then(|| "a workload failed".to_string()))
-}
-
-fn workload(value: &Value) -> Option<Workload> {
-    if value["event"] != "result" {
-        return None;
-    }
-    let mut text = value["workload"].as_str().unwrap_or("workload").to_string();
-    if let (Some(op), Some(size)) = (value["op"].as_str(), value["bs"].as_u64()) {
-        text += &format!(" {op}, {size} bytes, depth {}", value["depth"]);
-    }
-    if let (Some(iops), Some(speed)) = (value["iops"].as_f64(), value["mib_per_s"].as_f64()) {
-        text += &format!(": {iops:.0} I/O/s, {speed:.1} MiB/s");
-    }
-    if let Some(error) = value["error"].as_str() {
-        text += &format!(": {error}");
-    }
-    let text = short(&text);
-    Some(Workload { text, verified: value["verified"].as_bool() })
 }
 
 #[cfg(test)]

@@ -8,16 +8,16 @@ use clap::ValueEnum;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use zerocopy::IntoBytes;
 
-use viommu_trace::{self as trace, Choice, Last, ReadError, Reader};
-use viommu_trace::{Header, Kind, Record};
+use viommu_trace::{self as trace, Choice, Entry, Item, Kind, Last, ReadError, Tally, TraceFile};
 
-/// Print the trace of a running viommu
+/// Print the trace of a running viommu, or of a file
 ///
 /// Connects to the trace socket of `viommu serve` or `viommu run` and prints events as they happen, until that process
-/// ends or so many events have been printed as --count says.
+/// ends or so many events have been printed as --count says. A file with a trace, binary or in lines of JSON, is printed
+/// in the same way.
 #[derive(clap::Args)]
 pub struct Args {
-    /// The trace socket
+    /// The trace socket, or a file with a trace
     #[arg(long, value_name = "PATH", default_value = "trace.sock")]
     socket: PathBuf,
 
@@ -33,7 +33,7 @@ pub struct Args {
     #[arg(long = "endpoint", value_name = "ENDPOINT", value_delimiter = ',', value_parser = trace::parse_endpoint)]
     endpoints: Vec<u32>,
 
-    /// Begin with the last N events that happened before, or with all that are kept
+    /// Begin with the last N events that happened before, or with all that are kept; of a file all are printed
     #[arg(long, value_name = "N|all", default_value = "0", value_parser = parse_backlog)]
     backlog: Last,
 
@@ -87,14 +87,19 @@ pub fn main(args: &Args) -> Result<()> {
         backlog: args.backlog,
         ..Choice::default()
     };
-    let mut reader = Reader::connect(&args.socket, &choice)?;
+    let mut trace = TraceFile::open(&args.socket, &choice)?;
+    ensure!(
+        args.format != Format::Binary || trace.header().is_some(),
+        "{} is a trace of JSON lines, which cannot be made binary: choose another --format",
+        args.socket.display()
+    );
     let mut out = BufWriter::with_capacity(64 << 10, stdout.lock());
-    match print(&mut reader, args.format, args.count, &mut out) {
+    match print(&mut trace, args.format, args.count, &mut out) {
         // Whoever read our output has seen enough.
         Err(PrintError::Write(error)) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         Err(PrintError::Write(error)) => Err(error).context("Cannot write the trace"),
         Err(PrintError::Read(error)) => Err(error.into()),
-        Ok(()) => Ok(()),
+        Ok(()) => check(trace.tally()),
     }
 }
 
@@ -117,53 +122,66 @@ impl From<io::Error> for PrintError {
 
 /// Prints up to `count` events. What is printed is flushed whenever the next event is not here yet.
 fn print(
-    reader: &mut Reader<impl io::Read>,
+    trace: &mut TraceFile<impl io::Read>,
     format: Format,
     count: Option<u64>,
     out: &mut impl Write,
 ) -> Result<(), PrintError> {
-    begin(reader.header(), format, out)?;
-    let mut unknown = 0u64;
     let mut left = count.unwrap_or(u64::MAX);
     let mut line = Vec::new();
     while left > 0 {
-        if !reader.is_ready() {
+        if !trace.is_ready() {
             out.flush()?;
         }
-        let Some(record) = reader.next_record()? else { break };
-        left -= 1;
+        let Some(entry) = trace.next_entry()? else { break };
+        if matches!(entry.item, Item::Event(_) | Item::Guest(_)) {
+            left -= 1;
+        }
         line.clear();
-        if !append(&record, format, &mut line) {
-            unknown += 1;
+        match format {
+            Format::Json => trace.append_json(&entry, &mut line),
+            Format::Text => append_text(trace, &entry, &mut line),
+            Format::Binary => append_binary(trace, &entry, &mut line),
         }
         out.write_all(&line)?;
     }
     out.flush()?;
-    if unknown > 0 {
-        log::warn!("{unknown} events are of a kind that this version of viommu does not know");
+    Ok(())
+}
+
+/// Says how much could not be read.
+///
+/// # Errors
+/// It is all.
+fn check(Tally { events, unreadable, first }: &Tally) -> Result<()> {
+    if let Some((at, why)) = first {
+        let message = format!(
+            "{events} events were read, and {unreadable} could not be: the first of them begins at byte {at}: {why}"
+        );
+        ensure!(*events > 0, message);
+        log::warn!("{message}");
     }
     Ok(())
 }
 
-fn begin(header: &Header, format: Format, out: &mut impl Write) -> io::Result<()> {
-    match format {
-        Format::Json => out.write_all(trace::hello(header).as_bytes()),
-        Format::Binary => out.write_all(header.as_bytes()),
-        Format::Text => {
-            writeln!(out, "# viommu, process {}; lost before: {}", header.pid, header.lost)?;
-            writeln!(out, "# {:>13} {:<9} {:<8} fields", "monotonic", "kind", "endpoint")
+fn append_text(trace: &TraceFile<impl io::Read>, entry: &Entry, line: &mut Vec<u8>) {
+    match &entry.item {
+        Item::Hello => {
+            if let Some(header) = trace.header() {
+                line.extend(format!("# viommu, process {}; lost before: {}\n", header.pid, header.lost).as_bytes());
+            }
+            line.extend(format!("# {:>13} {:<9} {:<8} fields\n", "monotonic", "kind", "endpoint").as_bytes());
         }
+        Item::Event(event) => event.put_text(line),
+        Item::Guest(event) => event.put_text(line),
+        Item::GuestHello { .. } | Item::GuestLost { .. } | Item::Other { .. } | Item::Unreadable(_) => {}
     }
 }
 
-/// `false`: the record is not known.
-fn append(record: &Record, format: Format, line: &mut Vec<u8>) -> bool {
-    match format {
-        Format::Json => trace::json(record, line).is_ok(),
-        Format::Text => trace::text(record, line).is_ok(),
-        Format::Binary => {
-            line.extend(record.as_bytes());
-            true
-        }
+fn append_binary(trace: &TraceFile<impl io::Read>, entry: &Entry, line: &mut Vec<u8>) {
+    match (&entry.item, trace.header(), trace.record()) {
+        (Item::Hello, Some(header), _) => line.extend(header.upgrade().as_bytes()),
+        (_, _, Some(record)) => line.extend(record.as_bytes()),
+        _ => {}
     }
 }

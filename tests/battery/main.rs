@@ -20,7 +20,7 @@ use viommu::topology::Topology;
 use viommu_testkit::function::Served;
 use viommu_testkit::trace::Recorder;
 use viommu_testkit::{Ends, Numbers};
-use viommu_wire::trace::Kind;
+use viommu_trace::Kind;
 
 const ENDPOINT: u32 = 0x20;
 /// How long anything may take: only a hang takes longer.

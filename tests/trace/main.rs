@@ -7,6 +7,7 @@ mod fixture;
 mod clients;
 mod command;
 mod documentation;
+mod files;
 mod losses;
 mod recipes;
 mod server;

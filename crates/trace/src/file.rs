@@ -7,7 +7,7 @@ use std::path::Path;
 
 use crate::codec::CodecError;
 use crate::event::{Event, Kind, key};
-use crate::filter::{Choice, hello};
+use crate::filter::{Choice, Filter, hello};
 use crate::guest::{GUEST_VERSION, GuestEvent, guest_key};
 use crate::line::{LineError, Stamped};
 use crate::members::Members;
@@ -87,6 +87,8 @@ pub struct Tally {
 /// A trace that is read from its begin to its end.
 pub struct TraceFile<R> {
     source: Source<R>,
+    /// Which of a file's events are wanted; a socket's server knows.
+    filter: Option<Filter>,
     /// Where the next entry begins.
     at: u64,
     /// Whether the header was given.
@@ -109,14 +111,16 @@ struct Lines<R> {
 }
 
 impl TraceFile<Box<dyn Read + Send>> {
-    /// Opens what is at a path: a trace socket, of which it gets what is chosen, or a file.
+    /// Opens what is at a path: a trace socket, or a file. Gives what is chosen of its events; of a file, whatever
+    /// backlog was chosen. What is no event of the device comes in any case.
     ///
     /// # Errors
     /// If there is nothing that can be read, or something else than a trace.
     pub fn open(path: &Path, choice: &Choice) -> Result<Self, ReadError> {
         let is_file = fs::metadata(path).is_ok_and(|found| !found.file_type().is_socket());
         if is_file {
-            return TraceFile::new(Box::new(File::open(path)?));
+            let file: Box<dyn Read + Send> = Box::new(File::open(path)?);
+            return Ok(TraceFile { filter: Some(choice.filter()), ..TraceFile::new(file)? });
         }
         let (input, header) = Reader::connect(path, choice)?.into_parts();
         let reader = Reader::from_parts(boxed(input), header);
@@ -153,7 +157,7 @@ impl<R: Read> TraceFile<R> {
     }
 
     fn of(source: Source<R>) -> Self {
-        TraceFile { source, at: 0, begun: false, tally: Tally::default() }
+        TraceFile { source, filter: None, at: 0, begun: false, tally: Tally::default() }
     }
 
     /// The next entry; `None` at the end. Waits for it.
@@ -161,6 +165,16 @@ impl<R: Read> TraceFile<R> {
     /// # Errors
     /// If reading fails, or what begins here is of another version.
     pub fn next_entry(&mut self) -> Result<Option<Entry>, ReadError> {
+        loop {
+            let entry = self.next_of_all()?;
+            let Some(Entry { item: Item::Event(event), .. }) = &entry else { return Ok(entry) };
+            if self.filter.as_ref().is_none_or(|filter| filter.passes(&event.encode())) {
+                return Ok(entry);
+            }
+        }
+    }
+
+    fn next_of_all(&mut self) -> Result<Option<Entry>, ReadError> {
         let at = self.at;
         let item = match &mut self.source {
             Source::Records(reader, record) => {
@@ -195,6 +209,18 @@ impl<R: Read> TraceFile<R> {
             _ => {}
         }
         Ok(Some(Entry { at, item }))
+    }
+
+    /// Appends the entry that was read last as a line of JSON: a line as it is, a record as this version writes it. What
+    /// cannot be read has no line.
+    pub fn append_json(&self, entry: &Entry, out: &mut Vec<u8>) {
+        match (&self.source, &entry.item) {
+            (_, Item::Unreadable(_)) => {}
+            (Source::Lines(lines), _) => lines.append(out),
+            (Source::Records(reader, _), Item::Hello) => out.extend_from_slice(hello(reader.header()).as_bytes()),
+            (_, Item::Event(event)) => event.put_json(out),
+            _ => {}
+        }
     }
 
     /// Whether the next entry is here already.
@@ -263,9 +289,7 @@ impl<R: Read + Seek> TraceFile<R> {
             }
             Source::Lines(lines) => {
                 self.at += lines.read()?.ok_or_else(shorter)?;
-                // What a guest wrote need not be UTF-8.
-                out.extend_from_slice(String::from_utf8_lossy(without_end(&lines.line)).as_bytes());
-                out.push(b'\n');
+                lines.append(out);
             }
         }
         Ok(())
@@ -288,6 +312,12 @@ impl<R: Read> Lines<R> {
             }
         }
         Ok((len > 0).then_some(len))
+    }
+
+    /// Appends the line that was read. What a guest wrote need not be UTF-8.
+    fn append(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(String::from_utf8_lossy(without_end(&self.line)).as_bytes());
+        out.push(b'\n');
     }
 
     /// What the line is that was read, of which there are `len` bytes.

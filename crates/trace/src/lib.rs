@@ -38,7 +38,7 @@ pub use codec::{CodecError, MemberError};
 pub use event::{Event, Kind};
 pub use file::{Entry, Item, Tally, TraceFile, Unreadable};
 pub use filter::{Choice, Format, Last, hello, parse_endpoint};
-pub use guest::{GUEST_VERSION, GuestEvent, GuestFields, guest_key};
+pub use guest::{ClockLine, GUEST_VERSION, GuestEvent, GuestFields, GuestTime, guest_key, split_time};
 pub use line::{LineError, Stamped, json, text};
 pub use members::{Members, Value};
 pub use reader::{ReadError, Reader};

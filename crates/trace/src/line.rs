@@ -43,6 +43,11 @@ impl Stamped {
         Ok(Stamped { time_ns: record.time_ns.get(), seq: record.seq.get(), event })
     }
 
+    /// Its record.
+    pub fn encode(&self) -> Record {
+        self.event.encode(self.time_ns, self.seq)
+    }
+
     /// What a line of JSON says.
     pub fn read(members: &Members<'_>) -> Result<Self, LineError> {
         let number = |key| members.number(key).ok_or(LineError::NoMember(key));
@@ -84,7 +89,7 @@ impl Stamped {
 }
 
 #[inline]
-fn put_key(before: &str, key: &str, after: &str, out: &mut Vec<u8>) {
+pub(crate) fn put_key(before: &str, key: &str, after: &str, out: &mut Vec<u8>) {
     out.extend_from_slice(before.as_bytes());
     out.extend_from_slice(key.as_bytes());
     out.extend_from_slice(after.as_bytes());

@@ -38,6 +38,14 @@ pub fn number(mut value: u64, out: &mut Vec<u8>) {
     out.extend_from_slice(&digits[at..]);
 }
 
+/// Appends a number that may be negative in decimal.
+pub fn signed(value: i64, out: &mut Vec<u8>) {
+    if value < 0 {
+        out.push(b'-');
+    }
+    number(value.unsigned_abs(), out);
+}
+
 /// Appends a number in hexadecimal, with `0x` before it.
 #[inline]
 pub fn hex(mut value: u64, out: &mut Vec<u8>) {
@@ -89,6 +97,7 @@ mod tests {
             let value = value >> shift;
             prop_assert_eq!(text(|out| number(value, out)), value.to_string());
             prop_assert_eq!(text(|out| hex(value, out)), format!("{value:#x}"));
+            prop_assert_eq!(text(|out| signed(value as i64, out)), (value as i64).to_string());
             let bdf_of = format!("{:02x}:{:02x}.{}", id >> 8, id >> 3 & 0x1f, id & 7);
             prop_assert_eq!(text(|out| bdf(id, out)), bdf_of);
         }

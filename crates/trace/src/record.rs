@@ -41,6 +41,13 @@ pub struct Header {
     pub seq: U64,
 }
 
+impl Header {
+    /// The header of this version that says the same.
+    pub fn upgrade(self) -> Header {
+        Header { version: VERSION.into(), record_size: (size_of::<Record>() as u32).into(), ..self }
+    }
+}
+
 /// One event.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]

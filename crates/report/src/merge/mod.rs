@@ -1,35 +1,19 @@
 //! One trace of the device's events and the guest's, on the host's clock.
 
 mod clock;
-mod lines;
 mod spans;
 mod tie;
 
 use std::io::{self, Read, Seek, Write};
 
 use clock::Clock;
-use lines::{GuestLine, HostLine, Lines};
-use spans::{GuestEvent, HostSpans, guest_spans};
+use spans::{GuestStep, HostSpans, guest_spans};
 use tie::Tied;
-
-use viommu_trace::record::VERSION;
-
-/// The version of the guest's lines that is read.
-pub const GUEST_VERSION: u32 = 1;
+use viommu_trace::{ClockLine, GuestTime, Item, ReadError, TraceFile, split_time};
 
 /// Why two traces cannot be made one.
 #[derive(Debug, thiserror::Error)]
 pub enum MergeError {
-    /// Another version wrote it.
-    #[error("The {whose} trace has format version {found}; this viommu reads version {wanted}")]
-    Version {
-        /// `device's` or `guest's`.
-        whose: &'static str,
-        /// The version it has.
-        found: u64,
-        /// The version wanted.
-        wanted: u32,
-    },
     /// It does not begin as such a trace does.
     #[error("This is no trace of a guest: its first line is not a hello of source \"guest\"")]
     NoGuestTrace,
@@ -40,12 +24,25 @@ pub enum MergeError {
          dma_iova), and these must not be so regular that several clocks fit"
     )]
     Untied,
-    /// Reading failed.
-    #[error("Cannot read a trace that is to be merged")]
-    Read(#[source] io::Error),
+    /// Reading failed, or another version wrote it.
+    #[error("Cannot read the {whose} trace")]
+    Read {
+        /// `device's` or `guest's`.
+        whose: &'static str,
+        /// Why.
+        source: ReadError,
+    },
     /// Writing failed.
     #[error("Cannot write the merged trace")]
     Write(#[from] io::Error),
+}
+
+fn of_device(source: impl Into<ReadError>) -> MergeError {
+    MergeError::Read { whose: "device's", source: source.into() }
+}
+
+fn of_guest(source: impl Into<ReadError>) -> MergeError {
+    MergeError::Read { whose: "guest's", source: source.into() }
 }
 
 /// What was merged.
@@ -92,23 +89,25 @@ struct Life {
     /// The time of each line, and where the line begins in the file. In the order of time.
     lines: Vec<(u64, u64)>,
     /// In the order of time.
-    events: Vec<GuestEvent>,
+    steps: Vec<GuestStep>,
 }
 
-/// Merges a trace of the device (JSON lines) and one of the guest into one, in the order of time. Both are read twice.
+/// Merges a trace of the device and one of the guest into one of JSON lines, in the order of time. Both are read twice.
 ///
 /// # Errors
 /// If one of them is something else, or nothing ties them.
-pub fn merge(host: impl Read + Seek, guest: impl Read + Seek, out: &mut impl Write) -> Result<Report, MergeError> {
+pub fn merge(
+    host: &mut TraceFile<impl Read + Seek>,
+    guest: &mut TraceFile<impl Read + Seek>,
+    out: &mut impl Write,
+) -> Result<Report, MergeError> {
     let mut report = Report { error: Some(0), ..Report::default() };
-    let mut host = Lines::new(host).map_err(MergeError::Read)?;
-    let mut guest = Lines::new(guest).map_err(MergeError::Read)?;
     let mut merged = Vec::new();
-    let spans = read_host(&mut host, &mut merged, &mut report, out)?;
-    let mut lives = read_lives(&mut guest, &mut report)?;
-    let of_guest: Vec<_> = lives.iter_mut().map(|life| guest_spans(std::mem::take(&mut life.events))).collect();
-    let tied = tie::tie(&of_guest, &spans);
-    drop((of_guest, spans));
+    let spans = read_host(host, &mut merged, &mut report, out)?;
+    let mut lives = read_lives(guest, &mut report)?;
+    let steps: Vec<_> = lives.iter_mut().map(|life| guest_spans(std::mem::take(&mut life.steps))).collect();
+    let tied = tie::tie(&steps, &spans);
+    drop((steps, spans));
     if tied.iter().all(Option::is_none) {
         return Err(MergeError::Untied);
     }
@@ -119,18 +118,25 @@ pub fn merge(host: impl Read + Seek, guest: impl Read + Seek, out: &mut impl Wri
         }
     }
     merged.sort_by_key(|entry| entry.time);
+    let (mut line, mut said) = (Vec::new(), Vec::new());
     for entry in &merged {
+        line.clear();
         match entry.source {
-            Source::Host => writeln!(out, "{}", host.line_at(entry.at).map_err(MergeError::Read)?)?,
+            Source::Host => host.append_line(entry.at, &mut line).map_err(of_device)?,
             Source::Guest(life) => {
-                let Some(tied) = &tied[life as usize] else { continue };
-                write_guest(&guest.line_at(entry.at).map_err(MergeError::Read)?, tied, out)?;
+                let Some(Tied { clock, .. }) = &tied[life as usize] else { continue };
+                said.clear();
+                guest.append_line(entry.at, &mut said).map_err(of_guest)?;
+                let Some((at, rest)) = split_time(&said) else { continue };
+                guest_time(at, clock).put_line(rest, &mut line);
             }
             Source::Clock(life) => {
-                let Some(tied) = &tied[life as usize] else { continue };
-                write_clock(entry, tied, out)?;
+                let Some(Tied { pairs, clock }) = &tied[life as usize] else { continue };
+                let time = guest_time(entry.at, clock);
+                ClockLine { time, offset_ns: clock.offset(entry.at).value, pairs: *pairs as u64 }.put_line(&mut line);
             }
         }
+        out.write_all(&line)?;
     }
     out.flush()?;
     Ok(report)
@@ -138,62 +144,73 @@ pub fn merge(host: impl Read + Seek, guest: impl Read + Seek, out: &mut impl Wri
 
 /// Reads the device's trace. Its hello is written at once.
 fn read_host(
-    host: &mut Lines<impl Read + Seek>,
+    host: &mut TraceFile<impl Read + Seek>,
     merged: &mut Vec<Entry>,
     report: &mut Report,
     out: &mut impl Write,
 ) -> Result<HostSpans, MergeError> {
     let mut spans = HostSpans::new();
-    while let Some((at, line)) = host.next_line().map_err(MergeError::Read)? {
-        match serde_json::from_str::<HostLine>(&line) {
-            Ok(event) => {
-                spans.add(&event);
-                merged.push(Entry { time: nanoseconds(event.t.into()), at, source: Source::Host });
-                report.host += 1;
+    while let Some(entry) = host.next_entry().map_err(of_device)? {
+        let at = entry.at;
+        let time = match entry.item {
+            Item::Hello => {
+                let mut line = Vec::new();
+                host.append_line(at, &mut line).map_err(of_device)?;
+                out.write_all(&line)?;
+                continue;
             }
-            Err(_) if is_hello(&line)? => writeln!(out, "{line}")?,
-            Err(_) => report.skipped += 1,
-        }
+            Item::Event(event) => {
+                spans.add(&event);
+                event.time_ns
+            }
+            Item::Guest(event) => event.time_ns,
+            Item::GuestLost { time_ns } | Item::Other { time_ns, .. } => time_ns,
+            Item::GuestHello { .. } | Item::Unreadable(_) => {
+                report.skipped += 1;
+                continue;
+            }
+        };
+        merged.push(Entry { time: nanoseconds(time.into()), at, source: Source::Host });
+        report.host += 1;
     }
     spans.sort();
     Ok(spans)
 }
 
 /// Reads the guest's trace.
-fn read_lives(guest: &mut Lines<impl Read + Seek>, report: &mut Report) -> Result<Vec<Life>, MergeError> {
+fn read_lives(guest: &mut TraceFile<impl Read + Seek>, report: &mut Report) -> Result<Vec<Life>, MergeError> {
     let mut lives: Vec<Life> = Vec::new();
-    while let Some((at, line)) = guest.next_line().map_err(MergeError::Read)? {
+    while let Some(entry) = guest.next_entry().map_err(of_guest)? {
+        let (time, step) = match &entry.item {
+            Item::GuestHello { time_ns } => {
+                lives.push(Life::default());
+                (*time_ns, None)
+            }
+            Item::Guest(event) => (event.time_ns, GuestStep::new(event)),
+            Item::GuestLost { time_ns } | Item::Other { time_ns, .. } => (*time_ns, None),
+            Item::Unreadable(_) => {
+                report.skipped += 1;
+                continue;
+            }
+            Item::Hello | Item::Event(_) => return Err(MergeError::NoGuestTrace),
+        };
         // The time stands first, so that it can be exchanged.
-        let event = serde_json::from_str::<GuestLine>(&line).ok().filter(|_| time(&line).is_some());
-        let Some(event) = event else {
+        if split_time(guest.line()).is_none() {
             report.skipped += 1;
             continue;
-        };
-        if event.kind == "hello" {
-            let found = event.version.unwrap_or(0);
-            if found != GUEST_VERSION {
-                return Err(MergeError::Version { whose: "guest's", found: found.into(), wanted: GUEST_VERSION });
-            }
-            lives.push(Life::default());
         }
         let life = lives.last_mut().ok_or(MergeError::NoGuestTrace)?;
-        life.lines.push((event.t, at));
-        life.events.extend(GuestEvent::new(&event));
+        life.lines.push((time, entry.at));
+        life.steps.extend(step);
     }
     if lives.is_empty() {
         return Err(MergeError::NoGuestTrace);
     }
     for life in &mut lives {
         life.lines.sort_unstable();
-        life.events.sort_by_key(|event| event.at);
+        life.steps.sort_by_key(|step| step.at);
     }
     Ok(lives)
-}
-
-/// The time that a line of the guest begins with, and what follows its comma.
-fn time(line: &str) -> Option<(u64, &str)> {
-    let (time, rest) = line.strip_prefix("{\"t\":")?.split_once(',')?;
-    Some((time.trim().parse().ok()?, rest))
 }
 
 /// Puts the lines of a life where they belong on the host's clock.
@@ -220,33 +237,6 @@ fn nanoseconds(time: i128) -> i64 {
     i64::try_from(time).unwrap_or(if time < 0 { i64::MIN } else { i64::MAX })
 }
 
-fn write_guest(line: &str, Tied { clock, .. }: &Tied, out: &mut impl Write) -> io::Result<()> {
-    let Some((at, rest)) = time(line) else { return Ok(()) };
-    let (time, error) = (host_time(at, clock), error(clock.offset(at).error));
-    writeln!(out, "{{\"t\":{time},\"t_error\":{error},\"guest_t\":{at},{rest}")
-}
-
-fn write_clock(&Entry { at, .. }: &Entry, Tied { pairs, clock }: &Tied, out: &mut impl Write) -> io::Result<()> {
-    let offset = clock.offset(at);
-    let (time, error) = (host_time(at, clock), error(offset.error));
-    writeln!(
-        out,
-        "{{\"t\":{time},\"t_error\":{error},\"guest_t\":{at},\"kind\":\"clock\",\"offset_ns\":{},\"pairs\":{pairs}}}",
-        offset.value,
-    )
-}
-
-fn error(error: Option<u64>) -> String {
-    error.map_or_else(|| "null".into(), |error| error.to_string())
-}
-
-/// Whether a line of the device's trace is its hello, which must be of the right version.
-fn is_hello(line: &str) -> Result<bool, MergeError> {
-    let value: serde_json::Value = serde_json::from_str(line).unwrap_or_default();
-    match value["version"].as_u64() {
-        Some(found) if !(1..=u64::from(VERSION)).contains(&found) => {
-            Err(MergeError::Version { whose: "device's", found, wanted: VERSION })
-        }
-        _ => Ok(value["kind"] == "hello"),
-    }
+fn guest_time(at: u64, clock: &Clock) -> GuestTime {
+    GuestTime { time_ns: nanoseconds(host_time(at, clock)), error_ns: clock.offset(at).error, guest_ns: at }
 }

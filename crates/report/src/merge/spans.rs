@@ -11,8 +11,10 @@
 use std::collections::HashMap;
 
 use super::clock::{Bound, Side};
-use super::lines::{GuestLine, HostLine, number, tag};
+use viommu_trace::{Event, GuestEvent, Stamped};
+use viommu_wire::model::Model;
 use viommu_wire::nvme;
+use viommu_wire::request::RequestType;
 
 /// The granule of the addresses that are compared.
 const GRANULE: u64 = 4096;
@@ -56,70 +58,39 @@ pub struct HostSpans {
     spans: Vec<(Key, HostSpan)>,
     /// What is linked: by tag, the ranges with their LINKs' places among the spans.
     linked: HashMap<u64, Vec<(u64, u64, usize)>>,
-    /// The opcodes of I/O queues, by their names.
-    opcodes: HashMap<String, u8>,
 }
 
 impl HostSpans {
     /// None yet.
     pub fn new() -> Self {
-        let name = |opcode: u8| {
-            let named = nvme::IO.iter().find(|(number, _)| *number == opcode);
-            named.map_or_else(|| format!("{opcode:#x}"), |(_, name)| (*name).to_owned())
-        };
-        let opcodes = (0..=u8::MAX).map(|opcode| (name(opcode), opcode)).collect();
-        HostSpans { spans: Vec::new(), linked: HashMap::new(), opcodes }
+        HostSpans { spans: Vec::new(), linked: HashMap::new() }
     }
 
     /// Takes note of an event. Events come in their order.
-    pub fn add(&mut self, line: &HostLine) {
-        if line.kind == "dma" {
-            self.access(line);
+    pub fn add(&mut self, &Stamped { time_ns, event, .. }: &Stamped) {
+        if let Event::Dma { iova, tag, .. } = event {
+            self.access(time_ns, iova, tag);
             return;
         }
-        let Some(key) = self.key(line) else { return };
-        match key {
-            Key::Link(tag, end) => {
-                let start = number(line.virt_start).unwrap_or(0);
-                self.linked.entry(tag).or_default().push((start, end, self.spans.len()));
+        let Some((key, duration)) = key(&event) else { return };
+        match (key, event) {
+            (Key::Link(tag, end), Event::Split { virt_start, .. }) => {
+                self.linked.entry(tag).or_default().push((virt_start, end, self.spans.len()));
             }
-            Key::Unlink(tag, _) | Key::Release(tag, _) => drop(self.linked.remove(&tag)),
-            Key::Command { .. } => {}
+            (Key::Unlink(tag, _) | Key::Release(tag, _), _) => drop(self.linked.remove(&tag)),
+            _ => {}
         }
-        self.spans.push((key, HostSpan { start: line.t.saturating_sub(line.duration_ns), end: line.t, used: None }));
+        self.spans.push((key, HostSpan { start: time_ns.saturating_sub(duration), end: time_ns, used: None }));
     }
 
     /// An access through what a LINK linked. After an UNLINK with its tag nothing is known any more.
-    fn access(&mut self, line: &HostLine) -> Option<()> {
-        let iova = number(line.iova)?;
-        let linked = self.linked.get(&tag(line.tag)?)?;
+    fn access(&mut self, time: u64, iova: u64, tag: u64) -> Option<()> {
+        let linked = self.linked.get(&chosen(tag)?)?;
         let (.., index) = linked.iter().rfind(|(start, end, _)| (*start..*end).contains(&iova))?;
         let (_, span) = self.spans.get_mut(*index)?;
-        let (first, last) = span.used.unwrap_or((line.t, line.t));
-        span.used = Some((first.min(line.t), last.max(line.t)));
+        let (first, last) = span.used.unwrap_or((time, time));
+        span.used = Some((first.min(time), last.max(time)));
         Some(())
-    }
-
-    fn key(&self, line: &HostLine) -> Option<Key> {
-        match line.kind {
-            "request" => {
-                let (tag, start) = (tag(line.tag)?, number(line.virt_start)?);
-                match line.request? {
-                    "LINK" => Some(Key::Link(tag, number(line.virt_end)?.wrapping_add(1))),
-                    "UNLINK" => Some(Key::Unlink(tag, start)),
-                    "RELEASE" => Some(Key::Release(tag, start)),
-                    _ => None,
-                }
-            }
-            "command" if line.model == Some("nvme") && line.queue != Some(0) => Some(Key::Command {
-                endpoint: line.endpoint?,
-                queue: line.queue?,
-                cid: line.cid?,
-                opcode: *self.opcodes.get(line.opcode?)?,
-                slba: line.slba?,
-            }),
-            _ => None,
-        }
     }
 
     /// All events were added.
@@ -142,9 +113,36 @@ impl HostSpans {
     }
 }
 
+/// What an event is about, and how long the device took for it.
+fn key(event: &Event) -> Option<(Key, u64)> {
+    match *event {
+        Event::Split { request, virt_start, virt_end, tag, duration, .. } => {
+            let tag = chosen(tag)?;
+            let key = match RequestType::from_number(request)? {
+                RequestType::Link => Key::Link(tag, virt_end.wrapping_add(1)),
+                RequestType::Unlink => Key::Unlink(tag, virt_start),
+                RequestType::Release => Key::Release(tag, virt_start),
+                _ => return None,
+            };
+            Some((key, duration))
+        }
+        Event::Command { endpoint, model: Model::Nvme, queue, opcode, id, part, duration, .. } if queue != 0 => {
+            let (queue, cid) = (queue.try_into().ok()?, id.try_into().ok()?);
+            let slba = nvme::Command::from(part).slba;
+            Some((Key::Command { endpoint, queue, cid, opcode, slba }, duration))
+        }
+        _ => None,
+    }
+}
+
+/// A tag that somebody chose.
+fn chosen(tag: u64) -> Option<u64> {
+    (tag != 0).then_some(tag)
+}
+
 /// An event of the guest, as far as it matters.
 #[derive(Clone, Copy, Debug)]
-pub struct GuestEvent {
+pub struct GuestStep {
     /// The guest's time, ns.
     pub at: u64,
     cpu: Option<u32>,
@@ -170,46 +168,49 @@ enum Step {
     Complete { endpoint: u32, queue: u16, cid: u16 },
 }
 
-impl GuestEvent {
+impl GuestStep {
     /// `None`: the event does not matter, or lacks what it has to have.
-    pub fn new(line: &GuestLine) -> Option<Self> {
-        let step = match line.event? {
-            "dma_iova:dma_iova_link" if line.ret == Some(0) => {
-                let (tag, range) = range(line)?;
+    pub fn new(event: &GuestEvent) -> Option<Self> {
+        let fields = &event.fields;
+        let step = match event.name.as_str() {
+            "dma_iova:dma_iova_link" if fields.ret == Some(0) => {
+                let (tag, range) = range(event)?;
                 Step::Link { tag, range }
             }
             "dma_iova:dma_iova_sync" => {
-                let (tag, range) = range(line)?;
-                Step::Sync { tag, range, waited: line.ret == Some(0) }
+                let (tag, range) = range(event)?;
+                Step::Sync { tag, range, waited: fields.ret == Some(0) }
             }
-            "dma_iova:dma_iova_unlink" => Step::Unlink { tag: tag(line.tag)?, start: granule(line)? },
+            "dma_iova:dma_iova_unlink" => Step::Unlink { tag: chosen(fields.tag?)?, start: granule(event)? },
             "dma_iova:dma_iova_destroy" | "dma_iova:dma_iova_free" => {
-                Step::Release { tag: tag(line.tag)?, start: granule(line)? }
+                Step::Release { tag: chosen(fields.tag?)?, start: granule(event)? }
             }
-            "nvme:nvme_setup_cmd" if line.qid? != 0 => Step::Setup(Key::Command {
-                endpoint: line.endpoint?,
-                queue: line.qid?,
-                cid: line.cid?,
-                opcode: line.opcode?,
-                slba: line.slba?,
+            "nvme:nvme_setup_cmd" if fields.qid? != 0 => Step::Setup(Key::Command {
+                endpoint: event.endpoint?,
+                queue: fields.qid?,
+                cid: fields.cid?,
+                opcode: fields.opcode?,
+                slba: fields.slba?,
             }),
-            "nvme:nvme_complete_rq" => Step::Complete { endpoint: line.endpoint?, queue: line.qid?, cid: line.cid? },
+            "nvme:nvme_complete_rq" => {
+                Step::Complete { endpoint: event.endpoint?, queue: fields.qid?, cid: fields.cid? }
+            }
             _ => return None,
         };
-        Some(GuestEvent { at: line.t, cpu: line.cpu, step })
+        Some(GuestStep { at: event.time_ns, cpu: event.cpu, step })
     }
 }
 
 /// An event's tag and addresses.
-fn range(line: &GuestLine) -> Option<(u64, Range)> {
-    let (tag, start) = (tag(line.tag)?, number(line.iova)?);
-    let end = start.checked_add(line.size?)?.checked_next_multiple_of(GRANULE)?;
+fn range(event: &GuestEvent) -> Option<(u64, Range)> {
+    let (tag, start) = (chosen(event.fields.tag?)?, event.fields.iova?);
+    let end = start.checked_add(event.fields.size?)?.checked_next_multiple_of(GRANULE)?;
     Some((tag, (start, end)))
 }
 
 /// Where the granule of an event's address begins.
-fn granule(line: &GuestLine) -> Option<u64> {
-    Some(number(line.iova)? / GRANULE * GRANULE)
+fn granule(event: &GuestEvent) -> Option<u64> {
+    Some(event.fields.iova? / GRANULE * GRANULE)
 }
 
 /// A link that was not waited for yet.
@@ -232,7 +233,7 @@ struct Guest {
 }
 
 /// The operations of one life of the guest, in the order of their first times, from its events in the order of theirs.
-pub fn guest_spans(events: impl IntoIterator<Item = GuestEvent>) -> Vec<GuestSpan> {
+pub fn guest_spans(events: impl IntoIterator<Item = GuestStep>) -> Vec<GuestSpan> {
     let mut guest = Guest::default();
     for event in events {
         guest.add(event);
@@ -244,7 +245,7 @@ pub fn guest_spans(events: impl IntoIterator<Item = GuestEvent>) -> Vec<GuestSpa
 }
 
 impl Guest {
-    fn add(&mut self, GuestEvent { at, cpu, step }: GuestEvent) {
+    fn add(&mut self, GuestStep { at, cpu, step }: GuestStep) {
         match step {
             Step::Link { tag, range } => self.links.entry(tag).or_default().push(OpenLink { at, cpu, range }),
             Step::Sync { tag, range, waited } => self.sync(at, cpu, tag, range, waited),

@@ -385,8 +385,9 @@ fn candidates(votes: Vec<Vec<(i64, i64)>>) -> Vec<Interval> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::spans::{GuestEvent, guest_spans};
+    use super::super::spans::{GuestStep, guest_spans};
     use super::*;
+    use viommu_trace::{Item, TraceFile};
 
     /// A world in which the host's clock is 1 s ahead. Each I/O takes 100 µs and uses the same tag, address and command
     /// identifier; blocks differ, but for the first two.
@@ -410,26 +411,39 @@ mod tests {
             say(70_000, format!("\"event\":\"dma_iova:dma_iova_destroy\",{range}"));
             let mut say =
                 |after: u64, text: String| host.push(format!("{{\"t\":{},{text}}}", t + 1_000_000_000 + after));
-            let range =
-                format!("\"kind\":\"request\",\"virt_start\":\"{iova}\",\"virt_end\":\"0xfffd1fff\",\"tag\":\"{tag}\"");
-            say(8_000, format!("{range},\"type\":\"LINK\",\"duration_ns\":2000"));
+            let range = format!(
+                "\"seq\":0,\"kind\":\"request\",\"status\":\"OK\",\"domain\":1,\"virt_start\":\"{iova}\",\"virt_end\":\"0xfffd1fff\",\"tag\":\"{tag}\""
+            );
+            say(8_000, format!("{range},\"type\":\"LINK\",\"extents\":1,\"flags\":\"r\",\"duration_ns\":2000"));
             say(
                 50_000,
                 format!(
-                    "\"kind\":\"command\",\"endpoint\":32,\"model\":\"nvme\",\"queue\":1,\"cid\":9,\"opcode\":\"read\",\"slba\":{block},\"duration_ns\":30000"
+                    "\"seq\":0,\"kind\":\"command\",\"endpoint\":32,\"model\":\"nvme\",\"queue\":1,\"opcode\":\"read\",\"id\":9,\"status\":\"0x0\",\"len\":8192,\"duration_ns\":30000,\"slba\":{block}"
                 ),
             );
-            say(90_000, format!("{range},\"type\":\"RELEASE\",\"duration_ns\":1000"));
+            say(90_000, format!("{range},\"type\":\"RELEASE\",\"granules\":2,\"duration_ns\":1000"));
         }
         (host, guest)
     }
 
+    fn items(lines: &[String]) -> Vec<Item> {
+        let text = lines.join("\n");
+        let mut file = TraceFile::new(text.as_bytes()).unwrap();
+        std::iter::from_fn(|| Some(file.next_entry().unwrap()?.item)).collect()
+    }
+
     fn tied(host: &[String], guest: &[String]) -> Option<Tied> {
         let mut spans = HostSpans::new();
-        host.iter().for_each(|line| spans.add(&serde_json::from_str(line).unwrap()));
+        for item in items(host) {
+            let Item::Event(event) = item else { panic!("{item:?}") };
+            spans.add(&event);
+        }
         spans.sort();
-        let events = guest.iter().filter_map(|line| GuestEvent::new(&serde_json::from_str(line).unwrap()));
-        tie(&[guest_spans(events)], &spans).pop().unwrap()
+        let steps = items(guest).into_iter().filter_map(|item| {
+            let Item::Guest(event) = item else { panic!("{item:?}") };
+            GuestStep::new(&event)
+        });
+        tie(&[guest_spans(steps)], &spans).pop().unwrap()
     }
 
     #[test]
@@ -507,7 +521,7 @@ mod tests {
             ));
             let (t, duration) = (on_host(end), on_host(end) - on_host(start));
             host.push(format!(
-                "{{\"t\":{t},\"kind\":\"command\",\"endpoint\":32,\"model\":\"nvme\",\"queue\":1,\"cid\":{cid},\"opcode\":\"read\",\"slba\":{block},\"duration_ns\":{duration}}}"
+                "{{\"t\":{t},\"seq\":{n},\"kind\":\"command\",\"endpoint\":32,\"model\":\"nvme\",\"queue\":1,\"opcode\":\"read\",\"id\":{cid},\"status\":\"0x0\",\"len\":4096,\"duration_ns\":{duration},\"slba\":{block}}}"
             ));
         }
         guest.sort();
