@@ -13,6 +13,7 @@ use crate::event::Kind;
 use crate::event::{Event, LossPlace};
 use crate::filter::{Choice, Filter, Format, Last, hello, refusal};
 use crate::line;
+use crate::lines::Lines;
 use crate::record::{Header, Record};
 
 /// A client that has sent nothing for so long gets the default.
@@ -127,6 +128,11 @@ impl Client {
         matches!(self.state, State::Streaming { .. })
     }
 
+    /// Whether it gets events as lines of JSON.
+    pub fn gets_json(&self) -> bool {
+        matches!(self.state, State::Streaming { format: Format::Json, .. })
+    }
+
     /// Whether its socket was full.
     pub fn is_blocked(&self) -> bool {
         self.blocked
@@ -238,11 +244,11 @@ impl Client {
         missed.seq = record.seq.get();
     }
 
-    /// Sends what there is for the client, up to a limit.
-    pub fn pump(&mut self, backlog: &Backlog) -> Progress {
+    /// Sends what there is for the client, up to a limit. `lines` are those that it shares with others.
+    pub fn pump(&mut self, backlog: &Backlog, mut lines: Option<&mut Lines>) -> Progress {
         for _ in 0..ROUNDS {
             if self.out.is_empty() {
-                self.fill(backlog);
+                self.fill(backlog, lines.as_deref_mut());
             }
             if self.out.is_empty() {
                 return if matches!(self.state, State::Closing { .. }) { Progress::Gone } else { Progress::Done };
@@ -268,7 +274,7 @@ impl Client {
     }
 
     /// Makes the next bytes ready.
-    fn fill(&mut self, backlog: &Backlog) {
+    fn fill(&mut self, backlog: &Backlog, mut lines: Option<&mut Lines>) {
         let State::Streaming { format, filter } = &self.state else { return };
         if let Some(missed) = self.missed.take() {
             let lost = Event::Lost { place: LossPlace::Client, count: missed.count, since: missed.since };
@@ -279,10 +285,14 @@ impl Client {
             if run.is_empty() {
                 return;
             }
-            for record in run {
+            let first = self.position.max(backlog.first());
+            for (position, record) in (first..).zip(run) {
                 self.position += 1;
                 if filter.passes(record) {
-                    append(*format, record, &mut self.out);
+                    match (format, lines.as_deref_mut()) {
+                        (Format::Json, Some(lines)) => lines.append(position, record, &mut self.out),
+                        _ => append(*format, record, &mut self.out),
+                    }
                     if self.out.len() >= OUT_MAX {
                         return;
                     }

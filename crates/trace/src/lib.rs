@@ -15,6 +15,7 @@ mod file;
 mod filter;
 mod guest;
 mod line;
+mod lines;
 mod members;
 mod names;
 mod part;

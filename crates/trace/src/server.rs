@@ -13,6 +13,7 @@ use crate::backlog::Backlog;
 use crate::client::{Client, Progress};
 use crate::collector::{Collector, Drained};
 use crate::filter::Filter;
+use crate::lines::Lines;
 use crate::record::{Header, MAGIC, Record, VERSION};
 use crate::tracer::{Shared, now_ns, realtime_ns};
 use viommu_socket::Socket;
@@ -54,6 +55,8 @@ pub struct Server {
     no_accept: Option<Instant>,
     clients: BTreeMap<u64, Client>,
     clients_max: usize,
+    /// What clients that get JSON share.
+    lines: Lines,
     next_client: u64,
     last_event: Instant,
     /// How long clients have to take the last events.
@@ -78,6 +81,7 @@ impl Server {
             no_accept: None,
             clients: BTreeMap::new(),
             clients_max: clients_max(),
+            lines: Lines::default(),
             next_client: FIRST_CLIENT,
             last_event: Instant::now(),
             farewell,
@@ -172,7 +176,7 @@ impl Server {
         if self.clients.len() >= self.clients_max {
             client.refuse(&format!("{} clients are served already, which is the limit", self.clients_max));
             // What the socket does not take at once is lost with the connection.
-            client.pump(&self.backlog);
+            client.pump(&self.backlog, None);
             return Ok(());
         }
         self.epoll.add(client.fd(), client.new_interest().unwrap_or(Events::empty()), self.next_client)?;
@@ -207,10 +211,12 @@ impl Server {
 
     /// Sends to all clients what they can take, within limits. Whether some could take more.
     fn pump(&mut self) -> bool {
-        let Server { clients, backlog, epoll, .. } = self;
+        let Server { clients, backlog, epoll, lines, .. } = self;
         let mut more = false;
+        // One alone has its lines made where they are sent from.
+        let share = clients.values().filter(|client| client.gets_json()).count() > 1;
         clients.retain(|id, client| {
-            let progress = client.pump(backlog);
+            let progress = client.pump(backlog, share.then_some(&mut *lines));
             more |= progress == Progress::More;
             let change = client.new_interest();
             progress != Progress::Gone && change.is_none_or(|events| epoll.change(client.fd(), events, *id).is_ok())

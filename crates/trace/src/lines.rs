@@ -1,0 +1,96 @@
+//! Lines of JSON that several clients get: each is made once.
+
+use crate::line;
+use crate::record::Record;
+
+/// Bytes of lines that are kept: twice as many at most.
+const CHUNK_MAX: usize = 512 << 10;
+
+/// Records that clients leave out, over which the lines go on.
+const GAP_MAX: u64 = 4096;
+
+/// The lines of records one behind the other.
+#[derive(Default)]
+struct Chunk {
+    /// The position of the first in the backlog.
+    first: u64,
+    bytes: Vec<u8>,
+    /// Where each line ends; one that nobody wanted ends where it begins.
+    ends: Vec<usize>,
+}
+
+impl Chunk {
+    fn end(&self) -> u64 {
+        self.first + self.ends.len() as u64
+    }
+
+    fn line(&self, position: u64) -> Option<&[u8]> {
+        let n = usize::try_from(position.checked_sub(self.first)?).ok()?;
+        let end = *self.ends.get(n)?;
+        let begin = n.checked_sub(1).map_or(0, |before| self.ends[before]);
+        (begin < end).then(|| &self.bytes[begin..end])
+    }
+}
+
+/// The lines of the newest records that somebody got.
+#[derive(Default)]
+pub struct Lines {
+    old: Chunk,
+    new: Chunk,
+}
+
+impl Lines {
+    /// Appends the line of the record at this position of the backlog.
+    pub fn append(&mut self, position: u64, record: &Record, out: &mut Vec<u8>) {
+        if let Some(line) = self.new.line(position).or_else(|| self.old.line(position)) {
+            out.extend_from_slice(line);
+            return;
+        }
+        if position < self.new.end() {
+            // Who is that far behind, or wants what others left out, has it made anew.
+            make(record, out);
+            return;
+        }
+        if position - self.new.end() > GAP_MAX || self.new.bytes.len() >= CHUNK_MAX {
+            std::mem::swap(&mut self.old, &mut self.new);
+            self.new.first = position;
+            self.new.bytes.clear();
+            self.new.ends.clear();
+        }
+        let begin = self.new.bytes.len();
+        self.new.ends.resize((position - self.new.first) as usize, begin);
+        make(record, &mut self.new.bytes);
+        self.new.ends.push(self.new.bytes.len());
+        out.extend_from_slice(&self.new.bytes[begin..]);
+    }
+}
+
+/// Records are made in this process, so they are of this version.
+fn make(record: &Record, out: &mut Vec<u8>) {
+    let _ = line::json(record, out);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Event;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// Whoever asks for whatever in whatever order gets the line of that record.
+        #[test]
+        fn everybody_gets_the_right_lines(asked in prop::collection::vec((0u64..20_000, 1u64..3_000), 1..20)) {
+            let mut lines = Lines::default();
+            for (from, count) in asked {
+                for position in from..from + count {
+                    let record = Event::Panic { endpoint: position as u32 }.encode(position, position);
+                    let (mut found, mut wanted) = (Vec::new(), Vec::new());
+                    lines.append(position, &record, &mut found);
+                    make(&record, &mut wanted);
+                    prop_assert_eq!(found, wanted);
+                }
+            }
+            prop_assert!(lines.old.bytes.len() + lines.new.bytes.len() <= 2 * (CHUNK_MAX + 1024));
+        }
+    }
+}
