@@ -37,6 +37,10 @@ pub struct Args {
     #[arg(long, value_name = "N|all", default_value = "0", value_parser = parse_backlog)]
     backlog: Last,
 
+    /// Tell also what is live: domains, endpoints, reservations, mappings, between two marks, while requests go on
+    #[arg(long)]
+    state: bool,
+
     /// Print instead what the trace's formats are, as JSON for programs: kinds, fields, types, units, places in a record
     #[arg(long, exclusive = true)]
     schema: bool,
@@ -85,6 +89,7 @@ pub fn main(args: &Args) -> Result<()> {
         kinds: args.kinds.clone(),
         endpoints: args.endpoints.clone(),
         backlog: args.backlog,
+        state: args.state,
         ..Choice::default()
     };
     let mut trace = TraceFile::open(&args.socket, &choice)?;

@@ -14,7 +14,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::devices::Device;
 use crate::dma::DmaCounters;
-use crate::iommu::{self, Iommu};
+use crate::iommu::{self, Iommu, Live};
 use crate::pci::{self, Function, Slot};
 use crate::topology::qemu::Paths;
 use crate::topology::{Endpoint, Size, Topology};
@@ -107,7 +107,7 @@ struct Served {
 impl Bound<'_> {
     /// Makes the sockets and the table; waits for nobody.
     pub fn new<'t>(topology: &'t Topology, options: &Options, devices: Devices) -> Result<Bound<'t>> {
-        let (tracer, trace) = match &options.trace_socket {
+        let (tracer, mut trace) = match &options.trace_socket {
             // Without a way to see them, events are not even made.
             None => (Tracer::default(), None),
             Some(socket) => {
@@ -117,6 +117,10 @@ impl Bound<'_> {
             }
         };
         let iommu = Iommu::new(topology.settings(), tracer.clone());
+        if let Some(trace) = &mut trace {
+            let iommu = iommu.clone();
+            trace.set_state(move || Box::new(Live::new(iommu.clone())));
+        }
         let server = vhost::Server::bind(&options.paths.iommu, iommu.clone(), tracer.clone());
         let server = server.context("Cannot serve the IOMMU")?;
         let bind = |endpoint| {

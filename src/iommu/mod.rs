@@ -19,7 +19,7 @@ mod sync;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
 use address_space::{AddressSpace, Budget};
 use counters::Counters;
@@ -188,6 +188,15 @@ impl Iommu {
     /// holds it, the trace has exactly what was done, except for requests whose answer could not be written. See [`Live`].
     pub fn journal(&self) -> MutexGuard<'_, ()> {
         lock(&self.journal)
+    }
+
+    /// The same, if nobody holds it.
+    fn try_journal(&self) -> Option<MutexGuard<'_, ()>> {
+        match self.journal.try_lock() {
+            Ok(journal) => Some(journal),
+            Err(TryLockError::Poisoned(journal)) => Some(journal.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
 
     /// Waits until no access can use anything that requests removed so far. Costs nothing if nothing was removed. The

@@ -8,9 +8,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use serde_json::Value;
 use tempfile::TempDir;
 pub use viommu_testkit::PATIENCE;
-use viommu_trace::Record;
 use viommu_trace::event::LossPlace;
 use viommu_trace::{self as trace, Choice, Counters, Event, Options, Reader, TraceHandle, Tracer};
+use viommu_trace::{Record, StateSource};
 
 /// One at a time: some tests measure time, and the machine may have two processors only.
 pub fn alone() -> MutexGuard<'static, ()> {
@@ -42,6 +42,16 @@ impl Fixture {
         let socket = dir.path().join("trace.sock");
         let (tracer, handle) = trace::start(Options { socket: Some(socket.clone()), ..options }).unwrap();
         Fixture { tracer, handle, socket, _dir: dir, _alone: alone }
+    }
+
+    /// One that tells what is live.
+    pub fn with_state(make: impl Fn() -> Box<dyn StateSource> + Send + 'static) -> Self {
+        let alone = alone();
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("trace.sock");
+        let (tracer, mut bound) = trace::bind(Options { socket: Some(socket.clone()), ..patient() }).unwrap();
+        bound.set_state(make);
+        Fixture { tracer, handle: bound.start().unwrap(), socket, _dir: dir, _alone: alone }
     }
 
     /// A client that sends this and whose reads do not wait for ever.

@@ -11,4 +11,5 @@ mod files;
 mod losses;
 mod recipes;
 mod server;
+mod state;
 mod threads;

@@ -15,6 +15,7 @@ use crate::filter::{Choice, Filter, Format, Last, hello, refusal};
 use crate::line;
 use crate::lines::Lines;
 use crate::record::{Header, Record};
+use crate::state::{Snapshot, StateSource};
 
 /// A client that has sent nothing for so long gets the default.
 const GRACE: Duration = Duration::from_millis(100);
@@ -76,6 +77,8 @@ pub struct Client {
     /// Where in the backlog it is. The backlog may end before, as long as the client gets nothing.
     position: u64,
     missed: Option<Missed>,
+    /// What is live, if it asked for that and does not have it all.
+    snapshot: Option<Snapshot>,
     out: Vec<u8>,
     /// Bytes of `out` that the socket took.
     sent: usize,
@@ -90,7 +93,7 @@ impl Client {
         stream.set_nonblocking(true)?;
         let state = State::Greeting { line: Vec::new(), deadline: Instant::now() + GRACE };
         let (out, awaited) = (Vec::new(), Events::empty());
-        Ok(Client { stream, state, position, missed: None, out, sent: 0, blocked: false, awaited })
+        Ok(Client { stream, state, position, missed: None, snapshot: None, out, sent: 0, blocked: false, awaited })
     }
 
     /// Turns the client away.
@@ -199,9 +202,16 @@ impl Client {
         false
     }
 
-    /// Begins the stream.
-    pub fn begin(&mut self, choice: &Choice, header: &Header, backlog: &Backlog) {
+    /// Begins the stream; `state` makes what reads what is live.
+    pub fn begin(
+        &mut self,
+        choice: &Choice,
+        header: &Header,
+        backlog: &Backlog,
+        state: impl FnOnce() -> Box<dyn StateSource>,
+    ) {
         let filter = choice.filter();
+        self.snapshot = (filter.kinds & Kind::State.bit() != 0).then(|| Snapshot::new(state()));
         match choice.format {
             Format::Json => self.out.extend(hello(header).as_bytes()),
             Format::Binary => self.out.extend(header.as_bytes()),
@@ -222,6 +232,18 @@ impl Client {
         self.state = State::Streaming { format: choice.format, filter };
     }
 
+    /// Whether it can take more of what is live, which was not read yet.
+    pub fn wants_state(&self) -> bool {
+        !self.blocked && self.snapshot.as_ref().is_some_and(Snapshot::is_to_read)
+    }
+
+    /// Reads some of what is live; `made` is how many events were made.
+    pub fn read_state(&mut self, made: impl Fn() -> u64) {
+        if let (State::Streaming { filter, .. }, Some(snapshot)) = (&self.state, &mut self.snapshot) {
+            snapshot.read(made, |record| filter.passes(record));
+        }
+    }
+
     /// The event at this client's position goes out of the backlog.
     pub fn miss(&mut self, record: &Record) {
         self.position += 1;
@@ -237,6 +259,9 @@ impl Client {
         // Whoever misses the news of a loss missed what was lost.
         let is_loss = record.kind.get() == Kind::Lost as u16;
         let count = if is_loss { record.args[0].get() } else { 1 };
+        if let Some(snapshot) = &mut self.snapshot {
+            snapshot.lose(record.seq.get(), count);
+        }
         let time = record.time_ns.get();
         let missed = self.missed.get_or_insert(Missed { count: 0, since: time, until: 0, seq: 0 });
         missed.count += count;
@@ -281,14 +306,30 @@ impl Client {
             append(*format, &lost.encode(missed.until, missed.seq), &mut self.out);
         }
         loop {
+            while let Some(record) = self.snapshot.as_mut().and_then(|snapshot| snapshot.next(self.position)) {
+                append(*format, &record, &mut self.out);
+                if self.out.len() >= OUT_MAX {
+                    return;
+                }
+            }
+            let until = self.snapshot.as_ref().and_then(Snapshot::until);
+            self.snapshot.take_if(|snapshot| snapshot.is_over());
             let run = backlog.run(self.position);
             if run.is_empty() {
                 return;
             }
+            // What is live comes where it was read.
+            let len = until.map_or(run.len(), |until| run.len().min(until.saturating_sub(self.position) as usize));
+            let run = &run[..len];
             let first = self.position.max(backlog.first());
             for (position, record) in (first..).zip(run) {
                 self.position += 1;
                 if filter.passes(record) {
+                    if let Some(snapshot) = &mut self.snapshot
+                        && record.kind.get() == Kind::Lost as u16
+                    {
+                        snapshot.lose(record.seq.get(), record.args[0].get());
+                    }
                     match (format, lines.as_deref_mut()) {
                         (Format::Json, Some(lines)) => lines.append(position, record, &mut self.out),
                         _ => append(*format, record, &mut self.out),

@@ -9,7 +9,7 @@ use std::time::Duration;
 use viommu_wire::model::{Model, Part};
 use viommu_wire::named_numbers;
 use viommu_wire::split::request_type::{LINK, RELEASE, UNLINK};
-use viommu_wire::virtio_iommu::request_type::{ATTACH, DETACH, PROBE, UNMAP};
+use viommu_wire::virtio_iommu::request_type::{ATTACH, DETACH, MAP, PROBE, UNMAP};
 
 use crate::codec::{CodecError, MemberError};
 use crate::declare::{self, events};
@@ -84,6 +84,24 @@ named_numbers! {
         Bypass = 1 "bypass",
         /// The address is in the endpoint's MSI region.
         Msi = 2 "msi",
+    }
+
+    /// What is live.
+    pub enum StateItem {
+        /// Nothing yet: what is live follows.
+        Begin = 0 "begin",
+        /// A domain.
+        Domain = 1 "domain",
+        /// An endpoint that is attached to a domain.
+        Endpoint = 2 "endpoint",
+        /// A reservation of the split protocol.
+        Reservation = 3 "reservation",
+        /// A mapping of a MAP.
+        Mapping = 4 "mapping",
+        /// Pages one behind the other that LINKs with one tag led to memory that lies in the same order.
+        Linked = 5 "linked",
+        /// That is all.
+        End = 6 "end",
     }
 
     /// Where events were lost.
@@ -268,6 +286,35 @@ events! {
         Undelivered () {
             count: u64 as Number at a0, "count";
         };
+
+    State = 19 "state" on request:
+        /// Something is live; `begin` and `end` are marks around all that is. The event's number is that of the next event
+        /// when this was read. `lost`: events that the client lacks since `begin`.
+        State (endpoint: Option<u32>) {
+            item: StateItem as Named at s0, "item";
+            domain: u32 as Number at a0[0..32], "domain" if !item.is_mark();
+            bypass: bool as Flag at s1, "bypass" if item == StateItem::Domain;
+            virt_start: u64 as Hex at a1, "virt_start" if item.is_range();
+            virt_end: u64 as Hex at a2, "virt_end" if item.is_range() => "size" Size(virt_start, virt_end);
+            phys_start: u64 as Hex at a3, "phys_start" if item.is_mapped();
+            flags: u32 as Flags(MAP) at a0[32..64], "flags" if item.is_mapped();
+            tag: u64 as Hex at a4, "tag" if item == StateItem::Linked;
+            lost: u64 as Number at a5, "lost" if item == StateItem::End;
+        };
+}
+
+impl StateItem {
+    fn is_mark(self) -> bool {
+        matches!(self, StateItem::Begin | StateItem::End)
+    }
+
+    fn is_mapped(self) -> bool {
+        matches!(self, StateItem::Mapping | StateItem::Linked)
+    }
+
+    fn is_range(self) -> bool {
+        self.is_mapped() || self == StateItem::Reservation
+    }
 }
 
 impl Event {

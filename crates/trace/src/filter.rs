@@ -41,10 +41,12 @@ pub struct Choice {
     pub endpoints: Vec<u32>,
     /// Events of before.
     pub backlog: Last,
+    /// Begin with what is live. To name [`Kind::State`] is to choose it too.
+    pub state: bool,
 }
 
 /// Says what a choice looks like; ends the messages about bad ones.
-const EXPECTED: &str = r#"expected one line like {"format":"json"|"binary","kinds":["request",...],"endpoints":[32,"00:04.0",...],"backlog":N|"all"}, every member optional, or an empty line"#;
+const EXPECTED: &str = r#"expected one line like {"format":"json"|"binary","kinds":["request",...],"endpoints":[32,"00:04.0",...],"backlog":N|"all","state":true}, every member optional, or an empty line"#;
 
 impl Choice {
     /// The choice that a client's first line makes. The error says what is wrong and what is possible.
@@ -63,6 +65,7 @@ impl Choice {
                 "kinds" => choice.kinds = parse_list(key, value, parse_kind)?,
                 "endpoints" => choice.endpoints = parse_list(key, value, parse_endpoint_value)?,
                 "backlog" => choice.backlog = parse_backlog(value)?,
+                "state" => choice.state = parse_state(value)?,
                 _ => return Err(format!("Unknown member {key:?}: {EXPECTED}")),
             }
         }
@@ -82,7 +85,7 @@ impl Choice {
             Last::All => json!("all"),
         };
         let mut line =
-            json!({"format": format, "kinds": kinds, "endpoints": self.endpoints, "backlog": backlog}).to_string();
+            json!({"format": format, "kinds": kinds, "endpoints": self.endpoints, "backlog": backlog, "state": self.state}).to_string();
         line.push('\n');
         line
     }
@@ -93,7 +96,8 @@ impl Choice {
             [] => Kind::DEFAULT,
             chosen => chosen.iter().fold(0, |bits, kind| bits | kind.bit()),
         };
-        let kinds = chosen | Kind::Lost.bit();
+        let state = if self.state { Kind::State.bit() } else { 0 };
+        let kinds = chosen | Kind::Lost.bit() | state;
         let mut endpoints = self.endpoints.clone();
         endpoints.sort_unstable();
         endpoints.dedup();
@@ -174,6 +178,10 @@ fn parse_bdf(text: &str) -> Option<u32> {
     Some(part(bus, 0xff)? << 8 | part(device, 0x1f)? << 3 | part(function, 7)?)
 }
 
+fn parse_state(value: &Value) -> Result<bool, String> {
+    value.as_bool().ok_or_else(|| format!("Bad \"state\" {value}: expected true or false"))
+}
+
 fn parse_backlog(value: &Value) -> Result<Last, String> {
     match (value.as_u64(), value.as_str()) {
         (Some(0), _) => Ok(Last::None),
@@ -250,6 +258,7 @@ mod tests {
                 kinds: vec![Kind::Dma, Kind::Fault],
                 endpoints: vec![32, u32::MAX],
                 backlog: Last::Count(7),
+                state: true,
             },
             Choice { backlog: Last::All, ..Choice::default() },
         ];
@@ -274,6 +283,7 @@ mod tests {
             (br#"{"endpoints":[-1]}"#, "00:04.0"),
             (br#"{"backlog":"some"}"#, "\"all\""),
             (br#"{"backlog":-5}"#, "\"all\""),
+            (br#"{"state":1}"#, "true or false"),
             (br#"{"formt":"json"}"#, "Unknown member \"formt\""),
         ] {
             let message = Choice::parse(line).unwrap_err();

@@ -26,6 +26,7 @@ pub mod record;
 mod ring;
 mod schema;
 mod server;
+mod state;
 mod tracer;
 mod unit;
 
@@ -45,6 +46,7 @@ pub use members::{Members, Value};
 pub use reader::{ReadError, Reader};
 pub use record::{Header, Record};
 pub use schema::schema;
+pub use state::StateSource;
 pub use tracer::{Counters, Tracer, now_ns};
 
 use viommu_socket::{Socket, SocketError};
@@ -116,6 +118,11 @@ impl Bound {
         let (client, server) = UnixStream::pair()?;
         self.server.add(server)?;
         Ok(client)
+    }
+
+    /// What is live is asked of what `make` makes, for each client that wants to know it.
+    pub fn set_state(&mut self, make: impl Fn() -> Box<dyn StateSource> + Send + 'static) {
+        self.server.set_state(Box::new(make));
     }
 
     /// Starts the collector.

@@ -3,7 +3,7 @@
 use viommu_wire::Named;
 use viommu_wire::model::{Model, Part};
 
-use crate::event::{Access, Answer, Channel, LossPlace, ResetKind, Route};
+use crate::event::{Access, Answer, Channel, LossPlace, ResetKind, Route, StateItem};
 use crate::record::{NO_ENDPOINT, WORDS};
 
 /// Bits of a record: `width` of them, from bit `low` of the 64-bit word `word` on.
@@ -42,6 +42,7 @@ pub mod word {
     pub const a2: Place = arg(2);
     pub const a3: Place = arg(3);
     pub const a4: Place = arg(4);
+    pub const a5: Place = arg(5);
 
     const fn arg(n: usize) -> Place {
         Place { word: 3 + n, low: 0, width: 64 }
@@ -109,7 +110,7 @@ macro_rules! stored {
 
 stored! {
     numbers: u8, u16, u32, u64;
-    names: Access, Answer, Channel, LossPlace, Model, ResetKind, Route
+    names: Access, Answer, Channel, LossPlace, Model, ResetKind, Route, StateItem
 }
 
 impl Stored for bool {

@@ -15,6 +15,7 @@ use crate::collector::{Collector, Drained};
 use crate::filter::Filter;
 use crate::lines::Lines;
 use crate::record::{Header, MAGIC, Record, VERSION};
+use crate::state::{MakeState, Nothing};
 use crate::tracer::{Shared, now_ns, realtime_ns};
 use viommu_socket::Socket;
 
@@ -40,6 +41,14 @@ const CLIENTS_MAX: u64 = 256;
 /// Behind the vCPUs and the device models when there are not enough processors.
 const NICE: i32 = 5;
 
+/// Clients for which some of what is live is read in one turn. They are served in turns, so that events do not wait long
+/// behind them.
+const STATE_STEPS: usize = 4;
+
+/// While events come, what is live takes one in so many parts of the time: those who make the events wait for reading, or
+/// for the processor.
+const STATE_SHARE: u32 = 8;
+
 const WAKE: u64 = 0;
 const LISTENER: u64 = 1;
 const FIRST_CLIENT: u64 = 2;
@@ -59,6 +68,12 @@ pub struct Server {
     lines: Lines,
     next_client: u64,
     last_event: Instant,
+    /// Makes what reads what is live.
+    state: MakeState,
+    /// When that may be read again.
+    next_state: Instant,
+    /// The client that it was last read for.
+    state_client: u64,
     /// How long clients have to take the last events.
     farewell: Duration,
 }
@@ -84,8 +99,16 @@ impl Server {
             lines: Lines::default(),
             next_client: FIRST_CLIENT,
             last_event: Instant::now(),
+            state: Box::new(|| Box::new(Nothing)),
+            next_state: Instant::now(),
+            state_client: 0,
             farewell,
         })
+    }
+
+    /// Makes what reads what is live from now on.
+    pub fn set_state(&mut self, state: MakeState) {
+        self.state = state;
     }
 
     /// Until the trace is stopped.
@@ -103,7 +126,11 @@ impl Server {
             }
             self.expire();
             self.begin();
+            let (begun, reads) = (Instant::now(), self.read_state());
             let more = self.pump();
+            if reads && self.last_event.elapsed() < QUIET {
+                self.next_state = Instant::now() + begun.elapsed() * (STATE_SHARE - 1);
+            }
             timeout = self.timeout(drained, more);
         }
         self.finish();
@@ -187,13 +214,31 @@ impl Server {
 
     /// Begins the streams of those that chose, as soon as the backlog has all that happened before they connected.
     fn begin(&mut self) {
-        let Server { shared, backlog, clients, .. } = self;
+        let Server { shared, backlog, clients, state, .. } = self;
         for client in clients.values_mut() {
             if let Some(choice) = client.choice(backlog.end()).cloned() {
                 let header = header(shared, &choice.filter(), client.position());
-                client.begin(&choice, &header, backlog);
+                client.begin(&choice, &header, backlog, || state());
             }
         }
+    }
+
+    /// Reads some of what is live, for some of the clients that want it. Whether there were any.
+    fn read_state(&mut self) -> bool {
+        if self.next_state > Instant::now() {
+            return false;
+        }
+        let Server { shared, clients, state_client, .. } = self;
+        let next = clients.range(*state_client + 1..).chain(clients.range(..=*state_client));
+        let next: Vec<u64> =
+            next.filter(|(_, client)| client.wants_state()).map(|(id, _)| *id).take(STATE_STEPS).collect();
+        for id in &next {
+            if let Some(client) = clients.get_mut(id) {
+                client.read_state(|| shared.sequence.count());
+            }
+            *state_client = *id;
+        }
+        !next.is_empty()
     }
 
     /// Does what is due.
@@ -230,6 +275,8 @@ impl Server {
             return Some(Duration::ZERO);
         }
         let due = self.clients.values().filter_map(Client::deadline).chain(self.no_accept).min();
+        let state = self.clients.values().any(Client::wants_state).then_some(self.next_state);
+        let due = due.into_iter().chain(state).min();
         let due = due.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         let tick = if drained == Drained::Waiting {
             Some(STRAGGLER)

@@ -6,6 +6,8 @@
 //! order and by force: a MAP or LINK replaces whatever is in its place, and an UNMAP or UNLINK of something absent does
 //! nothing. A request that changes what no step has read yet does no harm, since its effect is in what a later step reads.
 
+mod trace;
+
 use std::sync::Arc;
 
 use super::Iommu;
@@ -77,12 +79,12 @@ impl Live {
     /// Passes the next items to `take`: a few, or none. Returns whether there is more. `now` is called at the instant that the
     /// first step shows, and before each later step reads. Each item comes with the result of that call.
     ///
-    /// Both are called while requests wait, and must neither wait nor call the device. The first step itself waits for the
-    /// requests that are being executed, and so for whatever they wait for.
+    /// Both are called while requests wait, and must neither wait nor call the device. The first step does not wait for
+    /// requests that are being executed, nor for what they wait for: it passes nothing, calls nobody, and is to be tried again.
     pub fn step(&mut self, now: impl Fn() -> u64, mut take: impl FnMut(u64, LiveItem)) -> bool {
         match &mut self.place {
             Place::Domains => {
-                let (at, domains) = self.iommu.attached(&now);
+                let Some((at, domains)) = self.iommu.attached(&now) else { return true };
                 for (id, bypass, members) in &domains {
                     take(at, LiveItem::Domain { domain: *id, bypass: *bypass });
                     members.iter().for_each(|&endpoint| take(at, LiveItem::Attached { endpoint, domain: *id }));
@@ -122,9 +124,9 @@ impl Live {
 type Attached = (u32, bool, Vec<u32>);
 
 impl Iommu {
-    /// All domains at one instant, in the order of their ids. `now` is called at that instant.
-    fn attached<T>(&self, now: impl Fn() -> T) -> (T, Vec<Attached>) {
-        let _unchanged = self.journal();
+    /// All domains at one instant, for which `now` is called, in the order of their ids; `None` while requests are done.
+    fn attached<T>(&self, now: impl Fn() -> T) -> Option<(T, Vec<Attached>)> {
+        let _unchanged = self.try_journal()?;
         let domains = self.domains();
         let mut attached: Vec<Attached> = domains
             .iter()
@@ -136,7 +138,7 @@ impl Iommu {
         let at = now();
         drop(domains);
         attached.sort_unstable_by_key(|domain| domain.0);
-        (at, attached)
+        Some((at, attached))
     }
 
     /// Passes some reservations of a domain to `take`, from the address `from` on. Returns where to continue.

@@ -1,14 +1,17 @@
 //! Whichever requests go on while the state is read: together with them it gives the state at the end.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::sync::Mutex;
 use std::thread;
 
 use proptest::prelude::*;
-use viommu_trace::{Event, Tracer};
+use viommu_trace::event::StateItem;
+use viommu_trace::{self as trace, Choice, Event, Format, Item, Stamped, TraceFile, Tracer};
 use viommu_wire::request::RequestType;
 use viommu_wire::split::{Extent, F_SPLIT_MAP, Link, Range};
-use viommu_wire::virtio_iommu::{Attach, Detach, Head, Map, Status, Unmap, feature};
+use viommu_wire::virtio_iommu::{Attach, Detach, Head, Map, MapFlags, Status, Unmap, feature};
 use zerocopy::IntoBytes;
 
 use super::*;
@@ -150,6 +153,7 @@ impl State {
 struct Device {
     iommu: Arc<Iommu>,
     events: Mutex<Vec<Event>>,
+    tracer: Tracer,
 }
 
 impl Device {
@@ -157,7 +161,16 @@ impl Device {
         let endpoints = (0..ENDPOINTS).map(|id| EndpointSettings { id, reserved: Vec::new() }).collect();
         let iommu = Iommu::new(Settings { endpoints, ..Settings::default() }, Tracer::default());
         iommu.set_features(feature::MAP_UNMAP | F_SPLIT_MAP);
-        Device { iommu, events: Mutex::default() }
+        Device { iommu, events: Mutex::default(), tracer: Tracer::default() }
+    }
+
+    /// One with a trace that tells what is live.
+    fn traced() -> (Device, trace::Bound) {
+        let (tracer, mut bound) = trace::bind(trace::Options::default()).unwrap();
+        let device = Device { tracer, ..Device::new() };
+        let iommu = device.iommu.clone();
+        bound.set_state(move || Box::new(Live::new(iommu.clone())));
+        (device, bound)
     }
 
     fn batch(&self, steps: &[Step]) {
@@ -174,6 +187,7 @@ impl Device {
             })
             .collect();
         self.iommu.synchronize();
+        done.iter().for_each(|event| self.tracer.emit(*event));
         self.events.lock().unwrap().extend(done);
         drop(journal);
     }
@@ -237,6 +251,91 @@ proptest! {
                 events.get(number as usize).into_iter().for_each(|event| among.event(event));
             }
             prop_assert_eq!(&among, &end, "among the events from {} on", begin);
+        }
+    }
+}
+
+/// What a client of the trace gets from the begin mark to the end mark, and what the end mark says is missing.
+fn between_the_marks(mut stream: UnixStream) -> (Vec<Stamped>, u64) {
+    let choice = Choice { format: Format::Binary, state: true, ..Choice::default() };
+    stream.write_all(choice.line().as_bytes()).unwrap();
+    let mut trace = TraceFile::new(stream).unwrap();
+    let mut found = Vec::new();
+    while let Some(entry) = trace.next_entry().unwrap() {
+        let Item::Event(stamped) = entry.item else { continue };
+        let Event::State { item, lost, .. } = stamped.event else {
+            found.push(stamped);
+            continue;
+        };
+        match item {
+            StateItem::Begin => found.clear(),
+            _ => found.push(stamped),
+        }
+        if item == StateItem::End {
+            return (found, lost);
+        }
+    }
+    panic!("The trace ended before the end mark: {found:?}");
+}
+
+fn item_of(event: &Event) -> Option<LiveItem> {
+    let &Event::State { endpoint, item, domain, bypass, virt_start, virt_end, phys_start, flags, tag, .. } = event
+    else {
+        return None;
+    };
+    let (start, end) = (virt_start, virt_end);
+    let mapped = |tag| Mapped { start, end, phys: phys_start, flags: MapFlags::from_bits_retain(flags), tag };
+    Some(match item {
+        StateItem::Domain => LiveItem::Domain { domain, bypass },
+        StateItem::Endpoint => LiveItem::Attached { endpoint: endpoint?, domain },
+        StateItem::Reservation => LiveItem::Reservation { domain, start, end },
+        StateItem::Mapping => LiveItem::Mapped { domain, mapped: mapped(None) },
+        StateItem::Linked => LiveItem::Mapped { domain, mapped: mapped(Some(tag)) },
+        StateItem::Begin | StateItem::End => return None,
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(100))]
+
+    #[test]
+    #[cfg(not(miri))]
+    fn what_a_client_of_the_trace_gets_between_the_marks_is_the_state_at_the_end_mark(
+        before in steps(),
+        during in steps(),
+        size in 1usize..12,
+    ) {
+        let (device, mut bound) = Device::traced();
+        device.batch(&[(0, 0, 0, 0, 1), (0, 1, 1, 0, 1), (0, 2, 1, 0, 1)]);
+        before.chunks(size).for_each(|steps| device.batch(steps));
+        let clients = [(); 3].map(|()| bound.connect().unwrap());
+        let handle = bound.start().unwrap();
+        let read = thread::scope(|scope| {
+            scope.spawn(|| during.chunks(size).for_each(|steps| device.batch(steps)));
+            let readers = clients.map(|client| scope.spawn(|| between_the_marks(client)));
+            readers.map(|reader| reader.join().unwrap())
+        });
+        handle.stop();
+        let events = device.events.lock().unwrap().clone();
+        for (mut found, lost) in read {
+            prop_assert_eq!(lost, 0);
+            let end = found.pop().unwrap().seq;
+            // What is live comes before the event with the same number.
+            found.sort_by_key(|stamped| (stamped.seq, item_of(&stamped.event).is_none()));
+            let (mut among, mut after) = (State::default(), State::default());
+            for stamped in &found {
+                match item_of(&stamped.event) {
+                    Some(item) => among.item(&item),
+                    None => among.event(&stamped.event),
+                }
+            }
+            found.iter().filter_map(|stamped| item_of(&stamped.event)).for_each(|item| after.item(&item));
+            let of_events = found.iter().filter(|stamped| item_of(&stamped.event).is_none());
+            of_events.for_each(|stamped| after.event(&stamped.event));
+            let mut expected = State::default();
+            events[..end as usize].iter().for_each(|event| expected.event(event));
+            prop_assert_eq!(&among, &expected, "up to event {}", end);
+            prop_assert_eq!(&after, &expected, "up to event {}", end);
         }
     }
 }
