@@ -229,7 +229,7 @@ events! {
         Command (endpoint: u32) {
             model: Model as Named at s0, "model";
             queue: u32 as Number at a1[0..32], "queue";
-            opcode: u8 as Opcode(model, queue) at s1, "opcode";
+            opcode: u8 as Tabled((model.declaration().opcodes)(queue)) at s1, "opcode";
             id: u64 as Number at a0, "id";
             status: u32 as Hex at a1[32..64], "status";
             len: u32 as Bytes at a3[0..32], "len";

@@ -41,14 +41,15 @@ pub fn field(mut unit: Value, r#type: &str, at: Place, names: &[(&str, Option<&s
     unit
 }
 
+fn named<N: Copy + Into<u64>>(table: &[(N, &str)]) -> Vec<Value> {
+    table.iter().map(|(number, name)| json!({ "number": Into::<u64>::into(*number), "name": name })).collect()
+}
+
 /// The format of the trace as `viommu trace --schema` prints it.
 pub fn schema() -> Value {
     let common = |name: &str, unit: &str, offset: usize, bit: u32, bits: u32| json!({ "name": name, "unit": unit, "place": { "offset": offset, "bit": bit, "bits": bits } });
     let queues = |model: Model| {
-        let table = |queue| {
-            let opcodes = (model.declaration().opcodes)(queue).iter();
-            opcodes.map(|(number, name)| json!({ "number": number, "name": name })).collect::<Vec<_>>()
-        };
+        let table = |queue| named((model.declaration().opcodes)(queue));
         json!({ "0": table(0), "others": table(1) })
     };
     // Where the parts of a command and of a state begin.
@@ -60,6 +61,7 @@ pub fn schema() -> Value {
             "opcodes_by_queue": queues(*model),
             "command": schema_of_members(model.declaration().command, command),
             "state": schema_of_members(model.declaration().state, state),
+            "registers": named(model.declaration().registers),
         })
     });
     json!({

@@ -2,7 +2,6 @@
 
 use serde_json::json;
 use viommu_wire::Named as Enumeration;
-use viommu_wire::model::Model;
 
 use crate::members::{Members, Value};
 use crate::{names, put};
@@ -347,40 +346,38 @@ impl Unit<u8> for Coded {
     }
 }
 
-/// A command's operation on a queue of a model.
-pub struct Opcode(pub Model, pub u32);
+/// A number that a table of the model has a name for, or has not: then it is written in hexadecimal.
+pub struct Tabled<N: 'static>(pub &'static [(N, &'static str)]);
 
-impl Opcode {
-    fn name(&self, opcode: u8) -> Option<&'static str> {
-        let table = (self.0.declaration().opcodes)(self.1);
-        table.iter().find(|(number, _)| *number == opcode).map(|(_, name)| *name)
+impl<N: Copy + PartialEq + Into<u64> + TryFrom<u64>> Tabled<N> {
+    fn name(&self, value: N) -> Option<&'static str> {
+        self.0.iter().find(|(number, _)| *number == value).map(|(_, name)| *name)
     }
 }
 
-impl Unit<u8> for Opcode {
+impl<N: Copy + PartialEq + Into<u64> + TryFrom<u64>> Unit<N> for Tabled<N> {
     #[inline]
-    fn json(&self, key: &str, value: u8, out: &mut Vec<u8>) {
+    fn json(&self, key: &str, value: N, out: &mut Vec<u8>) {
         match self.name(value) {
             Some(name) => put_name(key, name, out),
-            None => Hex.json(key, u32::from(value), out),
+            None => Unit::<u64>::json(&Hex, key, value.into(), out),
         }
     }
 
-    fn text(&self, key: &str, value: u8, out: &mut Vec<u8>) {
+    fn text(&self, key: &str, value: N, out: &mut Vec<u8>) {
         match self.name(value) {
             Some(name) => {
                 put_str(key, out);
                 put_str(name, out);
             }
-            None => Hex.text(key, u32::from(value), out),
+            None => Unit::<u64>::text(&Hex, key, value.into(), out),
         }
     }
 
-    fn read(&self, key: &str, members: &Members<'_>) -> Found<u8> {
+    fn read(&self, key: &str, members: &Members<'_>) -> Found<N> {
         Found::of(members.get(key), |value| {
-            let table = (self.0.declaration().opcodes)(self.1);
             let wanted = value.text()?;
-            let named = table.iter().find(|(_, name)| *name == wanted).map(|(number, _)| *number);
+            let named = self.0.iter().find(|(_, name)| *name == wanted).map(|(number, _)| *number);
             named.or_else(|| value.hex()?.try_into().ok())
         })
     }
@@ -390,8 +387,12 @@ impl Unit<u8> for Opcode {
     }
 
     #[cfg(test)]
-    fn draw(&self, next: &mut dyn FnMut() -> u64) -> u8 {
-        next() as u8
+    fn draw(&self, next: &mut dyn FnMut() -> u64) -> N {
+        let number = next();
+        match self.0.get(number as usize % (2 * self.0.len() + 1)) {
+            Some((named, _)) => *named,
+            None => N::try_from(number & 0xff).unwrap_or_else(|_| unreachable!()),
+        }
     }
 }
 

@@ -29,8 +29,28 @@ pub const DECLARATION: Declaration = Declaration {
         Member { name: "chansts", form: Form::Hex, low: 32, width: 32, is_there: ALWAYS },
         Member { name: "chanerr", form: Form::Hex, low: 64, width: 32, is_there: ALWAYS },
     ],
+    registers: REGISTERS,
 };
 
 /// The operation types that stand in bits 31..24 of a descriptor's control word.
 pub const OPERATIONS: &[(u8, &str)] =
     &[(0x00, "copy"), (0x01, "fill"), (0x87, "xor"), (0x88, "xor_val"), (0x89, "pq"), (0x8a, "pq_val")];
+
+/// The names of Linux's `drivers/dma/ioat/registers.h`, without their prefixes and suffixes.
+const REGISTERS: &[(u32, &str)] = &[
+    (0x00, "CHANCNT"),
+    (0x01, "XFERCAP"),
+    (0x02, "GENCTRL"),
+    (0x03, "INTRCTRL"),
+    (0x04, "ATTNSTATUS"),
+    (0x08, "CBVER"),
+    (0x80, "CHANCTRL"),
+    (0x82, "DMA_COMP"),
+    (0x84, "CHANCMD"),
+    (0x86, "DMACOUNT"),
+    (0x88, "CHANSTS"),
+    (0x90, "CHAINADDR"),
+    (0x98, "CHANCMP"),
+    (0xa8, "CHANERR"),
+    (0xac, "CHANERR_MASK"),
+];

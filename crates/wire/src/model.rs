@@ -14,6 +14,15 @@ named_numbers! {
 }
 
 impl Model {
+    /// Where the register begins that an offset of the first BAR is in; the offset itself where none is known.
+    pub fn register(self, offset: u32) -> u32 {
+        let registers = self.declaration().registers;
+        let behind = registers.partition_point(|(begin, _)| *begin <= offset);
+        // None has more than 8 bytes.
+        let found = behind.checked_sub(1).map(|at| registers[at].0).filter(|begin| offset - begin < 8);
+        found.unwrap_or(offset)
+    }
+
     /// What the model declares.
     pub fn declaration(self) -> &'static Declaration {
         match self {
@@ -31,6 +40,8 @@ pub struct Declaration {
     pub command: &'static [Member],
     /// What its state is made of.
     pub state: &'static [Member],
+    /// The registers of its first BAR, in the order of their offsets.
+    pub registers: &'static [(u32, &'static str)],
 }
 
 /// What of an event is the model's own: 160 bits, of which the first 32 are `detail`.
@@ -114,5 +125,18 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn registers_are_in_the_order_of_their_offsets_and_have_distinct_names() {
+        for model in Model::ALL {
+            let registers = model.declaration().registers;
+            assert!(registers.is_sorted_by(|one, other| one.0 < other.0));
+            for (n, (begin, name)) in registers.iter().enumerate() {
+                assert_eq!(model.register(*begin), *begin);
+                assert!(registers[..n].iter().all(|(_, other)| other != name), "{name}");
+            }
+        }
+        assert_eq!((Model::Nvme.register(0x04), Model::Nvme.register(0x800)), (0, 0x800));
     }
 }

@@ -53,7 +53,28 @@ pub const DECLARATION: Declaration = Declaration {
         Member { name: "cc", form: Form::Hex, low: 32, width: 32, is_there: ALWAYS },
         Member { name: "csts", form: Form::Hex, low: 64, width: 32, is_there: ALWAYS },
     ],
+    registers: REGISTERS,
 };
+
+/// The controller's registers, and the doorbells of these queues.
+macro_rules! registers {
+    ($($offset:literal $name:literal),* ; $($queue:literal)*) => {
+        &[
+            $(($offset, $name),)*
+            $(
+                (0x1000 + 8 * $queue, concat!("SQ", $queue, "TDBL")),
+                (0x1004 + 8 * $queue, concat!("CQ", $queue, "HDBL")),
+            )*
+        ]
+    };
+}
+
+/// The names of the NVMe base specification, section 3.1.
+const REGISTERS: &[(u32, &str)] = registers!(
+    0x00 "CAP", 0x08 "VS", 0x0c "INTMS", 0x10 "INTMC", 0x14 "CC", 0x1c "CSTS", 0x20 "NSSR", 0x24 "AQA", 0x28 "ASQ",
+    0x30 "ACQ", 0x38 "CMBLOC", 0x3c "CMBSZ";
+    0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32
+);
 
 /// Linux's `enum nvme_admin_opcode` without the prefix: what queue 0 takes.
 pub const ADMIN: &[(u8, &str)] = &[
