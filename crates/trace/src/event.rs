@@ -301,6 +301,19 @@ events! {
             tag: u64 as Hex at a4, "tag" if item == StateItem::Linked;
             lost: u64 as Number at a5, "lost" if item == StateItem::End;
         };
+
+    Mmio = 20 "mmio" on request:
+        /// The driver read or wrote (`access`, seen from the driver) `len` bytes at `offset` of a BAR. `register` is where the
+        /// register begins that they are in. Of more than 8 bytes `value` has the first.
+        Mmio (endpoint: u32) {
+            model: Model as Named at s0, "model";
+            access: Access as Named at s1, "access";
+            bar: u8 as Number at a2[0..8], "bar";
+            offset: u32 as Hex at a0[0..32], "offset";
+            register: u32 as Tabled(model.declaration().registers) at a0[32..64], "register";
+            len: u32 as Bytes at a2[32..64], "len";
+            value: u64 as Hex at a1, "value";
+        };
 }
 
 impl StateItem {
