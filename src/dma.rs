@@ -63,7 +63,8 @@ pub struct DmaContext {
 }
 
 impl DmaContext {
-    /// The access of the endpoint `id` to `memory`. Bus mastering is off, unless another context of the endpoint set it.
+    /// The access of the endpoint `id` to `memory`. Bus mastering is off, unless another context of the endpoint set
+    /// it.
     pub fn new(iommu: &Arc<Iommu>, id: u32, memory: Memory, tracer: Tracer) -> Self {
         let endpoint = iommu.endpoint(id);
         let bus_master = endpoint.bus_master().clone();
@@ -75,8 +76,8 @@ impl DmaContext {
         self.endpoint.id()
     }
 
-    /// Whether accesses are possible, as the last [`DmaContext::set_bus_master`] of any context of the endpoint said. A reset
-    /// of the machine turns it off.
+    /// Whether accesses are possible, as the last [`DmaContext::set_bus_master`] of any context of the endpoint said. A
+    /// reset of the machine turns it off.
     pub fn is_bus_master(&self) -> bool {
         self.bus_master.load(Ordering::Acquire)
     }
@@ -86,7 +87,7 @@ impl DmaContext {
         self.bus_master.store(enabled, Ordering::Release);
     }
 
-    /// What went through so far.
+    /// The bytes that went through so far, and the faults.
     pub fn counters(&self) -> &Arc<DmaCounters> {
         &self.counters
     }
@@ -149,9 +150,9 @@ impl Dma {
         Ok(())
     }
 
-    /// Reads a little-endian 32-bit word that the guest changes at any time, such as a shadow doorbell. A read that finds
-    /// `known` is neither traced nor counted: a device that polls often would fill the trace with accesses that say nothing.
-    /// Faults are always reported.
+    /// Reads a little-endian 32-bit word that the guest changes at any time, such as a shadow doorbell. A read that
+    /// finds `known` is neither traced nor counted: a device that polls often would fill the trace with accesses that
+    /// say nothing. Faults are always reported.
     pub fn poll(&mut self, iova: u64, known: u32) -> Result<u32, DmaError> {
         let mut bytes = [0; 4];
         let run =
@@ -168,12 +169,13 @@ impl Dma {
         Ok(u32::from_le_bytes(bytes))
     }
 
-    /// Moves data between a file, from `offset` on, and guest memory, without a copy in between. `ranges` are the places in
-    /// guest memory, as I/O virtual addresses and lengths; together they have at most [`COPY_MAX`] bytes. Reads and writes of
-    /// the file must not wait; `flags`, those of preadv2(2), can see to that.
+    /// Moves data between a file, from `offset` on, and guest memory, without a copy in between. `ranges` are the
+    /// places in guest memory, as I/O virtual addresses and lengths; together they have at most [`COPY_MAX`] bytes.
+    /// Reads and writes of the file must not wait; `flags`, those of preadv2(2), can see to that.
     ///
-    /// `false` if not all data was moved, or not all ranges lead to memory. Nothing is then traced, counted or reported; the
-    /// caller is to use [`Dma::read`] or [`Dma::write`], which do the transfer or find out why it is impossible.
+    /// `false` if not all data was moved, or not all ranges lead to memory. Nothing is then traced, counted or
+    /// reported; the caller is to use [`Dma::read`] or [`Dma::write`], which do the transfer or find out why it is
+    /// impossible.
     pub fn transfer_direct(
         &mut self,
         ranges: &[(u64, usize)],
@@ -191,9 +193,9 @@ impl Dma {
         let Some(runs) = context.runs(&guard, ranges, access) else { return false };
         let Some(iovecs) = iovecs(&memory, &runs, access) else { return false };
         let (fd, count, at) = (file.as_raw_fd(), iovecs.len() as libc::c_int, offset as libc::off_t);
-        // SAFETY: `iovecs` lie in mappings of guest memory that `memory` keeps alive until after the call, writable if they
-        // are to be written. Others may access that memory at the same time, but no reference to it exists. If the kernel
-        // finds a page of a mapping missing, the call fails.
+        // SAFETY: `iovecs` lie in mappings of guest memory that `memory` keeps alive until after the call, writable if
+        // they are to be written. Others may access that memory at the same time, but no reference to it exists. If the
+        // kernel finds a page of a mapping missing, the call fails.
         let moved = unsafe {
             match access {
                 Access::Write => libc::preadv2(fd, iovecs.as_ptr(), count, at, flags),
@@ -306,7 +308,8 @@ fn continues(found: &Translation, len: u64, next: &Translation) -> bool {
     next.gpa == found.gpa.wrapping_add(len) && next.tag == found.tag && next.route == found.route
 }
 
-/// Where runs are in this process. `None` if a part is not mapped here, is no memory, or may not be accessed in this way.
+/// The places of runs in this process's memory. `None` if a part is not mapped here, is no memory, or may not be
+/// accessed in this way.
 fn iovecs(memory: &Regions, runs: &[Run], access: Access) -> Option<Vec<libc::iovec>> {
     let mut iovecs = Vec::with_capacity(runs.len());
     for run in runs {

@@ -1,23 +1,26 @@
 //! A queue that one thread polls while its own thread sleeps.
 //!
-//! A driver that notifies a device and waits for the answer mostly waits for a thread to wake up. Linux's driver for the
-//! virtio-iommu does so whenever it maps. A model that polls for its next command before it sleeps has a thread that is
-//! awake. That thread can also poll the queue of such notifications, at that time and between the pieces of its work.
+//! A driver that notifies a device and waits for the answer mostly waits for a thread to wake up. Linux's driver for
+//! the virtio-iommu does so whenever it maps. A model that polls for its next command before it sleeps has a thread
+//! that is awake. That thread can also poll the queue of such notifications, at that time and between the pieces of its
+//! work.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// A thread that has not polled for longer than this is busy or has no processor. The queue's own thread does better then.
+/// A thread that has not polled for longer than this is busy or has no processor. The queue's own thread does better
+/// then.
 const LATE: Duration = Duration::from_millis(2);
 
-/// A queue that now and then has something to serve. Its own thread serves it, except while another thread has acquired it.
+/// A queue that now and then has something to serve. Its own thread serves it, except while another thread has acquired
+/// it.
 pub trait QueuePoller: Send + Sync {
-    /// Acquires the queue: the driver is not asked to wake its own thread any more. `false` if that is impossible now. The
-    /// calling thread has to release the queue before it does anything that may take long.
+    /// Acquires the queue: the driver is not asked to wake its own thread any more. `false` if that is impossible now.
+    /// The calling thread has to release the queue before it does anything that may take long.
     fn acquire(&self) -> bool;
 
-    /// Serves what is in the queue, if anything is. To be called by the thread that acquired it. May wait until no DMA access
-    /// uses what was unmapped, so the caller must not be in the middle of an access.
+    /// Serves what is in the queue, if anything is. To be called by the thread that acquired it. May wait until no DMA
+    /// access uses what was unmapped, so the caller must not be in the middle of an access.
     fn poll(&self) -> bool;
 
     /// Releases the queue. Its own thread is woken at once if there is something to serve.
@@ -36,7 +39,7 @@ pub struct PollGuard {
 }
 
 impl PollGuard {
-    /// Of a thread that has not acquired the queue yet.
+    /// The guard of a thread that has not acquired the queue yet.
     pub fn new(poller: Option<Arc<dyn QueuePoller>>) -> Self {
         PollGuard { poller, polled: None }
     }

@@ -36,7 +36,7 @@ impl Index<RequestType> for RequestCounts {
     }
 }
 
-/// What the device did since the process began.
+/// Statistics of the device since the process began.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
     /// Requests that were answered.

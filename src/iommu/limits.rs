@@ -8,7 +8,7 @@ const PROBE_SIZE_MIN: usize = 512;
 /// A region of an endpoint's I/O virtual addresses that cannot be mapped; both ends inclusive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reserved {
-    /// What the region is.
+    /// The region's kind.
     pub kind: ResvMemKind,
     /// First address.
     pub start: u64,
@@ -32,7 +32,8 @@ pub struct Limits {
     pub table_bytes: u64,
     /// The most domains at once. An ATTACH beyond that gets `NOMEM`.
     pub domains: u32,
-    /// The most faults that are kept while the driver has no buffer in the event queue. Later ones are dropped and counted.
+    /// The most faults that are kept while the driver has no buffer in the event queue. Later ones are dropped and
+    /// counted.
     pub pending_faults: usize,
 }
 

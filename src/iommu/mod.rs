@@ -101,8 +101,8 @@ impl Iommu {
         self.grace.reader()
     }
 
-    /// Traces a fault and queues it for the driver's event queue. Never waits for the driver: if the queue is full, the fault
-    /// is dropped and counted.
+    /// Traces a fault and queues it for the driver's event queue. Never waits for the driver: if the queue is full, the
+    /// fault is dropped and counted.
     pub fn report(&self, fault: Fault) {
         self.faults.push(&fault, |queued| {
             self.counters.fault(queued);
@@ -160,8 +160,8 @@ impl Iommu {
         Self::FEATURES | if self.settings.split { F_SPLIT_MAP } else { 0 }
     }
 
-    /// Sets the features of [`Iommu::offered`] that the driver accepted. The split protocol needs MAP_UNMAP and is dropped
-    /// without it.
+    /// Sets the features of [`Iommu::offered`] that the driver accepted. The split protocol needs MAP_UNMAP and is
+    /// dropped without it.
     pub fn set_features(&self, accepted: u64) {
         let useless = if accepted & feature::MAP_UNMAP == 0 { F_SPLIT_MAP } else { 0 };
         self.features.store(accepted & self.offered() & !useless, Ordering::Release);
@@ -184,8 +184,9 @@ impl Iommu {
         true
     }
 
-    /// To be held while requests are executed or the device is reset, and until their events are traced. Whenever nobody
-    /// holds it, the trace has exactly what was done, except for requests whose answer could not be written. See [`Live`].
+    /// To be held while requests are executed or the device is reset, and until their events are traced. Whenever
+    /// nobody holds it, the trace has exactly what was done, except for requests whose answer could not be written. See
+    /// [`Live`].
     pub fn journal(&self) -> MutexGuard<'_, ()> {
         lock(&self.journal)
     }
@@ -209,9 +210,9 @@ impl Iommu {
         }
     }
 
-    /// The driver reset the device: all endpoints are detached, all domains and pending faults are dropped, and `bypass`
-    /// stays. The accepted features stay too, since over vhost-user the next driver's are known before the reset is. When
-    /// this returns, no access uses what was removed.
+    /// The driver reset the device: all endpoints are detached, all domains and pending faults are dropped, and
+    /// `bypass` stays. The accepted features stay too, since over vhost-user the next driver's are known before the
+    /// reset is. When this returns, no access uses what was removed.
     pub fn device_reset(&self) {
         let reservations = self.domains().clear();
         drop(reservations);
@@ -223,9 +224,10 @@ impl Iommu {
         self.synchronize();
     }
 
-    /// The machine was reset. Does what [`Iommu::device_reset`] does, and gives `bypass` its boot value again. A function that
-    /// is not reset yet would go on using I/O virtual addresses that nothing translates any more, and in bypass it could
-    /// reach any memory with them. So all attached functions lose bus mastering first, as their own reset takes it anyway.
+    /// The machine was reset. Does what [`Iommu::device_reset`] does, and gives `bypass` its boot value again. A
+    /// function that is not reset yet would go on using I/O virtual addresses that nothing translates any more, and in
+    /// bypass it could reach any memory with them. So all attached functions lose bus mastering first, as their own
+    /// reset takes it anyway.
     pub fn system_reset(&self) {
         self.common.driver.store(false, Ordering::Release);
         self.domains().silence();
@@ -235,7 +237,7 @@ impl Iommu {
         self.device_reset();
     }
 
-    /// What the device did so far.
+    /// The statistics of the device so far.
     pub fn stats(&self) -> Stats {
         self.counters.read(self.budget.used())
     }

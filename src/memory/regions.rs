@@ -12,7 +12,7 @@ const CHUNK_MAX: usize = 256;
 /// all of them copied for each.
 #[derive(Clone, Default)]
 pub struct Regions {
-    /// None is empty.
+    /// No chunk is empty.
     chunks: Vec<Chunk>,
     count: usize,
 }

@@ -97,7 +97,7 @@ bitflags! {
         const FILE_IO = 1 << 3;
     }
 
-    /// What is to be unmapped (`struct vfio_iommu_type1_dma_unmap` of `<linux/vfio.h>`).
+    /// The flags of an unmapping (`struct vfio_iommu_type1_dma_unmap` of `<linux/vfio.h>`).
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct DmaUnmapFlags: u32 {
         /// The reply is to have a bitmap of the pages that were written.

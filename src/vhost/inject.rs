@@ -26,7 +26,7 @@ pub struct Injection {
     resets: u64,
 }
 
-/// What happens to a request.
+/// The fault that a request meets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum InjectedFault {
     /// It gets this status and is not done.
@@ -42,8 +42,8 @@ pub(super) enum InjectedFault {
 pub(super) struct Wait {
     /// The longest delay.
     time: Duration,
-    /// The delay ends earlier once this many requests are behind it in the queue. A driver that waits for each answer adds
-    /// none before it has given up.
+    /// The delay ends earlier once this many requests are behind it in the queue. A driver that waits for each answer
+    /// adds none before it has given up.
     behind: Option<u16>,
 }
 
@@ -144,8 +144,8 @@ impl Injector {
         self.resets.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Counts a request of this type, and decides and traces what happens to it. The first injection that hits it decides;
-    /// `None` if it is to be answered correctly.
+    /// Counts a request of this type, and decides and traces what happens to it. The first injection that hits it
+    /// decides; `None` if it is to be answered correctly.
     pub(super) fn decide(&self, request: RequestType, tracer: &Tracer) -> Option<InjectedFault> {
         let mut met = None;
         let resets = self.resets.load(Ordering::Relaxed);

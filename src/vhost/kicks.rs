@@ -1,9 +1,9 @@
 //! Whether the driver is to kick the request queue.
 //!
-//! A kick costs the driver an exit to its hypervisor and the device a wake-up. Neither is useful while a thread polls the
-//! queue, so the device asks the driver not to kick (sections 2.7.7 and 2.7.10 of the virtio specification). When polling
-//! ends, the device asks the driver to kick again and then checks the queue once more: a request that the driver added
-//! before it saw the change has no kick.
+//! A kick costs the driver an exit to its hypervisor and the device a wake-up. Neither is useful while a thread polls
+//! the queue, so the device asks the driver not to kick (sections 2.7.7 and 2.7.10 of the virtio specification). When
+//! polling ends, the device asks the driver to kick again and then checks the queue once more: a request that the
+//! driver added before it saw the change has no kick.
 
 /// A virtqueue, seen as a source of kicks.
 pub(super) trait Available {
@@ -17,7 +17,8 @@ pub(super) trait Available {
     fn decline(&mut self);
 }
 
-/// Who checks a queue: a thread that polls it, or nobody until the driver kicks. All calls are made with the queue locked.
+/// Whether a thread polls a queue. If none does, nobody checks the queue until the driver kicks. All calls are made
+/// with the queue locked.
 #[derive(Debug, Default)]
 pub(super) struct Kicks {
     polled: bool,
@@ -30,15 +31,15 @@ impl Kicks {
         queue.decline();
     }
 
-    /// Notes that nobody polls the queue any more. `queue` is `None` if it was stopped meanwhile: its memory may have another
-    /// use by then. Returns whether somebody has to check the queue now, without waiting for a kick.
+    /// Notes that nobody polls the queue any more. `queue` is `None` if it was stopped meanwhile: its memory may have
+    /// another use by then. Returns whether somebody has to check the queue now, without waiting for a kick.
     pub fn end_polling(&mut self, queue: Option<&mut impl Available>) -> bool {
         self.polled = false;
         queue.is_some_and(|queue| queue.ask().unwrap_or(true))
     }
 
-    /// To be called when everything found in the queue was taken. Returns whether there is more now; if not, somebody will
-    /// check the queue once there is. `None` if the queue is not in memory.
+    /// To be called when everything found in the queue was taken. Returns whether there is more now; if not, somebody
+    /// will check the queue once there is. `None` if the queue is not in memory.
     pub fn rest(&self, queue: &mut impl Available) -> Option<bool> {
         if self.polled { Some(queue.has_more()) } else { queue.ask() }
     }

@@ -43,7 +43,7 @@ const REQUESTS: usize = 0;
 /// The event queue.
 const EVENTS: usize = 1;
 
-/// What the virtqueues did since the process began.
+/// Statistics of the virtqueues since the process began.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
     /// Kicks of the driver, on both queues.
@@ -67,13 +67,13 @@ struct Counters {
     malformed: AtomicU64,
 }
 
-/// What outlives a connection.
+/// The state that outlives a connection.
 struct SharedDevice {
     iommu: Arc<Iommu>,
     tracer: Tracer,
     lifecycle: Mutex<Lifecycle>,
     counters: Counters,
-    /// Who polls the request queue.
+    /// The state of polling the request queue.
     poller: Poller,
     /// For tests of drivers only.
     injector: OnceLock<Injector>,
@@ -169,7 +169,7 @@ impl Control {
         self.shared.injector.get_or_init(|| Injector::new(injections));
     }
 
-    /// What the virtqueues did so far.
+    /// The statistics of the virtqueues so far.
     pub fn stats(&self) -> Stats {
         let counters = &self.shared.counters;
         Stats {

@@ -8,7 +8,7 @@ use super::{Control, REQUESTS};
 use crate::poller::QueuePoller;
 use crate::sync::unpoisoned;
 
-/// Who polls the request queue.
+/// The state of polling the request queue from another thread than the worker.
 #[derive(Default)]
 pub(super) struct Poller {
     taken: AtomicBool,

@@ -12,11 +12,11 @@ use super::kicks::Available;
 /// The most bytes of a chain. It is far more than the largest request has, and few enough to clear for every request.
 const CHAIN_BYTES_MAX: u64 = 64 << 10;
 
-/// What the available ring has.
+/// The next entry of the available ring.
 pub(super) enum Popped<'m> {
     /// A chain.
     Chain(DescriptorChain<&'m GuestMemoryMmap>),
-    /// Nothing more.
+    /// There is none.
     Empty,
     /// No valid ring: the index is ahead by more than the ring's size, or the ring is not in memory.
     Broken,

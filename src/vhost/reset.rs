@@ -5,18 +5,18 @@
 //!
 //! * The queues start at the index where they stopped: it was a pause, and all state is still valid.
 //! * A queue starts at another index, which is 0: it was a reset, and the next driver must find nothing.
-//! * A PCI function is reset while the queues are stopped, or the user's QMP socket reports a reset: it was a reset of the
-//!   machine, and firmware is about to use devices with the boot-time `bypass`. While QMP says that the machine is paused,
-//!   only QMP can report this: QEMU also resets a function that is plugged into a paused machine.
+//! * A PCI function is reset while the queues are stopped, or the user's QMP socket reports a reset: it was a reset of
+//!   the machine, and firmware is about to use devices with the boot-time `bypass`. While QMP says that the machine is
+//!   paused, only QMP can report this: QEMU also resets a function that is plugged into a paused machine.
 //!
-//! One case is ambiguous: a queue stopped at index 0, because it never moved or moved by exactly 2^16. Then the other queue
-//! decides. If that one is at 0 too, QMP decides, and without a word from QMP it counts as a reset. The state is kept until
-//! the other queue starts too. A request that is served before that was left in the queue by a pause, since a new driver
-//! has both queues started before it can add any request.
+//! One case is ambiguous: a queue stopped at index 0, because it never moved or moved by exactly 2^16. Then the other
+//! queue decides. If that one is at 0 too, QMP decides, and without a word from QMP it counts as a reset. The state is
+//! kept until the other queue starts too. A request that is served before that was left in the queue by a pause, since
+//! a new driver has both queues started before it can add any request.
 
 use super::QUEUES;
 
-/// What is to be done.
+/// The action that an event demands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Action {
     /// Nothing: the queues go on where they stopped.
@@ -79,14 +79,15 @@ impl Lifecycle {
         Some(action)
     }
 
-    /// A PCI function was reset over vfio-user. While the queues are stopped, this means a reset of the machine. While the
-    /// machine is paused it does not: a function that is plugged in is reset too.
+    /// A PCI function was reset over vfio-user. While the queues are stopped, this means a reset of the machine. While
+    /// the machine is paused it does not: a function that is plugged in is reset too.
     pub(super) fn function_reset(&mut self) -> Option<Action> {
         let held = self.stopped_at.iter().any(Option::is_some);
         (held && !self.paused && !self.is_running()).then(|| self.reset_machine())
     }
 
-    /// QMP says that the machine was reset. The message may come late, so it does not disturb a driver that already runs.
+    /// QMP says that the machine was reset. The message may come late, so it does not disturb a driver that already
+    /// runs.
     pub(super) fn machine_reset(&mut self) -> Option<Action> {
         (self.used && !self.is_running()).then(|| self.reset_machine())
     }

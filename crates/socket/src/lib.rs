@@ -1,5 +1,5 @@
-//! A listening Unix socket, which replaces a stale one and is removed if it is still ours; and operations on descriptors
-//! that its users need.
+//! A listening Unix socket, which replaces a stale one and is removed if it is still ours; and operations on
+//! descriptors that its users need.
 
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io;
@@ -13,8 +13,9 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 
-/// How long a server waits after a connection that failed, before it accepts the next. Accepting itself may have failed, for
-/// want of descriptors. The connection is then still pending, and without a pause the server would retry in a tight loop.
+/// How long a server waits after a connection that failed, before it accepts the next. Accepting itself may have
+/// failed, for want of descriptors. The connection is then still pending, and without a pause the server would retry in
+/// a tight loop.
 pub const RETRY: Duration = Duration::from_millis(50);
 
 /// How long to wait for other processes that are making the same socket.
@@ -44,7 +45,7 @@ pub enum SocketError {
     NoFolder {
         /// The socket's path.
         path: PathBuf,
-        /// What is not there.
+        /// The missing folder.
         folder: PathBuf,
     },
     /// Another process has held the lock file for longer than this one waits.
@@ -67,7 +68,7 @@ pub enum SocketError {
     NoLock {
         /// The socket's path.
         path: PathBuf,
-        /// What is no regular file.
+        /// The path where no regular file is.
         lock: PathBuf,
     },
     /// The operating system refuses the lock file.
@@ -129,8 +130,8 @@ impl Drop for CreatedFile {
 }
 
 impl Socket {
-    /// Listens on `path`. A socket there on which nobody listens any more is replaced; a live one is an error. If several
-    /// processes do this at the same time, one gets the socket and the others get the error.
+    /// Listens on `path`. A socket there on which nobody listens any more is replaced; a live one is an error. If
+    /// several processes do this at the same time, one gets the socket and the others get the error.
     pub fn bind(path: &Path) -> Result<Socket, SocketError> {
         let failed = |source| SocketError::Listen { path: path.to_owned(), source };
         check_length(path)?;
@@ -169,8 +170,8 @@ fn identity(metadata: Metadata) -> (u64, u64) {
     (metadata.dev(), metadata.ino())
 }
 
-/// Removes a socket on which nobody listens any more. The caller must hold the lock file: another process may be replacing
-/// the socket, or may have made one on which it does not listen yet.
+/// Removes a socket on which nobody listens any more. The caller must hold the lock file: another process may be
+/// replacing the socket, or may have made one on which it does not listen yet.
 fn make_room(path: &Path) -> Result<(), SocketError> {
     let failed = |source| SocketError::Listen { path: path.to_owned(), source };
     match fs::symlink_metadata(path) {
@@ -211,8 +212,8 @@ impl LockFile {
         let path = PathBuf::from(path);
         let failed = |source| SocketError::Lock { path: socket.to_owned(), lock: path.clone(), source };
         let mut options = OpenOptions::new();
-        // Nothing is ever written, least of all to where somebody's symbolic link leads. O_NONBLOCK: opening a FIFO would
-        // otherwise wait for its other end.
+        // Nothing is ever written, least of all to where somebody's symbolic link leads. O_NONBLOCK: opening a FIFO
+        // would otherwise wait for its other end.
         let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY;
         options.write(true).create(true).truncate(false).mode(0o600).custom_flags(flags);
         let deadline = Instant::now() + LOCK_TIMEOUT;
@@ -269,8 +270,8 @@ pub fn wait_readable(fd: RawFd, shutdown: RawFd) -> io::Result<bool> {
     }
 }
 
-/// Makes reads and writes of `file` fail with [`io::ErrorKind::WouldBlock`] rather than wait. To be used on a descriptor that
-/// a peer gave, since its user must not wait for that peer.
+/// Makes reads and writes of `file` fail with [`io::ErrorKind::WouldBlock`] rather than wait. To be used on a
+/// descriptor that a peer gave, since its user must not wait for that peer.
 pub fn set_nonblocking(file: &File) -> io::Result<()> {
     // SAFETY: both calls take a descriptor that `file` keeps open, and no pointer.
     let result = unsafe {
@@ -339,7 +340,8 @@ mod tests {
         let taken = AtomicBool::new(false);
         let lock_often = || {
             for _ in 0..500 {
-                // A thread that finds it locked tries again after a while, so on a busy machine one may be unlucky for long.
+                // A thread that finds it locked tries again after a while, so on a busy machine one may be unlucky for
+                // long.
                 let lock = loop {
                     match LockFile::acquire(&path) {
                         Err(SocketError::Locked { .. }) => {}
@@ -364,7 +366,7 @@ mod tests {
         let socket = Socket::bind(&path).unwrap();
         assert!(!lock.exists());
         drop(socket);
-        // Not through a link, to a file that would be made.
+        // A link is not followed, though its target would be made.
         std::os::unix::fs::symlink("elsewhere", &lock).unwrap();
         assert!(matches!(Socket::bind(&path), Err(SocketError::NoLock { .. })));
         assert!(!folder.path().join("elsewhere").exists());

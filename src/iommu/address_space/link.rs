@@ -11,7 +11,7 @@ use viommu_wire::virtio_iommu::MapFlags;
 /// Consecutive pages in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Run {
-    /// Where the first page is; aligned to 4 KiB.
+    /// The address of the first page, aligned to 4 KiB.
     pub phys: u64,
     /// How many pages there are.
     pub pages: u64,

@@ -292,7 +292,7 @@ impl TableEntry {
     /// Of a table: frees its memory.
     ///
     /// # Safety
-    /// Nobody else uses the table, can reach it, or frees it.
+    /// Nobody else may use the table, be able to reach it, or free it.
     pub(super) unsafe fn free(self) {
         #[cfg(loom)]
         // SAFETY: A table, and ours alone.
