@@ -2,7 +2,7 @@
 //! does not make.
 //!
 //! Two parts of Linux do this: Landlock takes the file system and the network away, and a seccomp filter refuses all
-//! system calls but those of [`syscalls`]. Each works alone if the other is missing. Whatever is open stays usable.
+//! system calls but those of `syscalls.rs`. Each works alone if the other is missing. Whatever is open stays usable.
 //! `docs/threat-model.md` says what an attacker who has taken over the process can still do.
 
 mod files;
