@@ -194,3 +194,33 @@ fn event_requests_are_traced_when_they_are_completed() {
         ]
     );
 }
+
+#[test]
+fn registers_are_traced_for_whoever_asks() {
+    let (recorder, tracer) = Recorder::start(&[Kind::Mmio]);
+    let (other, all) = Recorder::start(&[]);
+    for tracer in [tracer, all] {
+        let setup = Setup::traced(1 << 20, tracer, |_| {});
+        drop(setup.ready());
+    }
+    let accesses = recorder.end();
+    let enable = |event: &&Event| match **event {
+        Event::Mmio {
+            endpoint: ENDPOINT,
+            model: Model::Nvme,
+            access: Access::Write,
+            bar: 0,
+            offset,
+            register,
+            len: 4,
+            value,
+        } => (offset, register, value) == (0x14, 0x14, CC_ENABLED.into()),
+        _ => false,
+    };
+    assert_eq!(accesses.iter().filter(enable).count(), 1, "{accesses:?}");
+    let doorbell =
+        |event: &&Event| matches!(event, Event::Mmio { access: Access::Write, register: 0x1000, value: 1, .. });
+    assert!(accesses.iter().any(|event| doorbell(&event)), "{accesses:?}");
+    let is_mmio = |event: &Event| matches!(event, Event::Mmio { .. });
+    assert!(accesses.iter().all(is_mmio) && !other.end().iter().any(is_mmio));
+}

@@ -141,6 +141,11 @@ impl Client {
         self.blocked
     }
 
+    /// The kinds that it gets.
+    pub fn kinds(&self) -> u64 {
+        if let State::Streaming { filter, .. } = &self.state { filter.kinds } else { 0 }
+    }
+
     /// Where in the backlog it is.
     pub fn position(&self) -> u64 {
         self.position

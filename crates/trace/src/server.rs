@@ -126,6 +126,8 @@ impl Server {
             }
             self.expire();
             self.begin();
+            // Before anybody has a header: who has one gets all from then on.
+            self.shared.want(self.clients.values().fold(0, |kinds, client| kinds | client.kinds()));
             let (begun, reads) = (Instant::now(), self.read_state());
             let more = self.pump();
             if reads && self.last_event.elapsed() < QUIET {

@@ -77,6 +77,8 @@ pub struct Shared {
     stopping: AtomicBool,
     /// Whether events are recorded; without, they are not even numbered.
     recording: AtomicBool,
+    /// Of the kinds that a client gets only if it names them, those that one named.
+    wanted: AtomicU64,
     slots: usize,
     /// When the trace was started.
     pub start_ns: u64,
@@ -173,6 +175,12 @@ impl Tracer {
         }
     }
 
+    /// Whether somebody wants events of a kind that clients get only if they name it: others are not worth making.
+    #[inline]
+    pub fn wants(&self, kind: Kind) -> bool {
+        self.shared.as_ref().is_some_and(|shared| shared.wanted.load(Ordering::Relaxed) & kind.bit() != 0)
+    }
+
     /// Runs something that must not take its thread down; `None` if it panics, which is traced as a panic of
     /// `endpoint`. What the call changes must be whole, or not used any more, wherever it may panic.
     pub fn catch_panic<R>(&self, endpoint: u32, call: impl FnOnce() -> R) -> Option<R> {
@@ -199,6 +207,7 @@ impl Shared {
             wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             stopping: AtomicBool::new(false),
             recording: AtomicBool::new(true),
+            wanted: AtomicU64::new(0),
             slots,
             start_ns: now_ns(),
             unreported: AtomicU64::new(0),
@@ -297,6 +306,11 @@ impl Shared {
     pub fn stop(&self) {
         self.stopping.store(true, Ordering::Release);
         self.wake();
+    }
+
+    /// Clients want these kinds from now on, as far as they have to be named.
+    pub fn want(&self, kinds: u64) {
+        self.wanted.store(kinds & Kind::ON_REQUEST, Ordering::Relaxed);
     }
 
     /// Records events from now on, or none.

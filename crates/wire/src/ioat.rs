@@ -36,7 +36,7 @@ pub const DECLARATION: Declaration = Declaration {
 pub const OPERATIONS: &[(u8, &str)] =
     &[(0x00, "copy"), (0x01, "fill"), (0x87, "xor"), (0x88, "xor_val"), (0x89, "pq"), (0x8a, "pq_val")];
 
-/// The names of Linux's `drivers/dma/ioat/registers.h`, without their prefixes and suffixes.
+/// The names of Intel's data sheets ("DMA engine", "Intel QuickData Technology").
 const REGISTERS: &[(u32, &str)] = &[
     (0x00, "CHANCNT"),
     (0x01, "XFERCAP"),
@@ -52,5 +52,5 @@ const REGISTERS: &[(u32, &str)] = &[
     (0x90, "CHAINADDR"),
     (0x98, "CHANCMP"),
     (0xa8, "CHANERR"),
-    (0xac, "CHANERR_MASK"),
+    (0xac, "CHANERRMSK"),
 ];

@@ -53,6 +53,7 @@ impl StateMachine for Channel {
 
     const NAME: &'static str = "dma-engine";
     const VERSION: u32 = 1;
+    const TRACED_AS: Option<model::Model> = Some(model::Model::Ioat);
     const IDENTITY: Identity = Identity {
         vendor: 0x8086,
         device: 0x2021,
@@ -135,12 +136,12 @@ impl StateMachine for Channel {
 
     /// CHANSTS's state, where a channel that is done counts as active, since it goes from one to the other with each piece
     /// of work, and CHANERR.
-    fn traced(&self) -> Option<(model::Model, u64)> {
+    fn traced(&self) -> u64 {
         let status = match self.status() {
             Status::Done => Status::Active,
             other => other,
         };
-        Some((model::Model::Ioat, u64::from(self.errors().bits()) << 32 | status as u64))
+        u64::from(self.errors().bits()) << 32 | status as u64
     }
 
     fn check(&self) -> Result<(), &'static str> {

@@ -129,3 +129,16 @@ bitflags::bitflags! {
         const UNAFFILIATED = 1 << 15;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_trace_calls_registers_what_they_are_declared_as() {
+        let names = viommu_wire::model::Model::Ioat.declaration().registers;
+        for register in REGISTERS.all() {
+            assert!(names.contains(&(register.offset as u32, register.name)), "{register:?}");
+        }
+    }
+}

@@ -6,10 +6,11 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::registers::{RegisterMap, RegisterWrite};
-use super::{Interruption, Lifecycle, LoadError, SavedState, Task, ThreadContext, Work};
+use super::{Interruption, Lifecycle, LoadError, SavedState, Task, ThreadContext, Work, trace_mmio};
 use crate::pci::{Function, FunctionContext, Identity, PinSource};
 use crate::sync;
 use viommu_trace::Event;
+use viommu_trace::event::Access;
 use viommu_wire::model::Model;
 
 /// Registers in, work and interrupts out. It does no DMA and knows no thread, so a unit test can put it into any state. The
@@ -26,6 +27,8 @@ pub trait StateMachine: Default + Serialize + DeserializeOwned + Send + 'static 
     const NAME: &'static str;
     /// The version of what is serialized, which is another one whenever that changes.
     const VERSION: u32;
+    /// The model as the trace knows it. Of one that it does not know, it says neither the state nor accesses to registers.
+    const TRACED_AS: Option<Model> = None;
     /// What the function says of itself.
     const IDENTITY: Identity;
     /// The registers of BAR 0.
@@ -50,9 +53,9 @@ pub trait StateMachine: Default + Serialize + DeserializeOwned + Send + 'static 
     /// interrupt pin is asserted.
     fn reasons(&self) -> u32;
 
-    /// What the trace says of its state, whenever that changes.
-    fn traced(&self) -> Option<(Model, u64)> {
-        None
+    /// What the trace says of its state, whenever that changes: what the model declares in `viommu-wire`.
+    fn traced(&self) -> u64 {
+        0
     }
 
     /// Whether this state, which was loaded, is one that it can be in at rest. `Err` says what is not.
@@ -84,7 +87,8 @@ impl<M: StateMachine> SharedMachine<M> {
         let mut machine = self.lock();
         let before = machine.traced();
         let result = change(&mut machine);
-        if let Some((model, state)) = machine.traced().filter(|after| Some(*after) != before) {
+        let state = machine.traced();
+        if let Some(model) = M::TRACED_AS.filter(|_| state != before) {
             self.context.tracer.emit(Event::Device { endpoint: self.context.dma.endpoint(), model, state });
         }
         let vectors = machine.take_interrupts();
@@ -179,12 +183,18 @@ impl<M: StateMachine> Function for Engine<M> {
         M::IDENTITY
     }
 
-    fn bar_read(&mut self, _bar: u8, offset: u64, data: &mut [u8]) {
+    fn bar_read(&mut self, bar: u8, offset: u64, data: &mut [u8]) {
         let mut machine = self.machine.lock();
         M::REGISTERS.read(offset, data, |register| machine.read(register));
+        if let Some(model) = M::TRACED_AS {
+            trace_mmio(&self.machine.context, model, Access::Read, bar, offset, data);
+        }
     }
 
-    fn bar_write(&mut self, _bar: u8, offset: u64, data: &[u8]) {
+    fn bar_write(&mut self, bar: u8, offset: u64, data: &[u8]) {
+        if let Some(model) = M::TRACED_AS {
+            trace_mmio(&self.machine.context, model, Access::Write, bar, offset, data);
+        }
         self.machine.change(|machine| M::REGISTERS.writes(offset, data).for_each(|write| machine.write(&write)));
         self.task.iter().for_each(Task::wake);
     }

@@ -7,10 +7,12 @@
 
 mod engine;
 mod lifecycle;
+mod mmio;
 pub mod registers;
 pub mod ring;
 mod task;
 
 pub use engine::{Engine, Executor, SharedMachine, StateMachine};
 pub use lifecycle::{Lifecycle, LoadError, SavedState};
+pub use mmio::trace_mmio;
 pub use task::{Interruption, Task, ThreadContext, Work};

@@ -33,7 +33,7 @@ use std::sync::atomic::Ordering;
 pub use config::MODEL;
 pub use disk::{Counters, Disk, NvmeConfig, OpenError};
 
-use crate::devices::kit::{Interruption, Lifecycle, LoadError, SavedState, Task};
+use crate::devices::kit::{Interruption, Lifecycle, LoadError, SavedState, Task, trace_mmio};
 use crate::dma::Dma;
 use crate::pci::{Bar, Function, FunctionContext, Identity, PinSource};
 use crate::sync::lock;
@@ -42,6 +42,8 @@ use registers::{DOORBELLS, REGISTERS, Registers, Request};
 use saved::SavedController;
 use shared::Shared;
 use spec::{CSTS_FATAL, CSTS_READY, CSTS_SHUTDOWN, CSTS_SHUTDOWN_COMPLETE, CSTS_SHUTDOWN_OCCURRING};
+use viommu_trace::event::Access;
+use viommu_wire::model;
 
 /// The numbers of SPDK's NVMe controller over vfio-user. QEMU's own would bring drivers' workarounds for older versions
 /// of that one with them: Linux would leave Write Zeroes and the namespace's identifiers out.
@@ -272,12 +274,14 @@ impl Function for Nvme {
         }
     }
 
-    fn bar_read(&mut self, _bar: u8, offset: u64, data: &mut [u8]) {
+    fn bar_read(&mut self, bar: u8, offset: u64, data: &mut [u8]) {
         let csts = self.shared.csts.load(Ordering::SeqCst);
         REGISTERS.read(offset, data, |id| self.registers.read(id, csts));
+        trace_mmio(&self.shared.context, model::Model::Nvme, Access::Read, bar, offset, data);
     }
 
-    fn bar_write(&mut self, _bar: u8, offset: u64, data: &[u8]) {
+    fn bar_write(&mut self, bar: u8, offset: u64, data: &[u8]) {
+        trace_mmio(&self.shared.context, model::Model::Nvme, Access::Write, bar, offset, data);
         // Registers are written as dwords or pairs of them (section 3.1).
         if !offset.is_multiple_of(4) || !data.len().is_multiple_of(4) {
             return;

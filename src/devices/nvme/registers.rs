@@ -203,4 +203,12 @@ mod tests {
         assert_eq!(registers.read(Id::Intms, 0), 1);
         assert_eq!(registers.read(Id::Csts, 5), 5);
     }
+
+    #[test]
+    fn the_trace_calls_registers_what_they_are_declared_as() {
+        let names = viommu_wire::model::Model::Nvme.declaration().registers;
+        for register in REGISTERS.all() {
+            assert!(names.contains(&(register.offset as u32, register.name)), "{register:?}");
+        }
+    }
 }
