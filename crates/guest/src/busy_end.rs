@@ -7,19 +7,27 @@ use anyhow::Result;
 
 use crate::blockdev::{self, Device};
 use crate::buffers::{Buffers, PAGE};
+use crate::results::Results;
+use crate::workload::Workload;
 
-/// The workload. Reads go on when it returns, until one fails or the guest is off.
-///
-/// # Errors
-/// There is no NVMe namespace.
-pub fn run() -> Result<()> {
-    let path = blockdev::choose(None)?;
-    let device = Device::open(&path)?;
-    std::thread::spawn(move || {
-        let Err(error) = read_on(&device);
-        eprintln!("viommu-guest: The reads ended: {error:#}");
-    });
-    Ok(())
+/// Read on in the background, until the guest ends.
+#[derive(clap::Args)]
+pub struct Args {}
+
+impl Workload for Args {
+    /// The workload. Reads go on when it returns, until one fails or the guest is off.
+    ///
+    /// # Errors
+    /// There is no NVMe namespace.
+    fn run(&self, _results: &mut Results) -> Result<()> {
+        let path = blockdev::choose(None)?;
+        let device = Device::open(&path)?;
+        std::thread::spawn(move || {
+            let Err(error) = read_on(&device);
+            eprintln!("viommu-guest: The reads ended: {error:#}");
+        });
+        Ok(())
+    }
 }
 
 /// Reads the same page again and again.

@@ -14,6 +14,7 @@ use serde_json::json;
 use crate::buffers::Buffers;
 use crate::pattern::{self, Random, SECTOR};
 use crate::results::Results;
+use crate::workload::{Needs, Workload};
 use crate::{blockdev, size};
 
 /// Where the file system is mounted.
@@ -25,7 +26,7 @@ const SMALL: u64 = 64 << 10;
 /// Bytes of one direct read or write.
 const DIRECT: usize = 256 << 10;
 
-/// What to do.
+/// A file system with real files on an NVMe namespace.
 #[derive(clap::Args)]
 pub struct Args {
     /// The namespace: its block device, or its controller's function; the first function's if not given.
@@ -42,23 +43,28 @@ pub struct Args {
 /// What must be in the file system: each file's path below [`ROOT`], and its bytes.
 type Files = BTreeMap<PathBuf, Vec<u8>>;
 
-/// The workload. Emits one `result`.
-///
-/// # Errors
-/// What could not be done, or the first file that is not as it was written; a result says `"verified":false` then.
-pub fn run(args: &Args, results: &mut Results) -> Result<()> {
-    let device = blockdev::choose(args.dev.as_deref())?;
-    let mut files = Files::new();
-    let outcome = exercise(args, &device, &mut files);
-    let mut result = json!({
-        "workload": "fs", "dev": device, "fs": "ext4", "files": files.len(),
-        "bytes": files.values().map(Vec::len).sum::<usize>(), "verified": outcome.is_ok(),
-    });
-    if let Err(error) = &outcome {
-        result["error"] = format!("{error:#}").into();
+impl Workload for Args {
+    const NEEDS: Needs =
+        Needs { modules: &["ext4"], optional: &["crc32c_generic"], programs: &["mke2fs", "e2fsck"], ..Needs::NOTHING };
+
+    /// The workload. Emits one `result`.
+    ///
+    /// # Errors
+    /// What could not be done, or the first file that is not as it was written; a result says `"verified":false` then.
+    fn run(&self, results: &mut Results) -> Result<()> {
+        let device = blockdev::choose(self.dev.as_deref())?;
+        let mut files = Files::new();
+        let outcome = exercise(self, &device, &mut files);
+        let mut result = json!({
+            "workload": "fs", "dev": device, "fs": "ext4", "files": files.len(),
+            "bytes": files.values().map(Vec::len).sum::<usize>(), "verified": outcome.is_ok(),
+        });
+        if let Err(error) = &outcome {
+            result["error"] = format!("{error:#}").into();
+        }
+        results.emit("result", result);
+        outcome.with_context(|| format!("fs on {}", device.display()))
     }
-    results.emit("result", result);
-    outcome.with_context(|| format!("fs on {}", device.display()))
 }
 
 fn exercise(args: &Args, device: &Path, files: &mut Files) -> Result<()> {

@@ -8,6 +8,7 @@ use clap::ValueEnum;
 use serde_json::json;
 
 use crate::results::Results;
+use crate::workload::Workload;
 use crate::{blockdev, nvme_io, pci, report, sysfs};
 
 /// How long the host may take to plug it in or out.
@@ -17,7 +18,7 @@ const BYTES: u64 = 8 << 20;
 /// Where the slots are that hot-plugging knows.
 const SLOTS: &str = "/sys/bus/pci/slots";
 
-/// How often, and who unplugs it in between.
+/// Wait for another NVMe controller to be plugged in, and use it; have it unplugged and plugged in again.
 #[derive(clap::Args)]
 pub struct Args {
     /// After it was used, this one unplugs it, and it is plugged in again; several times if given several times.
@@ -34,30 +35,32 @@ enum Who {
     Guest,
 }
 
-/// The workload. Emits a `marker` whenever the host may plug the controller in, one whenever it is to unplug it, and one
-/// `result`.
-///
-/// # Errors
-/// If none comes or goes, or it does not work.
-pub fn run(args: &Args, results: &mut Results) -> Result<()> {
-    let before = controllers();
-    let mut bdf = use_next(&before, 0, results)?;
-    for (round, who) in (1..).zip(&args.unplug) {
-        match who {
-            Who::Host => results.emit("marker", json!({ "name": "hotplug-unplug", "round": round })),
-            Who::Guest => power_off(&bdf)?,
+impl Workload for Args {
+    /// The workload. Emits a `marker` whenever the host may plug the controller in, one whenever it is to unplug it, and one
+    /// `result`.
+    ///
+    /// # Errors
+    /// If none comes or goes, or it does not work.
+    fn run(&self, results: &mut Results) -> Result<()> {
+        let before = controllers();
+        let mut bdf = use_next(&before, 0, results)?;
+        for (round, who) in (1..).zip(&self.unplug) {
+            match who {
+                Who::Host => results.emit("marker", json!({ "name": "hotplug-unplug", "round": round })),
+                Who::Guest => power_off(&bdf)?,
+            }
+            wait(|| !pci::folder(&bdf).exists()).with_context(|| format!("{bdf} is still there"))?;
+            bdf = use_next(&before, round, results)?;
         }
-        wait(|| !pci::folder(&bdf).exists()).with_context(|| format!("{bdf} is still there"))?;
-        bdf = use_next(&before, round, results)?;
+        results.emit(
+            "result",
+            json!({
+                "workload": "hotplug-wait", "verified": true, "bytes": BYTES, "times": self.unplug.len() + 1,
+                "function": report::pci_function(&bdf),
+            }),
+        );
+        Ok(())
     }
-    results.emit(
-        "result",
-        json!({
-            "workload": "hotplug-wait", "verified": true, "bytes": BYTES, "times": args.unplug.len() + 1,
-            "function": report::pci_function(&bdf),
-        }),
-    );
-    Ok(())
 }
 
 /// Waits for a controller that was not there before, and uses it.

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use crate::blockdev::{self, Device};
 use crate::buffers::Buffers;
 use crate::results::Results;
+use crate::workload::Workload;
 use crate::{engine, size, sysfs};
 
 /// From one read to the next, in blocks: the kernel would make one request of neighbours.
@@ -18,7 +19,7 @@ const STRIDE: u64 = 3;
 /// Between one failure and the next attempt, if there is one.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// What to do.
+/// Reads that may fail: which error comes when, and what is left behind.
 #[derive(clap::Args)]
 pub struct Args {
     /// Bytes an I/O: a multiple of 512.
@@ -35,51 +36,54 @@ pub struct Args {
     recover: bool,
 }
 
-/// The workload. Emits one `result`, whether reads fail or not: that they do is what it is for.
-///
-/// # Errors
-/// If there is nothing to read from.
-pub fn run(args: &Args, results: &mut Results) -> Result<()> {
-    let device = Device::open(&blockdev::choose(None)?)?;
-    ensure!(args.bs > 0 && args.bs <= device.bytes, "--bs: wanted 1 to {}, found {}", device.bytes, args.bs);
-    let mut buffers = Buffers::new(args.depth.into(), args.bs as usize, true)?;
-    let mut ring = IoUring::new(u32::from(args.depth).next_power_of_two()).context("The kernel has no io_uring")?;
-    let before = Memory::now();
-    let mut errors: BTreeMap<String, u64> = BTreeMap::new();
-    let mut failed = Vec::new();
-    let mut times_failed = Vec::new();
-    let (mut ios, mut slowest, mut trouble) = (0, Duration::ZERO, false);
-    while ios < args.ios || (args.recover && trouble) {
-        if args.recover && trouble {
-            std::thread::sleep(PAUSE);
+impl Workload for Args {
+    /// The workload. Emits one `result`, whether reads fail or not: that they do is what it is for.
+    ///
+    /// # Errors
+    /// If there is nothing to read from.
+    fn run(&self, results: &mut Results) -> Result<()> {
+        let device = Device::open(&blockdev::choose(None)?)?;
+        ensure!(self.bs > 0 && self.bs <= device.bytes, "--bs: wanted 1 to {}, found {}", device.bytes, self.bs);
+        let mut buffers = Buffers::new(self.depth.into(), self.bs as usize, true)?;
+        let mut ring = IoUring::new(u32::from(self.depth).next_power_of_two()).context("The kernel has no io_uring")?;
+        let before = Memory::now();
+        let mut errors: BTreeMap<String, u64> = BTreeMap::new();
+        let mut failed = Vec::new();
+        let mut times_failed = Vec::new();
+        let (mut ios, mut slowest, mut trouble) = (0, Duration::ZERO, false);
+        while ios < self.ios || (self.recover && trouble) {
+            if self.recover && trouble {
+                std::thread::sleep(PAUSE);
+            }
+            let count = if ios < self.ios { (self.ios - ios).min(self.depth.into()) } else { self.depth.into() };
+            let blocks = (ios..ios + count).map(|io| io * STRIDE % (device.bytes / self.bs));
+            let begin = Instant::now();
+            let reads = engine::read_at_once(&mut ring, &device, &mut buffers, blocks)?;
+            let time = begin.elapsed();
+            slowest = slowest.max(time);
+            trouble = reads.iter().any(Result::is_err);
+            for (io, error) in (ios..).zip(reads).filter_map(|(io, read)| Some((io, read.err()?))) {
+                let name = error
+                    .raw_os_error()
+                    .map_or_else(|| error.to_string(), |code| format!("{:?}", Errno::from_raw(code)));
+                *errors.entry(name).or_default() += 1;
+                failed.push(io);
+                times_failed.push(time.as_millis() as u64);
+            }
+            ios += count;
         }
-        let count = if ios < args.ios { (args.ios - ios).min(args.depth.into()) } else { args.depth.into() };
-        let blocks = (ios..ios + count).map(|io| io * STRIDE % (device.bytes / args.bs));
-        let begin = Instant::now();
-        let reads = engine::read_at_once(&mut ring, &device, &mut buffers, blocks)?;
-        let time = begin.elapsed();
-        slowest = slowest.max(time);
-        trouble = reads.iter().any(Result::is_err);
-        for (io, error) in (ios..).zip(reads).filter_map(|(io, read)| Some((io, read.err()?))) {
-            let name =
-                error.raw_os_error().map_or_else(|| error.to_string(), |code| format!("{:?}", Errno::from_raw(code)));
-            *errors.entry(name).or_default() += 1;
-            failed.push(io);
-            times_failed.push(time.as_millis() as u64);
-        }
-        ios += count;
+        times_failed.sort_unstable();
+        results.emit(
+            "result",
+            json!({
+                "workload": "io-errors", "bs": self.bs, "ios": ios, "failed": failed.len(), "errors": errors,
+                "first_failed": failed.first(), "last_failed": failed.last(), "slowest_ms": slowest.as_millis() as u64,
+                "median_failed_ms": times_failed.get(times_failed.len() / 2),
+                "memory_before": before.value(), "memory_after": Memory::now().value(),
+            }),
+        );
+        Ok(())
     }
-    times_failed.sort_unstable();
-    results.emit(
-        "result",
-        json!({
-            "workload": "io-errors", "bs": args.bs, "ios": ios, "failed": failed.len(), "errors": errors,
-            "first_failed": failed.first(), "last_failed": failed.last(), "slowest_ms": slowest.as_millis() as u64,
-            "median_failed_ms": times_failed.get(times_failed.len() / 2),
-            "memory_before": before.value(), "memory_after": Memory::now().value(),
-        }),
-    );
-    Ok(())
 }
 
 /// What the kernel's allocators have given out.

@@ -5,6 +5,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use crate::results::Results;
+use crate::workload::{Needs, Workload};
 use crate::{init, kmsg};
 
 /// The module, as it is named in the kernel series.
@@ -12,30 +13,38 @@ const MODULE: &str = "iova_test";
 /// The suite in it.
 const SUITE: &str = "dma_iova";
 
-/// The workload: loads the module, which runs the cases, and finds their results in the kernel log. Emits one `result`.
-///
-/// # Errors
-/// If the kernel has no such module, if a case failed, or if none ran.
-pub fn run(results: &mut Results) -> Result<()> {
-    init::load_modules(&[MODULE])?;
-    let loaded = std::path::Path::new("/sys/module").join(MODULE).exists();
-    ensure!(loaded, "The kernel has no module {MODULE}: it comes with the project's series (KERNEL=patched)");
-    let suite = parse(&kmsg::read_log())?;
-    let names =
-        |outcome: Outcome| suite.cases.iter().filter(move |case| case.outcome == outcome).map(|case| &case.name);
-    let passed = names(Outcome::Passed).count();
-    results.emit(
-        "result",
-        json!({
-            "workload": "iova-test", "cases": suite.cases.iter().map(Case::report).collect::<Value>(),
-            "passed": passed, "failed": names(Outcome::Failed).count(), "skipped": names(Outcome::Skipped).count(),
-            "messages": suite.messages,
-        }),
-    );
-    let failed: Vec<_> = names(Outcome::Failed).collect();
-    ensure!(failed.is_empty(), "KUnit cases failed: {failed:?}");
-    ensure!(passed > 0, "No KUnit case ran: {:?}", suite.messages);
-    Ok(())
+/// Let the kernel series' own tests of the two-step DMA API use the DMA engine.
+#[derive(clap::Args)]
+pub struct Args {}
+
+impl Workload for Args {
+    const NEEDS: Needs = Needs { modules: &["ioatdma"], on_demand: &[MODULE], ..Needs::NOTHING };
+
+    /// The workload: loads the module, which runs the cases, and finds their results in the kernel log. Emits one `result`.
+    ///
+    /// # Errors
+    /// If the kernel has no such module, if a case failed, or if none ran.
+    fn run(&self, results: &mut Results) -> Result<()> {
+        init::load_modules(&[MODULE])?;
+        let loaded = std::path::Path::new("/sys/module").join(MODULE).exists();
+        ensure!(loaded, "The kernel has no module {MODULE}: it comes with the project's series (KERNEL=patched)");
+        let suite = parse(&kmsg::read_log())?;
+        let names =
+            |outcome: Outcome| suite.cases.iter().filter(move |case| case.outcome == outcome).map(|case| &case.name);
+        let passed = names(Outcome::Passed).count();
+        results.emit(
+            "result",
+            json!({
+                "workload": "iova-test", "cases": suite.cases.iter().map(Case::report).collect::<Value>(),
+                "passed": passed, "failed": names(Outcome::Failed).count(), "skipped": names(Outcome::Skipped).count(),
+                "messages": suite.messages,
+            }),
+        );
+        let failed: Vec<_> = names(Outcome::Failed).collect();
+        ensure!(failed.is_empty(), "KUnit cases failed: {failed:?}");
+        ensure!(passed > 0, "No KUnit case ran: {:?}", suite.messages);
+        Ok(())
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -15,12 +15,15 @@ use crate::blockdev::{self, Device};
 use crate::buffers::{Buffers, PAGE};
 use crate::init;
 use crate::results::Results;
+use crate::workload::Workload;
 
 /// Bytes of a read.
 const SIZE: usize = 64 << 10;
 
-/// What is started. Both files are at the start of the first NVMe namespace, the initial RAM file system at the next
-/// whole page after the kernel.
+/// Start another kernel, which runs the workloads after this one.
+///
+/// Both files are at the start of the first NVMe namespace, the initial RAM file system at the next whole page after the
+/// kernel.
 #[derive(clap::Args)]
 pub struct Args {
     /// Bytes of the kernel, a bzImage.
@@ -31,18 +34,20 @@ pub struct Args {
     initramfs: u64,
 }
 
-/// The workload. Emits `kexec` and does not return; what follows on the command line is what the next kernel runs.
-///
-/// # Errors
-/// A file that cannot be read, or that the kernel does not take.
-pub fn run(args: &Args, results: &mut Results) -> Result<()> {
-    let device = Device::open(&blockdev::choose(None)?)?;
-    let kernel = fetch(&device, 0, args.kernel, "/tmp/vmlinuz")?;
-    let initramfs = fetch(&device, args.kernel.next_multiple_of(PAGE as u64), args.initramfs, "/tmp/initramfs")?;
-    let line = command_line(&fs::read_to_string("/proc/cmdline")?)?;
-    load(&kernel, &initramfs, &line)?;
-    results.emit("kexec", json!({ "command_line": line }));
-    init::kexec(results)
+impl Workload for Args {
+    /// The workload. Emits `kexec` and does not return; what follows on the command line is what the next kernel runs.
+    ///
+    /// # Errors
+    /// A file that cannot be read, or that the kernel does not take.
+    fn run(&self, results: &mut Results) -> Result<()> {
+        let device = Device::open(&blockdev::choose(None)?)?;
+        let kernel = fetch(&device, 0, self.kernel, "/tmp/vmlinuz")?;
+        let initramfs = fetch(&device, self.kernel.next_multiple_of(PAGE as u64), self.initramfs, "/tmp/initramfs")?;
+        let line = command_line(&fs::read_to_string("/proc/cmdline")?)?;
+        load(&kernel, &initramfs, &line)?;
+        results.emit("kexec", json!({ "command_line": line }));
+        init::kexec(results)
+    }
 }
 
 /// Copies bytes of the device into a file, and opens it for reading only: the kernel takes none that can be written.

@@ -17,6 +17,7 @@ use crate::ftrace::{Event, Traced, Tracing};
 use crate::nvme_io::Measured;
 use crate::results::Results;
 use crate::size;
+use crate::workload::Workload;
 
 /// Prepares a command: here data is mapped and the command's pointers to it are made.
 const MAP: &str = "nvme_prep_rq";
@@ -33,7 +34,7 @@ const EMPTY_CALLS: u32 = 1000;
 /// The allocator's events.
 const ALLOCATOR: [&str; 4] = ["kmem/kmalloc", "kmem/kmem_cache_alloc", "kmem/kfree", "kmem/kmem_cache_free"];
 
-/// What I/O to do.
+/// What mapping costs the guest in raw I/O: processor time, atomic allocations, memory held.
 #[derive(clap::Args)]
 pub struct Args {
     /// The namespace: its block device, or its controller's function; the first function's if not given.
@@ -53,31 +54,33 @@ pub struct Args {
     traced_ios: u64,
 }
 
-/// The workload. Emits one `result`.
-///
-/// # Errors
-/// An I/O that failed, or tracing that the kernel cannot do.
-pub fn run(args: &Args, results: &mut Results) -> Result<()> {
-    let device = Device::open(&blockdev::choose(args.dev.as_deref())?)?;
-    let mut buffers = Buffers::new(1, args.bs as usize, args.scatter)?;
-    let runs = buffers.physical_runs();
-    let mut read = |ios| {
-        let mut stream = Measured::in_order(&device, args.bs, ios);
-        engine::run(&device, Direction::Read, &mut buffers, &mut stream).map(drop)
-    };
-    let probe = probe_cost()?;
-    read(args.ios)?;
-    let times = times(probe, args.ios, || read(args.ios))?;
-    let allocations = allocations(args.traced_ios, || read(args.traced_ios + 1))?;
-    results.emit(
-        "result",
-        json!({
-            "workload": "map-cost", "bs": args.bs, "scatter": args.scatter, "physical_runs_per_io": runs,
-            "ios": args.ios, "ticks": times, "probe_ticks": probe.inside + probe.outside,
-            "traced_ios": args.traced_ios, "allocations": allocations,
-        }),
-    );
-    Ok(())
+impl Workload for Args {
+    /// The workload. Emits one `result`.
+    ///
+    /// # Errors
+    /// An I/O that failed, or tracing that the kernel cannot do.
+    fn run(&self, results: &mut Results) -> Result<()> {
+        let device = Device::open(&blockdev::choose(self.dev.as_deref())?)?;
+        let mut buffers = Buffers::new(1, self.bs as usize, self.scatter)?;
+        let runs = buffers.physical_runs();
+        let mut read = |ios| {
+            let mut stream = Measured::in_order(&device, self.bs, ios);
+            engine::run(&device, Direction::Read, &mut buffers, &mut stream).map(drop)
+        };
+        let probe = probe_cost()?;
+        read(self.ios)?;
+        let times = times(probe, self.ios, || read(self.ios))?;
+        let allocations = allocations(self.traced_ios, || read(self.traced_ios + 1))?;
+        results.emit(
+            "result",
+            json!({
+                "workload": "map-cost", "bs": self.bs, "scatter": self.scatter, "physical_runs_per_io": runs,
+                "ios": self.ios, "ticks": times, "probe_ticks": probe.inside + probe.outside,
+                "traced_ios": self.traced_ios, "allocations": allocations,
+            }),
+        );
+        Ok(())
+    }
 }
 
 /// What a pair of probes costs, in ticks.

@@ -11,6 +11,7 @@ use serde_json::json;
 use crate::blockdev::{self, Device};
 use crate::buffers::Buffers;
 use crate::results::Results;
+use crate::workload::{Needs, Workload};
 use crate::{pattern, size, sysfs};
 
 /// The memory that is taken, piece by piece; each is asked for as a huge page, and gets one I/O.
@@ -22,7 +23,7 @@ const IO: usize = 16 << 10;
 /// How long plugged memory may take to come.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Where to look and how much to leave.
+/// I/O into nearly all of the guest's memory.
 #[derive(clap::Args)]
 pub struct Args {
     /// The namespace; the first function's if not given.
@@ -36,42 +37,46 @@ pub struct Args {
     wait: u64,
 }
 
-/// The workload. Takes memory, from all nodes by turns, and writes from and reads into a part of each 2 MiB of it.
-///
-/// # Errors
-/// Memory that does not come, an I/O that failed, or data that is wrong.
-pub fn run(args: &Args, results: &mut Results) -> Result<()> {
-    let begin = Instant::now();
-    while meminfo("MemTotal")? < args.wait {
-        ensure!(begin.elapsed() < PATIENCE, "Wanted {} bytes of memory, found {}", args.wait, meminfo("MemTotal")?);
-        std::thread::sleep(Duration::from_millis(100));
+impl Workload for Args {
+    const NEEDS: Needs = Needs { optional: &["virtio_mem"], ..Needs::NOTHING };
+
+    /// The workload. Takes memory, from all nodes by turns, and writes from and reads into a part of each 2 MiB of it.
+    ///
+    /// # Errors
+    /// Memory that does not come, an I/O that failed, or data that is wrong.
+    fn run(&self, results: &mut Results) -> Result<()> {
+        let begin = Instant::now();
+        while meminfo("MemTotal")? < self.wait {
+            ensure!(begin.elapsed() < PATIENCE, "Wanted {} bytes of memory, found {}", self.wait, meminfo("MemTotal")?);
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        let nodes = interleave()?;
+        let device = Device::open(&blockdev::choose(self.dev.as_deref())?)?;
+        let available = meminfo("MemAvailable")?;
+        let count = available.saturating_sub(self.leave) / PIECE;
+        ensure!(count > 0, "No memory to take: {available} bytes are available, and {} are to be left", self.leave);
+        let mut buffers = Buffers::new(count as usize, PIECE as usize, false)?;
+        let blocks = device.bytes / IO as u64;
+        for piece in 0..count {
+            // SAFETY: no I/O is in flight, as each call returns when it is done.
+            let buffer = unsafe { &mut buffers.contents(piece as usize)[..IO] };
+            // The block on the device may be that of an earlier piece; the seed is this piece's own.
+            let offset = piece % blocks * IO as u64;
+            pattern::fill(buffer, offset, piece);
+            device.file.write_all_at(buffer, offset).with_context(|| format!("Cannot write from piece {piece}"))?;
+            pattern::poison(buffer);
+            device.file.read_exact_at(buffer, offset).with_context(|| format!("Cannot read into piece {piece}"))?;
+            pattern::check(buffer, offset, piece).map_err(|message| anyhow!("Piece {piece}: {message}"))?;
+        }
+        results.emit(
+            "result",
+            json!({
+                "workload": "memory", "verified": true, "pieces": count, "bytes": count * PIECE, "nodes": nodes,
+                "total": meminfo("MemTotal")?, "seconds": begin.elapsed().as_secs_f64(),
+            }),
+        );
+        Ok(())
     }
-    let nodes = interleave()?;
-    let device = Device::open(&blockdev::choose(args.dev.as_deref())?)?;
-    let available = meminfo("MemAvailable")?;
-    let count = available.saturating_sub(args.leave) / PIECE;
-    ensure!(count > 0, "No memory to take: {available} bytes are available, and {} are to be left", args.leave);
-    let mut buffers = Buffers::new(count as usize, PIECE as usize, false)?;
-    let blocks = device.bytes / IO as u64;
-    for piece in 0..count {
-        // SAFETY: no I/O is in flight, as each call returns when it is done.
-        let buffer = unsafe { &mut buffers.contents(piece as usize)[..IO] };
-        // The block on the device may be that of an earlier piece; the seed is this piece's own.
-        let offset = piece % blocks * IO as u64;
-        pattern::fill(buffer, offset, piece);
-        device.file.write_all_at(buffer, offset).with_context(|| format!("Cannot write from piece {piece}"))?;
-        pattern::poison(buffer);
-        device.file.read_exact_at(buffer, offset).with_context(|| format!("Cannot read into piece {piece}"))?;
-        pattern::check(buffer, offset, piece).map_err(|message| anyhow!("Piece {piece}: {message}"))?;
-    }
-    results.emit(
-        "result",
-        json!({
-            "workload": "memory", "verified": true, "pieces": count, "bytes": count * PIECE, "nodes": nodes,
-            "total": meminfo("MemTotal")?, "seconds": begin.elapsed().as_secs_f64(),
-        }),
-    );
-    Ok(())
 }
 
 /// Has memory come from all nodes by turns; how many there are.

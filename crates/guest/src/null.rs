@@ -10,6 +10,7 @@ use crate::buffers::{Buffers, PAGE};
 use crate::pci;
 use crate::results::Results;
 use crate::vfio::{Access, Bar, Function};
+use crate::workload::{Needs, Workload};
 
 /// The device's PCI ids.
 const VENDOR: u16 = 0x1234;
@@ -33,32 +34,40 @@ const NUMBER: u32 = 0x1234_5678;
 /// How long a write may take.
 const LIMIT: Duration = Duration::from_secs(300);
 
-/// The workload. Emits one `result`.
-///
-/// # Errors
-/// If there is no such device, or a write did not end as it must.
-pub fn run(results: &mut Results) -> Result<()> {
-    let bdf = pci::with_id(VENDOR, DEVICE).into_iter().next();
-    let bdf = bdf.with_context(|| format!("The guest has no device {VENDOR:04x}:{DEVICE:04x}"))?;
-    let mut pages = Buffers::new(1, PAGE, true)?;
-    let function = Function::open(&bdf)?;
-    // SAFETY: references to the page are taken only while the device is not busy.
-    unsafe { function.map(pages.pointer(0), MAPPED, PAGE as u64, Access::ReadWrite)? };
-    let bar = function.bar0()?;
-    let written = have_written(&bar, MAPPED)?;
-    let refused = have_written(&bar, NOWHERE)?;
-    // SAFETY: the device is not busy: `have_written` waited for that.
-    let found = unsafe { pages.contents(0)[..4] == NUMBER.to_le_bytes() };
-    results.emit(
-        "result",
-        json!({
-            "workload": "null", "bdf": bdf, "status": written, "number_found": found, "refused_status": refused,
-            "fault_access": "write", "fault_iova": NOWHERE,
-        }),
-    );
-    ensure!(written == DONE && found, "The number was not written: status {written}");
-    ensure!(refused == FAILED, "A write where nothing is mapped ended with status {refused}");
-    Ok(())
+/// Have the smallest device model write a number to memory, and to where there is none.
+#[derive(clap::Args)]
+pub struct Args {}
+
+impl Workload for Args {
+    const NEEDS: Needs = Needs { modules: &["vfio_pci", "vfio_iommu_type1"], ..Needs::NOTHING };
+
+    /// The workload. Emits one `result`.
+    ///
+    /// # Errors
+    /// If there is no such device, or a write did not end as it must.
+    fn run(&self, results: &mut Results) -> Result<()> {
+        let bdf = pci::with_id(VENDOR, DEVICE).into_iter().next();
+        let bdf = bdf.with_context(|| format!("The guest has no device {VENDOR:04x}:{DEVICE:04x}"))?;
+        let mut pages = Buffers::new(1, PAGE, true)?;
+        let function = Function::open(&bdf)?;
+        // SAFETY: references to the page are taken only while the device is not busy.
+        unsafe { function.map(pages.pointer(0), MAPPED, PAGE as u64, Access::ReadWrite)? };
+        let bar = function.bar0()?;
+        let written = have_written(&bar, MAPPED)?;
+        let refused = have_written(&bar, NOWHERE)?;
+        // SAFETY: the device is not busy: `have_written` waited for that.
+        let found = unsafe { pages.contents(0)[..4] == NUMBER.to_le_bytes() };
+        results.emit(
+            "result",
+            json!({
+                "workload": "null", "bdf": bdf, "status": written, "number_found": found, "refused_status": refused,
+                "fault_access": "write", "fault_iova": NOWHERE,
+            }),
+        );
+        ensure!(written == DONE && found, "The number was not written: status {written}");
+        ensure!(refused == FAILED, "A write where nothing is mapped ended with status {refused}");
+        Ok(())
+    }
 }
 
 /// Has the device write the number at `address`; its status then.

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use crate::blockdev::{self, Namespace};
 use crate::results::Results;
+use crate::workload::{Needs, Workload};
 use crate::{pattern, sysfs};
 
 /// Files with the data that commands send and expect.
@@ -27,37 +28,45 @@ enum Expect {
     Either,
 }
 
-/// The workload. Emits one `result` with every command, its exit status and what it printed (parsed if it is JSON).
-///
-/// # Errors
-/// Names the commands that did not come to what they must.
-pub fn run(results: &mut Results) -> Result<()> {
-    let namespace = blockdev::namespaces().into_iter().next().context("The guest has no NVMe namespace")?;
-    let controller = sysfs::link_name(format!("/sys/block/{}/device", namespace.name))
-        .context("Cannot find the namespace's controller in sysfs")?;
-    let node = namespace.node().display().to_string();
-    let controller = format!("/dev/{controller}");
-    let block_size = logical_block_size(&namespace)?;
-    write_files(block_size)?;
+/// Commands of the nvme program, each with its exit status and what it printed.
+#[derive(clap::Args)]
+pub struct Args {}
 
-    let mut commands = Vec::new();
-    let mut wrong = Vec::new();
-    for (expect, line) in commands_for(&controller, &node, block_size) {
-        let (result, good) = execute(&line, expect)?;
-        if !good {
-            wrong.push(line.clone());
+impl Workload for Args {
+    const NEEDS: Needs = Needs { programs: &["nvme"], ..Needs::NOTHING };
+
+    /// The workload. Emits one `result` with every command, its exit status and what it printed (parsed if it is JSON).
+    ///
+    /// # Errors
+    /// Names the commands that did not come to what they must.
+    fn run(&self, results: &mut Results) -> Result<()> {
+        let namespace = blockdev::namespaces().into_iter().next().context("The guest has no NVMe namespace")?;
+        let controller = sysfs::link_name(format!("/sys/block/{}/device", namespace.name))
+            .context("Cannot find the namespace's controller in sysfs")?;
+        let node = namespace.node().display().to_string();
+        let controller = format!("/dev/{controller}");
+        let block_size = logical_block_size(&namespace)?;
+        write_files(block_size)?;
+
+        let mut commands = Vec::new();
+        let mut wrong = Vec::new();
+        for (expect, line) in commands_for(&controller, &node, block_size) {
+            let (result, good) = execute(&line, expect)?;
+            if !good {
+                wrong.push(line.clone());
+            }
+            commands.push(result);
+            if line.starts_with("reset ") {
+                blockdev::wait_for_namespace(&namespace.bdf, RESET_LIMIT)?;
+            }
+            if line.starts_with("read ") && fs::read(READ_BACK)? != fs::read(DATA)? {
+                wrong.push(format!("{line} (the data is not what was written)"));
+            }
         }
-        commands.push(result);
-        if line.starts_with("reset ") {
-            blockdev::wait_for_namespace(&namespace.bdf, RESET_LIMIT)?;
-        }
-        if line.starts_with("read ") && fs::read(READ_BACK)? != fs::read(DATA)? {
-            wrong.push(format!("{line} (the data is not what was written)"));
-        }
+        results.emit("result", json!({ "workload": "nvme-cli", "commands": commands, "wrong": wrong }));
+        ensure!(wrong.is_empty(), "nvme commands did not come to what they must: {wrong:?}");
+        Ok(())
     }
-    results.emit("result", json!({ "workload": "nvme-cli", "commands": commands, "wrong": wrong }));
-    ensure!(wrong.is_empty(), "nvme commands did not come to what they must: {wrong:?}");
-    Ok(())
 }
 
 fn logical_block_size(namespace: &Namespace) -> Result<u64> {

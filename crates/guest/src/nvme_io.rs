@@ -15,12 +15,13 @@ use crate::buffers::{Buffers, PAGE};
 use crate::engine::{self, Direction, Outcome, Stream};
 use crate::pattern::{self, Random};
 use crate::results::Results;
+use crate::workload::Workload;
 use crate::{size, sysfs};
 
 /// How many bytes are moved if nothing is said.
 const DEFAULT_TOTAL: u64 = 64 << 20;
 
-/// What to do.
+/// Raw I/O on an NVMe namespace, past the page cache, with io_uring.
 #[derive(clap::Args)]
 pub struct Args {
     /// The namespace: its block device, or its controller's function; the first function's if not given.
@@ -61,41 +62,43 @@ enum Op {
     Verify,
 }
 
-/// The workload. Emits a `begin`, and one `result`.
-///
-/// # Errors
-/// An I/O that failed, or data that is wrong; a result says `"verified":false` then.
-pub fn run(args: &Args, results: &mut Results) -> Result<()> {
-    if let Some(cpu) = args.cpu {
-        let mut set = CpuSet::new();
-        set.set(cpu)
-            .and_then(|()| sched_setaffinity(Pid::from_raw(0), &set))
-            .with_context(|| format!("--cpu {cpu}"))?;
+impl Workload for Args {
+    /// The workload. Emits a `begin`, and one `result`.
+    ///
+    /// # Errors
+    /// An I/O that failed, or data that is wrong; a result says `"verified":false` then.
+    fn run(&self, results: &mut Results) -> Result<()> {
+        if let Some(cpu) = self.cpu {
+            let mut set = CpuSet::new();
+            set.set(cpu)
+                .and_then(|()| sched_setaffinity(Pid::from_raw(0), &set))
+                .with_context(|| format!("--cpu {cpu}"))?;
+        }
+        let path = blockdev::choose(self.dev.as_deref())?;
+        let device = Device::open(&path)?;
+        ensure!(self.bs > 0 && self.bs.is_multiple_of(512), "--bs: wanted a multiple of 512, found {}", self.bs);
+        ensure!(self.bs <= device.bytes, "--bs: {} bytes, but {} has {}", self.bs, path.display(), device.bytes);
+        ensure!(
+            (self.seconds.is_none() && !self.until_marked) || self.op != Op::Verify,
+            "verify takes --total alone, as it has to read back what it wrote"
+        );
+        let mut buffers = Buffers::new(self.depth.into(), self.bs as usize, self.scatter)?;
+        let mut result = json!({
+            "workload": "nvme-io", "op": self.op.to_possible_value().map(|value| value.get_name().to_owned()),
+            "dev": path, "bs": self.bs, "depth": self.depth, "scatter": self.scatter,
+            "physical_runs_per_io": buffers.physical_runs(),
+        });
+        results.emit("begin", result.clone());
+        let outcome = match self.op {
+            Op::Verify => verify(&device, &mut buffers, self, &mut result),
+            _ => measure(&device, &mut buffers, self, &mut result),
+        };
+        if let Err(error) = &outcome {
+            result["error"] = format!("{error:#}").into();
+        }
+        results.emit("result", result);
+        outcome.map_err(|error| error.context(format!("nvme-io on {}", path.display())))
     }
-    let path = blockdev::choose(args.dev.as_deref())?;
-    let device = Device::open(&path)?;
-    ensure!(args.bs > 0 && args.bs.is_multiple_of(512), "--bs: wanted a multiple of 512, found {}", args.bs);
-    ensure!(args.bs <= device.bytes, "--bs: {} bytes, but {} has {}", args.bs, path.display(), device.bytes);
-    ensure!(
-        (args.seconds.is_none() && !args.until_marked) || args.op != Op::Verify,
-        "verify takes --total alone, as it has to read back what it wrote"
-    );
-    let mut buffers = Buffers::new(args.depth.into(), args.bs as usize, args.scatter)?;
-    let mut result = json!({
-        "workload": "nvme-io", "op": args.op.to_possible_value().map(|value| value.get_name().to_owned()),
-        "dev": path, "bs": args.bs, "depth": args.depth, "scatter": args.scatter,
-        "physical_runs_per_io": buffers.physical_runs(),
-    });
-    results.emit("begin", result.clone());
-    let outcome = match args.op {
-        Op::Verify => verify(&device, &mut buffers, args, &mut result),
-        _ => measure(&device, &mut buffers, args, &mut result),
-    };
-    if let Err(error) = &outcome {
-        result["error"] = format!("{error:#}").into();
-    }
-    results.emit("result", result);
-    outcome.map_err(|error| error.context(format!("nvme-io on {}", path.display())))
 }
 
 fn measure(device: &Device, buffers: &mut Buffers, args: &Args, result: &mut Value) -> Result<()> {

@@ -6,6 +6,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
 use crate::results::Results;
+use crate::workload::Workload;
 use crate::{blockdev, nvme_io, pci};
 
 /// How long a driver may take to bring its device up.
@@ -13,7 +14,7 @@ const LIMIT: Duration = Duration::from_secs(300);
 /// How much is written and read back after each time.
 const BYTES: u64 = 4 << 20;
 
-/// Which driver, from where, how often.
+/// Take a driver off its function and give it back, with I/O after each time.
 #[derive(clap::Args)]
 pub struct Args {
     /// The driver's name, for example nvme or ioatdma.
@@ -25,23 +26,25 @@ pub struct Args {
     times: u32,
 }
 
-/// The workload. Emits one `result`.
-///
-/// # Errors
-/// What did not work, and which time it was.
-pub fn run(args: &Args, results: &mut Results) -> Result<()> {
-    for time in 1..=args.times {
-        once(args, time).with_context(|| format!("Rebinding {} to {}, time {time}", args.bdf, args.driver))?;
+impl Workload for Args {
+    /// The workload. Emits one `result`.
+    ///
+    /// # Errors
+    /// What did not work, and which time it was.
+    fn run(&self, results: &mut Results) -> Result<()> {
+        for time in 1..=self.times {
+            once(self, time).with_context(|| format!("Rebinding {} to {}, time {time}", self.bdf, self.driver))?;
+        }
+        let is_nvme = self.driver == "nvme";
+        results.emit(
+            "result",
+            json!({
+                "workload": "rebind", "driver": self.driver, "bdf": self.bdf, "times": self.times,
+                "verified": is_nvme.then_some(true), "bytes_each": is_nvme.then_some(BYTES),
+            }),
+        );
+        Ok(())
     }
-    let is_nvme = args.driver == "nvme";
-    results.emit(
-        "result",
-        json!({
-            "workload": "rebind", "driver": args.driver, "bdf": args.bdf, "times": args.times,
-            "verified": is_nvme.then_some(true), "bytes_each": is_nvme.then_some(BYTES),
-        }),
-    );
-    Ok(())
 }
 
 fn once(args: &Args, time: u32) -> Result<()> {

@@ -6,12 +6,19 @@ use anyhow::Result;
 use serde_json::{Map, Value, json};
 
 use crate::results::Results;
+use crate::workload::Workload;
 use crate::{blockdev, sysfs};
 
-/// The workload: emits [`machine`] again, as it is now.
-pub fn run(results: &mut Results) -> Result<()> {
-    results.emit("report", machine());
-    Ok(())
+/// Say what IOMMU, PCI and NVMe devices the guest sees; every run starts with this.
+#[derive(clap::Args)]
+pub struct Args {}
+
+impl Workload for Args {
+    /// The workload: emits [`machine`] again, as it is now.
+    fn run(&self, results: &mut Results) -> Result<()> {
+        results.emit("report", machine());
+        Ok(())
+    }
 }
 
 /// Kernel, CPUs, memory, IOMMUs, PCI functions with their IOMMU groups, NVMe namespaces.

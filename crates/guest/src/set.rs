@@ -7,8 +7,9 @@ use anyhow::{Context, Result, bail};
 use serde_json::json;
 
 use crate::results::Results;
+use crate::workload::Workload;
 
-/// Which setting, and to what.
+/// Write a value into a file of sysfs, procfs or debugfs, for what comes after.
 #[derive(clap::Args)]
 pub struct Args {
     /// The file, for example /sys/kernel/debug/failslab/probability.
@@ -21,20 +22,22 @@ pub struct Args {
     refused: bool,
 }
 
-/// The workload. Emits one `result`.
-///
-/// # Errors
-/// The system's, with what was tried; or if it was to be refused and was not.
-pub fn run(args: &Args, results: &mut Results) -> Result<()> {
-    let written = fs::write(&args.file, &args.value);
-    let error = match written {
-        Ok(()) if args.refused => bail!("Writing {:?} to {} was not refused", args.value, args.file.display()),
-        Err(error) if args.refused => Some(error.to_string()),
-        result => {
-            result.with_context(|| format!("Cannot write {:?} to {}", args.value, args.file.display()))?;
-            None
-        }
-    };
-    results.emit("result", json!({ "workload": "set", "file": args.file, "value": args.value, "error": error }));
-    Ok(())
+impl Workload for Args {
+    /// The workload. Emits one `result`.
+    ///
+    /// # Errors
+    /// The system's, with what was tried; or if it was to be refused and was not.
+    fn run(&self, results: &mut Results) -> Result<()> {
+        let written = fs::write(&self.file, &self.value);
+        let error = match written {
+            Ok(()) if self.refused => bail!("Writing {:?} to {} was not refused", self.value, self.file.display()),
+            Err(error) if self.refused => Some(error.to_string()),
+            result => {
+                result.with_context(|| format!("Cannot write {:?} to {}", self.value, self.file.display()))?;
+                None
+            }
+        };
+        results.emit("result", json!({ "workload": "set", "file": self.file, "value": self.value, "error": error }));
+        Ok(())
+    }
 }

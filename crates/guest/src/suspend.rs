@@ -13,6 +13,7 @@ use serde_json::json;
 use crate::blockdev::{self, Device};
 use crate::buffers::Buffers;
 use crate::results::Results;
+use crate::workload::Workload;
 use crate::{nvme_io, pattern};
 
 /// Bytes of an I/O: pages that are scattered, for several mappings each.
@@ -28,7 +29,7 @@ const READS: u64 = 20;
 /// Between two looks at how far they are.
 const LOOK: Duration = Duration::from_millis(5);
 
-/// What to do.
+/// Suspend the devices and resume them, with I/O before and after.
 #[derive(clap::Args)]
 pub struct Args {
     /// How often.
@@ -39,38 +40,40 @@ pub struct Args {
     level: String,
 }
 
-/// The workload. Emits one `result`.
-///
-/// # Errors
-/// What the kernel refused, an I/O that failed, or data that is wrong.
-pub fn run(args: &Args, results: &mut Results) -> Result<()> {
-    let path = blockdev::choose(None)?;
-    let device = Device::open(&path)?;
-    nvme_io::write_pattern(&device, &mut Buffers::new(8, SIZE, true)?, 0..BLOCKS, SEED)?;
-    let reads: [AtomicU64; READERS] = Default::default();
-    let end = AtomicBool::new(false);
-    thread::scope(|scope| {
-        let readers: Vec<_> = reads.iter().map(|count| scope.spawn(|| read_on(&device, count, &end))).collect();
-        let suspended = (1..=args.times).try_for_each(|time| {
-            wait_for_reads(&reads, &readers)?;
-            suspend(&args.level).with_context(|| format!("Suspending, time {time}"))
-        });
-        let outcome = suspended.and_then(|()| wait_for_reads(&reads, &readers));
-        end.store(true, Ordering::Relaxed);
-        let ended = readers.into_iter().try_for_each(|reader| match reader.join() {
-            Ok(result) => result,
-            Err(_) => bail!("A reader panicked"),
-        });
-        // Why a reader has ended says more than that it has.
-        ended.and(outcome)
-    })?;
-    nvme_io::exercise(&path, BLOCKS * SIZE as u64, SEED + 1)?;
-    let reads: u64 = reads.iter().map(|count| count.load(Ordering::Relaxed)).sum();
-    results.emit(
-        "result",
-        json!({ "workload": "suspend", "level": args.level, "times": args.times, "reads": reads, "verified": true }),
-    );
-    Ok(())
+impl Workload for Args {
+    /// The workload. Emits one `result`.
+    ///
+    /// # Errors
+    /// What the kernel refused, an I/O that failed, or data that is wrong.
+    fn run(&self, results: &mut Results) -> Result<()> {
+        let path = blockdev::choose(None)?;
+        let device = Device::open(&path)?;
+        nvme_io::write_pattern(&device, &mut Buffers::new(8, SIZE, true)?, 0..BLOCKS, SEED)?;
+        let reads: [AtomicU64; READERS] = Default::default();
+        let end = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let readers: Vec<_> = reads.iter().map(|count| scope.spawn(|| read_on(&device, count, &end))).collect();
+            let suspended = (1..=self.times).try_for_each(|time| {
+                wait_for_reads(&reads, &readers)?;
+                suspend(&self.level).with_context(|| format!("Suspending, time {time}"))
+            });
+            let outcome = suspended.and_then(|()| wait_for_reads(&reads, &readers));
+            end.store(true, Ordering::Relaxed);
+            let ended = readers.into_iter().try_for_each(|reader| match reader.join() {
+                Ok(result) => result,
+                Err(_) => bail!("A reader panicked"),
+            });
+            // Why a reader has ended says more than that it has.
+            ended.and(outcome)
+        })?;
+        nvme_io::exercise(&path, BLOCKS * SIZE as u64, SEED + 1)?;
+        let reads: u64 = reads.iter().map(|count| count.load(Ordering::Relaxed)).sum();
+        results.emit(
+            "result",
+            json!({ "workload": "suspend", "level": self.level, "times": self.times, "reads": reads, "verified": true }),
+        );
+        Ok(())
+    }
 }
 
 /// Suspends to memory as far as `level`. Programs are thawed when this returns.

@@ -12,6 +12,7 @@ use crate::pattern;
 use crate::pci;
 use crate::results::Results;
 use crate::vfio::{Access, Bar, Function};
+use crate::workload::{Needs, Workload};
 
 /// Where the pages are for the device. Nothing else is mapped.
 const CONTROL: u64 = 0x1000_0000;
@@ -126,36 +127,46 @@ const CASES: [Case; 10] = [
     Case { name: "copy after all these", ..GOOD },
 ];
 
-/// The workload. Emits one `result` with every case.
-///
-/// # Errors
-/// Names the cases that did not come out as they must.
-pub fn run(results: &mut Results) -> Result<()> {
-    let bdf = pci::with_id(ioat::VENDOR, ioat::DEVICE).into_iter().next();
-    let bdf = bdf.with_context(|| format!("The guest has no DMA engine {:04x}:{:04x}", ioat::VENDOR, ioat::DEVICE))?;
-    let mut pages = Buffers::new(3, PAGE, true)?;
-    let function = Function::open(&bdf)?;
-    for (page, iova, access) in [
-        (CONTROL_PAGE, CONTROL, Access::ReadWrite),
-        (SOURCE_PAGE, SOURCE, Access::Read),
-        (DESTINATION_PAGE, DESTINATION, Access::Write),
-    ] {
-        // SAFETY: `run_case` takes references to the pages only while the channel is stopped.
-        unsafe { function.map(pages.pointer(page), iova, PAGE as u64, access)? };
-    }
-    let bar = function.bar0()?;
-    let mut cases = Vec::new();
-    let mut wrong = Vec::new();
-    for case in CASES {
-        let (report, good) = run_case(&case, &bar, &mut pages).with_context(|| format!("Case \"{}\"", case.name))?;
-        if !good {
-            wrong.push(case.name);
+/// Drive the DMA engine from a program, through VFIO: good copies, and DMA that must be refused.
+#[derive(clap::Args)]
+pub struct Args {}
+
+impl Workload for Args {
+    const NEEDS: Needs = Needs { modules: &["vfio_pci", "vfio_iommu_type1"], ..Needs::NOTHING };
+
+    /// The workload. Emits one `result` with every case.
+    ///
+    /// # Errors
+    /// Names the cases that did not come out as they must.
+    fn run(&self, results: &mut Results) -> Result<()> {
+        let bdf = pci::with_id(ioat::VENDOR, ioat::DEVICE).into_iter().next();
+        let bdf =
+            bdf.with_context(|| format!("The guest has no DMA engine {:04x}:{:04x}", ioat::VENDOR, ioat::DEVICE))?;
+        let mut pages = Buffers::new(3, PAGE, true)?;
+        let function = Function::open(&bdf)?;
+        for (page, iova, access) in [
+            (CONTROL_PAGE, CONTROL, Access::ReadWrite),
+            (SOURCE_PAGE, SOURCE, Access::Read),
+            (DESTINATION_PAGE, DESTINATION, Access::Write),
+        ] {
+            // SAFETY: `run_case` takes references to the pages only while the channel is stopped.
+            unsafe { function.map(pages.pointer(page), iova, PAGE as u64, access)? };
         }
-        cases.push(report);
+        let bar = function.bar0()?;
+        let mut cases = Vec::new();
+        let mut wrong = Vec::new();
+        for case in CASES {
+            let (report, good) =
+                run_case(&case, &bar, &mut pages).with_context(|| format!("Case \"{}\"", case.name))?;
+            if !good {
+                wrong.push(case.name);
+            }
+            cases.push(report);
+        }
+        results.emit("result", json!({ "workload": "vfio-dma", "bdf": bdf, "cases": cases, "wrong": wrong }));
+        ensure!(wrong.is_empty(), "DMA did not come out as it must: {wrong:?}");
+        Ok(())
     }
-    results.emit("result", json!({ "workload": "vfio-dma", "bdf": bdf, "cases": cases, "wrong": wrong }));
-    ensure!(wrong.is_empty(), "DMA did not come out as it must: {wrong:?}");
-    Ok(())
 }
 
 /// Carries out one case; what happened, and whether it is what must happen.

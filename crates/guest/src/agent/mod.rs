@@ -23,6 +23,7 @@ use nix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};
 
 use crate::results::Results;
+use crate::workload::{Needs, Workload};
 use crate::{size, sysfs};
 use format::Format;
 use page::Page;
@@ -53,7 +54,7 @@ const DEFAULT: [&str; 7] = [
     "block:block_rq_complete",
 ];
 
-/// What to trace.
+/// Send the guest's trace events to the host, while the workloads after this one run.
 #[derive(clap::Args)]
 pub struct Args {
     /// An event, SYSTEM:NAME, or all of a SYSTEM; several times. dma_iova, and iommu's, nvme's and block's that belong
@@ -80,20 +81,24 @@ struct Totals {
     lost: u64,
 }
 
-/// The workload: events are sent from now on, until [`stop`].
-///
-/// # Errors
-/// If QEMU has no port for the events, or the kernel does not trace one that was named.
-pub fn start(args: &Args) -> Result<()> {
-    let mut agent = AGENT.lock().unwrap_or_else(PoisonError::into_inner);
-    ensure!(agent.is_none(), "The guest's events are traced already: give the workload trace once");
-    let port = open_port()?;
-    let mut tracer = Tracer::new(args, port).context("Cannot trace the guest's events")?;
-    let stop = Arc::new(AtomicBool::new(false));
-    let seen = stop.clone();
-    let thread = std::thread::Builder::new().name("trace-agent".into()).spawn(move || tracer.run(&seen));
-    *agent = Some(Agent { stop, thread: thread.context("Cannot start a thread")? });
-    Ok(())
+impl Workload for Args {
+    const NEEDS: Needs = Needs { modules: &["virtio_console"], ..Needs::NOTHING };
+
+    /// The workload: events are sent from now on, until [`stop`].
+    ///
+    /// # Errors
+    /// If QEMU has no port for the events, or the kernel does not trace one that was named.
+    fn run(&self, _results: &mut Results) -> Result<()> {
+        let mut agent = AGENT.lock().unwrap_or_else(PoisonError::into_inner);
+        ensure!(agent.is_none(), "The guest's events are traced already: give the workload trace once");
+        let port = open_port()?;
+        let mut tracer = Tracer::new(self, port).context("Cannot trace the guest's events")?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let seen = stop.clone();
+        let thread = std::thread::Builder::new().name("trace-agent".into()).spawn(move || tracer.run(&seen));
+        *agent = Some(Agent { stop, thread: thread.context("Cannot start a thread")? });
+        Ok(())
+    }
 }
 
 /// Sends what is left and ends the agent, if one runs. Emits one `result`.
