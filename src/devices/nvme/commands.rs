@@ -14,21 +14,6 @@ use super::queue_table::{NewQueue, QueueTable};
 use super::saved::SavedCommands;
 use super::spec::{Sqe, Status, TRANSFER_MAX, admin};
 
-/// The admin commands that are implemented.
-pub(super) const OPCODES: [u8; 11] = [
-    admin::DELETE_SQ,
-    admin::CREATE_SQ,
-    admin::GET_LOG_PAGE,
-    admin::DELETE_CQ,
-    admin::CREATE_CQ,
-    admin::IDENTIFY,
-    admin::ABORT,
-    admin::SET_FEATURES,
-    admin::GET_FEATURES,
-    admin::ASYNC_EVENT_REQUEST,
-    admin::DOORBELL_BUFFER_CONFIG,
-];
-
 /// What a command asks its executor for, before it completes.
 #[derive(Debug)]
 pub(super) enum Work {
@@ -90,7 +75,7 @@ impl Commands {
     /// How many bytes of the host's a command needs; an error if it cannot be executed anyway.
     pub fn data_len(&self, sqe: &Sqe) -> Result<usize, Status> {
         // Over PCI Express, admin commands use PRPs.
-        if OPCODES.contains(&sqe.opcode) && (sqe.fuse() != 0 || sqe.psdt() != 0) {
+        if admin::IMPLEMENTED.contains(&sqe.opcode) && (sqe.fuse() != 0 || sqe.psdt() != 0) {
             return Err(Status::INVALID_FIELD);
         }
         Ok(if sqe.opcode == admin::SET_FEATURES { features::data_len(sqe) } else { 0 })

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::disk::Disk;
 use super::event::{ErrorInfo, Reports};
 use super::features::TEMPERATURE;
-use super::spec::{Status, nvm};
+use super::spec::{Status, admin, nvm};
 
 /// Log page identifiers.
 mod id {
@@ -106,7 +106,7 @@ fn effects() -> Vec<u8> {
     let mut set = |base: usize, opcode: u8, effect: u32| {
         put(&mut page, base + 4 * usize::from(opcode), &effect.to_le_bytes());
     };
-    for opcode in super::commands::OPCODES {
+    for opcode in admin::IMPLEMENTED {
         set(0, opcode, SUPPORTED);
     }
     for opcode in [nvm::FLUSH, nvm::READ, nvm::COMPARE] {

@@ -138,6 +138,21 @@ pub mod admin {
     pub const GET_FEATURES: u8 = 0x0a;
     pub const ASYNC_EVENT_REQUEST: u8 = 0x0c;
     pub const DOORBELL_BUFFER_CONFIG: u8 = 0x7c;
+
+    /// Those that are implemented.
+    pub const IMPLEMENTED: [u8; 11] = [
+        DELETE_SQ,
+        CREATE_SQ,
+        GET_LOG_PAGE,
+        DELETE_CQ,
+        CREATE_CQ,
+        IDENTIFY,
+        ABORT,
+        SET_FEATURES,
+        GET_FEATURES,
+        ASYNC_EVENT_REQUEST,
+        DOORBELL_BUFFER_CONFIG,
+    ];
 }
 
 /// I/O commands of the NVM command set.
