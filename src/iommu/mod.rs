@@ -8,6 +8,7 @@ pub mod address_space;
 pub mod counters;
 mod domain;
 pub mod endpoint;
+mod event;
 pub mod fault;
 pub mod grace;
 mod limits;

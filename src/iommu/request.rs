@@ -2,9 +2,8 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+use super::Iommu;
 use super::address_space::MapError;
-use super::{Iommu, split};
-use viommu_trace::Event;
 use viommu_wire::request::RequestType;
 use viommu_wire::split::{EXTENTS_MAX, Extent, F_SPLIT_MAP, Link, Range};
 use viommu_wire::virtio_iommu::{
@@ -101,41 +100,6 @@ impl<'a> Request<'a> {
             Request::Link(..) => RequestType::Link,
             Request::Unlink(_) => RequestType::Unlink,
             Request::Release(_) => RequestType::Release,
-        }
-    }
-
-    /// The trace event of this request with its outcome. Its duration is not known yet. `granule` is the device's.
-    pub fn event(&self, outcome: Outcome, granule: u64) -> Event {
-        let (mut endpoint, mut domain, mut flags) = (None, 0, 0);
-        let (mut virt_start, mut virt_end, mut phys_start) = (0, 0, 0);
-        match self {
-            Request::Attach(attach) => {
-                (endpoint, domain, flags) = (Some(attach.endpoint.get()), attach.domain.get(), attach.flags.get());
-            }
-            Request::Detach(detach) => (endpoint, domain) = (Some(detach.endpoint.get()), detach.domain.get()),
-            Request::Map(map) => {
-                (domain, flags) = (map.domain.get(), map.flags.get());
-                (virt_start, virt_end, phys_start) = (map.virt_start.get(), map.virt_end.get(), map.phys_start.get());
-            }
-            Request::Unmap(unmap) => {
-                (domain, virt_start, virt_end) = (unmap.domain.get(), unmap.virt_start.get(), unmap.virt_end.get());
-            }
-            Request::Probe(probe) => endpoint = Some(probe.endpoint.get()),
-            Request::Link(link, extents) => return split::link_event(link, extents, outcome, granule),
-            Request::Reserve(range) | Request::Unlink(range) | Request::Release(range) => {
-                return split::range_event(range, outcome);
-            }
-        }
-        Event::Request {
-            request: self.request_type() as u8,
-            status: outcome.status as u8,
-            endpoint,
-            domain,
-            flags,
-            virt_start,
-            virt_end,
-            phys_start,
-            duration: 0,
         }
     }
 }

@@ -5,9 +5,8 @@
 use super::Iommu;
 use super::address_space::{AddressSpace, PAGE, Run};
 use super::domain::{DomainEntry, Domains};
-use super::request::{Outcome, require};
+use super::request::require;
 use super::reservation::{NoMemory, Reservations};
-use viommu_trace::Event;
 use viommu_wire::split::{EXTENTS_MAX, Extent, Link, Range};
 use viommu_wire::virtio_iommu::Status;
 
@@ -115,36 +114,4 @@ fn parts(entry: &DomainEntry) -> Result<(&AddressSpace, &Reservations), Status> 
 fn fits(extent: Extent, granule: u64) -> bool {
     let last = (extent.granules() * granule).checked_sub(1).and_then(|last| extent.phys().checked_add(last));
     extent.phys().is_multiple_of(granule) && last.is_some()
-}
-
-/// The trace event of a RESERVE, UNLINK or RELEASE.
-pub(super) fn range_event(range: &Range, outcome: Outcome) -> Event {
-    Event::Split {
-        request: range.head.kind,
-        status: outcome.status as u8,
-        domain: range.domain.get(),
-        flags: range.flags.get(),
-        virt_start: range.virt_start.get(),
-        virt_end: range.virt_end.get(),
-        tag: range.tag.get(),
-        count: u32::try_from(outcome.granules).unwrap_or(u32::MAX),
-        duration: 0,
-    }
-}
-
-/// The trace event of a LINK. Its range is that of the extents that the request had.
-pub(super) fn link_event(link: &Link, extents: &[Extent], outcome: Outcome, granule: u64) -> Event {
-    let granules: u64 = extents.iter().map(|extent| extent.granules()).sum();
-    let start = link.virt_start.get();
-    Event::Split {
-        request: link.head.kind,
-        status: outcome.status as u8,
-        domain: link.domain.get(),
-        flags: link.flags.get(),
-        virt_start: start,
-        virt_end: start.saturating_add(granules.saturating_mul(granule)).saturating_sub(1),
-        tag: link.tag.get(),
-        count: link.count.get(),
-        duration: 0,
-    }
 }
