@@ -10,6 +10,7 @@ use viommu_report::results::Results;
 
 use super::short::short;
 use crate::daemon::Counts;
+use Number::{Bytes, Count};
 
 /// The files of a run.
 pub struct Files {
@@ -70,81 +71,110 @@ impl Summary {
         }
         requests.insert("unknown".into(), counts.unknown_requests.into());
         requests.insert("malformed".into(), counts.malformed_requests.into());
-        let value = json!({
+        let mut value = json!({
             "requests": requests,
-            "requests_failed": self.failed(),
-            "kicks": counts.kicks,
-            "mappings_live": counts.iommu.mappings_live,
-            "mappings_peak": counts.iommu.mappings_peak,
-            "reservations_live": counts.iommu.reservations_live,
-            "linked_bytes": counts.iommu.linked_bytes,
-            "dma_read_bytes": counts.dma_read_bytes,
-            "dma_write_bytes": counts.dma_write_bytes,
-            "dma_bypass_bytes": counts.dma_bypass_bytes,
-            "faults": counts.iommu.faults,
-            "faults_dropped": counts.iommu.faults_dropped,
-            "io_count": counts.io_count,
-            "io_bytes": counts.io_bytes,
             "verified": self.verified,
-            "events": counts.events,
-            "events_lost": counts.events_lost,
             "elapsed_s": self.elapsed.as_secs_f64(),
             "trace": self.trace,
             "guest_log": self.console,
             "guest_results": self.results,
         });
+        for (name, number) in self.rows().into_iter().flat_map(|row| row.numbers) {
+            value[name] = number.value().into();
+        }
         format!("{value:#}\n")
     }
 
-    fn failed(&self) -> u64 {
-        self.counts.iommu.requests.iter().map(|(_, count)| count.failed).sum()
+    /// What the daemon counted, but for the types of requests: each row as it is printed, with the stable names of its
+    /// numbers.
+    fn rows(&self) -> [Row; 11] {
+        let (counts, iommu) = (&self.counts, &self.counts.iommu);
+        let failed = iommu.requests.iter().map(|(_, count)| count.failed).sum();
+        let row = |label, numbers: &[_]| Row { label, numbers: numbers.to_vec() };
+        [
+            row("          failed of these", &[("requests_failed", Count(failed))]),
+            row("kicks", &[("kicks", Count(counts.kicks))]),
+            row(
+                "mappings: live now, peak",
+                &[("mappings_live", Count(iommu.mappings_live)), ("mappings_peak", Count(iommu.mappings_peak))],
+            ),
+            row("reservations: live now", &[("reservations_live", Count(iommu.reservations_live))]),
+            row("linked now: bytes", &[("linked_bytes", Bytes(iommu.linked_bytes))]),
+            row("DMA: translated bytes read", &[("dma_read_bytes", Bytes(counts.dma_read_bytes))]),
+            row("     translated bytes written", &[("dma_write_bytes", Bytes(counts.dma_write_bytes))]),
+            row("     bypass, both", &[("dma_bypass_bytes", Bytes(counts.dma_bypass_bytes))]),
+            row(
+                "     faults, dropped",
+                &[("faults", Count(iommu.faults)), ("faults_dropped", Count(iommu.faults_dropped))],
+            ),
+            row(
+                "device I/O: commands, bytes",
+                &[("io_count", Count(counts.io_count)), ("io_bytes", Bytes(counts.io_bytes))],
+            ),
+            row("trace: events, lost", &[("events", Count(counts.events)), ("events_lost", Count(counts.events_lost))]),
+        ]
     }
 }
 
 impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let counts = &self.counts;
-        let iommu = &counts.iommu;
-        let mut row = |name: &str, value: String| writeln!(f, "  {name:<28} {value}");
-        for (n, (request, count)) in iommu.requests.iter().enumerate() {
+        let mut line = |label: &str, value: String| writeln!(f, "  {label:<28} {value}");
+        for (n, (request, count)) in counts.iommu.requests.iter().enumerate() {
             let heading = if n == 0 { "requests:" } else { "" };
-            row(&format!("{heading:<9} {}", request.name()), count.total.to_string())?;
+            line(&format!("{heading:<9} {}", request.name()), count.total.to_string())?;
         }
-        row("          unknown, malformed", format!("{}, {}", counts.unknown_requests, counts.malformed_requests))?;
-        row("          failed of these", self.failed().to_string())?;
-        row("kicks", counts.kicks.to_string())?;
-        row("mappings: live now, peak", format!("{}, {}", iommu.mappings_live, iommu.mappings_peak))?;
-        row("reservations: live now", iommu.reservations_live.to_string())?;
-        row("linked now: bytes", bytes(iommu.linked_bytes))?;
-        row("DMA: translated bytes read", bytes(counts.dma_read_bytes))?;
-        row("     translated bytes written", bytes(counts.dma_write_bytes))?;
-        row("     bypass, both", bytes(counts.dma_bypass_bytes))?;
-        row("     faults, dropped", format!("{}, {}", iommu.faults, iommu.faults_dropped))?;
-        row("device I/O: commands, bytes", format!("{}, {}", counts.io_count, bytes(counts.io_bytes)))?;
-        row("trace: events, lost", format!("{}, {}", counts.events, counts.events_lost))?;
-        row("time QEMU ran", format!("{:.1} s", self.elapsed.as_secs_f64()))?;
+        line("          unknown, malformed", format!("{}, {}", counts.unknown_requests, counts.malformed_requests))?;
+        for row in self.rows() {
+            let numbers: Vec<_> = row.numbers.iter().map(|(_, number)| number.to_string()).collect();
+            line(row.label, numbers.join(", "))?;
+        }
+        line("time QEMU ran", format!("{:.1} s", self.elapsed.as_secs_f64()))?;
         for workload in &self.workloads {
-            row("guest", workload.clone())?;
+            line("guest", workload.clone())?;
         }
         let verified = match self.verified {
             Some(true) => "the guest read back what it had written",
             Some(false) => "NO: the guest read back something else",
             None => "not checked by the guest",
         };
-        row("data verified", verified.into())?;
+        line("data verified", verified.into())?;
         if let Some(trace) = &self.trace {
-            row("trace file", trace.display().to_string())?;
+            line("trace file", trace.display().to_string())?;
         }
-        row("guest's console", self.console.display().to_string())
+        line("guest's console", self.console.display().to_string())
     }
 }
 
-/// A number of bytes, exact and in a unit that can be read.
-fn bytes(count: u64) -> String {
-    match count {
-        0..1024 => count.to_string(),
-        1024..1_048_576 => format!("{count} ({:.1} KiB)", count as f64 / 1024.0),
-        _ => format!("{count} ({:.1} MiB)", count as f64 / 1_048_576.0),
+/// Numbers that are printed in a row, with their names in JSON.
+struct Row {
+    label: &'static str,
+    numbers: Vec<(&'static str, Number)>,
+}
+
+/// A number, by how it is printed.
+#[derive(Clone, Copy)]
+enum Number {
+    Count(u64),
+    Bytes(u64),
+}
+
+impl Number {
+    fn value(self) -> u64 {
+        match self {
+            Count(value) | Bytes(value) => value,
+        }
+    }
+}
+
+impl fmt::Display for Number {
+    /// Bytes are printed exactly, and in a unit that can be read.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Bytes(count @ 1024..1_048_576) => write!(f, "{count} ({:.1} KiB)", count as f64 / 1024.0),
+            Bytes(count @ 1_048_576..) => write!(f, "{count} ({:.1} MiB)", count as f64 / 1_048_576.0),
+            Count(count) | Bytes(count) => write!(f, "{count}"),
+        }
     }
 }
 
