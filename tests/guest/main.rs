@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 mod api;
+mod at_once;
 mod boots;
 mod file_system;
 mod functions;
