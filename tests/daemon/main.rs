@@ -13,19 +13,20 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStdout, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use viommu_testkit::process::viommu;
 use viommu_testkit::{PATIENCE, wait_until};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 /// Runs the command in `folder` until it fails; what it said.
 fn fails(folder: &Path, arguments: &[&str]) -> String {
-    let output = Command::new(env!("CARGO_BIN_EXE_viommu")).args(arguments).current_dir(folder).output().unwrap();
+    let output = viommu().args(arguments).current_dir(folder).output().unwrap();
     assert!(!output.status.success(), "{arguments:?}");
     String::from_utf8([output.stdout, output.stderr].concat()).unwrap()
 }
@@ -53,7 +54,7 @@ fn serve_with(folder: &Path, arguments: &[&str]) -> (Child, BufReader<ChildStdou
 
 /// `viommu serve` on this socket of what the arguments say; also what it prints after it has begun.
 fn serve_on(socket: &str, folder: &Path, arguments: &[&str]) -> (Child, BufReader<ChildStdout>) {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_viommu"))
+    let mut child = viommu()
         .args(["serve", "--socket-path", socket])
         .args(arguments)
         .current_dir(folder)
@@ -148,7 +149,7 @@ fn of_many_daemons_that_begin_at_once_one_gets_a_stale_socket() {
         let folder = folder();
         drop(UnixListener::bind(folder.path().join("viommu.sock")).unwrap());
         let begin = |_| {
-            Command::new(env!("CARGO_BIN_EXE_viommu"))
+            viommu()
                 .args([&["serve", "--socket-path", "viommu.sock"][..], &ENGINE].concat())
                 .current_dir(&folder)
                 .env_remove("RUST_LOG")
@@ -305,7 +306,7 @@ fn a_signal_ends_a_run_that_has_not_begun_and_nothing_is_remembered() {
     let folder = folder();
     pretended_qemu(folder.path(), "echo $$ >> pids; exec sleep 60");
     fs::write(folder.path().join("kernel"), "").unwrap();
-    let mut child = Command::new(env!("CARGO_BIN_EXE_viommu"))
+    let mut child = viommu()
         .args(["run", "--qemu", "./qemu", "--dir", "dir", "--kernel", "kernel"])
         .args(ENGINE)
         .current_dir(&folder)
@@ -340,20 +341,20 @@ fn a_signal_ends_a_run_that_has_not_begun_and_nothing_is_remembered() {
 #[test]
 fn what_the_other_commands_print() {
     let folder = folder();
-    let viommu = |arguments: &[&str]| {
-        let output = Command::new(env!("CARGO_BIN_EXE_viommu")).args(arguments).current_dir(&folder).output().unwrap();
+    let prints = |arguments: &[&str]| {
+        let output = viommu().args(arguments).current_dir(&folder).output().unwrap();
         assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
         output.stdout
     };
-    let table = viommu(&[&["viot"][..], &ENGINE].concat());
+    let table = prints(&[&["viot"][..], &ENGINE].concat());
     assert_eq!((&table[..4], table.len()), (&b"VIOT"[..], 48 + 16 + 24));
-    let arguments = String::from_utf8(viommu(&[&["args", "--socket-path", "v.sock"][..], &ENGINE].concat())).unwrap();
+    let arguments = String::from_utf8(prints(&[&["args", "--socket-path", "v.sock"][..], &ENGINE].concat())).unwrap();
     for part in ["-acpitable file=viot.bin", "socket,id=viommu,path=v.sock", "virtio-id=23", "dma0.sock"] {
         assert!(arguments.contains(part), "{part} is not in {arguments}");
     }
-    let script = String::from_utf8(viommu(&["completions", "bash"])).unwrap();
+    let script = String::from_utf8(prints(&["completions", "bash"])).unwrap();
     assert!(script.contains("--create-images") && script.contains("complete -F _viommu"), "{script}");
-    viommu(&["man", "man"]);
+    prints(&["man", "man"]);
     for page in ["viommu.1", "viommu-serve.1", "viommu-run.1", "viommu-trace.1"] {
         assert!(fs::read_to_string(folder.path().join("man").join(page)).unwrap().contains(".SH OPTIONS"), "{page}");
     }
@@ -365,7 +366,7 @@ fn an_output_that_nobody_reads_is_no_error() {
     let folder = folder();
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
-    let output = Command::new(env!("CARGO_BIN_EXE_viommu"))
+    let output = viommu()
         .args(["args", "--socket-path", "v.sock"])
         .args(ENGINE)
         .current_dir(&folder)

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use super::{ENGINE, end, folder, names, pretended_qemu, serve, serve_with};
 use viommu_testkit::engine::{DONE, Descriptor, RESET, register};
+use viommu_testkit::process::viommu;
 use viommu_testkit::vfio::*;
 use viommu_testkit::{memfd, twin};
 
@@ -68,7 +69,7 @@ fn every_thread_is_in_the_sandbox_unless_it_is_switched_off() {
 fn the_environment_switches_it_off_too() {
     for (value, inside) in [("1", false), ("true", false), ("0", true), ("", true)] {
         let folder = folder();
-        let mut daemon = Command::new(env!("CARGO_BIN_EXE_viommu"));
+        let mut daemon = viommu();
         daemon.args(["serve", "--socket-path", "viommu.sock"]).args(ENGINE).current_dir(folder.path());
         daemon.env("VIOMMU_NO_SANDBOX", value).env_remove("RUST_LOG").stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = daemon.spawn().unwrap();
@@ -194,7 +195,7 @@ fn writes_that_are_not_answered_are_taken_back_from_within() {
 /// What `viommu run` starts: its status, and the descriptors that it has.
 fn started(folder: &Path, arguments: &[&str]) -> (String, String) {
     pretended_qemu(folder, "cat /proc/self/status > status\nls -l /proc/self/fd > fds");
-    let output = Command::new(env!("CARGO_BIN_EXE_viommu"))
+    let output = viommu()
         .args(["run", "--qemu", "./qemu", "--dir", "dir", "--trace-file", "trace.jsonl", "--summary", "summary.json"])
         .args(ENGINE)
         .args(arguments)

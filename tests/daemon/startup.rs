@@ -7,11 +7,12 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt, symlink};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use nix::sys::signal::{Signal, kill};
 use nix::sys::stat::Mode;
 use nix::unistd::{Pid, mkfifo};
+use viommu_testkit::process::viommu;
 
 use super::{ENGINE, end, folder, names, pretended_qemu, says, serve, serve_on, serve_with};
 
@@ -19,7 +20,7 @@ const SERVE: [&str; 5] = ["serve", "--socket-path", "viommu.sock", ENGINE[0], EN
 
 /// The table of [`ENGINE`].
 fn table(folder: &Path) -> Vec<u8> {
-    let output = Command::new(env!("CARGO_BIN_EXE_viommu")).arg("viot").args(ENGINE).current_dir(folder).output();
+    let output = viommu().arg("viot").args(ENGINE).current_dir(folder).output();
     output.unwrap().stdout
 }
 
@@ -90,12 +91,7 @@ fn what_a_run_writes_waits_for_no_reader() {
     // With a reader it does.
     let mut reader =
         fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(folder.path().join("fifo")).unwrap();
-    let output = Command::new(env!("CARGO_BIN_EXE_viommu"))
-        .args(&run)
-        .args(["--summary", "fifo"])
-        .current_dir(&folder)
-        .output()
-        .unwrap();
+    let output = viommu().args(&run).args(["--summary", "fifo"]).current_dir(&folder).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let mut summary = String::new();
     reader.read_to_string(&mut summary).unwrap();
@@ -111,7 +107,7 @@ fn the_files_of_a_run_replace_links_and_fifos() {
     fs::write(folder.path().join("victim"), "precious").unwrap();
     symlink("../victim", dir.join("guest.log")).unwrap();
     fifo(&dir.join("results.jsonl"));
-    let status = Command::new(env!("CARGO_BIN_EXE_viommu"))
+    let status = viommu()
         .args(["run", "--qemu", "./qemu", "--dir", "dir"])
         .args(ENGINE)
         .current_dir(&folder)
@@ -153,12 +149,7 @@ fn two_daemons_in_one_folder() {
 fn a_signal_during_the_start() {
     for _ in 0..20 {
         let folder = folder();
-        let mut daemon = Command::new(env!("CARGO_BIN_EXE_viommu"))
-            .args(SERVE)
-            .current_dir(&folder)
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
+        let mut daemon = viommu().args(SERVE).current_dir(&folder).stdout(Stdio::null()).spawn().unwrap();
         // From its first file on.
         while fs::read_dir(&folder).unwrap().count() == 0 {
             std::thread::yield_now();

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
@@ -11,6 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 use vfio_user::Client;
+use viommu_testkit::process::viommu;
 
 const TOPOLOGY: &str = "[[nvme]]\naddress = \"04.0\"\nimage = \"nvme0.img\"\n[[dma-engine]]\naddress = \"05.0\"\n\
                         [[nvme]]\naddress = \"06.0\"\nimage = \"nvme1.img\"\n[[dma-engine]]\naddress = \"07.0\"\n\
@@ -41,7 +42,7 @@ impl Daemon {
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("topology.toml"), TOPOLOGY).unwrap();
-        let mut child = Command::new(env!("CARGO_BIN_EXE_viommu"))
+        let mut child = viommu()
             .args(["serve", "--topology", "topology.toml", "--socket-path", "viommu.sock"])
             .args(["--trace-socket", "trace.sock", "--create-images", "16M"])
             .current_dir(&folder)

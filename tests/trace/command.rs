@@ -3,6 +3,7 @@
 use std::io::{BufRead, BufReader};
 
 use serde_json::Value;
+use viommu_testkit::process::viommu;
 use viommu_trace::event::Access;
 use viommu_trace::{Event, Reader};
 
@@ -10,12 +11,7 @@ use crate::fixture::*;
 
 /// `viommu trace` on the socket: what it prints, and how it ends.
 fn viommu_trace(socket: &std::path::Path, arguments: &[&str]) -> std::process::Output {
-    std::process::Command::new(env!("CARGO_BIN_EXE_viommu"))
-        .args(["trace", "--socket"])
-        .arg(socket)
-        .args(arguments)
-        .output()
-        .unwrap()
+    viommu().args(["trace", "--socket"]).arg(socket).args(arguments).output().unwrap()
 }
 
 #[test]
@@ -52,7 +48,7 @@ fn the_command_prints_what_it_is_asked_for() {
 fn the_command_ends_with_the_daemon_and_says_why_it_cannot_begin() {
     let fixture = Fixture::new();
     let socket = fixture.socket.clone();
-    let mut watcher = std::process::Command::new(env!("CARGO_BIN_EXE_viommu"))
+    let mut watcher = viommu()
         .args(["trace", "--format", "json", "--socket"])
         .arg(&socket)
         .stdout(std::process::Stdio::piped())
