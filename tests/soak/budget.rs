@@ -1,8 +1,8 @@
 //! Reservations and tables up to the budget, again and again: the same number each time, and all of it comes back.
 
 use crate::daemon::amount;
-use crate::requests::{link_bytes, range};
 use viommu::iommu::Limits;
+use viommu_testkit::frontend::split::{link_bytes, range};
 use viommu_testkit::frontend::*;
 use viommu_testkit::{PATIENCE, wait_until};
 use viommu_wire::split::request_type::*;

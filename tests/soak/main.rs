@@ -2,10 +2,6 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
-#[path = "../split/requests.rs"]
-#[allow(dead_code, reason = "other tests use the rest of it")]
-mod requests;
-
 mod budget;
 mod churn;
 mod daemon;

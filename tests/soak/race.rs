@@ -6,8 +6,8 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crate::daemon::*;
-use crate::requests::{link_bytes, range};
 use viommu_testkit::engine::Engine;
+use viommu_testkit::frontend::split::{link_bytes, range};
 use viommu_testkit::frontend::{Driver, EVENTS, OK, Part, RAM, READ, REQUESTS, WRITE};
 use viommu_testkit::nvme::{self, io};
 use viommu_wire::split::request_type::*;

@@ -27,6 +27,19 @@ pub fn end_with_us(command: &mut Command) -> &mut Command {
     unsafe { command.pre_exec(|| set_pdeathsig(Signal::SIGKILL).map_err(std::io::Error::from)) }
 }
 
+/// Runs what `body` tests in a process of its own: limits and descriptors are the process's, and other tests of a binary
+/// have theirs. `test` is the name of the test that calls this, with its modules.
+pub fn alone(test: &str, body: impl FnOnce()) {
+    const ALONE: &str = "VIOMMU_TEST_ALONE";
+    if std::env::var_os(ALONE).is_some_and(|name| name == test) {
+        return body();
+    }
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    let output = end_with_us(&mut command).args(["--exact", test]).env(ALONE, test).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && said.contains("1 passed"), "{said}{}", String::from_utf8_lossy(&output.stderr));
+}
+
 /// A process that is killed when this is dropped.
 pub struct Process(RefCell<Child>);
 

@@ -1,4 +1,4 @@
-//! Tests by example; `tests/address_space.rs` has the rest. They make no system calls, so that Miri can run them.
+//! What can be said in examples; the rest is `tests/plain/address_space.rs`. No system calls, so that Miri can run them.
 
 use std::sync::Arc;
 

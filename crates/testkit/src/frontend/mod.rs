@@ -1,6 +1,7 @@
 //! A driver's side: a vhost-user frontend, guest memory in a memfd, and [`virtqueue`]s with [`requests`] in it.
 
 mod requests;
+pub mod split;
 mod virtqueue;
 
 use std::fs::File;

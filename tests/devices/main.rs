@@ -1,0 +1,8 @@
+//! vfio-user, PCI functions and the device models over real vfio-user sockets, with a test in QEMU's and the driver's place.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
+mod ioat;
+mod nvme;
+mod pci;
+mod vfio_user;

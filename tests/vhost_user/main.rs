@@ -1,0 +1,10 @@
+//! The IOMMU over a real vhost-user socket, with a test in the driver's place, and the memory of its machine.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
+mod conformance;
+mod descriptors;
+mod kick_descriptors;
+mod memory;
+mod poller;
+mod split;

@@ -1,0 +1,264 @@
+//! The request queue as somebody else than its worker serves it, over a real vhost-user socket.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use viommu::poller::QueuePoller;
+use viommu_testkit::Ends;
+use viommu_testkit::frontend::*;
+use viommu_testkit::{PATIENCE, wait_until};
+use viommu_wire::request::RequestType;
+
+const PAGE: u64 = 4096;
+
+/// A device and a driver, which has attached an endpoint and was seen to be idle: how many kicks that took.
+fn idle() -> (Device, Driver, u64) {
+    let device = Device::new();
+    let mut driver = Driver::new(&device);
+    assert_eq!(driver.attach(1, EP), OK);
+    settle(&device, &driver, 1);
+    (device, driver, 1)
+}
+
+/// Adds a request, and kicks if the device asks for it. Returns where the answer will be, and whether it was kicked.
+fn send(driver: &mut Driver, page: u64) -> (Vec<(u64, usize)>, bool) {
+    let request = map(1, page * PAGE, page * PAGE + PAGE - 1, 0x20_0000, READ);
+    let (_, writable) = driver.add(REQUESTS, &[Part::R(request.bytes()), Part::W(4)]);
+    let kicked = driver.is_kick_wanted(REQUESTS);
+    if kicked {
+        driver.kick(REQUESTS);
+    }
+    (writable, kicked)
+}
+
+fn answer(driver: &mut Driver, writable: &[(u64, usize)]) -> u8 {
+    let (_, len) = driver.wait_used(REQUESTS);
+    driver.collect(len, writable).status()
+}
+
+/// Features with and without avail_event.
+const KINDS: [u64; 2] = [u64::MAX, !EVENT_IDX];
+
+#[test]
+fn who_took_the_queue_serves_it_and_its_driver_need_not_kick() {
+    for features in KINDS {
+        let device = Device::new();
+        let mut driver = Driver::accepting(&device, features);
+        assert_eq!(driver.attach(1, EP), OK);
+        settle(&device, &driver, 1);
+        let served = device.control.count();
+        assert!(device.control.acquire());
+        assert!(!device.control.poll());
+        for page in 0..5 {
+            let (writable, kicked) = send(&mut driver, page);
+            assert!(!kicked);
+            driver.settle(EVENTS);
+            assert!(driver.used_is_empty(REQUESTS));
+            assert!(device.control.poll());
+            assert_eq!(answer(&mut driver, &writable), OK);
+            assert!(!device.control.poll());
+            assert_eq!(device.control.count(), served + page + 1);
+        }
+        device.control.release();
+        let (writable, kicked) = send(&mut driver, 5);
+        assert!(kicked);
+        assert_eq!(answer(&mut driver, &writable), OK);
+        settle(&device, &driver, 2);
+    }
+}
+
+/// A driver may have decided to kick before the queue was taken, or may not heed what it is asked.
+#[test]
+fn a_kick_that_nobody_asked_for_is_counted_and_disturbs_nothing() {
+    let (device, mut driver, kicks) = idle();
+    assert!(device.control.acquire());
+    for count in 1..=10 {
+        driver.kick(REQUESTS);
+        wait_until(PATIENCE, "the kick", || device.control.stats().kicks == kicks + count);
+        let (writable, kicked) = send(&mut driver, count);
+        assert!(!kicked, "the worker asked for kicks");
+        assert!(device.control.poll());
+        assert_eq!(answer(&mut driver, &writable), OK);
+    }
+    device.control.release();
+    settle(&device, &driver, kicks + 10);
+}
+
+/// After 2^16 requests the index goes past the same avail_event again.
+#[test]
+fn a_queue_that_is_polled_for_long_is_hardly_ever_kicked() {
+    const REQUESTS_SENT: u64 = (1 << 16) + 100;
+    let (device, mut driver, _) = idle();
+    assert!(device.control.acquire());
+    let mut kicks = 0;
+    for page in 0..REQUESTS_SENT {
+        let (writable, kicked) = send(&mut driver, page);
+        kicks += u32::from(kicked);
+        while !device.control.poll() && driver.used_is_empty(REQUESTS) {}
+        assert_eq!(answer(&mut driver, &writable), OK);
+    }
+    assert!(kicks <= 1, "{kicks} kicks");
+    device.control.release();
+    assert_eq!(device.iommu.stats().requests[RequestType::Map].total, REQUESTS_SENT);
+}
+
+#[test]
+fn what_nobody_looked_for_wakes_the_worker_when_the_queue_is_given_back() {
+    for features in KINDS {
+        let device = Device::new();
+        let mut driver = Driver::accepting(&device, features);
+        assert_eq!(driver.attach(1, EP), OK);
+        settle(&device, &driver, 1);
+        for page in 0..50 {
+            assert!(device.control.acquire());
+            let (writable, kicked) = send(&mut driver, page);
+            assert!(!kicked);
+            device.control.release();
+            assert_eq!(answer(&mut driver, &writable), OK);
+        }
+        assert_eq!(device.control.stats().kicks, 1);
+    }
+}
+
+#[test]
+fn no_request_is_left_and_no_kick_told_twice_while_the_queue_changes_hands() {
+    const HANDOFF: u64 = 40;
+    const HANDOFFS: u64 = 100;
+    for features in KINDS {
+        let device = Device::new();
+        let mut driver = Driver::accepting(&device, features);
+        assert_eq!(driver.attach(1, EP), OK);
+        settle(&device, &driver, 1);
+        let (control, done) = (device.control.clone(), AtomicBool::new(false));
+        let mut kicks = 1;
+        thread::scope(|scope| {
+            let other = scope.spawn(|| {
+                let mut served = 0;
+                while !done.load(Ordering::Relaxed) {
+                    // A time with the queue, released and acquired again now and then, and a time without.
+                    let until = control.count() + HANDOFF;
+                    while control.count() < until && !done.load(Ordering::Relaxed) {
+                        assert!(control.acquire());
+                        served += (0..20).filter(|_| control.poll()).count();
+                        control.release();
+                    }
+                    let until = control.count() + HANDOFF;
+                    while control.count() < until && !done.load(Ordering::Relaxed) {
+                        thread::yield_now();
+                    }
+                }
+                served
+            });
+            let end = Ends(&done);
+            for page in 0..HANDOFFS * HANDOFF {
+                let (writable, kicked) = send(&mut driver, page);
+                kicks += u64::from(kicked);
+                assert_eq!(answer(&mut driver, &writable), OK);
+            }
+            drop(end);
+            assert_ne!(other.join().unwrap(), 0);
+        });
+        assert_eq!(device.iommu.stats().requests[RequestType::Map].total, HANDOFFS * HANDOFF);
+        // Some may have been written while the one before was not read yet.
+        let seen = device.control.stats().kicks;
+        assert!(seen <= kicks, "{seen} of {kicks}");
+    }
+}
+
+#[test]
+fn one_at_a_time_takes_a_queue_that_runs() {
+    let device = Device::new();
+    assert!(!device.control.acquire(), "there is no driver");
+    let mut driver = Driver::new(&device);
+    assert_eq!(driver.attach(1, EP), OK);
+    assert!(device.control.acquire());
+    assert!(!device.control.acquire(), "it is taken");
+    device.control.release();
+    let bases = driver.stop_queues();
+    assert!(!device.control.acquire(), "it does not run");
+    driver.resume_queues(bases);
+    assert!(device.control.acquire());
+    device.control.release();
+    device.control.inject(&["map=nomem".parse().unwrap()]);
+    assert!(!device.control.acquire(), "its answers may be late");
+    assert_eq!(driver.map(1, 0, PAGE - 1, 0x20_0000, READ), NOMEM);
+}
+
+#[test]
+fn a_queue_that_is_stopped_or_reset_while_taken_is_served_when_it_runs_again() {
+    let (device, mut driver, _) = idle();
+    assert!(device.control.acquire());
+    let bases = driver.stop_queues();
+    // As during a pause: what is added now waits.
+    let (writable, _) = send(&mut driver, 0);
+    assert!(!device.control.poll());
+    driver.resume_queues(bases);
+    device.control.poll();
+    assert_eq!(answer(&mut driver, &writable), OK);
+    device.control.release();
+    assert_eq!(driver.map(1, PAGE, 2 * PAGE - 1, 0x20_0000, READ), OK);
+
+    assert!(device.control.acquire());
+    driver.reset();
+    assert!(!device.control.poll());
+    device.control.release();
+    assert_eq!(driver.attach(1, EP), OK);
+
+    // What was the ring is the guest's again once the queue is stopped.
+    assert!(device.control.acquire());
+    driver.stop_queues();
+    let ring = driver.queues[REQUESTS].used;
+    driver.write(ring, &[0xa5; 0x1000]);
+    device.control.release();
+    assert_eq!(driver.read(ring, 0x1000), [0xa5; 0x1000]);
+    driver.start_over();
+    assert_eq!(driver.attach(1, EP), OK);
+}
+
+#[test]
+fn a_frontend_that_leaves_while_its_queue_is_taken_leaves_it_to_the_next() {
+    let (device, driver, _) = idle();
+    let (control, done) = (device.control.clone(), AtomicBool::new(false));
+    assert!(control.acquire());
+    thread::scope(|scope| {
+        let looking = scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                control.poll();
+            }
+        });
+        let end = Ends(&done);
+        drop(driver);
+        let mut next = Driver::new(&device);
+        for _ in 0..100 {
+            assert_eq!(next.attach(1, EP), OK);
+        }
+        drop(end);
+        looking.join().unwrap();
+        control.release();
+        assert_eq!(next.attach(1, EP), OK);
+        assert!(control.acquire());
+        drop(next);
+        // Nobody is connected any more.
+        wait_until(PATIENCE, "the end of the connection", || {
+            control.poll();
+            control.release();
+            !control.acquire()
+        });
+    });
+}
+
+#[test]
+fn who_serves_an_unmap_may_have_used_the_mapping_itself() {
+    let (device, mut driver, _) = idle();
+    let mut dma = driver.dma(&device, EP);
+    for _ in 0..100 {
+        assert_eq!(driver.map(1, 0, PAGE - 1, 0x20_0000, READ), OK);
+        dma.read(0, &mut [0; 64]).unwrap();
+        assert!(device.control.acquire());
+        let (_, writable) = driver.add(REQUESTS, &[Part::R(unmap(1, 0, PAGE - 1).bytes()), Part::W(4)]);
+        assert!(device.control.poll());
+        assert_eq!(answer(&mut driver, &writable), OK);
+        device.control.release();
+        dma.read(0, &mut [0; 64]).unwrap_err();
+    }
+}
