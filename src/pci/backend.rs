@@ -1,6 +1,7 @@
 //! One connection: a function, as the client's messages see it.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use vfio_bindings::bindings::vfio::{
     VFIO_PCI_BAR0_REGION_INDEX, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_ERR_IRQ_INDEX, VFIO_PCI_INTX_IRQ_INDEX,
@@ -299,14 +300,17 @@ impl Device for Backend<'_> {
     }
 }
 
+/// How long an access to a client's memory may wait for others' to end, and then how long the client may take to answer.
+const CLIENT_LIMIT: Duration = Duration::from_secs(5);
+
 /// Memory that the client gave without a descriptor.
 impl Remote for ClientMemory {
     fn read(&self, gpa: u64, data: &mut [u8]) -> Result<(), NoAccess> {
-        ClientMemory::read(self, gpa, data).map_err(|_| NoAccess)
+        ClientMemory::read(self, gpa, data, CLIENT_LIMIT).map_err(|_| NoAccess)
     }
 
     fn write(&self, gpa: u64, data: &[u8]) -> Result<(), NoAccess> {
-        ClientMemory::write(self, gpa, data).map_err(|_| NoAccess)
+        ClientMemory::write(self, gpa, data, CLIENT_LIMIT).map_err(|_| NoAccess)
     }
 }
 

@@ -30,10 +30,6 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 use super::message::{Command, DmaAccess, Header, HeaderFlags};
 use crate::sync::{lock, unpoisoned};
 
-/// How long an access may wait for other accesses to end, and then how long the client may take to answer it. A client
-/// that takes longer is not asked again.
-const PATIENCE: Duration = Duration::from_secs(5);
-
 /// Access to a client's memory. Clones are the same.
 #[derive(Clone, Debug)]
 pub struct ClientMemory(Arc<Shared>);
@@ -73,24 +69,27 @@ impl ClientMemory {
     }
 
     /// Reads from `address` on. If this fails, a part may have been read.
-    pub fn read(&self, address: u64, data: &mut [u8]) -> io::Result<()> {
-        let deadline = Instant::now() + PATIENCE;
+    ///
+    /// `limit` is how long it may wait for the accesses of others to end, and then how long the client may take for each
+    /// answer. A client that does not answer is not asked again.
+    pub fn read(&self, address: u64, data: &mut [u8], limit: Duration) -> io::Result<()> {
+        let deadline = Instant::now() + limit;
         for (number, part) in data.chunks_mut(self.0.max_data).enumerate() {
             let address = address.wrapping_add((number * self.0.max_data) as u64);
             let access = DmaAccess { address: address.into(), count: (part.len() as u64).into() };
-            self.with_socket(deadline, |socket| socket.ask(Command::DmaRead, &access, &[], part))?;
+            self.with_socket(deadline, |socket| socket.ask(Command::DmaRead, &access, &[], part, limit))?;
         }
         Ok(())
     }
 
-    /// Writes from `address` on. If this fails, a part may have been written. If the client did not answer properly,
-    /// its session is over.
-    pub fn write(&self, address: u64, data: &[u8]) -> io::Result<()> {
-        let deadline = Instant::now() + PATIENCE;
+    /// Writes from `address` on. If this fails, a part may have been written; and if the client did not answer properly, its
+    /// session is over. `limit` is as for [`ClientMemory::read`].
+    pub fn write(&self, address: u64, data: &[u8], limit: Duration) -> io::Result<()> {
+        let deadline = Instant::now() + limit;
         for (number, part) in data.chunks(self.0.max_data).enumerate() {
             let address = address.wrapping_add((number * self.0.max_data) as u64);
             let access = DmaAccess { address: address.into(), count: (part.len() as u64).into() };
-            self.with_socket(deadline, |socket| socket.ask(Command::DmaWrite, &access, part, &mut []))?;
+            self.with_socket(deadline, |socket| socket.ask(Command::DmaWrite, &access, part, &mut [], limit))?;
         }
         Ok(())
     }
@@ -116,11 +115,18 @@ impl ClientMemory {
 
 impl Socket {
     /// Sends a command with the data `out`, and receives its answer with the data `back`.
-    fn ask(&mut self, command: Command, access: &DmaAccess, out: &[u8], back: &mut [u8]) -> io::Result<()> {
+    fn ask(
+        &mut self,
+        command: Command,
+        access: &DmaAccess,
+        out: &[u8],
+        back: &mut [u8],
+        limit: Duration,
+    ) -> io::Result<()> {
         if self.failed {
             return Err(io::ErrorKind::NotConnected.into());
         }
-        match self.exchange(command, access, out, back, Instant::now() + PATIENCE) {
+        match self.exchange(command, access, out, back, Instant::now() + limit) {
             Ok(0) => Ok(()),
             Ok(errno) => Err(io::Error::from_raw_os_error(errno)),
             Err(error) => {
