@@ -46,7 +46,7 @@ test:
 
 lint: clippy
 	$$(scripts/get-typos)
-	cargo test --test documents
+	cargo test --test plain documents::
 
 clippy:
 	cargo fmt --all --check

@@ -2,7 +2,10 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
+mod bar_memory;
 mod ioat;
+mod null;
 mod nvme;
 mod pci;
+mod rings;
 mod vfio_user;

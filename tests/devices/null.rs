@@ -1,7 +1,5 @@
 //! The smallest model, over a real vfio-user socket that a whole daemon serves.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
-
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;

@@ -1,7 +1,5 @@
 //! The documents: each link leads somewhere, and lines are short enough to be read beside code.
 
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};

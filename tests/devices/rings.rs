@@ -1,8 +1,6 @@
 //! Command rings of the kit, in a model of this test's own that a driver has over a vfio-user socket: it copies 8 bytes
 //! for each command, and completes it with a phase bit and MSI-X.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
-
 use std::collections::VecDeque;
 use std::fs::File;
 use std::os::fd::AsRawFd;

@@ -1,7 +1,5 @@
 //! Memory behind a BAR that a client maps, and a model's own capabilities, over a vfio-user socket.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
-
 use std::os::unix::fs::FileExt;
 
 use vfio_bindings::bindings::vfio::*;
