@@ -23,10 +23,11 @@ pub fn info(device: &dyn Device, request: &RegionInfo, reply: &mut Vec<u8>) -> R
     let mut flags = if size == 0 { RegionFlags::empty() } else { RegionFlags::READ | RegionFlags::WRITE };
     let capability = memory.map_or(Vec::new(), |memory| sparse_mmap(memory.areas, size));
     flags.set(RegionFlags::MMAP, memory.is_some());
-    flags.set(RegionFlags::CAPS, !capability.is_empty());
     let argsz = size_of::<RegionInfo>() + capability.len();
     let has_room = request.argsz.get() as usize >= argsz;
-    let cap_offset = if has_room && !capability.is_empty() { size_of::<RegionInfo>() as u32 } else { 0 };
+    // QEMU refuses a reply with this flag whose capability it had no room for; argsz has it ask again.
+    flags.set(RegionFlags::CAPS, has_room && !capability.is_empty());
+    let cap_offset = if flags.contains(RegionFlags::CAPS) { size_of::<RegionInfo>() as u32 } else { 0 };
     let info = RegionInfo {
         argsz: (argsz as u32).into(),
         flags: flags.bits().into(),

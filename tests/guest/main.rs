@@ -5,6 +5,7 @@
 
 mod api;
 mod at_once;
+mod bar_memory;
 mod boots;
 mod file_system;
 mod functions;

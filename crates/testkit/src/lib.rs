@@ -7,6 +7,7 @@
 
 pub mod accesses;
 pub mod engine;
+pub mod frames;
 pub mod frontend;
 pub mod function;
 pub mod guest;
