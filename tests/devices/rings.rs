@@ -168,6 +168,7 @@ struct Copies {
 impl Copies {
     fn copy(entry: &[u8; COMMAND as usize], thread: &mut ThreadContext) -> Completion {
         let word = |at: usize| u64::from_le_bytes(entry[at..at + 8].try_into().unwrap());
+        assert_ne!(word(16), PANICS, "the test asked for it");
         let mut data = [0; 8];
         let copied = thread.dma.read(word(8), &mut data).and_then(|()| thread.dma.write(word(16), &data));
         Completion { id: word(0) as u16, failed: copied.is_err() }
@@ -231,6 +232,8 @@ const COMMANDS_AT: u64 = 0x1000;
 const COMPLETIONS_AT: u64 = 0x8000;
 const SOURCE: u64 = 0x1_0000;
 const DESTINATION: u64 = 0x2_0000;
+/// A destination that the model cannot stand.
+const PANICS: u64 = 0xdead_0000;
 
 impl Driver {
     fn new(mut client: Client) -> Self {
@@ -440,4 +443,20 @@ fn any_rings_and_doorbells_are_survived() {
     driver.works();
     drop(driver);
     assert_eq!(recorder.end(), []);
+}
+
+#[test]
+fn a_panic_breaks_the_device_until_a_reset_and_no_more() {
+    let (recorder, tracer) = Recorder::start(&[Kind::Panic]);
+    let served = Served::new(ENDPOINT, tracer, make, || ());
+    let mut driver = Driver::new(served.client());
+    for _ in 0..3 {
+        driver.begin(4, 4);
+        driver.put(1, SOURCE, PANICS);
+        driver.ring();
+        driver.wait_status(BROKEN);
+        driver.works();
+    }
+    drop(driver);
+    assert_eq!(recorder.end().len(), 3);
 }
