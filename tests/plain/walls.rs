@@ -103,3 +103,25 @@ fn one_module_alone_knows_each_protocol() {
         }
     }
 }
+
+/// Where a model may be named: by itself; with what is on the wire; in the guest and in tests; and where the guest's clock is
+/// tied to the host's by what both say of the same commands.
+const MAY_NAME_MODELS: [&str; 5] =
+    ["src/devices", "crates/wire", "crates/guest", "crates/testkit", "crates/report/src/merge"];
+
+#[test]
+fn nobody_else_names_a_model() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let allowed = |file: &Path| MAY_NAME_MODELS.iter().any(|folder| file.starts_with(root.join(folder)));
+    let is_test = |file: &Path| file.ends_with("tests.rs") || file.components().any(|part| part.as_os_str() == "tests");
+    let all = [files(&root.join("src")), files(&root.join("crates"))].concat();
+    let others: Vec<_> = all.iter().filter(|file| !allowed(file) && !is_test(file)).collect();
+    assert!(others.len() > 50, "{} files", others.len());
+    for file in others {
+        let text = fs::read_to_string(file).unwrap().to_ascii_lowercase();
+        let code = text.split("#[cfg(test)]").next().unwrap();
+        for name in ["nvme", "ioat"] {
+            assert!(!code.contains(name), "{} names {name}", file.display());
+        }
+    }
+}
