@@ -10,9 +10,9 @@ use crate::tracer::now_ns;
 
 /// Reads what is live, for one client.
 pub trait StateSource: Send {
-    /// Gives `take` what comes next: little, or nothing. Returns whether there is more. `now` says how many events were
-    /// made; it is called at the instant of which the first items are, and before later ones are read, and each item comes
-    /// with what it returned then.
+    /// Passes the next items to `take`: a few, or none. Returns whether there is more. `now` says how many events were made. It
+    /// is called at the instant that the first items show, before later ones are read, and at last when the trace has all
+    /// that the items show. Each item comes with the result of the call before it.
     ///
     /// Must not wait: the clients of the trace would.
     fn step(&mut self, now: &dyn Fn() -> u64, take: &mut dyn FnMut(u64, Event)) -> bool;

@@ -68,6 +68,8 @@ enum Place {
     Reservations(u64),
     /// The mappings. The number is when the walk read the beginning of a run that it has not passed on yet.
     Mappings(Walk, u64),
+    /// Nothing: all was read.
+    End,
 }
 
 impl Live {
@@ -77,10 +79,13 @@ impl Live {
     }
 
     /// Passes the next items to `take`: a few, or none. Returns whether there is more. `now` is called at the instant that the
-    /// first step shows, and before each later step reads. Each item comes with the result of that call.
+    /// first step shows, and before each later step reads. Each item comes with the result of that call. The last step passes
+    /// nothing. It calls `now` at an instant at which the trace has all that the items show: what a request changes can be read
+    /// before its event is made.
     ///
-    /// Both are called while requests wait, and must neither wait nor call the device. The first step does not wait for
-    /// requests that are being executed, nor for what they wait for: it passes nothing, calls nobody, and is to be tried again.
+    /// Both are called while requests wait, and must neither wait nor call the device. The first step and the last do not wait
+    /// for requests that are being executed, nor for what they wait for: such a step passes nothing, calls nobody, and is to be
+    /// tried again.
     pub fn step(&mut self, now: impl Fn() -> u64, mut take: impl FnMut(u64, LiveItem)) -> bool {
         match &mut self.place {
             Place::Domains => {
@@ -93,7 +98,7 @@ impl Live {
                 self.place = Place::Reservations(0);
             }
             Place::Reservations(from) => {
-                let Some(&domain) = self.domains.last() else { return false };
+                let Some(&domain) = self.domains.last() else { return true };
                 let at = now();
                 let next = self.iommu.reservations(domain, *from, RESERVATIONS, |start, end| {
                     take(at, LiveItem::Reservation { domain, start, end });
@@ -101,7 +106,7 @@ impl Live {
                 self.place = next.map_or_else(|| Place::Mappings(Walk::default(), at), Place::Reservations);
             }
             Place::Mappings(walk, begun) => {
-                let Some(&domain) = self.domains.last() else { return false };
+                let Some(&domain) = self.domains.last() else { return true };
                 let at = now();
                 // The domain may be gone meanwhile, and may exist again. All that it has then came after the first step.
                 let entry = self.iommu.domains().get(domain).map(|entry| entry.domain.clone());
@@ -115,8 +120,16 @@ impl Live {
                     self.place = Place::Reservations(0);
                 }
             }
+            Place::End => {
+                let Some(_unchanged) = self.iommu.try_journal() else { return true };
+                now();
+                return false;
+            }
         }
-        !self.domains.is_empty()
+        if self.domains.is_empty() {
+            self.place = Place::End;
+        }
+        true
     }
 }
 

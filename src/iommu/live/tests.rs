@@ -340,6 +340,25 @@ proptest! {
     }
 }
 
+/// Pages can be read as soon as they are mapped, and the event of the request comes only later.
+#[test]
+fn the_last_step_comes_after_the_events_of_all_that_was_read() {
+    let device = Device::new();
+    let map = (2, 0, 1, 500, 1);
+    device.batch(&[(0, 0, 1, 0, 1)]);
+    let mut live = Live::new(device.iommu.clone());
+    let mut mapped = 0;
+    let mut step =
+        || live.step(|| device.now(), |_, item| mapped += u32::from(matches!(item, LiveItem::Mapped { .. })));
+    assert!(step(), "the domains");
+    let journal = device.iommu.journal();
+    device.iommu.execute(&Request::parse(&bytes(map), u64::MAX).unwrap(), &mut []);
+    assert!((0..1000).all(|_| step()), "the request's event is missing");
+    drop(journal);
+    assert!(!step());
+    assert_eq!(mapped, 1);
+}
+
 #[test]
 fn a_status_other_than_ok_changes_nothing() {
     let device = Device::new();
