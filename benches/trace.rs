@@ -1,12 +1,15 @@
-//! What tracing one event costs the thread that does it.
+//! What tracing one event costs the thread that does it, and what it costs the collector to serve clients with it.
 //!
 //! Events come in bursts, as they do from a device; between bursts the collector catches up, outside the measured time,
 //! so that no event is lost: a lost one would cost less and spoil the number.
 
 #![allow(clippy::expect_used, reason = "a benchmark that cannot start has nothing to measure")]
 
+use std::fs;
 use std::hint::black_box;
-use std::path::Path;
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main, measurement::WallTime};
@@ -74,6 +77,52 @@ fn emit(criterion: &mut Criterion) {
     group.finish();
 }
 
+/// The time that the collector had a processor, ns: that of the one thread with its name.
+fn collector_time() -> u64 {
+    let tasks = fs::read_dir("/proc/self/task").expect("the process has threads").flatten();
+    let is_collector = |path: &PathBuf| fs::read_to_string(path.join("comm")).is_ok_and(|name| name == "trace\n");
+    let task = tasks.map(|task| task.path()).find(is_collector).expect("the collector runs");
+    let times = fs::read_to_string(task.join("schedstat")).expect("the kernel counts times");
+    times.split(' ').next().and_then(|time| time.parse().ok()).expect("the first is a number")
+}
+
+/// What the collector does for an event, with some clients that read all.
+fn collector(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("collector");
+    group.throughput(Throughput::Elements(1)).measurement_time(Duration::from_secs(3)).sample_size(20);
+    for (name, format, count) in [("binary", "binary", 1), ("json", "json", 1), ("json_4", "json", 4)] {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let socket = dir.path().join("trace.sock");
+        let options = Options { socket: Some(socket.clone()), ..Options::default() };
+        let (tracer, handle) = trace::start(options).expect("a trace with a socket");
+        let clients: Vec<_> = (0..count)
+            .map(|_| {
+                let mut stream = UnixStream::connect(&socket).expect("the trace's server listens");
+                writeln!(stream, "{{\"format\":\"{format}\"}}").expect("it reads what a client wants");
+                // It begins when it has read that.
+                stream.read_exact(&mut [0; 8]).expect("it begins");
+                std::thread::spawn(move || io::copy(&mut stream, &mut io::sink()).unwrap_or(0))
+            })
+            .collect();
+        group.bench_function(name, |bencher| {
+            bencher.iter_custom(|events| {
+                let before = collector_time();
+                for first in (0..events).step_by(BURST as usize) {
+                    (first..events.min(first + BURST)).for_each(|n| tracer.emit(black_box(dma(n))));
+                    std::thread::sleep(Duration::from_millis(4));
+                }
+                Duration::from_nanos(collector_time() - before)
+            });
+        });
+        let counters = handle.stop();
+        println!("{name}: {} events emitted, {} lost", counters.emitted(), counters.lost);
+        for client in clients {
+            println!("{name}: {} bytes received", client.join().unwrap_or(0));
+        }
+    }
+    group.finish();
+}
+
 fn connect(socket: &Path) -> Reader<std::os::unix::net::UnixStream> {
     Reader::connect(socket, &Choice::default()).expect("the trace's server listens")
 }
@@ -86,5 +135,5 @@ fn read(mut reader: Reader<std::os::unix::net::UnixStream>) -> u64 {
     received
 }
 
-criterion_group!(benches, emit);
+criterion_group!(benches, emit, collector);
 criterion_main!(benches);
