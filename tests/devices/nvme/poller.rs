@@ -168,6 +168,17 @@ fn a_worker_gives_the_duty_back_before_it_flushes() {
     }
 }
 
+/// How often the queue was released, counted while the worker has it: each later time is a release by this worker.
+fn releases_while_held(poller: &Noted, driver: &mut Driver) -> u64 {
+    loop {
+        work_until(driver, "the polling", || poller.taken.load(Ordering::SeqCst));
+        let returned = poller.returned.load(Ordering::SeqCst);
+        if poller.taken.load(Ordering::SeqCst) {
+            return returned;
+        }
+    }
+}
+
 #[test]
 fn a_worker_gives_the_duty_back_before_it_waits_for_the_disk() {
     let (poller, folder) = (Arc::new(Noted::default()), tempfile::tempdir_in(&folders()[1]).unwrap());
@@ -177,16 +188,15 @@ fn a_worker_gives_the_duty_back_before_it_waits_for_the_disk() {
     image.write_all_at(&[0x5a; 1 << 20], 32 << 20).unwrap();
     image.sync_all().unwrap();
     posix_fadvise(&image, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
-    let returned = poller.returned.load(Ordering::SeqCst);
+    let waits = statfs(folder.path()).unwrap().filesystem_type() != TMPFS_MAGIC;
+    let returned = releases_while_held(&poller, &mut driver);
     assert_eq!(driver.command(1, io(READ, 64 << 10, 8, [data, 0])).status, 0);
     assert_eq!(driver.read_ram(data, 4096), [0x5a; 4096]);
-    let waits = statfs(folder.path()).unwrap().filesystem_type() != TMPFS_MAGIC;
-    assert_eq!(poller.returned.load(Ordering::SeqCst) > returned, waits);
+    assert!(!waits || poller.returned.load(Ordering::SeqCst) > returned);
     // To write may wait in any case.
-    work_until(&mut driver, "the polling", || poller.taken.load(Ordering::SeqCst));
-    let returned = poller.returned.load(Ordering::SeqCst);
+    let returned = releases_while_held(&poller, &mut driver);
     assert_eq!(driver.command(1, io(WRITE, 64 << 10, 8, [data, 0])).status, 0);
-    assert_eq!(poller.returned.load(Ordering::SeqCst) > returned, waits);
+    assert!(!waits || poller.returned.load(Ordering::SeqCst) > returned);
 }
 
 /// The host may wait for an answer of the IOMMU before it consumes completions.
