@@ -242,10 +242,23 @@ impl Client {
         !self.blocked && self.snapshot.as_ref().is_some_and(Snapshot::is_to_read)
     }
 
-    /// Reads some of what is live; `made` is how many events were made.
-    pub fn read_state(&mut self, made: impl Fn() -> u64) {
-        if let (State::Streaming { filter, .. }, Some(snapshot)) = (&self.state, &mut self.snapshot) {
-            snapshot.read(made, |record| filter.passes(record));
+    /// Reads some of what is live, and returns whether that could be; `made` is how many events were made.
+    pub fn read_state(&mut self, made: impl Fn() -> u64) -> bool {
+        match (&self.state, &mut self.snapshot) {
+            (State::Streaming { filter, .. }, Some(snapshot)) => snapshot.read(made, |record| filter.passes(record)),
+            _ => false,
+        }
+    }
+
+    /// Whether all that is live was read, and the client waits for [`Client::end_state`].
+    pub fn awaits_end_of_state(&self) -> bool {
+        self.snapshot.as_ref().is_some_and(Snapshot::is_ending)
+    }
+
+    /// The backlog has the first `made` events, and the news of all that were lost before.
+    pub fn end_state(&mut self, made: u64) {
+        if let Some(snapshot) = &mut self.snapshot {
+            snapshot.end(made);
         }
     }
 

@@ -121,6 +121,10 @@ impl Server {
             // Before the rings are emptied: who calls from now on calls about what comes after.
             let _ = self.shared.wake.read();
             let drained = self.drain();
+            if drained == Drained::All {
+                let made = self.collector.next();
+                self.clients.values_mut().for_each(|client| client.end_state(made));
+            }
             for event in ready {
                 self.handle(event);
             }
@@ -128,10 +132,15 @@ impl Server {
             self.begin();
             // Before anybody has a header: who has one gets all from then on.
             self.shared.want(self.clients.values().fold(0, |kinds, client| kinds | client.kinds()));
-            let (begun, reads) = (Instant::now(), self.read_state());
+            let (begun, read) = (Instant::now(), self.read_state());
             let more = self.pump();
-            if reads && self.last_event.elapsed() < QUIET {
-                self.next_state = Instant::now() + begun.elapsed() * (STATE_SHARE - 1);
+            match read {
+                Some(true) if self.last_event.elapsed() < QUIET => {
+                    self.next_state = Instant::now() + begun.elapsed() * (STATE_SHARE - 1);
+                }
+                // Requests are being executed: it is tried again between two batches.
+                Some(false) => self.next_state = Instant::now() + TICK,
+                _ => {}
             }
             timeout = self.timeout(drained, more);
         }
@@ -225,22 +234,24 @@ impl Server {
         }
     }
 
-    /// Reads some of what is live, for some of the clients that want it. Whether there were any.
-    fn read_state(&mut self) -> bool {
+    /// Reads some of what is live, for some of the clients that want it. `None` if there are none, or it is too early;
+    /// otherwise whether anything could be read.
+    fn read_state(&mut self) -> Option<bool> {
         if self.next_state > Instant::now() {
-            return false;
+            return None;
         }
         let Server { shared, clients, state_client, .. } = self;
         let next = clients.range(*state_client + 1..).chain(clients.range(..=*state_client));
         let next: Vec<u64> =
             next.filter(|(_, client)| client.wants_state()).map(|(id, _)| *id).take(STATE_STEPS).collect();
+        let mut any = false;
         for id in &next {
             if let Some(client) = clients.get_mut(id) {
-                client.read_state(|| shared.sequence.count());
+                any |= client.read_state(|| shared.sequence.count());
             }
             *state_client = *id;
         }
-        !next.is_empty()
+        (!next.is_empty()).then_some(any)
     }
 
     /// Does what is due.
@@ -273,7 +284,9 @@ impl Server {
 
     /// How long to sleep at most; `None`: until something happens.
     fn timeout(&mut self, drained: Drained, more: bool) -> Option<Duration> {
-        if more || drained == Drained::More {
+        // Only after a look at the rings can an end mark be made.
+        let ends = drained == Drained::All && self.clients.values().any(Client::awaits_end_of_state);
+        if more || ends || drained == Drained::More {
             return Some(Duration::ZERO);
         }
         let due = self.clients.values().filter_map(Client::deadline).chain(self.no_accept).min();

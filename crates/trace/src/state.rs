@@ -35,6 +35,8 @@ impl StateSource for Nothing {
 pub struct Snapshot {
     /// `None`: all is read.
     source: Option<Box<dyn StateSource>>,
+    /// All is read, and the end mark is not made yet.
+    ending: bool,
     /// What was read and is not sent: of one step, so that a client that does not read takes little memory.
     ready: VecDeque<Record>,
     /// Events that the client is to have before it gets what is ready.
@@ -48,7 +50,7 @@ pub struct Snapshot {
 impl Snapshot {
     /// Nothing is read yet.
     pub fn new(source: Box<dyn StateSource>) -> Self {
-        Snapshot { source: Some(source), ready: VecDeque::new(), until: 0, begin: None, lost: 0 }
+        Snapshot { source: Some(source), ending: false, ready: VecDeque::new(), until: 0, begin: None, lost: 0 }
     }
 
     /// Whether there is something to read, and all that was read is sent.
@@ -56,9 +58,10 @@ impl Snapshot {
         self.source.is_some() && self.ready.is_empty()
     }
 
-    /// Reads a little; `made` is how many events were made, and `wanted` what the client gets.
-    pub fn read(&mut self, made: impl Fn() -> u64, wanted: impl Fn(&Record) -> bool) {
-        let Some(source) = &mut self.source else { return };
+    /// Reads a little, and returns whether that could be; `made` is how many events were made, and `wanted` what the client
+    /// gets.
+    pub fn read(&mut self, made: impl Fn() -> u64, wanted: impl Fn(&Record) -> bool) -> bool {
+        let Some(source) = &mut self.source else { return false };
         let time = now_ns();
         let last = Cell::new(None);
         let now = || {
@@ -74,7 +77,7 @@ impl Snapshot {
             }
         });
         // Nothing was read, as others were at it.
-        let Some(last) = last.get() else { return };
+        let Some(last) = last.get() else { return false };
         self.until = last;
         if self.begin.is_none() {
             self.begin = Some(last);
@@ -82,7 +85,22 @@ impl Snapshot {
         }
         if !more {
             self.source = None;
-            self.ready.push_back(mark(StateItem::End, 0).encode(time, last));
+            self.ending = true;
+        }
+        true
+    }
+
+    /// Whether all is read and [`Snapshot::end`] is to be called.
+    pub fn is_ending(&self) -> bool {
+        self.ending
+    }
+
+    /// Makes the end mark, if all is read. All of the first `made` events are in the backlog, and so is the news of those
+    /// that were lost: a thread tells of its losses only with its next event, or when its ring is found empty.
+    pub fn end(&mut self, made: u64) {
+        if std::mem::take(&mut self.ending) {
+            self.until = made;
+            self.ready.push_back(mark(StateItem::End, 0).encode(now_ns(), made));
         }
     }
 
@@ -112,7 +130,7 @@ impl Snapshot {
 
     /// Whether the end mark was taken.
     pub fn is_over(&self) -> bool {
-        self.source.is_none() && self.ready.is_empty()
+        self.source.is_none() && !self.ending && self.ready.is_empty()
     }
 }
 
@@ -128,5 +146,27 @@ fn mark(item: StateItem, lost: u64) -> Event {
         phys_start: 0,
         tag: 0,
         lost,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_mark_waits_for_the_news_of_losses() {
+        let item = |record: Record| match Event::decode(&record).unwrap() {
+            Event::State { item, lost, .. } => (item, lost, record.seq.get()),
+            other => panic!("{other:?}"),
+        };
+        let mut snapshot = Snapshot::new(Box::new(Nothing));
+        assert!(snapshot.read(|| 5, |_| true));
+        assert_eq!(snapshot.next(5).map(item), Some((StateItem::Begin, 0, 5)));
+        assert!(snapshot.next(5).is_none() && snapshot.is_ending() && !snapshot.is_over());
+        snapshot.lose(6, 3);
+        snapshot.end(7);
+        assert!(snapshot.next(6).is_none(), "before the news of the loss");
+        assert_eq!(snapshot.next(7).map(item), Some((StateItem::End, 3, 7)));
+        assert!(snapshot.is_over());
     }
 }
