@@ -6,6 +6,9 @@ use crate::record::Record;
 /// Bytes of lines that are kept: twice as many at most.
 const CHUNK_MAX: usize = 512 << 10;
 
+/// Lines that are kept, those that nobody wanted too: twice as many at most.
+const ENDS_MAX: usize = 32 << 10;
+
 /// Records that clients leave out, over which the lines go on.
 const GAP_MAX: u64 = 4096;
 
@@ -51,7 +54,8 @@ impl Lines {
             make(record, out);
             return;
         }
-        if position - self.new.end() > GAP_MAX || self.new.bytes.len() >= CHUNK_MAX {
+        let is_full = self.new.bytes.len() >= CHUNK_MAX || self.new.ends.len() >= ENDS_MAX;
+        if position - self.new.end() > GAP_MAX || is_full {
             std::mem::swap(&mut self.old, &mut self.new);
             self.new.first = position;
             self.new.bytes.clear();
@@ -79,10 +83,12 @@ mod tests {
     proptest! {
         /// Whoever asks for whatever in whatever order gets the line of that record.
         #[test]
-        fn everybody_gets_the_right_lines(asked in prop::collection::vec((0u64..20_000, 1u64..3_000), 1..20)) {
+        fn everybody_gets_the_right_lines(
+            asked in prop::collection::vec((0u64..20_000, 1u64..3_000, prop_oneof![Just(1usize), Just(4000)]), 1..20),
+        ) {
             let mut lines = Lines::default();
-            for (from, count) in asked {
-                for position in from..from + count {
+            for (from, count, every) in asked {
+                for position in (from..from + count * every as u64).step_by(every) {
                     let record = Event::Panic { endpoint: position as u32 }.encode(position, position);
                     let (mut found, mut wanted) = (Vec::new(), Vec::new());
                     lines.append(position, &record, &mut found);
@@ -90,7 +96,9 @@ mod tests {
                     prop_assert_eq!(found, wanted);
                 }
             }
-            prop_assert!(lines.old.bytes.len() + lines.new.bytes.len() <= 2 * (CHUNK_MAX + 1024));
+            let chunks = [&lines.old, &lines.new];
+            prop_assert!(chunks.iter().all(|chunk| chunk.bytes.len() <= CHUNK_MAX + 1024));
+            prop_assert!(chunks.iter().all(|chunk| chunk.ends.len() <= ENDS_MAX + GAP_MAX as usize + 1));
         }
     }
 }
