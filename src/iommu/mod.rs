@@ -186,8 +186,8 @@ impl Iommu {
     }
 
     /// To be held while requests are executed or the device is reset, and until their events are traced. Whenever
-    /// nobody holds it, the trace has exactly what was done, except for requests whose answer could not be written. See
-    /// [`Live`].
+    /// nobody holds it, the trace has exactly what was done, except for requests whose answer could not be written, and for
+    /// the batch in which the device panicked. See [`Live`].
     pub fn journal(&self) -> MutexGuard<'_, ()> {
         lock(&self.journal)
     }

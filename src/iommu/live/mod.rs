@@ -12,7 +12,6 @@ use std::sync::Arc;
 
 use super::Iommu;
 use super::address_space::{Mapped, Walk};
-use super::grace;
 
 /// Something that exists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,7 +54,6 @@ const RESERVATIONS: usize = 64;
 /// Reads the live state, step by step. Holds no lock between two steps.
 pub struct Live {
     iommu: Arc<Iommu>,
-    reader: grace::Reader,
     /// The domains that are not read completely yet, the next one last.
     domains: Vec<u32>,
     place: Place,
@@ -75,7 +73,7 @@ enum Place {
 impl Live {
     /// A reader that has read nothing yet.
     pub fn new(iommu: Arc<Iommu>) -> Live {
-        Live { reader: iommu.reader(), iommu, domains: Vec::new(), place: Place::Domains }
+        Live { iommu, domains: Vec::new(), place: Place::Domains }
     }
 
     /// Passes the next items to `take`: a few, or none. Returns whether there is more. `now` is called at the instant that the
@@ -113,7 +111,9 @@ impl Live {
                 let space = entry.as_ref().and_then(|domain| domain.space.as_ref());
                 let mut carried = walk.is_open().then_some(*begun);
                 let take = |mapped| take(carried.take().unwrap_or(at), LiveItem::Mapped { domain, mapped });
-                let more = space.is_some_and(|space| walk.step(space, &self.reader.enter(), take));
+                // Of this step alone: whoever removes a mapping looks at all readers that there are.
+                let mut reader = self.iommu.reader();
+                let more = space.is_some_and(|space| walk.step(space, &reader.enter(), take));
                 *begun = carried.unwrap_or(at);
                 if !more {
                     self.domains.pop();
