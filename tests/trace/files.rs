@@ -82,6 +82,9 @@ fn what_cannot_be_read_is_said() {
     let expected =
         "181 events were read, and 1 could not be: the first of them begins at byte 11648: The trace is cut off";
     assert!(said.contains(expected), "{said}");
+    let (_, whole, _) = print(RECORDS, &["--format", "binary"]);
+    let (_, printed, _) = print(&RECORDS[..RECORDS.len() - 5], &["--format", "binary"]);
+    assert_eq!(printed, whole[..whole.len() - size_of::<Record>()]);
     // A record in which a byte is wrong is left out, and those behind it are not.
     let mut flipped = RECORDS.to_vec();
     flipped[64 + 17] = 0xff;

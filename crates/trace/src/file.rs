@@ -120,7 +120,12 @@ impl TraceFile<Box<dyn Read + Send>> {
         let is_file = fs::metadata(path).is_ok_and(|found| !found.file_type().is_socket());
         if is_file {
             let file: Box<dyn Read + Send> = Box::new(File::open(path)?);
-            return Ok(TraceFile { filter: Some(choice.filter()), ..TraceFile::new(file)? });
+            // Of a file, which has what somebody wanted, all kinds are chosen if none is named.
+            let mut filter = choice.filter();
+            if choice.kinds.is_empty() {
+                filter.kinds = u64::MAX;
+            }
+            return Ok(TraceFile { filter: Some(filter), ..TraceFile::new(file)? });
         }
         let (input, header) = Reader::connect(path, choice)?.into_parts();
         let reader = Reader::from_parts(boxed(input), header);
