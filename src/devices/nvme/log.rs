@@ -32,9 +32,14 @@ pub(super) struct ErrorLog {
 }
 
 impl ErrorLog {
+    /// Whether a log can be like this one.
+    pub fn is_possible(&self) -> bool {
+        self.entries.len() <= ERROR_ENTRIES && self.entries.iter().all(|(number, _)| *number <= self.count)
+    }
+
     /// Notes one.
     pub fn push(&mut self, info: ErrorInfo) {
-        self.count += 1;
+        self.count = self.count.saturating_add(1);
         self.entries.push_front((self.count, info));
         self.entries.truncate(ERROR_ENTRIES);
     }

@@ -164,7 +164,8 @@ impl Nvme {
         match self.enabled.take() {
             Some(Enabled::Running(task)) => drop(task.end(Interruption::Stop)),
             Some(Enabled::Resting(mut admin)) => admin.end(),
-            None => {}
+            // A state that was refused may have left some.
+            None => lock(&self.shared.cqs).clear(),
         }
     }
 
@@ -236,9 +237,7 @@ impl Lifecycle for Nvme {
 impl Nvme {
     /// Goes on from where another controller was. `Err` says what no controller is like.
     fn take_over(&mut self, saved: &SavedController) -> Result<(), &'static str> {
-        if !saved.events.are_possible() {
-            return Err("its events");
-        }
+        saved.check()?;
         let (shared, registers) = (self.shared.clone(), saved.registers.clone());
         if let Some(saved) = &saved.admin {
             let admin = Admin::load(&shared, saved, registers.cc)?;

@@ -122,14 +122,22 @@ impl Registers {
     /// The admin queues that the controller is to be enabled with; `None` if they, or what CC says beside them, are not
     /// supported: command set, page size, arbitration.
     pub fn admin_queues(&self) -> Option<AdminQueues> {
-        let cc = self.cc;
-        let supported = cc >> 4 & 7 == 0 && cc >> 7 & 0xf <= MPS_MAX && cc >> 11 & 7 == 0;
         let (sq_size, cq_size) = ((self.aqa & 0xfff) + 1, (self.aqa >> 16) + 1);
         let page = self.page_size();
         let aligned = self.asq.is_multiple_of(page) && self.acq.is_multiple_of(page);
         let queues =
             AdminQueues { sq: CommandRing::new(self.asq, sq_size)?, cq: CompletionRing::new(self.acq, cq_size)? };
-        (supported && aligned).then_some(queues)
+        (self.is_supported() && aligned).then_some(queues)
+    }
+
+    /// Whether a controller can be enabled with what CC says: command set, page size, arbitration.
+    pub fn is_supported(&self) -> bool {
+        self.cc >> 4 & 7 == 0 && self.cc >> 7 & 0xf <= MPS_MAX && self.cc >> 11 & 7 == 0
+    }
+
+    /// CC.EN.
+    pub fn is_enabled(&self) -> bool {
+        self.cc & CC_ENABLE != 0
     }
 
     /// The memory page size.

@@ -11,7 +11,7 @@ use super::log::ErrorLog;
 use super::queue::{Completion, CompletionQueue, SavedCompletionQueue, SubmissionQueue};
 use super::registers::Registers;
 use super::shared::Shared;
-use super::spec::page_size;
+use super::spec::{CSTS_FATAL, CSTS_READY, CSTS_SHUTDOWN, page_size};
 use super::worker::IoQueue;
 
 /// The form of [`SavedController`].
@@ -30,6 +30,29 @@ pub(super) struct SavedController {
     pub error_log: ErrorLog,
     /// While it is enabled.
     pub admin: Option<SavedAdmin>,
+}
+
+impl SavedController {
+    /// Whether it is the state of a controller, but for its queues. `Err` says what is not.
+    pub fn check(&self) -> Result<(), &'static str> {
+        let (is_enabled, csts) = (self.registers.is_enabled(), self.csts);
+        if csts & !(CSTS_READY | CSTS_FATAL | CSTS_SHUTDOWN) != 0 || self.shutdown > 2 {
+            return Err("its status");
+        }
+        let fits = match &self.admin {
+            // Their registers may have been written since; what they were made of is the queues' own.
+            Some(_) => is_enabled && self.registers.is_supported(),
+            // One that could not be enabled is fatal.
+            None => csts & CSTS_READY == 0 && (!is_enabled || csts & CSTS_FATAL != 0),
+        };
+        if !fits {
+            return Err("queues that do not fit its registers");
+        }
+        if !self.events.are_possible() || !self.error_log.is_possible() {
+            return Err("its events");
+        }
+        Ok(())
+    }
 }
 
 /// The admin queue, and all that hangs on it.
@@ -142,5 +165,34 @@ impl Admin {
                 doorbells.head.restore(cq.ring.size(), cq.doorbell);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn states_that_no_controller_has_are_refused() {
+        let power_on = SavedController {
+            registers: Registers::default(),
+            csts: 0,
+            shutdown: 0,
+            shadow: (0, 0),
+            events: AsyncEvents::default(),
+            error_log: ErrorLog::default(),
+            admin: None,
+        };
+        assert_eq!(power_on.check(), Ok(()));
+        let changed = |change: fn(&mut SavedController)| {
+            let mut state = power_on.clone();
+            change(&mut state);
+            state.check()
+        };
+        assert!(changed(|state| state.csts = CSTS_READY).is_err());
+        assert!(changed(|state| state.csts = 1 << 8).is_err());
+        assert!(changed(|state| state.shutdown = 3).is_err());
+        assert!(changed(|state| state.registers.cc = 1).is_err(), "enabled, and without queues");
+        assert_eq!(changed(|state| (state.registers.cc, state.csts) = (1, CSTS_FATAL)), Ok(()));
     }
 }
