@@ -7,7 +7,7 @@ use std::sync::Mutex;
 use std::thread;
 
 use proptest::prelude::*;
-use viommu_trace::event::StateItem;
+use viommu_trace::event::{Channel, ResetKind, StateItem};
 use viommu_trace::{self as trace, Choice, Event, Format, Item, Stamped, TraceFile, Tracer};
 use viommu_wire::request::RequestType;
 use viommu_wire::split::{Extent, F_SPLIT_MAP, Link, Range};
@@ -32,12 +32,17 @@ const TYPES: [RequestType; 8] = [
     RequestType::Release,
 ];
 
+/// Where a step has the type of a request: the driver resets the device, or the frontend leaves.
+const RESET: usize = TYPES.len();
+const DISCONNECT: usize = RESET + 1;
+
 /// A request of the driver: its type, an endpoint, a domain, the first page and the number of pages.
 type Step = (usize, u32, u32, u64, u64);
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     // Few pages, so that requests meet, on both sides of a table's border.
-    prop::collection::vec((0..TYPES.len(), 0..ENDPOINTS, 0..3u32, 500u64..530, 1u64..5), 1..400)
+    let kind = prop_oneof![100 => 0..TYPES.len(), 1 => RESET..=DISCONNECT];
+    prop::collection::vec((kind, 0..ENDPOINTS, 0..3u32, 500u64..530, 1u64..5), 1..400)
 }
 
 fn bytes((kind, endpoint, domain, page, pages): Step) -> Vec<u8> {
@@ -134,6 +139,8 @@ impl State {
                     }
                 }
             }
+            Event::Reset { reset: ResetKind::Device | ResetKind::System, .. }
+            | Event::Session { channel: Channel::VhostUser, connected: false, .. } => self.domains.clear(),
             _ => {}
         }
     }
@@ -178,6 +185,14 @@ impl Device {
         let done: Vec<Event> = steps
             .iter()
             .map(|&step| {
+                if step.0 == RESET {
+                    self.iommu.device_reset();
+                    return Event::Reset { reset: ResetKind::Device, endpoint: None };
+                }
+                if step.0 == DISCONNECT {
+                    self.iommu.system_reset();
+                    return Event::Session { channel: Channel::VhostUser, endpoint: None, connected: false };
+                }
                 let bytes = bytes(step);
                 let request = Request::parse(&bytes, u64::MAX).unwrap();
                 let outcome = self.iommu.execute(&request, &mut []);
