@@ -68,7 +68,7 @@ fn a_stock_kernel_s_events_are_on_the_clock_too() {
     let commands = outcome.merged.iter().filter(|line| line["kind"] == "command" && line["queue"] != 0);
     let mut seen = 0;
     for command in commands {
-        let of_it = |line: &&Value| line["cid"] == command["cid"] && line["qid"] == command["queue"];
+        let of_it = |line: &&Value| line["cid"] == command["id"] && line["qid"] == command["queue"];
         let after = |line: &&Value| line["t"].as_i64() >= command["t"].as_i64();
         let setup = outcome.merged.iter().filter(of_it).take_while(|line| !after(line)).last();
         let Some(setup) = setup else { continue };
