@@ -8,7 +8,7 @@ use clap::ValueEnum;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use zerocopy::IntoBytes;
 
-use viommu_trace::{self as trace, Choice, Entry, Item, Kind, Last, ReadError, Tally, TraceFile, Unreadable};
+use viommu_trace::{self as trace, Choice, Entry, Item, Kind, Last, ReadError, Tally, TraceFile};
 
 /// Print the trace of a running viommu, or of a file
 ///
@@ -186,8 +186,6 @@ fn append_text(trace: &TraceFile<impl io::Read>, entry: &Entry, line: &mut Vec<u
 fn append_binary(trace: &TraceFile<impl io::Read>, entry: &Entry, line: &mut Vec<u8>) {
     match (&entry.item, trace.header(), trace.record()) {
         (Item::Hello, Some(header), _) => line.extend(header.upgrade().as_bytes()),
-        // The record is the one before.
-        (Item::Unreadable(Unreadable::Cut(_)), ..) => {}
         (_, _, Some(record)) => line.extend(record.as_bytes()),
         _ => {}
     }

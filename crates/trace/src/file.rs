@@ -98,7 +98,7 @@ pub struct TraceFile<R> {
 
 enum Source<R> {
     /// With the last that was read.
-    Records(Reader<R>, Record),
+    Records(Reader<R>, Option<Record>),
     Lines(Lines<R>),
 }
 
@@ -129,7 +129,7 @@ impl TraceFile<Box<dyn Read + Send>> {
         }
         let (input, header) = Reader::connect(path, choice)?.into_parts();
         let reader = Reader::from_parts(boxed(input), header);
-        Ok(TraceFile::of(Source::Records(reader, Record::default())))
+        Ok(TraceFile::of(Source::Records(reader, None)))
     }
 }
 
@@ -148,7 +148,7 @@ impl<R: Read> TraceFile<R> {
         let mut input = BufReader::with_capacity(64 << 10, input);
         let begin = input.fill_buf()?;
         let source = match begin.first() {
-            Some(first) if *first == MAGIC[0] => Source::Records(Reader::of_file(input)?, Record::default()),
+            Some(first) if *first == MAGIC[0] => Source::Records(Reader::of_file(input)?, None),
             // Lines that are none are left out one by one.
             Some(first) if !first.is_ascii() => {
                 let mut found = [0; 8];
@@ -191,12 +191,13 @@ impl<R: Read> TraceFile<R> {
                 match reader.next_or_cut()? {
                     Ok(Some(next)) => {
                         self.at += reader.record_size() as u64;
-                        *record = next;
+                        *record = Some(next);
                         Stamped::decode(&next).map_or_else(|error| Item::Unreadable(error.into()), Item::Event)
                     }
                     Ok(None) => return Ok(None),
                     Err(bytes) => {
                         self.at += bytes as u64;
+                        *record = None;
                         Item::Unreadable(Unreadable::Cut(bytes))
                     }
                 }
@@ -246,9 +247,9 @@ impl<R: Read> TraceFile<R> {
         if let Source::Records(reader, _) = &self.source { Some(reader.header()) } else { None }
     }
 
-    /// The last record that was read, as this version writes it; `None` for lines.
+    /// The record of the last entry, as this version writes it; `None` for lines, and if it was cut off.
     pub fn record(&self) -> Option<&Record> {
-        if let Source::Records(_, record) = &self.source { Some(record) } else { None }
+        if let Source::Records(_, record) = &self.source { record.as_ref() } else { None }
     }
 
     /// The last line that was read, as it was but for its end; empty for records.
