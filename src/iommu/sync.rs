@@ -11,7 +11,7 @@ pub(crate) use std::sync::{
     atomic::{AtomicU64, fence},
 };
 
-use std::sync::PoisonError;
+use crate::sync::unpoisoned;
 
 /// Keeps a value that one thread writes often off the cache lines that other threads read. It takes two lines, since they
 /// are fetched in pairs.
@@ -19,8 +19,8 @@ use std::sync::PoisonError;
 #[repr(align(128))]
 pub(crate) struct Padded<T>(pub T);
 
-/// Locks `mutex`, whether or not a thread panicked while it held it. The data behind these locks is consistent between any
-/// two statements that can panic.
+/// Locks `mutex`, whether or not a thread panicked while it held it; as [`crate::sync::lock`], but for the model checker's
+/// mutex too.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    unpoisoned(mutex.lock())
 }
