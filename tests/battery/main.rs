@@ -47,6 +47,15 @@ struct Machine {
     _dir: TempDir,
 }
 
+impl Machine {
+    /// Has the model do its work from the beginning to the end, as one that is in order does.
+    fn work(&mut self) {
+        self.load.begin();
+        self.load.submit();
+        self.load.finish();
+    }
+}
+
 /// Does the same with each model; none of its threads may panic.
 fn on_each(test: impl Fn(Machine)) {
     for model in MODELS {
@@ -138,9 +147,7 @@ fn a_reset_at_any_moment_ends_all_work() {
             machine.held.resume();
             assert_no_traffic(&machine.held);
         }
-        machine.load.begin();
-        machine.load.submit();
-        machine.load.finish();
+        machine.work();
     });
 }
 
@@ -164,9 +171,7 @@ fn without_bus_mastering_nothing_is_moved_and_a_reset_makes_it_good() {
                 assert_no_traffic(&machine.held);
             }
             machine.load.client().reset().unwrap();
-            machine.load.begin();
-            machine.load.submit();
-            machine.load.finish();
+            machine.work();
             machine.load.client().reset().unwrap();
         }
     });
@@ -193,9 +198,7 @@ fn junk_in_every_register_is_survived_and_can_be_saved() {
             }
             machine.held.migrate();
             machine.load.client().reset().unwrap();
-            machine.load.begin();
-            machine.load.submit();
-            machine.load.finish();
+            machine.work();
             machine.load.client().reset().unwrap();
         }
     });
@@ -220,8 +223,6 @@ fn a_state_of_another_version_is_refused_and_leaves_a_device_that_works() {
         }
         machine.held.resume();
         machine.load.client().reset().unwrap();
-        machine.load.begin();
-        machine.load.submit();
-        machine.load.finish();
+        machine.work();
     });
 }
