@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
-use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 use vfio_bindings::bindings::vfio::*;
@@ -11,7 +10,7 @@ use vfio_user::Client;
 use viommu::daemon::{Bound, Daemon, Options, open_devices};
 use viommu::topology::Topology;
 use viommu::topology::qemu::Paths;
-use viommu_testkit::memfd;
+use viommu_testkit::{PATIENCE, memfd, wait_until};
 use vmm_sys_util::eventfd::EventFd;
 
 const ADDRESS: u64 = 0x00;
@@ -76,14 +75,12 @@ impl Setup {
 
     /// Waits for one interrupt. Whoever sends them has made the descriptor one that is not waited for.
     fn wait_for_interrupt(&self) {
-        let begun = Instant::now();
-        loop {
-            match self.interrupt.read() {
-                Ok(count) => return assert_eq!(count, 1),
-                Err(_) => assert!(begun.elapsed() < Duration::from_secs(60), "no interrupt is sent"),
-            }
-            std::thread::yield_now();
-        }
+        let mut count = None;
+        wait_until(PATIENCE, "the interrupt", || {
+            count = self.interrupt.read().ok();
+            count.is_some()
+        });
+        assert_eq!(count, Some(1));
     }
 
     fn memory(&self, address: u64) -> u32 {
@@ -151,10 +148,7 @@ fn the_pin_is_asserted_until_it_is_acknowledged() {
     setup.client().set_irqs(VFIO_PCI_INTX_IRQ_INDEX, unmask, 0, 1, &[]).unwrap();
     setup.write(ADDRESS, &RAM.to_le_bytes());
     setup.write(DOORBELL, &[1, 0, 0, 0]);
-    let begun = Instant::now();
-    while setup.read(STATUS) == BUSY {
-        assert!(begun.elapsed() < Duration::from_secs(60), "the write does not end");
-    }
+    wait_until(PATIENCE, "the end of the write", || setup.read(STATUS) != BUSY);
     // Once, and not for what was acknowledged.
     setup.wait_for_interrupt();
 }

@@ -5,7 +5,6 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
-use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use vfio_bindings::bindings::vfio::*;
@@ -16,7 +15,7 @@ use viommu::devices::kit::{Engine, Executor, SharedMachine, StateMachine, Thread
 use viommu::pci::{Bar, Function, FunctionContext, Identity};
 use viommu_testkit::function::Served;
 use viommu_testkit::trace::Recorder;
-use viommu_testkit::{Numbers, memfd};
+use viommu_testkit::{Numbers, PATIENCE, memfd, wait_until};
 use viommu_trace::Kind;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -24,8 +23,6 @@ const ENDPOINT: u32 = 0x20;
 const RAM: u64 = 1 << 20;
 /// Commands that are fetched at once.
 const BATCH: usize = 8;
-/// How long anything may take: only a hang takes longer.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 const COMMANDS: u64 = 0x00;
 const COMPLETIONS: u64 = 0x08;
@@ -255,10 +252,7 @@ impl Driver {
     }
 
     fn wait_status(&mut self, wanted: u32) {
-        let begun = Instant::now();
-        while self.status() != wanted {
-            assert!(begun.elapsed() < PATIENCE, "STATUS is {} and not {wanted}", self.status());
-        }
+        wait_until(PATIENCE, &format!("the status {wanted}"), || self.status() == wanted);
     }
 
     /// Resets the device and gives it rings of these sizes.
@@ -300,14 +294,12 @@ impl Driver {
     }
 
     fn wait(&mut self) -> (u16, bool) {
-        let begun = Instant::now();
-        loop {
-            if let Some(done) = self.reap() {
-                return done;
-            }
-            assert!(begun.elapsed() < PATIENCE, "no completion");
-            std::thread::yield_now();
-        }
+        let mut done = None;
+        wait_until(PATIENCE, "a completion", || {
+            done = self.reap();
+            done.is_some()
+        });
+        done.unwrap()
     }
 
     /// Tells the device up to where completions were consumed.
@@ -317,11 +309,7 @@ impl Driver {
     }
 
     fn wait_for_interrupt(&self) {
-        let begun = Instant::now();
-        while self.interrupt.read().is_err() {
-            assert!(begun.elapsed() < PATIENCE, "no interrupt");
-            std::thread::yield_now();
-        }
+        wait_until(PATIENCE, "the interrupt", || self.interrupt.read().is_ok());
     }
 
     /// Commands go around the rings several times, all in order.
