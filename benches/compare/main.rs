@@ -134,13 +134,19 @@ fn main() -> ExitCode {
         std::env::var("VIOMMU_COMPARE_ROUNDS").map_or(ROUNDS, |text| text.parse().expect("a number of rounds"));
     // Before they are divided: then there are fewer for this process.
     let count = std::thread::available_parallelism().unwrap().get();
-    let cores = common::Cores::divide();
     let mut all = json!({});
     for setup in Setup::all() {
-        eprintln!("counts and costs: {setup}");
-        let mut of = counts::count(setup);
-        costs::measure(setup, &cores, &mut of);
-        all[setup.variant.name][setup.mode.name] = of;
+        eprintln!("counts: {setup}");
+        let of = &mut all[setup.variant.name][setup.mode.name];
+        *of = counts::count(setup);
+        let [low, median, high] = counts::polled_kicks(setup);
+        of[SIZES[0].name]["polled_kicks_per_io"] = json!(median);
+        of[SIZES[0].name]["polled_kicks_range"] = json!([low, high]);
+    }
+    let cores = common::Cores::divide();
+    for setup in Setup::all() {
+        eprintln!("costs: {setup}");
+        costs::measure(setup, &cores, &mut all[setup.variant.name][setup.mode.name]);
     }
     throughput::measure(rounds, &cores, &mut all);
     report::finish(&all, rounds, count)
