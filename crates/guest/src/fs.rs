@@ -10,12 +10,13 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use nix::mount::{MsFlags, mount, umount};
 use serde_json::json;
+use viommu_wire::size;
 
+use crate::blockdev;
 use crate::buffers::Buffers;
 use crate::pattern::{self, Random, SECTOR};
 use crate::results::Results;
 use crate::workload::{Needs, Workload};
-use crate::{blockdev, size};
 
 /// Where the file system is mounted.
 const ROOT: &str = "/tmp/fs";

@@ -7,12 +7,13 @@ use anyhow::{Context, Result, ensure};
 use io_uring::IoUring;
 use nix::errno::Errno;
 use serde_json::{Value, json};
+use viommu_wire::size;
 
 use crate::blockdev::{self, Device};
 use crate::buffers::Buffers;
 use crate::results::Results;
 use crate::workload::Workload;
-use crate::{engine, size, sysfs};
+use crate::{engine, sysfs};
 
 /// From one read to the next, in blocks: the kernel would make one request of neighbours.
 const STRIDE: u64 = 3;

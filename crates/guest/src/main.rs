@@ -41,7 +41,6 @@ mod report;
 mod results;
 mod set;
 mod shell;
-mod size;
 mod suspend;
 mod sysfs;
 mod unattached_dma;

@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
+use viommu_wire::size;
 
 use crate::blockdev::{self, Device};
 use crate::buffers::Buffers;
@@ -16,7 +17,6 @@ use crate::engine::{self, Direction};
 use crate::ftrace::{Event, Traced, Tracing};
 use crate::nvme_io::Measured;
 use crate::results::Results;
-use crate::size;
 use crate::workload::Workload;
 
 /// Prepares a command: here data is mapped and the command's pointers to it are made.

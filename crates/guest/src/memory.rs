@@ -7,12 +7,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::json;
+use viommu_wire::size;
 
 use crate::blockdev::{self, Device};
 use crate::buffers::Buffers;
 use crate::results::Results;
 use crate::workload::{Needs, Workload};
-use crate::{pattern, size, sysfs};
+use crate::{pattern, sysfs};
 
 /// The memory that is taken, piece by piece; each is asked for as a huge page, and gets one I/O.
 const PIECE: u64 = 2 << 20;

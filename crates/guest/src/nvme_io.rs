@@ -9,14 +9,15 @@ use clap::ValueEnum;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
+use viommu_wire::size;
 
 use crate::blockdev::{self, Device};
 use crate::buffers::{Buffers, PAGE};
 use crate::engine::{self, Direction, Outcome, Stream};
 use crate::pattern::{self, Random};
 use crate::results::Results;
+use crate::sysfs;
 use crate::workload::Workload;
-use crate::{size, sysfs};
 
 /// How many bytes are moved if nothing is said.
 const DEFAULT_TOTAL: u64 = 64 << 20;

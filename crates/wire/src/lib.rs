@@ -5,6 +5,7 @@ pub mod model;
 mod numbers;
 pub mod nvme;
 pub mod request;
+pub mod size;
 pub mod split;
 pub mod virtio_iommu;
 

@@ -21,10 +21,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use nix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};
+use viommu_wire::size;
 
 use crate::results::Results;
+use crate::sysfs;
 use crate::workload::{Needs, Workload};
-use crate::{size, sysfs};
 use format::Format;
 use page::Page;
 
