@@ -5,7 +5,7 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use crate::iommu::{Endpoint, Fault, Iommu, Translation, grace};
+use crate::iommu::{Endpoint, Fault, Iommu, Refused, Translation, grace};
 use crate::memory::{Memory, NoAccess, Piece, Regions};
 use viommu_trace::event::{Access, Route};
 use viommu_trace::{Event, Tracer};
@@ -105,22 +105,17 @@ pub struct Dma {
 }
 
 impl DmaContext {
-    /// Translates ranges; `None` if one of them leads to anything but memory.
-    fn runs(&self, guard: &grace::Guard<'_>, ranges: &[(u64, usize)], access: Access) -> Option<Vec<Run>> {
-        let mut runs: Vec<Run> = Vec::with_capacity(ranges.len());
-        for &(start, len) in ranges {
-            let (first, len) = (runs.len(), len as u64);
-            let mut done = 0;
-            while done < len {
-                let iova = start.wrapping_add(done);
-                let found = self.endpoint.translate(guard, iova, access).ok()?;
-                let now = found.len.min(len - done);
-                match runs[first..].last_mut() {
-                    Some(run) if continues(&run.found, run.len, &found) => run.len += now,
-                    _ if found.route == Route::Msi => return None,
-                    _ => runs.push(Run { iova, found, len: now, result: Ok(()) }),
-                }
-                done += now;
+    /// The runs of an access to `len` bytes from `iova` on.
+    fn runs<'a>(&'a self, guard: &'a grace::Guard<'a>, iova: u64, len: u64, access: Access) -> Runs<'a> {
+        Runs { endpoint: &self.endpoint, guard, access, iova, left: len, ahead: None }
+    }
+
+    /// The runs of several ranges; `None` if one of them leads to anything but memory.
+    fn runs_in_memory(&self, guard: &grace::Guard<'_>, ranges: &[(u64, usize)], access: Access) -> Option<Vec<Run>> {
+        let mut runs = Vec::with_capacity(ranges.len());
+        for &(iova, len) in ranges {
+            for run in self.runs(guard, iova, len as u64, access) {
+                runs.push(run.ok().filter(|run| run.found.route != Route::Msi)?);
             }
         }
         Some(runs)
@@ -155,13 +150,13 @@ impl Dma {
     /// say nothing. Faults are always reported.
     pub fn poll(&mut self, iova: u64, known: u32) -> Result<u32, DmaError> {
         let mut bytes = [0; 4];
-        let run =
+        let (run, result) =
             self.access(iova, Access::Read, bytes.len(), |memory, gpa, len| memory.read(gpa, &mut bytes[..len]))?;
         let value = u32::from_le_bytes(bytes);
-        if run.len as usize == bytes.len() && run.result.is_ok() && value == known {
+        if run.len as usize == bytes.len() && result.is_ok() && value == known {
             return Ok(value);
         }
-        let len = self.record(run, Access::Read)?;
+        let len = self.record(&run, Access::Read, result)?;
         if len < bytes.len() {
             // It crosses a page.
             self.read(iova.wrapping_add(len as u64), &mut bytes[len..])?;
@@ -190,7 +185,7 @@ impl Dma {
         if !context.bus_master.load(Ordering::Acquire) {
             return false;
         }
-        let Some(runs) = context.runs(&guard, ranges, access) else { return false };
+        let Some(runs) = context.runs_in_memory(&guard, ranges, access) else { return false };
         let Some(iovecs) = iovecs(&memory, &runs, access) else { return false };
         let (fd, count, at) = (file.as_raw_fd(), iovecs.len() as libc::c_int, offset as libc::off_t);
         // SAFETY: `iovecs` lie in mappings of guest memory that `memory` keeps alive until after the call, writable if
@@ -206,7 +201,9 @@ impl Dma {
         // Another thread may have found a page missing, and the handler may have put another one in its place.
         let intact = runs.iter().all(|run| memory.is_intact(run.found.gpa, run.len));
         let wanted: usize = iovecs.iter().map(|iovec| iovec.iov_len).sum();
-        intact && usize::try_from(moved) == Ok(wanted) && runs.into_iter().all(|run| self.record(run, access).is_ok())
+        intact
+            && usize::try_from(moved) == Ok(wanted)
+            && runs.iter().all(|run| self.record(run, access, Ok(())).is_ok())
     }
 
     /// Does and records the first contiguous run of an access of `want` bytes. Returns its length.
@@ -217,26 +214,27 @@ impl Dma {
         want: usize,
         copy: impl FnOnce(&Regions, u64, usize) -> Result<(), NoAccess>,
     ) -> Result<usize, DmaError> {
-        let run = self.access(iova, access, want, copy)?;
-        self.record(run, access)
+        let (run, result) = self.access(iova, access, want, copy)?;
+        self.record(&run, access, result)
     }
 
-    /// Translates and copies the first contiguous run of an access.
+    /// Translates and copies the first contiguous run of an access of `want` bytes, which are not 0. Also returns
+    /// whether the run was memory.
     fn access(
         &mut self,
         iova: u64,
         access: Access,
         want: usize,
         copy: impl FnOnce(&Regions, u64, usize) -> Result<(), NoAccess>,
-    ) -> Result<Run, DmaError> {
+    ) -> Result<(Run, Result<(), NoAccess>), DmaError> {
         let context = &self.context;
         let memory = context.memory.load();
         let guard = self.reader.enter();
         if !context.bus_master.load(Ordering::Acquire) {
             return Err(DmaError::BusMasterOff);
         }
-        let found = match context.endpoint.translate(&guard, iova, access) {
-            Ok(found) => found,
+        let run = match context.runs(&guard, iova, COPY_MAX.min(want as u64), access).next_run() {
+            Ok(run) => run,
             Err(refused) => {
                 drop(guard);
                 context.counters.faults.fetch_add(1, Ordering::Relaxed);
@@ -250,25 +248,17 @@ impl Dma {
                 return Err(DmaError::Fault { address: iova, access });
             }
         };
-        let limit = COPY_MAX.min(want as u64);
-        let mut len = found.len.min(limit);
-        while len < limit {
-            match context.endpoint.translate(&guard, iova.wrapping_add(len), access) {
-                Ok(next) if continues(&found, len, &next) => len = len.saturating_add(next.len).min(limit),
-                _ => break,
-            }
-        }
-        let result = match found.route {
+        let result = match run.found.route {
             Route::Msi => Err(NoAccess),
-            Route::Mapped | Route::Bypass => copy(&memory, found.gpa, len as usize),
+            Route::Mapped | Route::Bypass => copy(&memory, run.found.gpa, run.len as usize),
         };
         drop(guard);
-        Ok(Run { iova, found, len, result })
+        Ok((run, result))
     }
 
-    /// Traces and counts a run, and returns its length.
-    fn record(&self, run: Run, access: Access) -> Result<usize, DmaError> {
-        let Run { iova, found, len, result } = run;
+    /// Traces and counts a run, and returns its length. `result` is what became of the access.
+    fn record(&self, run: &Run, access: Access, result: Result<(), NoAccess>) -> Result<usize, DmaError> {
+        let &Run { iova, found, len } = run;
         let context = &self.context;
         context.tracer.emit(Event::Dma {
             endpoint: context.endpoint.id(),
@@ -295,15 +285,58 @@ impl Dma {
     }
 }
 
-/// A contiguous run of guest memory that was accessed, or could not be.
+/// A part of an access that is contiguous in guest memory, and of one mapping's tag.
 struct Run {
     iova: u64,
     found: Translation,
     len: u64,
-    result: Result<(), NoAccess>,
 }
 
-/// Whether the `len` bytes at `found` and those at `next` are one access: the latter follow the former in guest memory.
+/// The runs of one access, in order. They end with the first address that is refused.
+struct Runs<'a> {
+    endpoint: &'a Endpoint,
+    guard: &'a grace::Guard<'a>,
+    access: Access,
+    /// Where the next run begins, and how many bytes are left from there on.
+    iova: u64,
+    left: u64,
+    /// The translation of `iova`, if the search for the last run's end has found it.
+    ahead: Option<Translation>,
+}
+
+impl Runs<'_> {
+    /// The run at `iova`, of which at least a byte must be left.
+    fn next_run(&mut self) -> Result<Run, Refused> {
+        let iova = self.iova;
+        let found = match self.ahead.take() {
+            Some(found) => found,
+            None => self.endpoint.translate(self.guard, iova, self.access).inspect_err(|_| self.left = 0)?,
+        };
+        let mut len = found.len.min(self.left);
+        while len < self.left {
+            match self.endpoint.translate(self.guard, iova.wrapping_add(len), self.access) {
+                Ok(next) if continues(&found, len, &next) => len = len.saturating_add(next.len).min(self.left),
+                other => {
+                    self.ahead = other.ok();
+                    break;
+                }
+            }
+        }
+        self.iova = iova.wrapping_add(len);
+        self.left -= len;
+        Ok(Run { iova, found, len })
+    }
+}
+
+impl Iterator for Runs<'_> {
+    type Item = Result<Run, Refused>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        (self.left > 0).then(|| self.next_run())
+    }
+}
+
+/// Whether the `len` bytes at `found` and those at `next` are one run: the latter follow the former in guest memory.
 fn continues(found: &Translation, len: u64, next: &Translation) -> bool {
     next.gpa == found.gpa.wrapping_add(len) && next.tag == found.tag && next.route == found.route
 }

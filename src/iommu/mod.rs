@@ -27,7 +27,7 @@ use counters::Counters;
 pub use counters::Stats;
 use domain::{Domain, DomainEntry, Domains};
 use endpoint::Common;
-pub use endpoint::{Endpoint, Translation};
+pub use endpoint::{Endpoint, Refused, Translation};
 pub use fault::Fault;
 use fault::{FaultListener, FaultQueue};
 pub use limits::{EndpointSettings, Limits, Reserved, Settings};
