@@ -17,6 +17,7 @@ use viommu_testkit::function::Served;
 use viommu_testkit::trace::Recorder;
 use viommu_testkit::{Numbers, PATIENCE, memfd, wait_until};
 use viommu_trace::Kind;
+use viommu_wire::model;
 use vmm_sys_util::eventfd::EventFd;
 
 const ENDPOINT: u32 = 0x20;
@@ -86,12 +87,12 @@ impl StateMachine for Copier {
         integrated: false,
     };
     const REGISTERS: RegisterMap<Id> = RegisterMap::new(&[
-        Register::new(Id::Commands, "COMMANDS", COMMANDS, 8, Access::ReadWrite),
-        Register::new(Id::Completions, "COMPLETIONS", COMPLETIONS, 8, Access::ReadWrite),
-        Register::new(Id::Sizes, "SIZES", SIZES, 8, Access::WriteOnly).doorbell(),
-        Register::new(Id::Tail, "TAIL", TAIL, 4, Access::WriteOnly).doorbell(),
-        Register::new(Id::Head, "HEAD", HEAD, 4, Access::WriteOnly).doorbell(),
-        Register::new(Id::Status, "STATUS", STATUS, 4, Access::ReadOnly),
+        Register::new(Id::Commands, model::Register::new("COMMANDS", COMMANDS as u32, 8), Access::ReadWrite),
+        Register::new(Id::Completions, model::Register::new("COMPLETIONS", COMPLETIONS as u32, 8), Access::ReadWrite),
+        Register::new(Id::Sizes, model::Register::new("SIZES", SIZES as u32, 8), Access::WriteOnly).doorbell(),
+        Register::new(Id::Tail, model::Register::new("TAIL", TAIL as u32, 4), Access::WriteOnly).doorbell(),
+        Register::new(Id::Head, model::Register::new("HEAD", HEAD as u32, 4), Access::WriteOnly).doorbell(),
+        Register::new(Id::Status, model::Register::new("STATUS", STATUS as u32, 4), Access::ReadOnly),
     ]);
 
     fn read(&mut self, register: Id) -> u64 {

@@ -310,7 +310,7 @@ events! {
             access: Access as Named at s1, "access";
             bar: u8 as Number at a2[0..8], "bar";
             offset: u32 as Hex at a0[0..32], "offset";
-            register: u32 as Tabled(model.declaration().registers) at a0[32..64], "register";
+            register: u32 as Tabled(model.declaration().register_names) at a0[32..64], "register";
             len: u32 as Bytes at a2[32..64], "len";
             value: u64 as Hex at a1, "value";
         };

@@ -61,7 +61,7 @@ pub fn schema() -> Value {
             "opcodes_by_queue": queues(*model),
             "command": schema_of_members(model.declaration().command, command),
             "state": schema_of_members(model.declaration().state, state),
-            "registers": named(model.declaration().registers),
+            "registers": named(model.declaration().register_names),
         })
     });
     json!({

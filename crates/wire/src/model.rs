@@ -14,13 +14,16 @@ named_numbers! {
 }
 
 impl Model {
-    /// Where the register begins that an offset of the first BAR is in; the offset itself where none is known.
-    pub fn register(self, offset: u32) -> u32 {
+    /// Where the register begins that an offset of a BAR is in; the offset itself where none is known.
+    pub fn register(self, bar: u8, offset: u32) -> u32 {
+        if bar != 0 {
+            return offset;
+        }
         let registers = self.declaration().registers;
-        let behind = registers.partition_point(|(begin, _)| *begin <= offset);
-        // None has more than 8 bytes.
-        let found = behind.checked_sub(1).map(|at| registers[at].0).filter(|begin| offset - begin < 8);
-        found.unwrap_or(offset)
+        let behind = registers.partition_point(|register| register.offset <= offset);
+        let before = behind.checked_sub(1).map(|at| registers[at]);
+        let found = before.filter(|register| offset - register.offset < register.width.into());
+        found.map_or(offset, |register| register.offset)
     }
 
     /// What the model declares.
@@ -40,8 +43,39 @@ pub struct Declaration {
     pub command: &'static [Member],
     /// What its state is made of.
     pub state: &'static [Member],
-    /// The registers of its first BAR, in the order of their offsets.
-    pub registers: &'static [(u32, &'static str)],
+    /// The registers of its first BAR, in the order of their offsets; none overlaps another.
+    pub registers: &'static [Register],
+    /// What they are called, by their offsets: [`names`] of `registers`.
+    pub register_names: &'static [(u32, &'static str)],
+}
+
+/// A register, or a doorbell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Register {
+    /// What specifications and drivers call it.
+    pub name: &'static str,
+    /// Its first byte in the BAR.
+    pub offset: u32,
+    /// Its bytes, 1 to 8.
+    pub width: u8,
+}
+
+impl Register {
+    /// A declaration.
+    pub const fn new(name: &'static str, offset: u32, width: u8) -> Register {
+        Register { name, offset, width }
+    }
+}
+
+/// The names of registers by their offsets.
+pub const fn names<const N: usize>(registers: &[Register; N]) -> [(u32, &'static str); N] {
+    let mut names = [(0, ""); N];
+    let mut at = 0;
+    while at < N {
+        names[at] = (registers[at].offset, registers[at].name);
+        at += 1;
+    }
+    names
 }
 
 /// What of an event is the model's own: 160 bits, of which the first 32 are `detail`.
@@ -131,12 +165,21 @@ mod tests {
     fn registers_are_in_the_order_of_their_offsets_and_have_distinct_names() {
         for model in Model::ALL {
             let registers = model.declaration().registers;
-            assert!(registers.is_sorted_by(|one, other| one.0 < other.0));
-            for (n, (begin, name)) in registers.iter().enumerate() {
-                assert_eq!(model.register(*begin), *begin);
-                assert!(registers[..n].iter().all(|(_, other)| other != name), "{name}");
+            assert!(registers.is_sorted_by(|one, other| one.offset + u32::from(one.width) <= other.offset));
+            for (n, Register { name, offset, width }) in registers.iter().enumerate() {
+                assert!((1..=8).contains(width), "{name}");
+                assert_eq!(model.register(0, offset + u32::from(*width) - 1), *offset);
+                assert!(registers[..n].iter().all(|other| other.name != *name), "{name}");
+                assert_eq!(model.declaration().register_names[n], (*offset, *name));
             }
+            assert_eq!(model.declaration().register_names.len(), registers.len());
         }
-        assert_eq!((Model::Nvme.register(0x04), Model::Nvme.register(0x800)), (0, 0x800));
+    }
+
+    #[test]
+    fn bytes_between_registers_and_other_bars_have_no_name() {
+        let register = |bar, offset| Model::Nvme.register(bar, offset);
+        assert_eq!((register(0, 0x07), register(0, 0x1a), register(0, 0x800)), (0, 0x1a, 0x800));
+        assert_eq!(register(1, 0x07), 0x07);
     }
 }

@@ -19,7 +19,7 @@ pub fn trace_mmio(context: &FunctionContext, model: Model, access: Access, bar: 
         access,
         bar,
         offset,
-        register: model.register(offset),
+        register: model.register(bar, offset),
         len: u32::try_from(data.len()).unwrap_or(u32::MAX),
         value: first.fold(0, |value, byte| value << 8 | u64::from(*byte)),
     });

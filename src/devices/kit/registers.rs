@@ -1,5 +1,7 @@
 //! Registers, declared once: where each is, how wide, what a driver may do with it, and its name.
 
+use viommu_wire::model as wire;
+
 /// What a driver may do with a register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
@@ -18,12 +20,8 @@ pub enum Access {
 pub struct Register<Id> {
     /// Which it is, for the model.
     pub id: Id,
-    /// What specifications and drivers call it.
-    pub name: &'static str,
-    /// Its first byte in the BAR.
-    pub offset: u64,
-    /// Its bytes, 1 to 8.
-    pub width: u8,
+    /// Its name and place.
+    pub wire: wire::Register,
     /// What a driver may do with it.
     pub access: Access,
     doorbell: bool,
@@ -31,12 +29,18 @@ pub struct Register<Id> {
 
 impl<Id> Register<Id> {
     /// A declaration.
-    pub const fn new(id: Id, name: &'static str, offset: u64, width: u8, access: Access) -> Self {
-        Register { id, name, offset, width, access, doorbell: false }
+    pub const fn new(id: Id, wire: wire::Register, access: Access) -> Self {
+        Register { id, wire, access, doorbell: false }
     }
 
-    fn end(&self) -> u64 {
-        self.offset + u64::from(self.width)
+    /// Its first byte in the BAR.
+    const fn begin(&self) -> u64 {
+        self.wire.offset as u64
+    }
+
+    /// The byte behind it.
+    const fn end(&self) -> u64 {
+        self.begin() + self.wire.width as u64
     }
 }
 
@@ -62,9 +66,9 @@ impl<Id: Copy> RegisterMap<Id> {
         let mut index = 0;
         while index < registers.len() {
             let register = &registers[index];
-            assert!(register.width >= 1 && register.width <= 8, "a register has 1 to 8 bytes");
-            assert!(register.offset >= at, "registers are in order and do not overlap");
-            at = register.offset + register.width as u64;
+            assert!(register.wire.width >= 1 && register.wire.width <= 8, "a register has 1 to 8 bytes");
+            assert!(register.begin() >= at, "registers are in order and do not overlap");
+            at = register.end();
             index += 1;
         }
         RegisterMap(registers)
@@ -80,7 +84,7 @@ impl<Id: Copy> RegisterMap<Id> {
         let end = offset.saturating_add(len as u64);
         let first = self.0.partition_point(|register| register.end() <= offset);
         let rest = &self.0[first..];
-        &rest[..rest.partition_point(|register| register.offset < end)]
+        &rest[..rest.partition_point(|register| register.begin() < end)]
     }
 
     /// A read of any size at any place. `read` gives the value of each register that is touched, once.
@@ -91,7 +95,7 @@ impl<Id: Copy> RegisterMap<Id> {
                 continue;
             }
             let value = read(register.id).to_le_bytes();
-            for (at, byte) in (register.offset..register.end()).zip(value) {
+            for (at, byte) in (register.begin()..register.end()).zip(value) {
                 if let Some(to) = at.checked_sub(offset).and_then(|at| data.get_mut(usize::try_from(at).ok()?)) {
                     *to = byte;
                 }
@@ -128,7 +132,7 @@ impl<Id: Copy> RegisterWrite<'_, Id> {
     pub fn over(&self, before: u64) -> u64 {
         let keeps = self.register.access == Access::ReadWrite;
         let mut value = if keeps { before } else { 0 }.to_le_bytes();
-        for (at, byte) in (self.register.offset..self.register.end()).zip(&mut value) {
+        for (at, byte) in (self.register.begin()..self.register.end()).zip(&mut value) {
             if let Some(from) = at.checked_sub(self.offset).and_then(|at| self.data.get(usize::try_from(at).ok()?)) {
                 *byte = *from;
             }
@@ -142,11 +146,11 @@ mod tests {
     use super::*;
 
     static REGISTERS: RegisterMap<usize> = RegisterMap::new(&[
-        Register::new(0, "BYTE", 0x01, 1, Access::ReadOnly),
-        Register::new(1, "WORD", 0x04, 4, Access::ReadWrite),
-        Register::new(2, "LONG", 0x08, 8, Access::ReadWrite),
-        Register::new(3, "CLEAR", 0x10, 4, Access::WriteOne),
-        Register::new(4, "COMMAND", 0x14, 1, Access::WriteOnly),
+        Register::new(0, wire::Register::new("BYTE", 0x01, 1), Access::ReadOnly),
+        Register::new(1, wire::Register::new("WORD", 0x04, 4), Access::ReadWrite),
+        Register::new(2, wire::Register::new("LONG", 0x08, 8), Access::ReadWrite),
+        Register::new(3, wire::Register::new("CLEAR", 0x10, 4), Access::WriteOne),
+        Register::new(4, wire::Register::new("COMMAND", 0x14, 1), Access::WriteOnly),
     ]);
     const VALUES: [u64; 5] = [0x5a, 0x0302_0100, 0x1716_1514_1312_1110, 0xffff_ffff, 0x77];
 
@@ -181,9 +185,9 @@ mod tests {
     #[test]
     fn doorbells_are_written_last() {
         static REGISTERS: RegisterMap<usize> = RegisterMap::new(&[
-            Register::new(0, "COUNT", 0x00, 2, Access::ReadWrite).doorbell(),
-            Register::new(1, "ADDRESS", 0x08, 8, Access::ReadWrite),
-            Register::new(2, "MODE", 0x10, 1, Access::ReadWrite),
+            Register::new(0, wire::Register::new("COUNT", 0x00, 2), Access::ReadWrite).doorbell(),
+            Register::new(1, wire::Register::new("ADDRESS", 0x08, 8), Access::ReadWrite),
+            Register::new(2, wire::Register::new("MODE", 0x10, 1), Access::ReadWrite),
         ]);
         let order: Vec<usize> = REGISTERS.writes(0, &[0; 0x20]).map(|write| write.id()).collect();
         assert_eq!(order, [1, 2, 0]);

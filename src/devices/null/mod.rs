@@ -12,6 +12,7 @@ use crate::devices::kit::registers::{Access, Register, RegisterMap, RegisterWrit
 use crate::devices::kit::{Engine, Executor, SharedMachine, StateMachine, ThreadContext};
 use crate::devices::model::{Model, Plain};
 use crate::pci::{Bar, Identity};
+use viommu_wire::model;
 
 /// The model.
 pub const MODEL: Model = Model {
@@ -81,9 +82,9 @@ impl StateMachine for State {
         integrated: false,
     };
     const REGISTERS: RegisterMap<Id> = RegisterMap::new(&[
-        Register::new(Id::Address, "ADDRESS", 0x00, 8, Access::ReadWrite),
-        Register::new(Id::Status, "STATUS", 0x08, 4, Access::WriteOne),
-        Register::new(Id::Doorbell, "DOORBELL", 0x0c, 4, Access::WriteOnly).doorbell(),
+        Register::new(Id::Address, model::Register::new("ADDRESS", 0x00, 8), Access::ReadWrite),
+        Register::new(Id::Status, model::Register::new("STATUS", 0x08, 4), Access::WriteOne),
+        Register::new(Id::Doorbell, model::Register::new("DOORBELL", 0x0c, 4), Access::WriteOnly).doorbell(),
     ]);
 
     fn read(&mut self, register: Id) -> u64 {

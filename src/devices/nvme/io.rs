@@ -10,7 +10,7 @@ use zerocopy::little_endian::{U32, U64};
 use super::operation::{Extent, Operation};
 use super::pointer::Runs;
 use super::shared::Shared;
-use super::spec::{Sqe, Status, nvm, page_size};
+use super::spec::{Cc, Sqe, Status, nvm};
 use crate::devices::kit::ThreadContext;
 use crate::dma::Dma;
 use viommu_trace::event::Access;
@@ -187,7 +187,7 @@ impl Executor {
         match sqe.psdt() {
             0 => {
                 moved.pointer = DataPointer::Prp;
-                let page = page_size(self.shared.cc.load(Ordering::Relaxed));
+                let page = Cc(self.shared.cc.load(Ordering::Relaxed)).page_size();
                 self.runs.set_prp(&mut thread.dma, page, pointer, u64::from(moved.len))
             }
             1 | 2 => {

@@ -109,7 +109,7 @@ impl Nvme {
             self.disable();
         }
         // The threads read CC for the page size, so it changes only while there are none.
-        self.shared.cc.store(self.registers.cc, Ordering::SeqCst);
+        self.shared.cc.store(self.registers.cc.0, Ordering::SeqCst);
         if request.enable {
             self.enable();
         }
@@ -245,7 +245,7 @@ impl Nvme {
             self.enabled = Some(Enabled::Resting(Box::new(admin)));
         }
         self.registers = registers;
-        shared.cc.store(self.registers.cc, Ordering::SeqCst);
+        shared.cc.store(self.registers.cc.0, Ordering::SeqCst);
         shared.csts.store(saved.csts, Ordering::SeqCst);
         shared.shutdown.store(saved.shutdown, Ordering::SeqCst);
         shared.shadow.set(saved.shadow.0, saved.shadow.1);

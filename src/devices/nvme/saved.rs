@@ -11,7 +11,7 @@ use super::log::ErrorLog;
 use super::queue::{Completion, CompletionQueue, SavedCompletionQueue, SubmissionQueue};
 use super::registers::Registers;
 use super::shared::Shared;
-use super::spec::{CSTS_FATAL, CSTS_READY, CSTS_SHUTDOWN, page_size};
+use super::spec::{CSTS_FATAL, CSTS_READY, CSTS_SHUTDOWN, Cc};
 use super::worker::IoQueue;
 
 /// The form of [`SavedController`].
@@ -113,7 +113,7 @@ impl Admin {
 
     /// Goes on from where another one was, with this value of CC; it is to be quiesced. `Err` says what no controller is
     /// like.
-    pub fn load(shared: &Arc<Shared>, saved: &SavedAdmin, cc: u32) -> Result<Self, &'static str> {
+    pub fn load(shared: &Arc<Shared>, saved: &SavedAdmin, cc: Cc) -> Result<Self, &'static str> {
         let most = shared.disk.config().queues;
         let Some((admin_cq, cqs)) = saved.cqs.split_first() else { return Err("it has no admin completion queue") };
         let fits = |sq: &SubmissionQueue, doorbell: u32| sq.is_possible(most) && doorbell < sq.size();
@@ -123,7 +123,7 @@ impl Admin {
         if !saved.cqs.iter().all(|cq| cq.is_possible(most)) {
             return Err("its completion queues");
         }
-        let mut admin = Admin::with_queues(shared, page_size(cc), saved.sq.clone(), CompletionQueue::load(admin_cq));
+        let mut admin = Admin::with_queues(shared, cc.page_size(), saved.sq.clone(), CompletionQueue::load(admin_cq));
         admin.commands.load(&saved.commands)?;
         for cq in cqs {
             if cq.id == 0 || !admin.add_cq(CompletionQueue::load(cq)) {
@@ -192,7 +192,7 @@ mod tests {
         assert!(changed(|state| state.csts = CSTS_READY).is_err());
         assert!(changed(|state| state.csts = 1 << 8).is_err());
         assert!(changed(|state| state.shutdown = 3).is_err());
-        assert!(changed(|state| state.registers.cc = 1).is_err(), "enabled, and without queues");
-        assert_eq!(changed(|state| (state.registers.cc, state.csts) = (1, CSTS_FATAL)), Ok(()));
+        assert!(changed(|state| state.registers.cc = Cc(1)).is_err(), "enabled, and without queues");
+        assert_eq!(changed(|state| (state.registers.cc, state.csts) = (Cc(1), CSTS_FATAL)), Ok(()));
     }
 }

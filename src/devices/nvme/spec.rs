@@ -174,10 +174,6 @@ pub const NSID: u32 = 1;
 /// The version that is implemented: 1.4.
 pub const VERSION: u32 = 0x0001_0400;
 
-/// CC: enable.
-pub const CC_ENABLE: u32 = 1;
-/// CC: what the host may set only while the controller is disabled: command set, page size and arbitration.
-pub const CC_FIXED: u32 = 0x3ff0;
 /// CSTS: ready.
 pub const CSTS_READY: u32 = 1;
 /// CSTS: fatal.
@@ -198,7 +194,45 @@ pub const MDTS: u8 = 11;
 /// The same in bytes.
 pub const TRANSFER_MAX: u64 = 4096 << MDTS;
 
-/// CC's memory page size in bytes.
-pub fn page_size(cc: u32) -> u64 {
-    4096 << (cc >> 7 & 0xf).min(MPS_MAX)
+/// CC, the controller configuration (section 3.1.5). The methods are named as its fields.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cc(pub u32);
+
+impl Cc {
+    /// The fields that the host may change only while the controller is disabled: CSS, MPS and AMS.
+    pub const FIXED: u32 = 0x3ff0;
+
+    /// Enable.
+    pub fn en(self) -> bool {
+        self.field(0, 1) != 0
+    }
+
+    /// I/O command set selected.
+    pub fn css(self) -> u32 {
+        self.field(4, 3)
+    }
+
+    /// Memory page size, as a power of two of 4 KiB.
+    pub fn mps(self) -> u32 {
+        self.field(7, 4)
+    }
+
+    /// Arbitration mechanism selected.
+    pub fn ams(self) -> u32 {
+        self.field(11, 3)
+    }
+
+    /// Shutdown notification.
+    pub fn shn(self) -> u8 {
+        self.field(14, 2) as u8
+    }
+
+    /// The memory page size in bytes, at most that of [`MPS_MAX`].
+    pub fn page_size(self) -> u64 {
+        4096 << self.mps().min(MPS_MAX)
+    }
+
+    fn field(self, shift: u32, bits: u32) -> u32 {
+        self.0 >> shift & ((1 << bits) - 1)
+    }
 }
