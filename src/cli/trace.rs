@@ -1,5 +1,6 @@
 //! `viommu trace`: prints what the trace socket says.
 
+use std::fmt::Display;
 use std::io::{self, BufWriter, IsTerminal, Write};
 use std::path::PathBuf;
 
@@ -179,8 +180,17 @@ fn append_text(trace: &TraceFile<impl io::Read>, entry: &Entry, line: &mut Vec<u
         }
         Item::Event(event) => event.put_text(line),
         Item::Guest(event) => event.put_text(line),
-        Item::GuestHello { .. } | Item::GuestLost { .. } | Item::Other { .. } | Item::Unreadable(_) => {}
+        Item::GuestLost { time_ns } => comment(line, *time_ns, "the guest lost events of its own"),
+        Item::Other { time_ns, why } => comment(line, *time_ns, why),
+        // The clock is of use to `viommu merge` only, and `check` says what cannot be read.
+        Item::GuestHello { .. } | Item::Unreadable(_) => {}
     }
+}
+
+/// A line for what happened at a time and is no event that this version knows.
+fn comment(line: &mut Vec<u8>, time_ns: u64, what: impl Display) {
+    let (s, us) = (time_ns / 1_000_000_000, time_ns / 1000 % 1_000_000);
+    line.extend(format!("# {:>13} {what}\n", format!("{s}.{us:06}")).as_bytes());
 }
 
 fn append_binary(trace: &TraceFile<impl io::Read>, entry: &Entry, line: &mut Vec<u8>) {

@@ -95,3 +95,19 @@ fn what_cannot_be_read_is_said() {
     );
     assert_eq!(printed.split_inclusive(|byte| *byte == b'\n').count(), 182);
 }
+
+#[test]
+fn text_says_what_it_cannot_show() {
+    let lines = br#"{"kind":"hello","version":2}
+{"t":7000000,"kind":"lost","place":"guest"}
+{"t":8000000,"seq":1,"kind":"teleport"}
+{"t":9000000,"seq":2,"kind":"lost","place":"client","count":3,"since":1}
+"#;
+    let (success, printed, said) = print(lines, &[]);
+    let printed = String::from_utf8(printed).unwrap();
+    let comments: Vec<_> = printed.lines().filter(|line| line.starts_with('#')).skip(1).collect();
+    let wanted =
+        ["#      0.007000 the guest lost events of its own", "#      0.008000 the kind \"teleport\" is unknown"];
+    assert_eq!(comments, wanted, "{printed}");
+    assert!(success && printed.contains("count=3"), "{said}");
+}
