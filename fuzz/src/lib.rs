@@ -3,9 +3,10 @@
 use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::net::Shutdown;
-use std::os::fd::FromRawFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
+
+use nix::sys::memfd::{MFdFlags, memfd_create};
 
 mod input;
 mod machine;
@@ -40,11 +41,7 @@ pub fn leave(mut stream: UnixStream) {
 
 /// Memory that can be shared with a device, `bytes` of zeros.
 pub fn memfd(bytes: u64) -> File {
-    // SAFETY: the name is a C string.
-    let fd = unsafe { libc::memfd_create(c"fuzz".as_ptr(), libc::MFD_CLOEXEC) };
-    assert!(fd >= 0);
-    // SAFETY: it is new, and nobody else's.
-    let file = unsafe { File::from_raw_fd(fd) };
+    let file = File::from(memfd_create("fuzz", MFdFlags::MFD_CLOEXEC).unwrap());
     file.set_len(bytes).unwrap();
     file
 }

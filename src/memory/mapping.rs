@@ -2,9 +2,11 @@
 
 use std::fs::{File, Metadata};
 use std::io;
-use std::os::fd::AsRawFd;
+use std::num::NonZeroUsize;
 use std::os::unix::fs::MetadataExt;
-use std::ptr::{self, NonNull};
+use std::ptr::NonNull;
+
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
 use super::sigbus::{self, PAGE};
 
@@ -37,14 +39,11 @@ impl FileMapping {
         // munmap(2) wants whole huge pages.
         let len = usize::try_from(metadata.len()).ok().and_then(|len| len.checked_next_multiple_of(block));
         let len = len.ok_or_else(|| io::Error::other("it does not fit in the address space"))?;
-        let prot = if writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
-        let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+        let bytes = NonZeroUsize::new(len).ok_or_else(|| io::Error::other("it is empty"))?;
+        let prot = if writable { ProtFlags::PROT_READ | ProtFlags::PROT_WRITE } else { ProtFlags::PROT_READ };
+        let flags = MapFlags::MAP_SHARED | MapFlags::MAP_NORESERVE;
         // SAFETY: the kernel chooses an address that nothing else uses.
-        let start = unsafe { libc::mmap(ptr::null_mut(), len, prot, flags, file.as_raw_fd(), 0) };
-        if start == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        let start = NonNull::new(start).ok_or_else(|| io::Error::other("it was mapped at 0"))?;
+        let start = unsafe { mmap(None, bytes, prot, flags, file, 0) }?;
         let memory = Mapped { start, len };
         let watch = sigbus::Watch::new(start.as_ptr().expose_provenance(), len, block);
         Ok(FileMapping { watch, memory, len: metadata.len() })
@@ -70,8 +69,8 @@ impl FileMapping {
 impl Drop for Mapped {
     fn drop(&mut self) {
         // SAFETY: mapped in `FileMapping::new`, and unused by now: all code that accesses it holds the `FileMapping`.
-        if unsafe { libc::munmap(self.start.as_ptr(), self.len) } != 0 {
-            log::error!("Guest memory cannot be unmapped: {}", io::Error::last_os_error());
+        if let Err(error) = unsafe { munmap(self.start, self.len) } {
+            log::error!("Guest memory cannot be unmapped: {error}");
         }
     }
 }

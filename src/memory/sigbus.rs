@@ -23,9 +23,12 @@ use crate::sync::lock;
 use std::cell::UnsafeCell;
 use std::io;
 use std::mem::MaybeUninit;
+use std::num::NonZeroUsize;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering, fence};
 use std::sync::{Mutex, Once};
+
+use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
 
 /// The most lost blocks of a mapping that are recorded one by one. With more of them, nothing in the mapping is
 /// trusted.
@@ -155,13 +158,12 @@ impl Entry {
         }
         ANY.store(true, Ordering::SeqCst);
         let len = block.min(end - at);
-        let flags = libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let (Some(at), Some(len)) = (NonZeroUsize::new(at), NonZeroUsize::new(len)) else { return false };
+        let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        let flags = MapFlags::MAP_FIXED | MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
         // SAFETY: the range lies inside a mapping of guest memory, which only volatile accesses and system calls touch,
         // and which stays until the access that led here has ended.
-        let mapped = unsafe {
-            libc::mmap(ptr::with_exposed_provenance_mut(at), len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)
-        };
-        mapped != libc::MAP_FAILED
+        unsafe { mmap_anonymous(Some(at), len, prot, flags) }.is_ok()
     }
 }
 

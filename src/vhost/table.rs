@@ -3,9 +3,11 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
+use std::num::NonZeroUsize;
 use std::os::unix::fs::MetadataExt;
 use std::sync::{Mutex, MutexGuard};
 
+use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use nix::sys::statfs::HUGETLBFS_MAGIC;
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 
@@ -125,13 +127,16 @@ fn is_hugetlb(file: &File) -> bool {
 fn let_go(region: &GuestRegionMmap, block: usize) {
     let whole = region.size().next_multiple_of(block);
     let left = region.size().next_multiple_of(PAGE);
-    let flags = libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    let (Some(at), Some(len)) = (NonZeroUsize::new(region.as_ptr().expose_provenance()), NonZeroUsize::new(whole))
+    else {
+        return;
+    };
+    let flags = MapFlags::MAP_FIXED | MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
     // SAFETY: these are the whole huge pages that the crate mapped for this region, which nobody has accessed and nobody
     // will access. The part beyond the bytes that the crate knows of is unmapped at once.
     unsafe {
-        let at = region.as_ptr();
-        if libc::mmap(at.cast(), whole, libc::PROT_NONE, flags, -1, 0) != libc::MAP_FAILED {
-            libc::munmap(at.add(left).cast(), whole - left);
+        if let Ok(at) = mmap_anonymous(Some(at), len, ProtFlags::PROT_NONE, flags) {
+            let _ = munmap(at.byte_add(left), whole - left);
         }
     }
 }

@@ -3,13 +3,13 @@
 
 use std::fs;
 use std::io::Read;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt, symlink};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::Stdio;
 
 use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{Backlog, listen};
 use nix::sys::stat::Mode;
 use nix::unistd::{Pid, mkfifo};
 use viommu_testkit::process::viommu;
@@ -56,8 +56,7 @@ fn a_lock_that_is_a_fifo_and_a_socket_whose_backlog_is_full() {
     assert!(fs::symlink_metadata(&lock).unwrap().file_type().is_fifo());
     fs::remove_file(&lock).unwrap();
     let busy = UnixListener::bind(folder.path().join("viommu.sock")).unwrap();
-    // SAFETY: the call takes a descriptor that `busy` keeps open, and no pointer.
-    assert_eq!(unsafe { libc::listen(busy.as_raw_fd(), 0) }, 0);
+    listen(&busy, Backlog::new(0).unwrap()).unwrap();
     let _waits = UnixStream::connect(folder.path().join("viommu.sock")).unwrap();
     says(folder.path(), &SERVE, &["Another process listens on viommu.sock"]);
 }

@@ -12,6 +12,7 @@ use std::time::Instant;
 
 use ::vhost::VhostBackend;
 use ::vhost::vhost_user::Frontend;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use viommu::iommu::{EndpointSettings, Iommu, Settings};
 use viommu::pci::{self, Function, Identity, Slot};
 use viommu::vhost;
@@ -76,14 +77,9 @@ fn descriptors() -> usize {
 
 /// Sets the soft limit of open descriptors and returns the one before.
 fn limit_descriptors(limit: libc::rlim_t) -> libc::rlim_t {
-    let mut limits = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: both calls take a pointer to a structure that outlives them.
-    unsafe {
-        assert_eq!(libc::getrlimit(libc::RLIMIT_NOFILE, &mut limits), 0);
-        let before = std::mem::replace(&mut limits.rlim_cur, limit);
-        assert_eq!(libc::setrlimit(libc::RLIMIT_NOFILE, &limits), 0);
-        before
-    }
+    let (before, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, limit, hard).unwrap();
+    before
 }
 
 #[test]

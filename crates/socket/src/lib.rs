@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{FcntlArg, Flock, FlockArg, OFlag, fcntl};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 
 /// How long a server waits after a connection that failed, before it accepts the next. Accepting itself may have
@@ -273,19 +273,15 @@ pub fn wait_readable(fd: RawFd, shutdown: RawFd) -> io::Result<bool> {
 /// Makes reads and writes of `file` fail with [`io::ErrorKind::WouldBlock`] rather than wait. To be used on a
 /// descriptor that a peer gave, since its user must not wait for that peer.
 pub fn set_nonblocking(file: &File) -> io::Result<()> {
-    // SAFETY: both calls take a descriptor that `file` keeps open, and no pointer.
-    let result = unsafe {
-        match libc::fcntl(file.as_raw_fd(), libc::F_GETFL) {
-            -1 => -1,
-            flags => libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK),
-        }
-    };
-    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    let flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?);
+    fcntl(file, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::sys::socket::{Backlog, listen};
     use std::os::unix::net::UnixStream;
     use std::sync::Barrier;
     use std::sync::atomic::{AtomicBool, Ordering};
@@ -397,8 +393,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("socket");
         let listener = UnixListener::bind(&path).unwrap();
-        // SAFETY: the call takes a descriptor that `listener` keeps open, and no pointer.
-        assert_eq!(unsafe { libc::listen(listener.as_raw_fd(), 0) }, 0);
+        listen(&listener, Backlog::new(0).unwrap()).unwrap();
         let _waits = UnixStream::connect(&path).unwrap();
         assert_eq!(try_connect(&path), Err(Errno::EAGAIN));
         assert!(matches!(Socket::bind(&path), Err(SocketError::InUse(_))));

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use epoll::{ControlOptions, Events};
+use nix::sys::resource::{Resource, getrlimit};
 
 use crate::backlog::Backlog;
 use crate::client::{Client, Progress};
@@ -388,10 +389,7 @@ impl Epoll {
 }
 
 fn clients_max() -> usize {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: the call writes one rlimit to the address given, which is that of a live local one.
-    let known = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } == 0;
-    let descriptors = if known { limit.rlim_cur } else { 0 };
+    let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft);
     (descriptors / 4).clamp(1, CLIENTS_MAX) as usize
 }
 

@@ -5,6 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use nix::time::{ClockId, clock_gettime};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::Event;
@@ -143,20 +144,17 @@ thread_local! {
 
 /// `CLOCK_MONOTONIC` in nanoseconds.
 pub fn now_ns() -> u64 {
-    clock(libc::CLOCK_MONOTONIC)
+    clock(ClockId::CLOCK_MONOTONIC)
 }
 
 /// `CLOCK_REALTIME` in nanoseconds since 1970.
 pub fn realtime_ns() -> u64 {
-    clock(libc::CLOCK_REALTIME)
+    clock(ClockId::CLOCK_REALTIME)
 }
 
-fn clock(id: libc::clockid_t) -> u64 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the call writes one timespec to the address given, which is that of a live local one. It cannot fail: the
-    // callers name clocks that every Linux has.
-    unsafe { libc::clock_gettime(id, &mut time) };
-    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+/// It cannot fail: the callers name clocks that every Linux has.
+fn clock(id: ClockId) -> u64 {
+    clock_gettime(id).map_or(0, |time| time.tv_sec() as u64 * 1_000_000_000 + time.tv_nsec() as u64)
 }
 
 impl Tracer {

@@ -2,14 +2,14 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, FcntlArg, Flock, FlockArg, OFlag, fallocate, fcntl};
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 
 use viommu_trace::event::Access;
@@ -89,7 +89,7 @@ pub struct Counters {
 /// The open image of a namespace and its counters; they outlive the controllers that use them.
 #[derive(Debug)]
 pub struct Disk {
-    file: File,
+    file: Flock<File>,
     config: NvmeConfig,
     blocks: u64,
     punches: bool,
@@ -121,9 +121,10 @@ impl Disk {
         let bytes = size(&file).map_err(|source| OpenError::Open { path: path(), source })?;
         let Some(bytes) = bytes else { return Err(OpenError::NotAFile(path())) };
         wait_for_data(&file).map_err(|source| OpenError::Open { path: path(), source })?;
-        lock(&file, config.read_only).map_err(|source| match source.kind() {
-            io::ErrorKind::WouldBlock => OpenError::Locked(path()),
-            _ => OpenError::Open { path: path(), source },
+        let kind = if config.read_only { FlockArg::LockSharedNonblock } else { FlockArg::LockExclusiveNonblock };
+        let file = Flock::lock(file, kind).map_err(|(_, error)| match error {
+            Errno::EWOULDBLOCK => OpenError::Locked(path()),
+            _ => OpenError::Open { path: path(), source: error.into() },
         })?;
         let block_size = config.block_size;
         if bytes == 0 || bytes % u64::from(block_size) != 0 {
@@ -131,7 +132,7 @@ impl Disk {
         }
         // Past the end, so that nothing is punched in the attempt.
         let punches = !config.read_only && punch(&file, bytes, 4096).is_ok();
-        let in_memory = fstatfs(&file).is_ok_and(|found| found.filesystem_type() == TMPFS_MAGIC);
+        let in_memory = fstatfs(&*file).is_ok_and(|found| found.filesystem_type() == TMPFS_MAGIC);
         let blocks = bytes / u64::from(block_size);
         let (opened, counters) = (Instant::now(), Counters::default());
         Ok(Arc::new(Disk { file, config, blocks, punches, in_memory, opened, counters }))
@@ -251,16 +252,7 @@ fn size(file: &File) -> io::Result<Option<u64>> {
     }
 }
 
-fn lock(file: &File, shared: bool) -> io::Result<()> {
-    let kind = if shared { libc::LOCK_SH } else { libc::LOCK_EX };
-    // SAFETY: the call takes a descriptor that `file` keeps open, and no pointer.
-    let result = unsafe { libc::flock(file.as_raw_fd(), kind | libc::LOCK_NB) };
-    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
-}
-
-fn punch(file: &File, offset: u64, len: u64) -> io::Result<()> {
-    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-    // SAFETY: the call takes a descriptor that `file` keeps open, and no pointer.
-    let result = unsafe { libc::fallocate(file.as_raw_fd(), mode, offset as libc::off_t, len as libc::off_t) };
-    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+fn punch(file: &File, offset: u64, len: u64) -> nix::Result<()> {
+    let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    fallocate(file, mode, offset as libc::off_t, len as libc::off_t)
 }

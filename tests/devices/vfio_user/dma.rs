@@ -2,10 +2,12 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::thread;
+
+use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use crate::vfio_user::memo::Session;
 use viommu::iommu::Request;
@@ -180,12 +182,8 @@ fn there_are_as_many_regions_as_the_version_says() {
 #[test]
 fn a_region_of_huge_pages_may_begin_anywhere_in_its_file() {
     let Some(_pages) = HugePages::reserve(2 << 10, 2) else { return };
-    // SAFETY: the name is a C string, and the call returns a new descriptor or -1.
-    let fd =
-        unsafe { libc::memfd_create(c"huge".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_HUGETLB | libc::MFD_HUGE_2MB) };
-    assert_ne!(fd, -1, "memfd_create: {}", std::io::Error::last_os_error());
-    // SAFETY: it is new, and nobody else's.
-    let ram = unsafe { File::from_raw_fd(fd) };
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB;
+    let ram = File::from(memfd_create("huge", flags).unwrap());
     ram.set_len(4 << 20).unwrap();
     let served = served();
     let mut client = client(&served);

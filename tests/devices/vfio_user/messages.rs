@@ -5,6 +5,8 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::process::Command;
 
+use nix::sys::resource::{Resource, setrlimit};
+
 use crate::vfio_user::memo::{SIZE, Session};
 use viommu::vfio_user::{MAX_DATA, MAX_MESSAGE};
 use viommu_testkit::vfio::*;
@@ -127,9 +129,7 @@ fn nothing_is_allocated_because_a_message_says_so() {
 #[test]
 #[ignore = "limits its process: for nothing_is_allocated_because_a_message_says_so"]
 fn announces_gigabytes_where_they_cannot_be_had() {
-    let limit = libc::rlimit { rlim_cur: 1 << 30, rlim_max: 1 << 30 };
-    // SAFETY: the pointer is to a limit that lives through the call.
-    assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_AS, &raw const limit) }, 0);
+    setrlimit(Resource::RLIMIT_AS, 1 << 30, 1 << 30).unwrap();
     for command in [command::REGION_READ, command::REGION_WRITE] {
         let (session, mut client) = Session::start();
         assert_eq!(client.call(command, &access(0, 0, u32::MAX), &[]), Err(libc::EINVAL));
