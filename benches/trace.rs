@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main, measurement::WallTime};
 use viommu_trace::event::{Access, Route};
-use viommu_trace::{self as trace, Choice, Event, Options, Reader, Tracer};
+use viommu_trace::{self as trace, Event, Options, Reader, Subscription, Tracer};
 
 /// Events of a burst: an eighth of a ring.
 const BURST: u64 = 2048;
@@ -124,7 +124,7 @@ fn collector(criterion: &mut Criterion) {
 }
 
 fn connect(socket: &Path) -> Reader<std::os::unix::net::UnixStream> {
-    Reader::connect(socket, &Choice::default()).expect("the trace's server listens")
+    Reader::connect(socket, &Subscription::default()).expect("the trace's server listens")
 }
 
 fn read(mut reader: Reader<std::os::unix::net::UnixStream>) -> u64 {

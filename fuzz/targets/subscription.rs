@@ -2,12 +2,12 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use viommu_trace::Choice;
+use viommu_trace::Subscription;
 
 fuzz_target!(|line: &[u8]| {
-    if let Ok(choice) = Choice::parse(line) {
-        let again = Choice::parse(choice.line().trim_end().as_bytes());
-        assert_eq!(again.as_ref(), Ok(&choice));
-        let _ = choice.filter();
+    if let Ok(subscription) = Subscription::parse(line) {
+        let again = Subscription::parse(subscription.line().trim_end().as_bytes());
+        assert_eq!(again.as_ref(), Ok(&subscription));
+        let _ = subscription.filter();
     }
 });

@@ -24,7 +24,7 @@ use crate::daemon::{Bound, Options, open_devices};
 use crate::topology::qemu::{self as arguments, Paths};
 use crate::topology::{Size, Topology};
 use crate::vhost::Injection;
-use viommu_trace::{Choice, Format, Last, TraceFile};
+use viommu_trace::{Backlog, Format, Subscription, TraceFile};
 
 /// How long QEMU may take to end once it is asked to.
 const QEMU_END: Duration = Duration::from_secs(5);
@@ -301,8 +301,8 @@ fn end(child: &mut Child) -> std::io::Result<()> {
 /// Copies the trace to a file, from now until its connection closes; returns how many events the file lacks because
 /// writing it was too slow.
 fn record(mut stream: UnixStream, out: File) -> Result<JoinHandle<Result<u64>>> {
-    let choice = Choice { format: Format::Binary, backlog: Last::All, ..Choice::default() };
-    stream.write_all(choice.line().as_bytes()).context("Cannot ask for the trace")?;
+    let subscription = Subscription { format: Format::Binary, backlog: Backlog::All, ..Subscription::default() };
+    stream.write_all(subscription.line().as_bytes()).context("Cannot ask for the trace")?;
     let copy = move || {
         let mut trace = TraceFile::new(stream)?;
         let mut out = BufWriter::with_capacity(1 << 20, out);

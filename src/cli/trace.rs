@@ -9,7 +9,7 @@ use clap::ValueEnum;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use zerocopy::IntoBytes;
 
-use viommu_trace::{self as trace, Choice, Entry, Item, Kind, Last, ReadError, Tally, TraceFile};
+use viommu_trace::{self as trace, Backlog, Entry, Item, Kind, ReadError, Subscription, Tally, TraceFile};
 
 /// Print the trace of a running viommu, or of a file
 ///
@@ -36,7 +36,7 @@ pub struct Args {
 
     /// Begin with the last N events that happened before, or with all that are kept; of a file all are printed
     #[arg(long, value_name = "N|all", default_value = "0", value_parser = parse_backlog)]
-    backlog: Last,
+    backlog: Backlog,
 
     /// Tell also what is live: domains, endpoints, reservations, mappings, between two marks, while requests go on
     #[arg(long)]
@@ -67,11 +67,11 @@ fn kind_parser() -> impl TypedValueParser<Value = Kind> {
         .try_map(|name| Kind::from_name(&name).ok_or_else(|| format!("Unknown kind {name}")))
 }
 
-fn parse_backlog(text: &str) -> Result<Last, String> {
+fn parse_backlog(text: &str) -> Result<Backlog, String> {
     match (text, text.parse()) {
-        ("all", _) => Ok(Last::All),
-        (_, Ok(0)) => Ok(Last::None),
-        (_, Ok(count)) => Ok(Last::Count(count)),
+        ("all", _) => Ok(Backlog::All),
+        (_, Ok(0)) => Ok(Backlog::None),
+        (_, Ok(count)) => Ok(Backlog::Count(count)),
         _ => Err("Expected a number of events or \"all\"".into()),
     }
 }
@@ -86,14 +86,14 @@ pub fn main(args: &Args) -> Result<()> {
         args.format != Format::Binary || !stdout.is_terminal(),
         "A terminal cannot show the binary format: send it to a file or a program, or choose --format text"
     );
-    let choice = Choice {
+    let subscription = Subscription {
         kinds: args.kinds.clone(),
         endpoints: args.endpoints.clone(),
         backlog: args.backlog,
         state: args.state,
-        ..Choice::default()
+        ..Subscription::default()
     };
-    let mut trace = TraceFile::open(&args.socket, &choice)?;
+    let mut trace = TraceFile::open(&args.socket, &subscription)?;
     ensure!(
         args.format != Format::Binary || trace.header().is_some(),
         "{} is a trace of JSON lines, which cannot be made binary: choose another --format",

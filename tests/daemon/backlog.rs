@@ -12,7 +12,7 @@ use viommu_testkit::frontend::{Driver, EP2, OK, REQUESTS};
 use viommu_testkit::memfd;
 use viommu_trace::Kind;
 use viommu_trace::event::Channel;
-use viommu_trace::{Choice, Event, Reader};
+use viommu_trace::{Event, Reader, Subscription};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 /// How many come before the one that is of use.
@@ -56,8 +56,8 @@ fn who_comes_after_many_useless_connections_is_served_soon() {
     let folder = folder();
     let (daemon, _) = serve_with(folder.path(), &["--trace-socket", "trace.sock"]);
     let socket = |name: &str| folder.path().join(name);
-    let choice = Choice { kinds: vec![Kind::Session], ..Choice::default() };
-    let mut reader = Reader::connect(&socket("trace.sock"), &choice).unwrap();
+    let subscription = Subscription { kinds: vec![Kind::Session], ..Subscription::default() };
+    let mut reader = Reader::connect(&socket("trace.sock"), &subscription).unwrap();
     let sessions = thread::spawn(move || {
         let records = std::iter::from_fn(|| reader.next_record().unwrap());
         let begun = |event| match event {

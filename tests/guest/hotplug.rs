@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use viommu_testkit::guest::{Guest, Outcome, Running};
 use viommu_testkit::process::viommu;
 use viommu_trace::Kind;
-use viommu_trace::{Choice, Event, Reader};
+use viommu_trace::{Event, Reader, Subscription};
 
 /// The second controller is not there at first.
 const TOPOLOGY: &str = "[[root-port]]\nname = \"rp1\"\naddress = \"06.0\"\n\
@@ -37,8 +37,8 @@ struct Ends(Reader<UnixStream>);
 
 impl Ends {
     fn of(guest: &Running) -> Ends {
-        let choice = Choice { kinds: vec![Kind::Session], ..Choice::default() };
-        Ends(Reader::connect(&guest.path("trace.sock"), &choice).unwrap())
+        let subscription = Subscription { kinds: vec![Kind::Session], ..Subscription::default() };
+        Ends(Reader::connect(&guest.path("trace.sock"), &subscription).unwrap())
     }
 
     /// Waits for the end of the second controller's.

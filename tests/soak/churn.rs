@@ -11,7 +11,7 @@ use viommu_testkit::frontend;
 use viommu_testkit::memfd;
 use viommu_testkit::nvme;
 use viommu_testkit::{PATIENCE, wait_until};
-use viommu_trace::{Choice, Reader};
+use viommu_trace::{Reader, Subscription};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 const SOCKETS: [&str; 4] = ["viommu.sock", "nvme0.sock", "dma0.sock", "trace.sock"];
@@ -53,7 +53,7 @@ fn connections_without_use_leave_nothing_behind() {
     all_are_served(&daemon);
     wait_until(PATIENCE, "an end of all connections", || daemon.descriptors() <= before);
     let after = daemon.resident();
-    // The backlog of the trace is in it.
+    // The history of the trace is in it.
     assert!(after < memory + (24 << 20), "{memory} bytes before, {after} after");
     daemon.end();
 }
@@ -71,7 +71,7 @@ fn all_are_served(daemon: &Daemon) {
     assert!(controller.identify(1, 0, 0).is_ok());
     let mut engine = Engine::new(daemon.client("dma0.sock"), &ram, (0x10_0000, 0x10_0000));
     assert_eq!(engine.copy(0x20_0000, 0x30_0000, 4096), Ok(()));
-    assert!(Reader::connect(&daemon.socket("trace.sock"), &Choice::default()).is_ok());
+    assert!(Reader::connect(&daemon.socket("trace.sock"), &Subscription::default()).is_ok());
 }
 
 /// GET_FEATURES of the vhost-user protocol, and how long its answer is.

@@ -4,7 +4,7 @@ use crate::daemon::*;
 use viommu_testkit::frontend;
 use viommu_testkit::memfd;
 use viommu_testkit::nvme::{self, io};
-use viommu_trace::{Choice, Reader};
+use viommu_trace::{Reader, Subscription};
 
 /// What the daemon may grow by once everything has happened often enough.
 const GROWTH: u64 = 4 << 20;
@@ -40,7 +40,7 @@ fn clients_of_the_trace() {
     let daemon = Daemon::start();
     let socket = daemon.socket("trace.sock");
     stays_flat(&daemon, amount(500, 1000), amount(2_000, 100_000), || {
-        drop(Reader::connect(&socket, &Choice::default()).unwrap());
+        drop(Reader::connect(&socket, &Subscription::default()).unwrap());
     });
     daemon.end();
 }

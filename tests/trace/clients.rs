@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use viommu_trace::event::{Access, Route};
-use viommu_trace::{Choice, Event, Last, Options, ReadError, Reader};
+use viommu_trace::{Backlog, Event, Options, ReadError, Reader, Subscription};
 use viommu_trace::{Kind, Record};
 
 use crate::fixture::*;
@@ -77,7 +77,8 @@ fn clients_choose_format_kinds_and_endpoints_for_themselves() {
     let all = fixture.json("{}\n");
     let kinds = fixture.json("{\"kinds\":[\"bypass\",\"kick\"]}\n");
     let endpoints = fixture.json("{\"endpoints\":[\"00:04.0\"],\"format\":\"json\"}\n");
-    let binary = fixture.binary(&Choice { kinds: vec![Kind::Dma], endpoints: vec![40, 48], ..Choice::default() });
+    let binary =
+        fixture.binary(&Subscription { kinds: vec![Kind::Dma], endpoints: vec![40, 48], ..Subscription::default() });
     let dma = |endpoint| Event::Dma {
         endpoint,
         access: Access::Read,
@@ -103,7 +104,7 @@ fn clients_choose_format_kinds_and_endpoints_for_themselves() {
 
 #[test]
 fn a_backlog_is_the_last_events_that_pass_the_filter() {
-    let fixture = Fixture::with(Options { backlog: 64, ..patient() });
+    let fixture = Fixture::with(Options { history: 64, ..patient() });
     for vector in 0..100 {
         fixture.interrupts(1 + u32::from(vector % 2), vector..vector + 1);
     }
@@ -122,9 +123,9 @@ fn a_backlog_is_the_last_events_that_pass_the_filter() {
 
 #[test]
 fn a_backlog_that_wraps_shows_the_newest() {
-    let fixture = Fixture::with(Options { backlog: 16, ..patient() });
+    let fixture = Fixture::with(Options { history: 16, ..patient() });
     fixture.interrupts(1, 0..1000);
-    let client = fixture.binary(&Choice { backlog: Last::All, ..Choice::default() });
+    let client = fixture.binary(&Subscription { backlog: Backlog::All, ..Subscription::default() });
     fixture.stop();
     let vectors: Vec<u64> = rest(client).iter().map(|record| record.args[0].get()).collect();
     assert_eq!(vectors, (984..1000).collect::<Vec<_>>());
@@ -162,7 +163,7 @@ fn a_bad_first_line_is_answered_and_hurts_nobody() {
 #[test]
 fn clients_that_vanish_hang_or_talk_hurt_nobody() {
     let fixture = Fixture::with(Options::default());
-    let mut good = fixture.binary(&Choice::default());
+    let mut good = fixture.binary(&Subscription::default());
     let arrived = Arc::new(AtomicU64::new(0));
     let received = thread::spawn({
         let arrived = arrived.clone();
@@ -266,7 +267,7 @@ fn one_client_too_many_is_told_and_the_place_is_free_when_one_goes() {
     let mut clients = Vec::new();
     let error = loop {
         assert!(clients.len() <= 256);
-        match Reader::connect(&fixture.socket, &Choice::default()) {
+        match Reader::connect(&fixture.socket, &Subscription::default()) {
             Ok(client) => clients.push(client),
             Err(error) => break error,
         }
@@ -279,7 +280,7 @@ fn one_client_too_many_is_told_and_the_place_is_free_when_one_goes() {
     }
     clients.pop();
     let begin = Instant::now();
-    while Reader::connect(&fixture.socket, &Choice::default()).is_err() {
+    while Reader::connect(&fixture.socket, &Subscription::default()).is_err() {
         assert!(begin.elapsed() < PATIENCE);
     }
 }

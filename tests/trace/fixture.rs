@@ -9,7 +9,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 pub use viommu_testkit::PATIENCE;
 use viommu_trace::event::LossPlace;
-use viommu_trace::{self as trace, Choice, Counters, Event, Options, Reader, TraceHandle, Tracer};
+use viommu_trace::{self as trace, Counters, Event, Options, Reader, Subscription, TraceHandle, Tracer};
 use viommu_trace::{Record, StateSource};
 
 /// One at a time: some tests measure time, and the machine may have two processors only.
@@ -70,8 +70,8 @@ impl Fixture {
     }
 
     /// A binary client that has read its header.
-    pub fn binary(&self, choice: &Choice) -> Reader<UnixStream> {
-        Reader::connect(&self.socket, choice).unwrap()
+    pub fn binary(&self, subscription: &Subscription) -> Reader<UnixStream> {
+        Reader::connect(&self.socket, subscription).unwrap()
     }
 
     pub fn interrupts(&self, endpoint: u32, vectors: std::ops::Range<u16>) {

@@ -6,16 +6,16 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use viommu_trace::Kind;
-use viommu_trace::{Choice, Counters, Event, Options};
+use viommu_trace::{Counters, Event, Options, Subscription};
 
 use crate::fixture::*;
 
 #[test]
 fn a_slow_client_is_told_exactly_what_it_lost() {
-    let fixture = Fixture::with(Options { backlog: 1024, ..patient() });
-    let mut slow = fixture.binary(&Choice { kinds: vec![Kind::Interrupt], ..Choice::default() });
+    let fixture = Fixture::with(Options { history: 1024, ..patient() });
+    let mut slow = fixture.binary(&Subscription { kinds: vec![Kind::Interrupt], ..Subscription::default() });
     let mut slow_json = fixture.json("{}\n");
-    let mut fast = fixture.binary(&Choice::default());
+    let mut fast = fixture.binary(&Subscription::default());
     const BATCH: u64 = 500;
     const BATCHES: u64 = 400;
     let mut of_fast = Vec::new();
@@ -88,7 +88,7 @@ fn a_ring_that_overflows_is_told_to_all() {
     let fixture = Fixture::with(Options { ring: 64, ..patient() });
     let clients: Vec<_> = (0..2)
         .map(|_| {
-            let client = fixture.binary(&Choice::default());
+            let client = fixture.binary(&Subscription::default());
             thread::spawn(move || add_up(&rest(client)))
         })
         .collect();
@@ -113,7 +113,7 @@ fn a_ring_that_overflows_is_told_to_all() {
 fn a_million(ahead: u64) -> (Counters, Sum) {
     const EVENTS: u64 = 1_000_000;
     let fixture = Fixture::new();
-    let mut client = fixture.binary(&Choice::default());
+    let mut client = fixture.binary(&Subscription::default());
     let arrived = Arc::new(AtomicU64::new(0));
     let reader = thread::spawn({
         let arrived = arrived.clone();

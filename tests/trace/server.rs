@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use viommu_socket::SocketError;
 use viommu_trace::Kind;
-use viommu_trace::{self as trace, Choice, Event, Options, ReadError, Reader, StartError, Tracer};
+use viommu_trace::{self as trace, Event, Options, ReadError, Reader, StartError, Subscription, Tracer};
 
 use crate::fixture::*;
 
@@ -80,16 +80,16 @@ fn a_live_socket_is_an_error_and_a_stale_one_is_replaced() {
     let stale = fixture.socket.with_extension("stale");
     drop(UnixListener::bind(&stale).unwrap());
     let (_, handle) = again(&stale).unwrap();
-    assert!(Reader::connect(&stale, &Choice::default()).is_ok());
+    assert!(Reader::connect(&stale, &Subscription::default()).is_ok());
     handle.stop();
-    assert!(matches!(Reader::connect(&stale, &Choice::default()), Err(ReadError::NoSocket(_))));
+    assert!(matches!(Reader::connect(&stale, &Subscription::default()), Err(ReadError::NoSocket(_))));
     drop(UnixListener::bind(&stale).unwrap());
-    assert!(matches!(Reader::connect(&stale, &Choice::default()), Err(ReadError::Nobody(_))));
+    assert!(matches!(Reader::connect(&stale, &Subscription::default()), Err(ReadError::Nobody(_))));
 
     let file = fixture.socket.with_extension("txt");
     std::fs::write(&file, "precious").unwrap();
     assert!(matches!(again(&file), Err(StartError::Socket(SocketError::NotASocket(_)))));
-    assert!(matches!(Reader::connect(&file, &Choice::default()), Err(ReadError::NotASocket(_))));
+    assert!(matches!(Reader::connect(&file, &Subscription::default()), Err(ReadError::NotASocket(_))));
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "precious");
 
     // A socket that somebody else has put in the place of ours stays.
@@ -104,7 +104,7 @@ fn a_live_socket_is_an_error_and_a_stale_one_is_replaced() {
 #[test]
 fn a_watched_event_arrives_soon_and_a_quiet_collector_sleeps() {
     let fixture = Fixture::new();
-    let mut client = fixture.binary(&Choice::default());
+    let mut client = fixture.binary(&Subscription::default());
     let mut times: Vec<Duration> = (0..40)
         .map(|n| {
             // After a pause the collector sleeps until it is woken, else it looks every 2 ms.

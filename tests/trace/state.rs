@@ -6,7 +6,7 @@ use std::thread;
 
 use serde_json::Value;
 use viommu_trace::event::StateItem;
-use viommu_trace::{Choice, Event, Kind, StateSource};
+use viommu_trace::{Event, Kind, StateSource, Subscription};
 
 use crate::fixture::*;
 
@@ -108,7 +108,7 @@ fn clients_that_ask_and_do_not_read_or_leave_cost_little() {
         stream.read_exact(&mut [0; 10_000]).unwrap();
     }
     // One that wants events only gets all of them.
-    let mut reader = fixture.binary(&Choice { kinds: vec![Kind::Interrupt], ..Choice::default() });
+    let mut reader = fixture.binary(&Subscription { kinds: vec![Kind::Interrupt], ..Subscription::default() });
     let (sender, received) = mpsc::channel();
     thread::scope(|scope| {
         scope.spawn(move || {

@@ -5,7 +5,7 @@ use std::sync::Barrier;
 use std::thread;
 
 use viommu_trace::Kind;
-use viommu_trace::{Choice, Event};
+use viommu_trace::{Event, Subscription};
 
 use crate::fixture::*;
 
@@ -29,7 +29,8 @@ fn status_mib(name: &str) -> u64 {
 fn threads_that_come_and_go_leave_no_memory_behind() {
     for watched in [false, true] {
         let fixture = Fixture::new();
-        let client = watched.then(|| fixture.binary(&Choice { kinds: vec![Kind::Panic], ..Choice::default() }));
+        let client =
+            watched.then(|| fixture.binary(&Subscription { kinds: vec![Kind::Panic], ..Subscription::default() }));
         let reader = client.map(|client| thread::spawn(move || rest(client)));
         in_turn(&fixture, 100, 1);
         let (resident, addresses) = (status_mib("VmRSS"), status_mib("VmSize"));
@@ -38,7 +39,7 @@ fn threads_that_come_and_go_leave_no_memory_behind() {
         in_turn(&fixture, 100, 8_000);
         let grown = (status_mib("VmRSS").saturating_sub(resident), status_mib("VmSize").saturating_sub(addresses));
         println!("watched: {watched}; MiB more: {grown:?}");
-        // The backlog is 8 MiB, a ring 1 MiB, of which two threads take one if the collector has no processor all the time;
+        // The history is 9 MiB, a ring 1 MiB, of which two threads take one if the collector has no processor all the time;
         // and some for threads of the test runner.
         assert!(grown.0 <= 80 && grown.1 <= 256, "{grown:?}");
         let counters = fixture.stop();

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 use viommu_trace::Kind;
-use viommu_trace::{self as trace, Choice, Event, Options, Reader, TraceHandle, Tracer};
+use viommu_trace::{self as trace, Event, Options, Reader, Subscription, TraceHandle, Tracer};
 
 /// A client of a trace from its begin to its end.
 pub struct Recorder {
@@ -22,8 +22,8 @@ impl Recorder {
         // Its client reads all the time: the end may wait for it on the slowest machine.
         let options = Options { socket: Some(socket.clone()), farewell: Duration::from_secs(60), ..Options::default() };
         let (tracer, handle) = trace::start(options).unwrap();
-        let choice = Choice { kinds: kinds.to_vec(), ..Choice::default() };
-        let mut reader = Reader::connect(&socket, &choice).unwrap();
+        let subscription = Subscription { kinds: kinds.to_vec(), ..Subscription::default() };
+        let mut reader = Reader::connect(&socket, &subscription).unwrap();
         let client = thread::spawn(move || {
             let records = std::iter::from_fn(|| reader.next_record().unwrap());
             records.map(|record| Event::decode(&record).unwrap()).collect()

@@ -8,14 +8,14 @@ use std::time::{Duration, Instant};
 use epoll::Events;
 use zerocopy::IntoBytes;
 
-use crate::backlog::Backlog;
 use crate::event::Kind;
 use crate::event::{Event, LossPlace};
-use crate::filter::{Choice, Filter, Format, Last, hello, refusal};
+use crate::history::History;
 use crate::line;
 use crate::lines::Lines;
 use crate::record::{Header, Record};
 use crate::state::{Snapshot, StateSource};
+use crate::subscription::{Backlog, Filter, Format, Subscription, hello, refusal};
 
 /// A client that has sent nothing for so long gets the default.
 const GRACE: Duration = Duration::from_millis(100);
@@ -38,8 +38,8 @@ const ROUNDS: usize = 4;
 enum State {
     /// It may send a line.
     Greeting { line: Vec<u8>, deadline: Instant },
-    /// It chose. It gets events once the backlog has all that happened before it connected.
-    Chosen(Choice),
+    /// It has subscribed. Its stream begins once the history has everything that happened before it connected.
+    Subscribed(Subscription),
     /// It gets events.
     Streaming { format: Format, filter: Filter },
     /// It gets what is ready, and then its connection is closed.
@@ -74,7 +74,7 @@ pub enum Progress {
 pub struct Client {
     stream: UnixStream,
     state: State,
-    /// Where in the backlog it is. The backlog may end before, as long as the client gets nothing.
+    /// Where in the history it is. The history may end before, as long as the client gets nothing.
     position: u64,
     missed: Option<Missed>,
     /// What is live, if it asked for that and does not have it all.
@@ -122,7 +122,7 @@ impl Client {
     pub fn deadline(&self) -> Option<Instant> {
         match self.state {
             State::Greeting { deadline, .. } | State::Closing { deadline } => Some(deadline),
-            State::Chosen(_) | State::Streaming { .. } => None,
+            State::Subscribed(_) | State::Streaming { .. } => None,
         }
     }
 
@@ -146,15 +146,15 @@ impl Client {
         if let State::Streaming { filter, .. } = &self.state { filter.kinds } else { 0 }
     }
 
-    /// Where in the backlog it is.
+    /// Where in the history it is.
     pub fn position(&self) -> u64 {
         self.position
     }
 
-    /// Its choice, if it made one and the backlog, which ends at `end`, has all that happened before it connected.
-    pub fn choice(&self, end: u64) -> Option<&Choice> {
+    /// Its subscription, if it made one and the history, which ends at `end`, has all that happened before it connected.
+    pub fn subscription(&self, end: u64) -> Option<&Subscription> {
         match &self.state {
-            State::Chosen(choice) if self.position <= end => Some(choice),
+            State::Subscribed(subscription) if self.position <= end => Some(subscription),
             _ => None,
         }
     }
@@ -189,8 +189,8 @@ impl Client {
             }
         }
         let line = line.split(|byte| *byte == b'\n').next().unwrap_or_default();
-        match Choice::parse(line) {
-            Ok(choice) => self.state = State::Chosen(choice),
+        match Subscription::parse(line) {
+            Ok(subscription) => self.state = State::Subscribed(subscription),
             Err(message) => self.refuse(&message),
         }
     }
@@ -199,9 +199,9 @@ impl Client {
     /// Whether the connection is to end now.
     pub fn expire(&mut self) -> bool {
         match &self.state {
-            State::Greeting { line, .. } if line.is_empty() => self.state = State::Chosen(Choice::default()),
+            State::Greeting { line, .. } if line.is_empty() => self.state = State::Subscribed(Subscription::default()),
             State::Greeting { .. } => self.refuse("The first line did not end with a newline in time"),
-            State::Chosen(_) | State::Streaming { .. } => {}
+            State::Subscribed(_) | State::Streaming { .. } => {}
             State::Closing { .. } => return true,
         }
         false
@@ -210,31 +210,31 @@ impl Client {
     /// Begins the stream; `state` makes what reads what is live.
     pub fn begin(
         &mut self,
-        choice: &Choice,
+        subscription: &Subscription,
         header: &Header,
-        backlog: &Backlog,
+        history: &History,
         state: impl FnOnce() -> Box<dyn StateSource>,
     ) {
-        let filter = choice.filter();
+        let filter = subscription.filter();
         self.snapshot = (filter.kinds & Kind::State.bit() != 0).then(|| Snapshot::new(state()));
-        match choice.format {
+        match subscription.format {
             Format::Json => self.out.extend(hello(header).as_bytes()),
             Format::Binary => self.out.extend(header.as_bytes()),
         }
-        let wanted = match choice.backlog {
-            Last::None => 0,
-            Last::Count(count) => count,
-            Last::All => u64::MAX,
+        let wanted = match subscription.backlog {
+            Backlog::None => 0,
+            Backlog::Count(count) => count,
+            Backlog::All => u64::MAX,
         };
         // What came during the greeting comes in any case.
         let old =
-            backlog.newest_first().filter(|(position, record)| *position < self.position && filter.passes(record));
+            history.newest_first().filter(|(position, record)| *position < self.position && filter.passes(record));
         let mut start = self.position;
         for ((position, _), _) in old.zip(0..wanted) {
             start = position;
         }
         self.position = start;
-        self.state = State::Streaming { format: choice.format, filter };
+        self.state = State::Streaming { format: subscription.format, filter };
     }
 
     /// Whether it can take more of what is live, which was not read yet.
@@ -255,19 +255,19 @@ impl Client {
         self.snapshot.as_ref().is_some_and(Snapshot::is_ending)
     }
 
-    /// The backlog has the first `made` events, and the news of all that were lost before.
+    /// The history has the first `made` events, and the news of all that were lost before.
     pub fn end_state(&mut self, made: u64) {
         if let Some(snapshot) = &mut self.snapshot {
             snapshot.end(made);
         }
     }
 
-    /// The event at this client's position goes out of the backlog.
+    /// The event at this client's position goes out of the history.
     pub fn miss(&mut self, record: &Record) {
         self.position += 1;
         let wanted = match &self.state {
             State::Greeting { .. } => true,
-            State::Chosen(choice) => choice.filter().passes(record),
+            State::Subscribed(subscription) => subscription.filter().passes(record),
             State::Streaming { filter, .. } => filter.passes(record),
             State::Closing { .. } => false,
         };
@@ -288,10 +288,10 @@ impl Client {
     }
 
     /// Sends what there is for the client, up to a limit. `lines` are those that it shares with others.
-    pub fn pump(&mut self, backlog: &Backlog, mut lines: Option<&mut Lines>) -> Progress {
+    pub fn pump(&mut self, history: &History, mut lines: Option<&mut Lines>) -> Progress {
         for _ in 0..ROUNDS {
             if self.out.is_empty() {
-                self.fill(backlog, lines.as_deref_mut());
+                self.fill(history, lines.as_deref_mut());
             }
             if self.out.is_empty() {
                 return if matches!(self.state, State::Closing { .. }) { Progress::Gone } else { Progress::Done };
@@ -317,7 +317,7 @@ impl Client {
     }
 
     /// Makes the next bytes ready.
-    fn fill(&mut self, backlog: &Backlog, mut lines: Option<&mut Lines>) {
+    fn fill(&mut self, history: &History, mut lines: Option<&mut Lines>) {
         let State::Streaming { format, filter } = &self.state else { return };
         if let Some(missed) = self.missed.take() {
             let lost = Event::Lost { place: LossPlace::Client, count: missed.count, since: missed.since };
@@ -332,14 +332,14 @@ impl Client {
             }
             let until = self.snapshot.as_ref().and_then(Snapshot::until);
             self.snapshot.take_if(|snapshot| snapshot.is_over());
-            let run = backlog.run(self.position);
+            let run = history.run(self.position);
             if run.is_empty() {
                 return;
             }
             // What is live comes where it was read.
             let len = until.map_or(run.len(), |until| run.len().min(until.saturating_sub(self.position) as usize));
             let run = &run[..len];
-            let first = self.position.max(backlog.first());
+            let first = self.position.max(history.first());
             for (position, record) in (first..).zip(run) {
                 self.position += 1;
                 if filter.passes(record) {

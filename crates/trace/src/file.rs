@@ -7,12 +7,12 @@ use std::path::Path;
 
 use crate::codec::CodecError;
 use crate::event::{Event, Kind, key};
-use crate::filter::{Choice, Filter, hello};
 use crate::guest::{GUEST_VERSION, GuestEvent, guest_key};
 use crate::line::{LineError, Stamped};
 use crate::members::Members;
 use crate::reader::{ReadError, Reader};
 use crate::record::{Header, MAGIC, Record, VERSION};
+use crate::subscription::{Filter, Subscription, hello};
 
 /// Bytes that a line may have. Those of the device's events have some hundreds.
 const LINE_MAX: u64 = 1 << 20;
@@ -116,18 +116,18 @@ impl TraceFile<Box<dyn Read + Send>> {
     ///
     /// # Errors
     /// If there is nothing that can be read, or something else than a trace.
-    pub fn open(path: &Path, choice: &Choice) -> Result<Self, ReadError> {
+    pub fn open(path: &Path, subscription: &Subscription) -> Result<Self, ReadError> {
         let is_file = fs::metadata(path).is_ok_and(|found| !found.file_type().is_socket());
         if is_file {
             let file: Box<dyn Read + Send> = Box::new(File::open(path)?);
             // Of a file, which has what somebody wanted, all kinds are chosen if none is named.
-            let mut filter = choice.filter();
-            if choice.kinds.is_empty() {
+            let mut filter = subscription.filter();
+            if subscription.kinds.is_empty() {
                 filter.kinds = u64::MAX;
             }
             return Ok(TraceFile { filter: Some(filter), ..TraceFile::new(file)? });
         }
-        let (input, header) = Reader::connect(path, choice)?.into_parts();
+        let (input, header) = Reader::connect(path, subscription)?.into_parts();
         let reader = Reader::from_parts(boxed(input), header);
         Ok(TraceFile::of(Source::Records(reader, None)))
     }

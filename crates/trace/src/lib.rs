@@ -1,19 +1,18 @@
 //! Every step, made visible.
 //!
 //! A [`Tracer`] puts [`Event`]s into a ring of the calling thread and never waits. One collector thread merges the rings
-//! in the order of the sequence numbers into a backlog, and serves the clients of the trace socket from it: each has a
-//! position in the backlog, and one that falls behind the oldest event there loses events, and nobody else does.
+//! in the order of the sequence numbers into a history, and serves the clients of the trace socket from it: each has a
+//! position in the history, and one that falls behind the oldest event there loses events, and nobody else does.
 //! `docs/trace.md` is the description for users.
 
-mod backlog;
 mod client;
 mod codec;
 mod collector;
 mod declare;
 pub mod event;
 mod file;
-mod filter;
 mod guest;
+mod history;
 mod line;
 mod lines;
 mod members;
@@ -27,6 +26,7 @@ mod ring;
 mod schema;
 mod server;
 mod state;
+mod subscription;
 mod tracer;
 mod unit;
 
@@ -39,7 +39,6 @@ use std::time::Duration;
 pub use codec::{CodecError, MemberError};
 pub use event::{Event, Kind};
 pub use file::{Entry, Item, Tally, TraceFile, Unreadable};
-pub use filter::{Choice, Format, Last, hello, parse_endpoint};
 pub use guest::{ClockLine, GUEST_VERSION, GuestEvent, GuestFields, GuestTime, guest_key, split_time};
 pub use line::{LineError, Stamped, json, text};
 pub use members::{Members, Value};
@@ -47,6 +46,7 @@ pub use reader::{ReadError, Reader};
 pub use record::{Header, Record};
 pub use schema::schema;
 pub use state::StateSource;
+pub use subscription::{Backlog, Format, Subscription, hello, parse_endpoint};
 pub use tracer::{Counters, Tracer, now_ns};
 
 use viommu_socket::{Socket, SocketError};
@@ -58,7 +58,7 @@ pub struct Options {
     pub socket: Option<PathBuf>,
     /// Events that are kept for clients, those that come late and those that read slowly; rounded up to a power of two.
     /// 72 bytes each.
-    pub backlog: usize,
+    pub history: usize,
     /// Events that a thread can make before the collector must have taken the first; rounded up to a power of two.
     /// 72 bytes each, for each thread that makes events.
     pub ring: usize,
@@ -67,9 +67,9 @@ pub struct Options {
 }
 
 impl Default for Options {
-    /// No socket, a backlog of 9 MiB, rings of 1.1 MiB, half a second at the end.
+    /// No socket, a history of 9 MiB, rings of 1.1 MiB, half a second at the end.
     fn default() -> Self {
-        Options { socket: None, backlog: 1 << 17, ring: 1 << 14, farewell: Duration::from_millis(500) }
+        Options { socket: None, history: 1 << 17, ring: 1 << 14, farewell: Duration::from_millis(500) }
     }
 }
 
@@ -107,7 +107,7 @@ pub fn bind(options: Options) -> Result<(Tracer, Bound), StartError> {
     let socket = options.socket.as_deref().map(Socket::bind).transpose()?;
     let ring = options.ring.max(2).next_power_of_two();
     let shared = tracer::Shared::new(ring).map_err(StartError::Collector)?;
-    let server = server::Server::new(shared.clone(), socket, options.backlog, options.farewell)
+    let server = server::Server::new(shared.clone(), socket, options.history, options.farewell)
         .map_err(StartError::Collector)?;
     Ok((Tracer::new(shared.clone()), Bound { shared, server }))
 }

@@ -15,7 +15,7 @@ const GAP_MAX: u64 = 4096;
 /// The lines of records one behind the other.
 #[derive(Default)]
 struct Chunk {
-    /// The position of the first in the backlog.
+    /// The position of the first in the history.
     first: u64,
     bytes: Vec<u8>,
     /// Where each line ends; one that nobody wanted ends where it begins.
@@ -43,7 +43,7 @@ pub struct Lines {
 }
 
 impl Lines {
-    /// Appends the line of the record at this position of the backlog.
+    /// Appends the line of the record at this position of the history.
     pub fn append(&mut self, position: u64, record: &Record, out: &mut Vec<u8>) {
         if let Some(line) = self.new.line(position).or_else(|| self.old.line(position)) {
             out.extend_from_slice(line);

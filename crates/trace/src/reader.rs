@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 
 use zerocopy::IntoBytes;
 
-use crate::filter::{Choice, Format};
 use crate::guest::GUEST_VERSION;
 use crate::record::{Header, MAGIC, Record, Record1, VERSION};
+use crate::subscription::{Format, Subscription};
 use viommu_socket::{self as socket, SocketError};
 
 /// Why a trace cannot be read.
@@ -82,18 +82,18 @@ pub struct Reader<R> {
 }
 
 impl Reader<UnixStream> {
-    /// Connects to a trace socket. The choice's format is not asked: it is binary.
-    pub fn connect(path: &Path, choice: &Choice) -> Result<Self, ReadError> {
+    /// Connects to a trace socket. The subscription's format is not asked: it is binary.
+    pub fn connect(path: &Path, subscription: &Subscription) -> Result<Self, ReadError> {
         for _ in 1..ATTEMPTS {
-            match Self::connect_once(path, choice) {
+            match Self::connect_once(path, subscription) {
                 Err(ReadError::Late) => {}
                 result => return result,
             }
         }
-        Self::connect_once(path, choice)
+        Self::connect_once(path, subscription)
     }
 
-    fn connect_once(path: &Path, choice: &Choice) -> Result<Self, ReadError> {
+    fn connect_once(path: &Path, subscription: &Subscription) -> Result<Self, ReadError> {
         socket::check_length(path)?;
         let mut stream = UnixStream::connect(path).map_err(|source| match source.kind() {
             io::ErrorKind::NotFound => ReadError::NoSocket(path.to_path_buf()),
@@ -102,7 +102,7 @@ impl Reader<UnixStream> {
             io::ErrorKind::ConnectionRefused => ReadError::Nobody(path.to_path_buf()),
             _ => ReadError::Connect { path: path.to_path_buf(), source },
         })?;
-        let line = Choice { format: Format::Binary, ..choice.clone() }.line();
+        let line = Subscription { format: Format::Binary, ..subscription.clone() }.line();
         match stream.write_all(line.as_bytes()) {
             // It turned us away before it read; what it sent says why.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}

@@ -10,13 +10,13 @@ use std::time::{Duration, Instant};
 use epoll::{ControlOptions, Events};
 use nix::sys::resource::{Resource, getrlimit};
 
-use crate::backlog::Backlog;
 use crate::client::{Client, Progress};
 use crate::collector::{Collector, Drained};
-use crate::filter::Filter;
+use crate::history::History;
 use crate::lines::Lines;
 use crate::record::{Header, MAGIC, Record, VERSION};
 use crate::state::{MakeState, Nothing};
+use crate::subscription::Filter;
 use crate::tracer::{Shared, now_ns, realtime_ns};
 use viommu_socket::Socket;
 
@@ -58,7 +58,7 @@ const FIRST_CLIENT: u64 = 2;
 pub struct Server {
     shared: Arc<Shared>,
     collector: Collector,
-    backlog: Backlog,
+    history: History,
     epoll: Epoll,
     socket: Option<Socket>,
     /// Until when the socket is left alone.
@@ -81,7 +81,7 @@ pub struct Server {
 
 impl Server {
     /// Serves on `socket`, if there is one.
-    pub fn new(shared: Arc<Shared>, socket: Option<Socket>, backlog: usize, farewell: Duration) -> io::Result<Self> {
+    pub fn new(shared: Arc<Shared>, socket: Option<Socket>, history: usize, farewell: Duration) -> io::Result<Self> {
         let epoll = Epoll::new()?;
         epoll.add(shared.wake.as_raw_fd(), Events::EPOLLIN, WAKE)?;
         if let Some(socket) = &socket {
@@ -91,7 +91,7 @@ impl Server {
         Ok(Server {
             collector: Collector::new(shared.clone()),
             shared,
-            backlog: Backlog::new(backlog),
+            history: History::new(history),
             epoll,
             socket,
             no_accept: None,
@@ -150,18 +150,18 @@ impl Server {
 
     /// Takes what is in the rings.
     fn drain(&mut self) -> Drained {
-        let Server { collector, backlog, clients, .. } = self;
-        let before = backlog.end();
+        let Server { collector, history, clients, .. } = self;
+        let before = history.end();
         let mut slowest = clients.values().map(Client::position).min().unwrap_or(u64::MAX);
         let drained = collector.drain(|record| {
-            if let Some(victim) = backlog.victim()
-                && backlog.first() >= slowest
+            if let Some(victim) = history.victim()
+                && history.first() >= slowest
             {
-                slowest = miss(clients, backlog.first(), victim);
+                slowest = miss(clients, history.first(), victim);
             }
-            backlog.push(record);
+            history.push(record);
         });
-        if backlog.end() != before {
+        if history.end() != before {
             self.last_event = Instant::now();
         }
         drained
@@ -210,12 +210,12 @@ impl Server {
 
     /// Serves a client.
     pub fn add(&mut self, stream: UnixStream) -> io::Result<()> {
-        // What has its number now happened before, though the backlog need not have it yet.
+        // What has its number now happened before, though the history need not have it yet.
         let mut client = Client::new(stream, self.shared.sequence.count())?;
         if self.clients.len() >= self.clients_max {
             client.refuse(&format!("{} clients are served already, which is the limit", self.clients_max));
             // What the socket does not take at once is lost with the connection.
-            client.pump(&self.backlog, None);
+            client.pump(&self.history, None);
             return Ok(());
         }
         self.epoll.add(client.fd(), client.new_interest().unwrap_or(Events::empty()), self.next_client)?;
@@ -224,13 +224,13 @@ impl Server {
         Ok(())
     }
 
-    /// Begins the streams of those that chose, as soon as the backlog has all that happened before they connected.
+    /// Begins the streams of those that subscribed, as soon as the history has all that happened before they connected.
     fn begin(&mut self) {
-        let Server { shared, backlog, clients, state, .. } = self;
+        let Server { shared, history, clients, state, .. } = self;
         for client in clients.values_mut() {
-            if let Some(choice) = client.choice(backlog.end()).cloned() {
-                let header = header(shared, &choice.filter(), client.position());
-                client.begin(&choice, &header, backlog, || state());
+            if let Some(subscription) = client.subscription(history.end()).cloned() {
+                let header = header(shared, &subscription.filter(), client.position());
+                client.begin(&subscription, &header, history, || state());
             }
         }
     }
@@ -270,12 +270,12 @@ impl Server {
 
     /// Sends to all clients what they can take, within limits. Whether some could take more.
     fn pump(&mut self) -> bool {
-        let Server { clients, backlog, epoll, lines, .. } = self;
+        let Server { clients, history, epoll, lines, .. } = self;
         let mut more = false;
         // One alone has its lines made where they are sent from.
         let share = clients.values().filter(|client| client.gets_json()).count() > 1;
         clients.retain(|id, client| {
-            let progress = client.pump(backlog, share.then_some(&mut *lines));
+            let progress = client.pump(history, share.then_some(&mut *lines));
             more |= progress == Progress::More;
             let change = client.new_interest();
             progress != Progress::Gone && change.is_none_or(|events| epoll.change(client.fd(), events, *id).is_ok())
@@ -348,7 +348,7 @@ fn header(shared: &Shared, filter: &Filter, seq: u64) -> Header {
     }
 }
 
-/// The event `victim` at `position` goes out of the backlog. Returns where the slowest client then is.
+/// The event `victim` at `position` goes out of the history. Returns where the slowest client then is.
 fn miss(clients: &mut BTreeMap<u64, Client>, position: u64, victim: &Record) -> u64 {
     let mut slowest = u64::MAX;
     for client in clients.values_mut() {

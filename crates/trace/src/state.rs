@@ -95,7 +95,7 @@ impl Snapshot {
         self.ending
     }
 
-    /// Makes the end mark, if all is read. All of the first `made` events are in the backlog, and so is the news of those
+    /// Makes the end mark, if all is read. All of the first `made` events are in the history, and so is the news of those
     /// that were lost: a thread tells of its losses only with its next event, or when its ring is found empty.
     pub fn end(&mut self, made: u64) {
         if std::mem::take(&mut self.ending) {

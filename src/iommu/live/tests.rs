@@ -8,7 +8,7 @@ use std::thread;
 
 use proptest::prelude::*;
 use viommu_trace::event::{Channel, ResetKind, StateItem};
-use viommu_trace::{self as trace, Choice, Event, Format, Item, Stamped, TraceFile, Tracer};
+use viommu_trace::{self as trace, Event, Format, Item, Stamped, Subscription, TraceFile, Tracer};
 use viommu_wire::request::RequestType;
 use viommu_wire::split::{Extent, F_SPLIT_MAP, Link, Range};
 use viommu_wire::virtio_iommu::{Attach, Detach, Head, Map, MapFlags, Status, Unmap, feature};
@@ -272,8 +272,8 @@ proptest! {
 
 /// What a client of the trace gets from the begin mark to the end mark, and what the end mark says is missing.
 fn between_the_marks(mut stream: UnixStream) -> (Vec<Stamped>, u64) {
-    let choice = Choice { format: Format::Binary, state: true, ..Choice::default() };
-    stream.write_all(choice.line().as_bytes()).unwrap();
+    let subscription = Subscription { format: Format::Binary, state: true, ..Subscription::default() };
+    stream.write_all(subscription.line().as_bytes()).unwrap();
     let mut trace = TraceFile::new(stream).unwrap();
     let mut found = Vec::new();
     while let Some(entry) = trace.next_entry().unwrap() {

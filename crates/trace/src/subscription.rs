@@ -20,7 +20,7 @@ pub enum Format {
 
 /// Which of the events that happened before it came a client gets.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Last {
+pub enum Backlog {
     /// Up to so many.
     Count(u64),
     /// As many as there are.
@@ -32,7 +32,7 @@ pub enum Last {
 
 /// What a client chose; the default is what a client gets that chooses nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Choice {
+pub struct Subscription {
     /// How to write the events.
     pub format: Format,
     /// Only these kinds; if empty, all that need not be asked for. [`Kind::Lost`] always comes.
@@ -40,39 +40,39 @@ pub struct Choice {
     /// No events about other endpoints; all if empty. Events about no endpoint always come.
     pub endpoints: Vec<u32>,
     /// Events of before.
-    pub backlog: Last,
+    pub backlog: Backlog,
     /// Begin with what is live. To name [`Kind::State`] is to choose it too.
     pub state: bool,
 }
 
-/// Says what a choice looks like; ends the messages about bad ones.
+/// Says what a subscription looks like; ends the messages about bad ones.
 const EXPECTED: &str = r#"expected one line like {"format":"json"|"binary","kinds":["request",...],"endpoints":[32,"00:04.0",...],"backlog":N|"all","state":true}, every member optional, or an empty line"#;
 
-impl Choice {
-    /// The choice that a client's first line makes. The error says what is wrong and what is possible.
-    pub fn parse(line: &[u8]) -> Result<Choice, String> {
+impl Subscription {
+    /// The subscription that a client's first line makes. The error says what is wrong and what is possible.
+    pub fn parse(line: &[u8]) -> Result<Subscription, String> {
         if line.trim_ascii().is_empty() {
-            return Ok(Choice::default());
+            return Ok(Subscription::default());
         }
         let value = serde_json::from_slice(line).map_err(|error| format!("Not JSON ({error}): {EXPECTED}"))?;
         let Value::Object(members) = value else {
             return Err(format!("Not a JSON object: {EXPECTED}"));
         };
-        let mut choice = Choice::default();
+        let mut subscription = Subscription::default();
         for (key, value) in &members {
             match key.as_str() {
-                "format" => choice.format = parse_format(value)?,
-                "kinds" => choice.kinds = parse_list(key, value, parse_kind)?,
-                "endpoints" => choice.endpoints = parse_list(key, value, parse_endpoint_value)?,
-                "backlog" => choice.backlog = parse_backlog(value)?,
-                "state" => choice.state = parse_state(value)?,
+                "format" => subscription.format = parse_format(value)?,
+                "kinds" => subscription.kinds = parse_list(key, value, parse_kind)?,
+                "endpoints" => subscription.endpoints = parse_list(key, value, parse_endpoint_value)?,
+                "backlog" => subscription.backlog = parse_backlog(value)?,
+                "state" => subscription.state = parse_state(value)?,
                 _ => return Err(format!("Unknown member {key:?}: {EXPECTED}")),
             }
         }
-        Ok(choice)
+        Ok(subscription)
     }
 
-    /// The line that makes this choice, with its newline.
+    /// The line that makes this subscription, with its newline.
     pub fn line(&self) -> String {
         let format = match self.format {
             Format::Json => "json",
@@ -80,9 +80,9 @@ impl Choice {
         };
         let kinds: Vec<_> = self.kinds.iter().map(|kind| kind.name()).collect();
         let backlog = match self.backlog {
-            Last::None => json!(0),
-            Last::Count(count) => json!(count),
-            Last::All => json!("all"),
+            Backlog::None => json!(0),
+            Backlog::Count(count) => json!(count),
+            Backlog::All => json!("all"),
         };
         let mut line =
             json!({"format": format, "kinds": kinds, "endpoints": self.endpoints, "backlog": backlog, "state": self.state}).to_string();
@@ -90,7 +90,7 @@ impl Choice {
         line
     }
 
-    /// The filter of the choice.
+    /// The filter of the subscription.
     pub fn filter(&self) -> Filter {
         let chosen = match self.kinds.as_slice() {
             [] => Kind::DEFAULT,
@@ -182,11 +182,11 @@ fn parse_state(value: &Value) -> Result<bool, String> {
     value.as_bool().ok_or_else(|| format!("Bad \"state\" {value}: expected true or false"))
 }
 
-fn parse_backlog(value: &Value) -> Result<Last, String> {
+fn parse_backlog(value: &Value) -> Result<Backlog, String> {
     match (value.as_u64(), value.as_str()) {
-        (Some(0), _) => Ok(Last::None),
-        (Some(count), _) => Ok(Last::Count(count)),
-        (_, Some("all")) => Ok(Last::All),
+        (Some(0), _) => Ok(Backlog::None),
+        (Some(count), _) => Ok(Backlog::Count(count)),
+        (_, Some("all")) => Ok(Backlog::All),
         _ => Err(format!("Bad \"backlog\" {value}: expected a number of events or \"all\"")),
     }
 }
@@ -250,23 +250,23 @@ mod tests {
     use crate::Event;
 
     #[test]
-    fn a_choice_survives_its_line() {
-        let choices = [
-            Choice::default(),
-            Choice {
+    fn a_subscription_survives_its_line() {
+        let subscriptions = [
+            Subscription::default(),
+            Subscription {
                 format: Format::Binary,
                 kinds: vec![Kind::Dma, Kind::Fault],
                 endpoints: vec![32, u32::MAX],
-                backlog: Last::Count(7),
+                backlog: Backlog::Count(7),
                 state: true,
             },
-            Choice { backlog: Last::All, ..Choice::default() },
+            Subscription { backlog: Backlog::All, ..Subscription::default() },
         ];
-        for choice in choices {
-            assert_eq!(Choice::parse(choice.line().as_bytes()), Ok(choice));
+        for subscription in subscriptions {
+            assert_eq!(Subscription::parse(subscription.line().as_bytes()), Ok(subscription));
         }
-        assert_eq!(Choice::parse(b"{}"), Ok(Choice::default()));
-        assert_eq!(Choice::parse(b" \r"), Ok(Choice::default()));
+        assert_eq!(Subscription::parse(b"{}"), Ok(Subscription::default()));
+        assert_eq!(Subscription::parse(b" \r"), Ok(Subscription::default()));
     }
 
     #[test]
@@ -286,11 +286,11 @@ mod tests {
             (br#"{"state":1}"#, "true or false"),
             (br#"{"formt":"json"}"#, "Unknown member \"formt\""),
         ] {
-            let message = Choice::parse(line).unwrap_err();
+            let message = Subscription::parse(line).unwrap_err();
             assert!(message.contains(expected), "{message}");
         }
         let deep = [b'['; 4000];
-        assert!(Choice::parse(&deep).is_err());
+        assert!(Subscription::parse(&deep).is_err());
     }
 
     #[test]
@@ -306,8 +306,9 @@ mod tests {
 
     #[test]
     fn a_filter_keeps_losses_and_events_about_no_endpoint() {
-        let choice = Choice { kinds: vec![Kind::Interrupt], endpoints: vec![5, 3], ..Choice::default() };
-        let filter = choice.filter();
+        let subscription =
+            Subscription { kinds: vec![Kind::Interrupt], endpoints: vec![5, 3], ..Subscription::default() };
+        let filter = subscription.filter();
         let passes = |event: Event| filter.passes(&event.encode(0, 0));
         assert!(passes(Event::Interrupt { endpoint: Some(3), vector: 0 }));
         assert!(passes(Event::Interrupt { endpoint: None, vector: 0 }));

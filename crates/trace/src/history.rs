@@ -4,16 +4,16 @@ use crate::record::Record;
 
 /// A ring of records. Positions count all records ever pushed, from 0: they are the records' sequence numbers, as the
 /// collector leaves none out.
-pub struct Backlog {
+pub struct History {
     records: Vec<Record>,
     capacity: usize,
     end: u64,
 }
 
-impl Backlog {
+impl History {
     /// For `capacity` records, rounded up to a power of two.
     pub fn new(capacity: usize) -> Self {
-        Backlog { records: Vec::new(), capacity: capacity.max(2).next_power_of_two(), end: 0 }
+        History { records: Vec::new(), capacity: capacity.max(2).next_power_of_two(), end: 0 }
     }
 
     /// The position of the oldest record that is kept.
@@ -71,25 +71,25 @@ mod tests {
 
     #[test]
     fn the_oldest_go_first() {
-        let mut backlog = Backlog::new(4);
-        assert!(backlog.run(0).is_empty());
+        let mut history = History::new(4);
+        assert!(history.run(0).is_empty());
         for seq in 0..11u64 {
-            let victim = backlog.victim().map(|record| record.seq.get());
+            let victim = history.victim().map(|record| record.seq.get());
             assert_eq!(victim, seq.checked_sub(4));
-            backlog.push(Event::Panic { endpoint: 0 }.encode(0, seq));
-            assert_eq!(backlog.end(), seq + 1);
-            assert_eq!(backlog.first(), (seq + 1).saturating_sub(4));
+            history.push(Event::Panic { endpoint: 0 }.encode(0, seq));
+            assert_eq!(history.end(), seq + 1);
+            assert_eq!(history.first(), (seq + 1).saturating_sub(4));
             let mut position = 0;
             let mut seen = Vec::new();
-            while position < backlog.end() {
-                position = position.max(backlog.first());
-                let run = backlog.run(position);
+            while position < history.end() {
+                position = position.max(history.first());
+                let run = history.run(position);
                 seen.extend(run.iter().map(|record| record.seq.get()));
                 position += run.len() as u64;
             }
-            assert_eq!(seen, (backlog.first()..backlog.end()).collect::<Vec<_>>());
+            assert_eq!(seen, (history.first()..history.end()).collect::<Vec<_>>());
             seen.reverse();
-            assert_eq!(backlog.newest_first().map(|(position, _)| position).collect::<Vec<_>>(), seen);
+            assert_eq!(history.newest_first().map(|(position, _)| position).collect::<Vec<_>>(), seen);
         }
     }
 }
