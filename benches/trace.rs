@@ -50,8 +50,8 @@ fn bursts(group: &mut BenchmarkGroup<'_, WallTime>, name: &str, tracer: &Tracer,
             time
         });
     });
-    let counters = tracer.counters();
-    println!("{name}: {} events emitted, {} lost", counters.emitted(), counters.lost);
+    let stats = tracer.stats();
+    println!("{name}: {} events emitted, {} lost", stats.emitted(), stats.lost);
 }
 
 fn emit(criterion: &mut Criterion) {
@@ -114,8 +114,8 @@ fn collector(criterion: &mut Criterion) {
                 Duration::from_nanos(collector_time() - before)
             });
         });
-        let counters = handle.stop();
-        println!("{name}: {} events emitted, {} lost", counters.emitted(), counters.lost);
+        let stats = handle.stop();
+        println!("{name}: {} events emitted, {} lost", stats.emitted(), stats.lost);
         for client in clients {
             println!("{name}: {} bytes received", client.join().unwrap_or(0));
         }

@@ -158,13 +158,13 @@ pub fn main(args: &Args) -> Result<()> {
     let ended = wait(&mut qemu, &stop, args.timeout.map(Duration::from_secs)).context("Cannot wait for QEMU");
     stop.set();
     let elapsed = started.elapsed();
-    let mut counts = daemon.end();
+    let mut stats = daemon.end();
     let recorded = recorder.map_or(Ok(0), |recorder| {
         let lost = recorder.join().ok().context("The thread that writes the trace file panicked")?;
         lost.context("Cannot write the trace")
     });
-    counts.events_lost += recorded.as_ref().copied().unwrap_or(0);
-    let summary = Summary::new(&counts, &files, outputs.results, elapsed);
+    stats.events_lost += recorded.as_ref().copied().unwrap_or(0);
+    let summary = Summary::new(&stats, &files, outputs.results, elapsed);
     say(&summary)?;
     if let Some((mut file, path)) = outputs.summary.zip(args.summary.as_ref()) {
         let written = files::truncate(&file).and_then(|()| file.write_all(summary.to_json().as_bytes()));

@@ -9,7 +9,7 @@ use serde_json::json;
 use viommu_report::results::Results;
 
 use super::short::short;
-use crate::daemon::Counts;
+use crate::daemon::DaemonStats;
 use Number::{Bytes, Count};
 
 /// The files of a run.
@@ -24,7 +24,7 @@ pub struct Files {
 
 /// What a run did, in numbers.
 pub struct Summary {
-    counts: Counts,
+    stats: DaemonStats,
     console: PathBuf,
     results: PathBuf,
     trace: Option<PathBuf>,
@@ -38,11 +38,11 @@ pub struct Summary {
 }
 
 impl Summary {
-    /// Puts the daemon's counts and the guest's results together. `elapsed` is the time that QEMU ran.
-    pub fn new(counts: &Counts, files: &Files, results: impl Read, elapsed: Duration) -> Summary {
+    /// Puts the daemon's statistics and the guest's results together. `elapsed` is the time that QEMU ran.
+    pub fn new(stats: &DaemonStats, files: &Files, results: impl Read, elapsed: Duration) -> Summary {
         let results = Results::read(results);
         Summary {
-            counts: counts.clone(),
+            stats: stats.clone(),
             console: files.console.clone(),
             results: files.results.clone(),
             trace: files.trace.clone(),
@@ -64,13 +64,13 @@ impl Summary {
 
     /// The summary under stable names.
     pub fn to_json(&self) -> String {
-        let counts = &self.counts;
+        let stats = &self.stats;
         let mut requests = serde_json::Map::new();
-        for (request, count) in counts.iommu.requests.iter() {
+        for (request, count) in stats.iommu.requests.iter() {
             requests.insert(request.name().to_lowercase(), count.total.into());
         }
-        requests.insert("unknown".into(), counts.unknown_requests.into());
-        requests.insert("malformed".into(), counts.malformed_requests.into());
+        requests.insert("unknown".into(), stats.unknown_requests.into());
+        requests.insert("malformed".into(), stats.malformed_requests.into());
         let mut value = json!({
             "requests": requests,
             "verified": self.verified,
@@ -88,43 +88,43 @@ impl Summary {
     /// What the daemon counted, but for the types of requests: each row as it is printed, with the stable names of its
     /// numbers.
     fn rows(&self) -> [Row; 11] {
-        let (counts, iommu) = (&self.counts, &self.counts.iommu);
+        let (stats, iommu) = (&self.stats, &self.stats.iommu);
         let failed = iommu.requests.iter().map(|(_, count)| count.failed).sum();
         let row = |label, numbers: &[_]| Row { label, numbers: numbers.to_vec() };
         [
             row("          failed of these", &[("requests_failed", Count(failed))]),
-            row("kicks", &[("kicks", Count(counts.kicks))]),
+            row("kicks", &[("kicks", Count(stats.kicks))]),
             row(
                 "mappings: live now, peak",
                 &[("mappings_live", Count(iommu.mappings_live)), ("mappings_peak", Count(iommu.mappings_peak))],
             ),
             row("reservations: live now", &[("reservations_live", Count(iommu.reservations_live))]),
             row("linked now: bytes", &[("linked_bytes", Bytes(iommu.linked_bytes))]),
-            row("DMA: translated bytes read", &[("dma_read_bytes", Bytes(counts.dma_read_bytes))]),
-            row("     translated bytes written", &[("dma_write_bytes", Bytes(counts.dma_write_bytes))]),
-            row("     bypass, both", &[("dma_bypass_bytes", Bytes(counts.dma_bypass_bytes))]),
+            row("DMA: translated bytes read", &[("dma_read_bytes", Bytes(stats.dma_read_bytes))]),
+            row("     translated bytes written", &[("dma_write_bytes", Bytes(stats.dma_write_bytes))]),
+            row("     bypass, both", &[("dma_bypass_bytes", Bytes(stats.dma_bypass_bytes))]),
             row(
                 "     faults, dropped",
                 &[("faults", Count(iommu.faults)), ("faults_dropped", Count(iommu.faults_dropped))],
             ),
             row(
                 "device I/O: commands, bytes",
-                &[("io_count", Count(counts.io_count)), ("io_bytes", Bytes(counts.io_bytes))],
+                &[("io_count", Count(stats.io_count)), ("io_bytes", Bytes(stats.io_bytes))],
             ),
-            row("trace: events, lost", &[("events", Count(counts.events)), ("events_lost", Count(counts.events_lost))]),
+            row("trace: events, lost", &[("events", Count(stats.events)), ("events_lost", Count(stats.events_lost))]),
         ]
     }
 }
 
 impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let counts = &self.counts;
+        let stats = &self.stats;
         let mut line = |label: &str, value: String| writeln!(f, "  {label:<28} {value}");
-        for (n, (request, count)) in counts.iommu.requests.iter().enumerate() {
+        for (n, (request, count)) in stats.iommu.requests.iter().enumerate() {
             let heading = if n == 0 { "requests:" } else { "" };
             line(&format!("{heading:<9} {}", request.name()), count.total.to_string())?;
         }
-        line("          unknown, malformed", format!("{}, {}", counts.unknown_requests, counts.malformed_requests))?;
+        line("          unknown, malformed", format!("{}, {}", stats.unknown_requests, stats.malformed_requests))?;
         for row in self.rows() {
             let numbers: Vec<_> = row.numbers.iter().map(|(_, number)| number.to_string()).collect();
             line(row.label, numbers.join(", "))?;
@@ -184,7 +184,7 @@ mod tests {
 
     fn summary(results: &str) -> Summary {
         let files = Files { console: "c".into(), results: "r".into(), trace: None };
-        Summary::new(&Counts::default(), &files, results.as_bytes(), Duration::from_secs(1))
+        Summary::new(&DaemonStats::default(), &files, results.as_bytes(), Duration::from_secs(1))
     }
 
     #[test]

@@ -42,10 +42,10 @@ pub struct Options {
     pub inject: Vec<Injection>,
 }
 
-/// What the daemon did so far.
+/// What the daemon has done so far.
 #[derive(Clone, Debug, Default)]
-pub struct Counts {
-    /// The IOMMU's own counts.
+pub struct DaemonStats {
+    /// Of the IOMMU itself.
     pub iommu: iommu::Stats,
     /// Requests of a type that the device does not know.
     pub unknown_requests: u64,
@@ -193,11 +193,11 @@ impl Daemon {
 
     /// I/O commands that endpoints completed so far.
     pub fn io_count(&self) -> u64 {
-        self.endpoints.iter().map(|endpoint| endpoint.device.statistics().io_count).sum()
+        self.endpoints.iter().map(|endpoint| endpoint.device.stats().io_count).sum()
     }
 
     /// Ends everything and says what was done.
-    pub fn end(self) -> Counts {
+    pub fn end(self) -> DaemonStats {
         self.vhost_end.trigger();
         for endpoint in &self.endpoints {
             // A counter that is full is triggered.
@@ -212,24 +212,24 @@ impl Daemon {
         } else if self.vhost_thread.join().is_err() {
             log::error!("The thread that served the IOMMU panicked");
         }
-        let mut counts = Counts { iommu: self.iommu.stats(), ..Counts::default() };
+        let mut stats = DaemonStats { iommu: self.iommu.stats(), ..DaemonStats::default() };
         for endpoint in &self.endpoints {
             if !finishes(&endpoint.thread, deadline) {
                 // A client that stays is left to the end of the process; nobody else is to connect.
                 endpoint.server.stop_listening();
             }
-            endpoint.add_to(&mut counts);
+            endpoint.add_to(&mut stats);
         }
         let queues = self.control.stats();
-        counts.kicks = queues.kicks;
-        counts.unknown_requests = queues.unknown;
-        counts.malformed_requests = queues.malformed - queues.unknown;
+        stats.kicks = queues.kicks;
+        stats.unknown_requests = queues.unknown;
+        stats.malformed_requests = queues.malformed - queues.unknown;
         if let Some(trace) = self.trace {
             let events = trace.stop();
-            counts.events = events.emitted();
-            counts.events_lost = events.lost;
+            stats.events = events.emitted();
+            stats.events_lost = events.lost;
         }
-        counts
+        stats
     }
 }
 
@@ -242,13 +242,13 @@ fn finishes(thread: &JoinHandle<()>, deadline: Instant) -> bool {
 }
 
 impl Served {
-    fn add_to(&self, counts: &mut Counts) {
-        counts.dma_read_bytes += self.dma.read.load(Ordering::Relaxed);
-        counts.dma_write_bytes += self.dma.written.load(Ordering::Relaxed);
-        counts.dma_bypass_bytes += self.dma.bypassed.load(Ordering::Relaxed);
-        let done = self.device.statistics();
-        counts.io_count += done.io_count;
-        counts.io_bytes += done.io_bytes;
+    fn add_to(&self, stats: &mut DaemonStats) {
+        stats.dma_read_bytes += self.dma.read.load(Ordering::Relaxed);
+        stats.dma_write_bytes += self.dma.written.load(Ordering::Relaxed);
+        stats.dma_bypass_bytes += self.dma.bypassed.load(Ordering::Relaxed);
+        let done = self.device.stats();
+        stats.io_count += done.io_count;
+        stats.io_bytes += done.io_bytes;
     }
 }
 

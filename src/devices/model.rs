@@ -91,8 +91,8 @@ pub trait Device: Send + Sync {
     }
 
     /// What its functions did so far.
-    fn statistics(&self) -> Statistics {
-        Statistics::default()
+    fn stats(&self) -> DeviceStats {
+        DeviceStats::default()
     }
 }
 
@@ -114,7 +114,7 @@ impl Device for Plain {
 
 /// What an endpoint's functions did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Statistics {
+pub struct DeviceStats {
     /// I/O commands completed.
     pub io_count: u64,
     /// Bytes that these commands moved.

@@ -178,7 +178,7 @@ fn clients_that_vanish_hang_or_talk_hurt_nobody() {
         let begin = Instant::now();
         for n in 0..count {
             fixture.tracer.emit(Event::Kick { queue: 0, requests: n });
-            while n % 500 == 0 && fixture.tracer.counters().emitted() > arrived.load(Ordering::Relaxed) + 2000 {
+            while n % 500 == 0 && fixture.tracer.stats().emitted() > arrived.load(Ordering::Relaxed) + 2000 {
                 assert!(begin.elapsed() < PATIENCE, "a client that reads does not get what is emitted");
                 thread::sleep(Duration::from_millis(1));
             }
@@ -202,12 +202,12 @@ fn clients_that_vanish_hang_or_talk_hurt_nobody() {
     }
     // Those that hang would hold up the end, which does not wait for ever; so the good one is waited for here.
     let begin = Instant::now();
-    while arrived.load(Ordering::Relaxed) < fixture.tracer.counters().emitted() {
+    while arrived.load(Ordering::Relaxed) < fixture.tracer.stats().emitted() {
         assert!(begin.elapsed() < PATIENCE, "a client that reads does not get what is emitted");
         thread::sleep(Duration::from_millis(1));
     }
-    let counters = fixture.stop();
-    assert_eq!(received.join().unwrap(), Sum { received: counters.emitted(), ring: 0, client: 0 });
+    let stats = fixture.stop();
+    assert_eq!(received.join().unwrap(), Sum { received: stats.emitted(), ring: 0, client: 0 });
 }
 
 /// Threads that connect and leave as fast as they can, until this is dropped.
@@ -255,8 +255,8 @@ fn connecting_again_and_again_stops_neither_the_trace_nor_its_end() {
     thread::spawn(move || {
         let _ = ended.send(handle.stop());
     });
-    let counters = end.recv_timeout(LONG).expect("the trace ends while there are connections to accept");
-    assert_eq!((counters.emitted(), counters.lost), (300, 0));
+    let stats = end.recv_timeout(LONG).expect("the trace ends while there are connections to accept");
+    assert_eq!((stats.emitted(), stats.lost), (300, 0));
     assert!(watcher.rest().is_empty());
     drop(flood);
 }

@@ -9,7 +9,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 pub use viommu_testkit::PATIENCE;
 use viommu_trace::event::LossPlace;
-use viommu_trace::{self as trace, Counters, Event, Options, Reader, Subscription, TraceHandle, Tracer};
+use viommu_trace::{self as trace, Event, Options, Reader, Subscription, TraceHandle, TraceStats, Tracer};
 use viommu_trace::{Record, StateSource};
 
 /// One at a time: some tests measure time, and the machine may have two processors only.
@@ -78,7 +78,7 @@ impl Fixture {
         vectors.for_each(|vector| self.tracer.emit(Event::Interrupt { endpoint: Some(endpoint), vector }));
     }
 
-    pub fn stop(self) -> Counters {
+    pub fn stop(self) -> TraceStats {
         self.handle.stop()
     }
 }

@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use viommu_trace::Kind;
-use viommu_trace::{Counters, Event, Options, Subscription};
+use viommu_trace::{Event, Options, Subscription, TraceStats};
 
 use crate::fixture::*;
 
@@ -28,7 +28,7 @@ fn a_slow_client_is_told_exactly_what_it_lost() {
             });
         }
         // The fast one keeps up; the others read nothing.
-        while seen < fixture.tracer.counters().emitted() {
+        while seen < fixture.tracer.stats().emitted() {
             let record = fast.next_record().unwrap().unwrap();
             let sum = add_up([&record]);
             seen += sum.received + sum.ring + sum.client;
@@ -99,18 +99,18 @@ fn a_ring_that_overflows_is_told_to_all() {
         })
         .collect();
     threads.into_iter().for_each(|thread| thread.join().unwrap());
-    let counters = fixture.stop();
-    assert_eq!(counters.emitted(), 60_000);
-    assert_eq!(counters.of(Kind::Kick), 60_000);
-    assert!(counters.lost > 0, "64 slots cannot be enough");
+    let stats = fixture.stop();
+    assert_eq!(stats.emitted(), 60_000);
+    assert_eq!(stats.of(Kind::Kick), 60_000);
+    assert!(stats.lost > 0, "64 slots cannot be enough");
     for client in clients {
         let sum = client.join().unwrap();
-        assert_eq!(sum, Sum { received: 60_000 - counters.lost, ring: counters.lost, client: 0 });
+        assert_eq!(sum, Sum { received: 60_000 - stats.lost, ring: stats.lost, client: 0 });
     }
 }
 
 /// Emits a million events, with at most `ahead` under way. Returns the final counts and what the client got.
-fn a_million(ahead: u64) -> (Counters, Sum) {
+fn a_million(ahead: u64) -> (TraceStats, Sum) {
     const EVENTS: u64 = 1_000_000;
     let fixture = Fixture::new();
     let mut client = fixture.binary(&Subscription::default());
@@ -134,26 +134,26 @@ fn a_million(ahead: u64) -> (Counters, Sum) {
         }
     }
     let emitted = begin.elapsed();
-    let counters = fixture.stop();
+    let stats = fixture.stop();
     let sum = add_up(&reader.join().unwrap());
     let all = begin.elapsed();
     let rate = sum.received as f64 / all.as_secs_f64() / 1e6;
     println!("{EVENTS} events, emitted in {emitted:?}, received in {all:?}: {rate:.2} million a second, {sum:?}");
-    assert_eq!(counters.emitted(), EVENTS);
-    (counters, sum)
+    assert_eq!(stats.emitted(), EVENTS);
+    (stats, sum)
 }
 
 #[test]
 fn a_million_events_reach_a_binary_client() {
-    let (counters, sum) = a_million(12_000);
-    assert_eq!(counters.lost, 0);
+    let (stats, sum) = a_million(12_000);
+    assert_eq!(stats.lost, 0);
     assert_eq!(sum, Sum { received: 1_000_000, ring: 0, client: 0 });
 }
 
 #[test]
 fn a_million_events_faster_than_they_can_be_collected_add_up() {
-    let (counters, sum) = a_million(u64::MAX);
+    let (stats, sum) = a_million(u64::MAX);
     assert_eq!(sum.received + sum.ring + sum.client, 1_000_000);
     // News of a ring's loss that the client missed is in the client's count, with the loss's own.
-    assert!(sum.ring <= counters.lost && counters.lost <= sum.ring + sum.client, "{sum:?}, {}", counters.lost);
+    assert!(sum.ring <= stats.lost && stats.lost <= sum.ring + sum.client, "{sum:?}, {}", stats.lost);
 }

@@ -62,11 +62,11 @@ fn what_is_not_recorded_leaves_no_gap() {
     fixture.interrupts(1, 10..20);
     fixture.handle.record(true);
     fixture.interrupts(1, 20..30);
-    let counters = fixture.stop();
+    let stats = fixture.stop();
     let events = client.rest();
     assert_eq!(vectors(&events), (0..10).chain(20..30).collect::<Vec<_>>());
     assert!(events.is_sorted_by(|a, b| a["seq"].as_u64().unwrap() + 1 == b["seq"].as_u64().unwrap()), "{events:?}");
-    assert_eq!((counters.emitted(), counters.lost), (20, 0));
+    assert_eq!((stats.emitted(), stats.lost), (20, 0));
 }
 
 #[test]
@@ -212,13 +212,13 @@ fn collector() -> PathBuf {
 fn the_disabled_tracer_and_one_without_a_socket_work() {
     let tracer = Tracer::default();
     tracer.emit(Event::Bypass { value: 0 });
-    assert_eq!(tracer.counters().emitted(), 0);
+    assert_eq!(tracer.stats().emitted(), 0);
 
     let _alone = alone();
     let (tracer, handle) = trace::start(Options::default()).unwrap();
     (0..100_000).for_each(|n| tracer.emit(Event::Kick { queue: 0, requests: n }));
-    assert_eq!(tracer.counters().emitted(), 100_000);
-    let counters = handle.stop();
-    assert_eq!(counters.of(Kind::Kick), 100_000);
-    assert_eq!(counters.of(Kind::Fault), 0);
+    assert_eq!(tracer.stats().emitted(), 100_000);
+    let stats = handle.stop();
+    assert_eq!(stats.of(Kind::Kick), 100_000);
+    assert_eq!(stats.of(Kind::Fault), 0);
 }

@@ -42,8 +42,8 @@ fn threads_that_come_and_go_leave_no_memory_behind() {
         // The history is 9 MiB, a ring 1 MiB, of which two threads take one if the collector has no processor all the time;
         // and some for threads of the test runner.
         assert!(grown.0 <= 80 && grown.1 <= 256, "{grown:?}");
-        let counters = fixture.stop();
-        assert_eq!((counters.emitted(), counters.lost), (100 + 400 + 800_000, 0));
+        let stats = fixture.stop();
+        assert_eq!((stats.emitted(), stats.lost), (100 + 400 + 800_000, 0));
         assert!(reader.is_none_or(|reader| reader.join().unwrap().is_empty()));
     }
 }

@@ -181,8 +181,8 @@ mod tests {
             let mine = records.iter().filter(|record| record.endpoint.get() == endpoint);
             assert!(mine.map(|record| record.args[0].get()).eq(0..1000));
         }
-        let counters = shared.counters();
-        assert_eq!((counters.emitted(), counters.of(Kind::Interrupt), counters.lost), (4000, 4000, 0));
+        let stats = shared.stats();
+        assert_eq!((stats.emitted(), stats.of(Kind::Interrupt), stats.lost), (4000, 4000, 0));
     }
 
     #[test]
@@ -202,7 +202,7 @@ mod tests {
         }
         assert_eq!(collector.rings.len(), 2, "the collector's and one more");
         assert!(records.iter().map(|record| record.endpoint.get()).eq(0..2000));
-        assert_eq!((shared.counters().emitted(), shared.counters().lost), (2000, 0));
+        assert_eq!((shared.stats().emitted(), shared.stats().lost), (2000, 0));
     }
 
     /// As long as all rings that there may be have a thread, others lose their events, and that is said; the next thread
@@ -231,8 +231,8 @@ mod tests {
         });
         shared.emit(&Event::Panic { endpoint: 5 });
         assert_eq!(add_up(&all(&mut collector)), (1, 0));
-        let counters = shared.counters();
-        assert_eq!((counters.emitted(), counters.lost), (6, 2));
+        let stats = shared.stats();
+        assert_eq!((stats.emitted(), stats.lost), (6, 2));
     }
 
     #[test]
@@ -260,8 +260,8 @@ mod tests {
         assert!(matches!(Event::decode(&second[8]).unwrap(), Event::Lost { place: LossPlace::Ring, count: 2, .. }));
         assert_eq!(second[9].args[0].get(), 21);
         assert!(second.iter().map(|record| record.seq.get()).eq(9..19));
-        let counters = shared.counters();
-        assert_eq!((counters.emitted(), counters.lost), (22, 5));
+        let stats = shared.stats();
+        assert_eq!((stats.emitted(), stats.lost), (22, 5));
     }
 
     #[test]
@@ -289,8 +289,8 @@ mod tests {
         records.extend(all(&mut collector));
         let (received, lost) = add_up(&records);
         assert_eq!(received + lost, 2);
-        assert_eq!(shared.counters().emitted(), 2);
-        assert_eq!(shared.counters().lost, lost);
+        assert_eq!(shared.stats().emitted(), 2);
+        assert_eq!(shared.stats().lost, lost);
     }
 
     #[test]

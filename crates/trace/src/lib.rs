@@ -47,7 +47,7 @@ pub use record::{Header, Record};
 pub use schema::schema;
 pub use state::StateSource;
 pub use subscription::{Backlog, Format, Subscription, hello, parse_endpoint};
-pub use tracer::{Counters, Tracer, now_ns};
+pub use tracer::{TraceStats, Tracer, now_ns};
 
 use viommu_socket::{Socket, SocketError};
 
@@ -142,9 +142,9 @@ impl TraceHandle {
 
     /// Collects what was emitted until now, gives the clients [`Options::farewell`] to take it, closes their connections
     /// and removes the socket. What is emitted later goes nowhere. Returns the final counts.
-    pub fn stop(mut self) -> Counters {
+    pub fn stop(mut self) -> TraceStats {
         self.end();
-        self.shared.counters()
+        self.shared.stats()
     }
 
     fn end(&mut self) {

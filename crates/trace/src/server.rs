@@ -343,7 +343,7 @@ fn header(shared: &Shared, filter: &Filter, seq: u64) -> Header {
         start_ns: shared.start_ns.into(),
         realtime_offset_ns: realtime_ns().saturating_sub(now_ns()).into(),
         kinds: filter.kinds.into(),
-        lost: shared.counters().lost.into(),
+        lost: shared.stats().lost.into(),
         seq: seq.into(),
     }
 }

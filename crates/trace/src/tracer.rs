@@ -27,15 +27,15 @@ pub struct Tracer {
     shared: Option<Arc<Shared>>,
 }
 
-/// How many events were emitted, and how many of them are in no client's stream because a thread's ring was full.
+/// How many events were emitted, and how many of those were lost because a thread had no room or no ring for them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counters {
+pub struct TraceStats {
     kinds: [u64; KINDS],
     /// Events that were emitted and lost before the collector had them.
     pub lost: u64,
 }
 
-impl Counters {
+impl TraceStats {
     /// Events that were emitted, the lost ones too.
     pub fn emitted(&self) -> u64 {
         self.kinds.iter().sum()
@@ -47,9 +47,10 @@ impl Counters {
     }
 }
 
-/// The counters of the threads that wrote to one ring. Only the one that has it writes, so adding is a load and a store.
+/// The live form of [`TraceStats`], for the threads that wrote to one ring. Only the thread that has the ring writes them,
+/// so adding is a load and a store.
 #[derive(Default)]
-struct Counts {
+struct Counters {
     kinds: [AtomicU64; KINDS],
     lost: AtomicU64,
 }
@@ -58,8 +59,8 @@ fn increment(counter: &AtomicU64) {
     counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
 }
 
-impl Counts {
-    fn add_to(&self, sum: &mut Counters) {
+impl Counters {
+    fn add_to(&self, sum: &mut TraceStats) {
         for (sum, count) in sum.kinds.iter_mut().zip(&self.kinds) {
             *sum += count.load(Ordering::Relaxed);
         }
@@ -93,20 +94,20 @@ struct Threads {
     /// Rings that the collector does not know yet.
     new: Vec<Consumer<WORDS>>,
     /// Of each ring that there is.
-    counts: Vec<Arc<Counts>>,
+    counters: Vec<Arc<Counters>>,
     /// What no thread has now, for the next that comes; what its last one wrote may still be in it.
     idle: Vec<Lane>,
     /// Events of threads that had no ring.
-    ringless: Counters,
+    ringless: TraceStats,
 }
 
 impl Threads {
     fn add_lane(&mut self, slots: usize) -> Lane {
         let (producer, consumer) = ring(slots);
-        let counts = Arc::new(Counts::default());
+        let counters = Arc::new(Counters::default());
         self.new.push(consumer);
-        self.counts.push(counts.clone());
-        Lane { producer, counts }
+        self.counters.push(counters.clone());
+        Lane { producer, counters }
     }
 }
 
@@ -115,7 +116,7 @@ impl Threads {
 /// thread's events are higher.
 pub struct Lane {
     producer: Producer<WORDS>,
-    counts: Arc<Counts>,
+    counters: Arc<Counters>,
 }
 
 /// A thread's part in one trace.
@@ -190,8 +191,8 @@ impl Tracer {
     }
 
     /// What was emitted so far. Takes a lock; for summaries.
-    pub fn counters(&self) -> Counters {
-        self.shared.as_ref().map_or_else(Counters::default, |shared| shared.counters())
+    pub fn stats(&self) -> TraceStats {
+        self.shared.as_ref().map_or_else(TraceStats::default, |shared| shared.stats())
     }
 }
 
@@ -237,7 +238,7 @@ impl Shared {
     #[cold]
     fn lane(&self) -> Option<Lane> {
         let mut threads = self.threads();
-        let events = (threads.counts.len() + 1) * self.slots;
+        let events = (threads.counters.len() + 1) * self.slots;
         let wanted = if events <= RINGS_MAX { self.slots / 2 } else { 0 };
         let idle = threads.idle.iter_mut().map(|lane| lane.producer.free()).enumerate();
         match idle.max_by_key(|(_, free)| *free) {
@@ -263,10 +264,10 @@ impl Shared {
     }
 
     /// What was emitted so far.
-    pub fn counters(&self) -> Counters {
+    pub fn stats(&self) -> TraceStats {
         let threads = self.threads();
         let mut sum = threads.ringless;
-        threads.counts.iter().for_each(|counts| counts.add_to(&mut sum));
+        threads.counters.iter().for_each(|counters| counters.add_to(&mut sum));
         sum
     }
 
@@ -332,11 +333,11 @@ impl Lane {
     pub fn emit(&mut self, shared: &Shared, event: &Event) {
         let kind = event.kind();
         if kind != Kind::Lost {
-            increment(&self.counts.kinds[kind as usize]);
+            increment(&self.counters.kinds[kind as usize]);
         }
         let now = now_ns();
         if !self.producer.room(1 + usize::from(self.producer.has_loss())) {
-            increment(&self.counts.lost);
+            increment(&self.counters.lost);
             self.producer.lose(now);
             return;
         }

@@ -14,7 +14,7 @@ use toml::Spanned;
 use super::Nvme;
 use super::disk::{Disk, NvmeConfig, OpenError, is_block_size, is_serial};
 use crate::devices::kit::Lifecycle;
-use crate::devices::model::{Configuration, Device, Key, KeyError, Kind, Model, OwnFile, Statistics, Table};
+use crate::devices::model::{Configuration, Device, DeviceStats, Key, KeyError, Kind, Model, OwnFile, Table};
 use crate::pci::FunctionContext;
 
 /// The model.
@@ -105,9 +105,9 @@ impl Device for Opened {
         Some(&self.0.config().image)
     }
 
-    fn statistics(&self) -> Statistics {
+    fn stats(&self) -> DeviceStats {
         let counters = &self.0.counters;
-        Statistics {
+        DeviceStats {
             io_count: counters.io_count.load(Ordering::Relaxed),
             io_bytes: counters.bytes_read.load(Ordering::Relaxed) + counters.bytes_written.load(Ordering::Relaxed),
         }

@@ -65,7 +65,7 @@ pub enum OpenError {
 
 /// What was done since the image was opened, over all resets.
 #[derive(Debug, Default)]
-pub struct Counters {
+pub struct DiskCounters {
     /// I/O commands completed, with success or not.
     pub io_count: AtomicU64,
     /// Read commands among them.
@@ -97,7 +97,7 @@ pub struct Disk {
     in_memory: bool,
     opened: Instant,
     /// What was done.
-    pub counters: Counters,
+    pub counters: DiskCounters,
 }
 
 impl Disk {
@@ -134,7 +134,7 @@ impl Disk {
         let punches = !config.read_only && punch(&file, bytes, 4096).is_ok();
         let in_memory = fstatfs(&*file).is_ok_and(|found| found.filesystem_type() == TMPFS_MAGIC);
         let blocks = bytes / u64::from(block_size);
-        let (opened, counters) = (Instant::now(), Counters::default());
+        let (opened, counters) = (Instant::now(), DiskCounters::default());
         Ok(Arc::new(Disk { file, config, blocks, punches, in_memory, opened, counters }))
     }
 
@@ -212,7 +212,7 @@ impl Disk {
         id
     }
 
-    pub(super) fn count(&self, counter: impl FnOnce(&Counters) -> &AtomicU64, by: u64) {
+    pub(super) fn count(&self, counter: impl FnOnce(&DiskCounters) -> &AtomicU64, by: u64) {
         counter(&self.counters).fetch_add(by, Ordering::Relaxed);
     }
 }

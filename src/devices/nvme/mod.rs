@@ -31,7 +31,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 pub use config::MODEL;
-pub use disk::{Counters, Disk, NvmeConfig, OpenError};
+pub use disk::{Disk, DiskCounters, NvmeConfig, OpenError};
 
 use crate::devices::kit::{Interruption, Lifecycle, LoadError, SavedState, Task, trace_mmio};
 use crate::dma::Dma;

@@ -18,7 +18,7 @@ fn random_registers_and_descriptors_do_no_harm() {
     };
     let mut round = 0;
     // Until it has reached enough: how much of a round is executed before its end is the scheduler's to say.
-    while round < 100 || tracer.counters().of(Kind::Command) < 1000 {
+    while round < 100 || tracer.stats().of(Kind::Command) < 1000 {
         round += 1;
         let mut engine = setup.engine();
         // Descriptors that lead to each other, and some that lead elsewhere.
@@ -69,5 +69,5 @@ fn random_registers_and_descriptors_do_no_harm() {
         setup.faults();
     }
     drop(setup);
-    assert_eq!(tracer.counters().of(Kind::Panic), 0);
+    assert_eq!(tracer.stats().of(Kind::Panic), 0);
 }

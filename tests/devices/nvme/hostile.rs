@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use viommu::devices::nvme::Counters;
+use viommu::devices::nvme::DiskCounters;
 use viommu_trace as trace;
 use viommu_trace::Kind;
 
@@ -106,7 +106,7 @@ fn random_commands_and_registers_do_no_harm() {
     let (tracer, _trace) = trace::start(trace::Options::default()).unwrap();
     let setup = Setup::traced(64 << 20, tracer.clone(), |_| {});
     let mut random = Random(0x9e37_79b9_7f4a_7c15);
-    let count = |of: fn(&Counters) -> &AtomicU64| of(&setup.disk.counters).load(Ordering::Relaxed);
+    let count = |of: fn(&DiskCounters) -> &AtomicU64| of(&setup.disk.counters).load(Ordering::Relaxed);
     // Until it has reached enough: how much of a round is executed before its end is the scheduler's to say.
     let is_enough = || {
         let (all, bad) = (count(|c| &c.io_count) + count(|c| &c.admin_count), count(|c| &c.errors));
@@ -130,5 +130,5 @@ fn random_commands_and_registers_do_no_harm() {
         assert_eq!(driver.command(1, io(READ, 0, 8, [page, 0])).status, 0, "round {round}");
     }
     drop(setup);
-    assert_eq!(tracer.counters().of(Kind::Panic), 0);
+    assert_eq!(tracer.stats().of(Kind::Panic), 0);
 }

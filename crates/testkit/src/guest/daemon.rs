@@ -4,7 +4,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::process::{ChildStdout, ExitStatus, Stdio};
 
 use nix::sys::signal::Signal;
-use viommu::daemon::{Bound, Counts, Daemon, Options, open_devices};
+use viommu::daemon::{Bound, Daemon, DaemonStats, Options, open_devices};
 use viommu::topology::Topology;
 use viommu::topology::qemu::{self, Paths};
 
@@ -90,7 +90,7 @@ impl InProcess {
     }
 
     /// Ends it; what it did.
-    pub fn end(self) -> Counts {
+    pub fn end(self) -> DaemonStats {
         self.daemon.end()
     }
 }
