@@ -1,4 +1,4 @@
-//! What reads traces, and the results of guests, and never the live device.
+//! Reports made of traces and of guests' results. Nothing here reads the live device.
 
 pub mod merge;
 pub mod results;

@@ -1,42 +1,43 @@
-//! What a guest said of its workloads: JSON lines.
+//! The results that a guest reports of its workloads, as JSON lines.
 
 use std::io::Read;
 
 use serde_json::Value;
 
-/// Bytes of results that are read: a guest may write as much as it likes, and says little.
+/// The most bytes of results that are read. A guest has little to report, but may write without end.
 const RESULTS_MAX: u64 = 4 << 20;
 
-/// What a guest said. All strings are its own words, of any length.
+/// The results of a guest. All strings are the guest's own, of any length.
 #[derive(Debug, Default)]
 pub struct Results {
-    /// In their order.
+    /// The workloads' results, in the order in which the guest reported them.
     pub workloads: Vec<Workload>,
-    /// What went wrong.
+    /// The first error that the guest reported; `None` if nothing failed.
     pub failure: Option<String>,
 }
 
-/// What the guest said of one of its workloads.
+/// The result of one workload.
 #[derive(Debug)]
 pub struct Workload {
-    /// In a line for people.
+    /// The result in one line, for people.
     pub text: String,
-    /// Whether the guest found its data as it had written them; `None` if it did not check.
+    /// Whether the guest read back the data that it had written; `None` if it did not check.
     pub verified: Option<bool>,
 }
 
 impl Results {
-    /// Reads what a guest wrote; lines that are no results are its own noise.
+    /// Reads a guest's results. Lines that are not JSON are skipped, since a guest's programs may print to the same
+    /// place.
     pub fn read(results: impl Read) -> Results {
         let mut text = Vec::new();
-        // What was read before an error is what the guest said.
+        // After an error, what was read so far counts.
         let _ = results.take(RESULTS_MAX).read_to_end(&mut text);
         let text = String::from_utf8_lossy(&text);
         let results: Vec<Value> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
         Results { workloads: results.iter().filter_map(workload).collect(), failure: failure(&results) }
     }
 
-    /// Whether all data were found as they had been written; `None` if no workload checked that.
+    /// Whether every workload that checked its data read back what it had written; `None` if none checked.
     pub fn verified(&self) -> Option<bool> {
         let mut checks = self.workloads.iter().filter_map(|workload| workload.verified).peekable();
         checks.peek().is_some().then(|| checks.all(|verified| verified))

@@ -1,17 +1,18 @@
-//! What to add to a guest's time to get the host's, from pairs of events that must be in one order.
+//! The difference between the host's clock and the guest's, from pairs of events whose order is known.
 //!
-//! Each such pair bounds the difference of the clocks at one moment, from above or from below. The guest's clock runs a
-//! little faster or slower than the host's (it measures its own frequency), so a bound loosens by [`DRIFT_PPM`] with its
-//! distance. At each moment the difference lies between the tightest bounds; the middle is used, half of the width is
-//! its error.
+//! Each pair bounds the difference at one moment, from above or from below. The guest measures its clock's frequency
+//! itself, so its clock runs a little faster or slower than the host's, and a bound loosens by [`DRIFT_PPM`] with the
+//! distance in time. At each moment the difference lies between the tightest bounds. The offset is the middle between
+//! them, and its error is half their distance.
 //!
-//! If no difference satisfies all bounds, the clocks ran apart by more than that, or one of them was set or stood still
-//! (a guest that is paused): a new piece begins there, with bounds of its own.
+//! If no difference satisfies all bounds, the clocks drifted faster than that, or one of them was set or stood still,
+//! as that of a paused guest does. Then a new piece begins, with bounds of its own.
 
-/// How much faster or slower than the host's the guest's clock may run: parts per million.
+/// How much faster or slower than the host's clock the guest's may run, in parts per million.
 pub const DRIFT_PPM: u64 = 1000;
 
-/// What one pair says: at the guest's time `at` (ns), host time - guest time is at least or at most so much.
+/// The bound that one pair gives: at the guest's time `at` (ns), host time - guest time is at least or at most `offset`
+/// (ns).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bound {
     pub at: u64,
@@ -48,7 +49,7 @@ impl Interval {
     /// Nothing is known.
     pub const ALL: Self = Self { least: None, most: None };
 
-    /// What one bound says at its moment.
+    /// The offsets that one bound allows at its moment.
     pub fn of(bound: &Bound) -> Self {
         match bound.side {
             Side::AtLeast => Self { least: Some(bound.offset), most: None },
@@ -56,7 +57,7 @@ impl Interval {
         }
     }
 
-    /// What is left of it so many nanoseconds away.
+    /// The interval that this one implies `distance` ns earlier or later: wider by the possible drift.
     pub fn away(self, distance: u64) -> Self {
         let slack = slack(distance);
         Self {
@@ -65,7 +66,7 @@ impl Interval {
         }
     }
 
-    /// What both leave.
+    /// The intersection of both.
     pub fn and(self, other: Self) -> Self {
         let tighter = |one: Option<i64>, other: Option<i64>, choose: fn(i64, i64) -> i64| match (one, other) {
             (Some(one), Some(other)) => Some(choose(one, other)),
@@ -74,7 +75,7 @@ impl Interval {
         Self { least: tighter(self.least, other.least, i64::max), most: tighter(self.most, other.most, i64::min) }
     }
 
-    /// Whether nothing is left.
+    /// Whether no offset is allowed.
     pub fn is_empty(self) -> bool {
         matches!((self.least, self.most), (Some(least), Some(most)) if least > most)
     }
@@ -91,25 +92,26 @@ impl Interval {
     }
 }
 
-/// How far the clocks may move against each other in so many nanoseconds.
+/// How far the clocks may drift apart in `distance` ns.
 fn slack(distance: u64) -> i64 {
     i64::try_from(u128::from(distance) * u128::from(DRIFT_PPM) / 1_000_000).unwrap_or(i64::MAX)
 }
 
-/// The offset over the time of a trace.
+/// The offset in the course of a trace.
 #[derive(Clone, Debug)]
 pub struct Clock {
     pieces: Vec<Piece>,
 }
 
-/// A time within which all bounds agree: what they leave at each moment that one of them is about, in order.
+/// A period in which all bounds agree: the moments of its bounds in order, each with the offsets that all bounds allow
+/// there.
 #[derive(Clone, Debug)]
 struct Piece {
     knots: Vec<(u64, Interval)>,
 }
 
 impl Clock {
-    /// Puts bounds together; `None` if there are none.
+    /// Combines bounds, which may come in any order; `None` if there are none.
     pub fn new(mut bounds: Vec<Bound>) -> Option<Self> {
         bounds.sort_by_key(|bound| bound.at);
         let mut pieces: Vec<Piece> = Vec::new();
@@ -124,14 +126,15 @@ impl Clock {
         (!pieces.is_empty()).then_some(Self { pieces })
     }
 
-    /// The offset at a guest's time. Before the first and after the last bound the error grows with the distance.
+    /// The offset at a time of the guest's clock, in ns. Before the first bound and after the last the error grows with
+    /// the distance.
     pub fn offset(&self, at: u64) -> Offset {
         let after = self.pieces.partition_point(|piece| piece.start() <= at);
         let interval = self.pieces.get(after.saturating_sub(1)).map_or(Interval::ALL, |piece| piece.interval(at));
         interval.offset().unwrap_or(Offset { value: 0, error: None })
     }
 
-    /// When, on the guest's clock, each piece but the first begins.
+    /// The start of each piece but the first, in ns of the guest's clock.
     pub fn breaks(&self) -> impl Iterator<Item = u64> {
         self.pieces.iter().skip(1).map(Piece::start)
     }
@@ -142,7 +145,8 @@ impl Piece {
         self.knots.first().map_or(0, |(at, _)| *at)
     }
 
-    /// Adds a bound that is not before the others, tightened by them. Returns false, and adds nothing, if it contradicts.
+    /// Adds a bound that is no earlier than the others, tightened by them. Returns false, and adds nothing, if it
+    /// contradicts them.
     fn add(&mut self, at: u64, alone: Interval) -> bool {
         let before = self.knots.last().map_or(Interval::ALL, |(last, interval)| interval.away(at - last));
         let interval = alone.and(before);
@@ -153,7 +157,7 @@ impl Piece {
         true
     }
 
-    /// Tightens each moment by the bounds after it.
+    /// Tightens the interval of each moment by the bounds after it.
     fn look_back(&mut self) {
         let mut next: Option<(u64, Interval)> = None;
         for (at, interval) in self.knots.iter_mut().rev() {
@@ -189,7 +193,7 @@ mod tests {
     fn the_middle_is_taken_and_half_the_width_is_the_error() {
         let clock = Clock::new(vec![at_least(1000, 500), at_most(1000, 601), at_least(1000, 400)]).unwrap();
         assert_eq!(clock.offset(1000), Offset { value: 550, error: Some(51) });
-        // A millisecond away the clocks may have moved by a microsecond.
+        // In a millisecond the clocks may drift by a microsecond.
         assert_eq!(clock.offset(1_001_000), Offset { value: 550, error: Some(1051) });
         assert_eq!(clock.breaks().count(), 0);
     }
@@ -211,16 +215,16 @@ mod tests {
         assert_eq!(clock.breaks().collect::<Vec<_>>(), [3 * second]);
         assert_eq!(clock.offset(2 * second).value, 100);
         assert_eq!(clock.offset(4 * second), Offset { value: 5_000_000_000, error: Some(0) });
-        // What lies between belongs to the piece before; the error says how far that may be off.
+        // A moment between two pieces belongs to the earlier one, and its error grows with the distance.
         assert_eq!(clock.offset(2 * second + second / 2), Offset { value: 100, error: Some(500_000) });
     }
 
-    /// A guest's clock, and events on both sides that happen in an order.
+    /// A guest's clock, and pairs of events in a known order.
     #[derive(Clone, Debug)]
     struct World {
         start: i64,
-        /// For each stretch: how many ns until the next pair, how fast the clock moves (ppm), how long the pair takes
-        /// on its way, and which side it is about.
+        /// For each pair: the ns since the pair before, the clock's drift in that time (ppm), the ns between the pair's
+        /// two events, and whether the guest's event comes first.
         steps: Vec<(u64, i64, u64, bool)>,
     }
 
@@ -250,7 +254,8 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2_000))]
 
-        /// The truth is always within the stated error, in one piece, and no pair comes out in the wrong order.
+        /// The true offset is always within the stated error, there is one piece, and no pair comes out in the wrong
+        /// order.
         #[test]
         fn the_true_offset_is_within_the_error(world in world()) {
             let truth = world.bounds();
@@ -270,7 +275,7 @@ mod tests {
             }
         }
 
-        /// Time goes forward within a piece: a later event of the guest is never put before an earlier one.
+        /// Within a piece, a later event of the guest never comes before an earlier one.
         #[test]
         fn order_on_the_guest_s_clock_is_kept(world in world(), offsets in prop::collection::vec(0..3_000_000_000_u64, 2..40)) {
             let clock = Clock::new(world.bounds().into_iter().map(|(_, _, bound)| bound).collect()).unwrap();
@@ -281,7 +286,7 @@ mod tests {
             prop_assert!(mapped.is_sorted());
         }
 
-        /// A step that is larger than all that pairs leave open is found, and both sides of it are right.
+        /// A step that is larger than the pairs' uncertainty is found, and the times on both sides of it are right.
         #[test]
         fn a_step_is_found(world in world(), step in 1_000_000_000..1_000_000_000_000_i64, negative in any::<bool>()) {
             let mut truth = world.bounds();
@@ -292,7 +297,7 @@ mod tests {
                 bound.offset += step;
             }
             let clock = Clock::new(truth.iter().map(|(_, _, bound)| *bound).collect()).unwrap();
-            // It shows if a bound before it and one after it contradict.
+            // The step shows if a bound before it contradicts one after it.
             let sides = if negative { (Side::AtLeast, Side::AtMost) } else { (Side::AtMost, Side::AtLeast) };
             let shows = truth[..half].iter().any(|(_, _, bound)| bound.side == sides.0)
                 && truth[half..].iter().any(|(_, _, bound)| bound.side == sides.1);

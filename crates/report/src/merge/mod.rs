@@ -1,4 +1,4 @@
-//! One trace of the device's events and the guest's, on the host's clock.
+//! Merges a trace of the device and one of the guest into one trace on the host's clock.
 
 mod clock;
 mod spans;
@@ -11,10 +11,10 @@ use spans::{GuestStep, HostSpans, guest_spans};
 use tie::Tied;
 use viommu_trace::{ClockLine, GuestTime, Item, ReadError, TraceFile, split_time};
 
-/// Why two traces cannot be made one.
+/// Why two traces cannot be merged.
 #[derive(Debug, thiserror::Error)]
 pub enum MergeError {
-    /// It does not begin as such a trace does.
+    /// The guest's trace does not begin with a guest's hello.
     #[error("This is no trace of a guest: its first line is not a hello of source \"guest\"")]
     NoGuestTrace,
     /// The clocks cannot be compared.
@@ -24,7 +24,7 @@ pub enum MergeError {
          dma_iova), and these must not be so regular that several clocks fit"
     )]
     Untied,
-    /// Reading failed, or another version wrote it.
+    /// A trace cannot be read.
     #[error("Cannot read the {whose} trace")]
     Read {
         /// `device's` or `guest's`.
@@ -45,57 +45,58 @@ fn of_guest(source: impl Into<ReadError>) -> MergeError {
     MergeError::Read { whose: "guest's", source: source.into() }
 }
 
-/// What was merged.
+/// The result of a merge.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Report {
     /// Events of the device.
     pub host: usize,
     /// Events of the guest.
     pub guest: usize,
-    /// Pairs that tie the clocks.
+    /// Pairs of events that tie the clocks.
     pub pairs: usize,
-    /// How often the clocks had to be tied anew.
+    /// How often the clocks had to be tied again after the first time.
     pub breaks: usize,
-    /// The largest error of an event's time, ns; `None` if there is one whose error cannot be said.
+    /// The largest error of a guest event's time, ns; `None` if the error of one of them is not known.
     pub error: Option<u64>,
-    /// Lines that were left out, as they are no events of such a trace (one that was cut off, for example).
+    /// Lines that were left out because they are not events of such a trace; one that was cut off, for example.
     pub skipped: usize,
-    /// Events of the guest that were left out: of a life in which nothing ties the clocks.
+    /// Events of the guest that were left out because nothing ties the clocks in their boot.
     pub untied: usize,
 }
 
-/// Whose line it is.
+/// Where a line comes from.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Source {
     Host,
-    /// Of this life of the guest.
+    /// The guest, in the boot with this index.
     Guest(u32),
-    /// The clock of this life is tied from here on.
+    /// The merge itself: the clock of the boot with this index is tied from here on.
     Clock(u32),
 }
 
 /// A line of the merged trace.
 struct Entry {
-    /// The host's, ns.
+    /// On the host's clock, ns.
     time: i64,
-    /// Where the line begins in its file; of a clock: when, on the guest's.
+    /// The offset of the line in its file; for a [`Source::Clock`], the time on the guest's clock, ns.
     at: u64,
     source: Source,
 }
 
-/// What is read of one life of the guest: its clock begins anew with each.
+/// One boot of the guest. The guest's clock starts again with each.
 #[derive(Default)]
-struct Life {
-    /// The time of each line, and where the line begins in the file. In the order of time.
+struct Boot {
+    /// The time of each line, ns, and the line's offset in the file. In the order of time.
     lines: Vec<(u64, u64)>,
     /// In the order of time.
     steps: Vec<GuestStep>,
 }
 
-/// Merges a trace of the device and one of the guest into one of JSON lines, in the order of time. Both are read twice.
+/// Merges a trace of the device and one of the guest, and writes JSON lines in the order of time. Both traces are read
+/// twice.
 ///
 /// # Errors
-/// If one of them is something else, or nothing ties them.
+/// If a trace cannot be read or is of another kind, if no event ties their clocks, or if writing to `out` fails.
 pub fn merge(
     host: &mut TraceFile<impl Read + Seek>,
     guest: &mut TraceFile<impl Read + Seek>,
@@ -104,17 +105,17 @@ pub fn merge(
     let mut report = Report { error: Some(0), ..Report::default() };
     let mut merged = Vec::new();
     let spans = read_host(host, &mut merged, &mut report, out)?;
-    let mut lives = read_lives(guest, &mut report)?;
-    let steps: Vec<_> = lives.iter_mut().map(|life| guest_spans(std::mem::take(&mut life.steps))).collect();
+    let mut boots = read_boots(guest, &mut report)?;
+    let steps: Vec<_> = boots.iter_mut().map(|boot| guest_spans(std::mem::take(&mut boot.steps))).collect();
     let tied = tie::tie(&steps, &spans);
     drop((steps, spans));
     if tied.iter().all(Option::is_none) {
         return Err(MergeError::Untied);
     }
-    for ((life, number), tied) in lives.into_iter().zip(0..).zip(&tied) {
+    for ((boot, number), tied) in boots.into_iter().zip(0..).zip(&tied) {
         match tied {
-            Some(tied) => place(&life, number, tied, &mut merged, &mut report),
-            None => report.untied += life.lines.len(),
+            Some(tied) => place(&boot, number, tied, &mut merged, &mut report),
+            None => report.untied += boot.lines.len(),
         }
     }
     merged.sort_by_key(|entry| entry.time);
@@ -123,15 +124,15 @@ pub fn merge(
         line.clear();
         match entry.source {
             Source::Host => host.append_line(entry.at, &mut line).map_err(of_device)?,
-            Source::Guest(life) => {
-                let Some(Tied { clock, .. }) = &tied[life as usize] else { continue };
+            Source::Guest(boot) => {
+                let Some(Tied { clock, .. }) = &tied[boot as usize] else { continue };
                 said.clear();
                 guest.append_line(entry.at, &mut said).map_err(of_guest)?;
                 let Some((at, rest)) = split_time(&said) else { continue };
                 guest_time(at, clock).put_line(rest, &mut line);
             }
-            Source::Clock(life) => {
-                let Some(Tied { pairs, clock }) = &tied[life as usize] else { continue };
+            Source::Clock(boot) => {
+                let Some(Tied { pairs, clock }) = &tied[boot as usize] else { continue };
                 let time = guest_time(entry.at, clock);
                 ClockLine { time, offset_ns: clock.offset(entry.at).value, pairs: *pairs as u64 }.put_line(&mut line);
             }
@@ -142,7 +143,7 @@ pub fn merge(
     Ok(report)
 }
 
-/// Reads the device's trace. Its hello is written at once.
+/// Reads the device's trace, and writes its hello to `out`.
 fn read_host(
     host: &mut TraceFile<impl Read + Seek>,
     merged: &mut Vec<Entry>,
@@ -178,12 +179,12 @@ fn read_host(
 }
 
 /// Reads the guest's trace.
-fn read_lives(guest: &mut TraceFile<impl Read + Seek>, report: &mut Report) -> Result<Vec<Life>, MergeError> {
-    let mut lives: Vec<Life> = Vec::new();
+fn read_boots(guest: &mut TraceFile<impl Read + Seek>, report: &mut Report) -> Result<Vec<Boot>, MergeError> {
+    let mut boots: Vec<Boot> = Vec::new();
     while let Some(entry) = guest.next_entry().map_err(of_guest)? {
         let (time, step) = match &entry.item {
             Item::GuestHello { time_ns } => {
-                lives.push(Life::default());
+                boots.push(Boot::default());
                 (*time_ns, None)
             }
             Item::Guest(event) => (event.time_ns, GuestStep::new(event)),
@@ -194,34 +195,34 @@ fn read_lives(guest: &mut TraceFile<impl Read + Seek>, report: &mut Report) -> R
             }
             Item::Hello | Item::Event(_) => return Err(MergeError::NoGuestTrace),
         };
-        // The time stands first, so that it can be exchanged.
+        // The time must be the first member, since it is replaced.
         if split_time(guest.line()).is_none() {
             report.skipped += 1;
             continue;
         }
-        let life = lives.last_mut().ok_or(MergeError::NoGuestTrace)?;
-        life.lines.push((time, entry.at));
-        life.steps.extend(step);
+        let boot = boots.last_mut().ok_or(MergeError::NoGuestTrace)?;
+        boot.lines.push((time, entry.at));
+        boot.steps.extend(step);
     }
-    if lives.is_empty() {
+    if boots.is_empty() {
         return Err(MergeError::NoGuestTrace);
     }
-    for life in &mut lives {
-        life.lines.sort_unstable();
-        life.steps.sort_by_key(|step| step.at);
+    for boot in &mut boots {
+        boot.lines.sort_unstable();
+        boot.steps.sort_by_key(|step| step.at);
     }
-    Ok(lives)
+    Ok(boots)
 }
 
-/// Puts the lines of a life where they belong on the host's clock.
-fn place(life: &Life, number: u32, Tied { pairs, clock }: &Tied, merged: &mut Vec<Entry>, report: &mut Report) {
+/// Adds the lines of a boot to the merged trace, at their times on the host's clock.
+fn place(boot: &Boot, number: u32, Tied { pairs, clock }: &Tied, merged: &mut Vec<Entry>, report: &mut Report) {
     report.pairs += pairs;
     report.breaks += clock.breaks().count();
-    report.guest += life.lines.len();
-    let starts = life.lines.first().map(|(t, _)| *t).into_iter().chain(clock.breaks());
+    report.guest += boot.lines.len();
+    let starts = boot.lines.first().map(|(t, _)| *t).into_iter().chain(clock.breaks());
     let source = Source::Clock(number);
     merged.extend(starts.map(|at| Entry { time: nanoseconds(host_time(at, clock)), at, source }));
-    for &(t, at) in &life.lines {
+    for &(t, at) in &boot.lines {
         let error = clock.offset(t).error;
         report.error = report.error.zip(error).map(|(one, other)| one.max(other));
         merged.push(Entry { time: nanoseconds(host_time(t, clock)), at, source: Source::Guest(number) });
@@ -232,7 +233,7 @@ fn host_time(at: u64, clock: &Clock) -> i128 {
     i128::from(at) + i128::from(clock.offset(at).value)
 }
 
-/// As what lines are sorted by; clocks do not come as far as where this is wrong.
+/// Saturates. No clock gets as far as that.
 fn nanoseconds(time: i128) -> i64 {
     i64::try_from(time).unwrap_or(if time < 0 { i64::MIN } else { i64::MAX })
 }

@@ -1,4 +1,4 @@
-//! What each side says of the operations that both of them see.
+//! The operations that both the guest and the device trace, as each side saw them.
 //!
 //! | in the guest, before | of the device, with its start and end | in the guest, after |
 //! |---|---|---|
@@ -16,13 +16,13 @@ use viommu_wire::model::Model;
 use viommu_wire::nvme;
 use viommu_wire::request::RequestType;
 
-/// The granule of the addresses that are compared.
+/// The granule to which addresses are rounded before they are compared.
 const GRANULE: u64 = 4096;
 
-/// What both sides say of an operation. It comes back in the course of a trace.
+/// What identifies an operation on both sides. The same key may occur several times in a trace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Key {
-    /// A tag, and the address behind the last one that was linked.
+    /// A tag, and the address behind the last byte that was linked.
     Link(u64, u64),
     /// A tag, and the first address.
     Unlink(u64, u64),
@@ -32,19 +32,20 @@ pub enum Key {
     Command { endpoint: u32, queue: u16, cid: u16, opcode: u8, slba: u64 },
 }
 
-/// What the guest traced of an operation.
+/// An operation as the guest traced it. Times are of the guest's clock, ns.
 #[derive(Debug)]
 pub struct GuestSpan {
     pub key: Key,
-    /// Before the device began.
+    /// A time before the device began.
     pub before: Option<u64>,
-    /// After the device had ended; from then on it may use what was linked.
+    /// A time after the device had ended. From then on it may use what was linked.
     pub after: Option<u64>,
-    /// When it does not use that any more.
+    /// A time after which the device no longer uses what was linked.
     pub unused: Option<u64>,
 }
 
-/// When the device did it, and when it used what was linked first and last.
+/// An operation as the device traced it. Times are of the host's clock, ns; `used` are the first and the last access to
+/// what was linked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HostSpan {
     pub start: u64,
@@ -54,9 +55,9 @@ pub struct HostSpan {
 
 /// The device's operations.
 pub struct HostSpans {
-    /// In the order of the keys, those of one key in the order of their times, once all were added.
+    /// Sorted by key, then by start, once [`HostSpans::sort`] was called.
     spans: Vec<(Key, HostSpan)>,
-    /// What is linked: by tag, the ranges with their LINKs' places among the spans.
+    /// The ranges that are linked, by tag, each with the index of its LINK in `spans`.
     linked: HashMap<u64, Vec<(u64, u64, usize)>>,
 }
 
@@ -66,7 +67,7 @@ impl HostSpans {
         HostSpans { spans: Vec::new(), linked: HashMap::new() }
     }
 
-    /// Takes note of an event. Events come in their order.
+    /// Adds an event. Events must be added in the order of the trace.
     pub fn add(&mut self, &Stamped { time_ns, event, .. }: &Stamped) {
         if let Event::Dma { iova, tag, .. } = event {
             self.access(time_ns, iova, tag);
@@ -83,7 +84,7 @@ impl HostSpans {
         self.spans.push((key, HostSpan { start: time_ns.saturating_sub(duration), end: time_ns, used: None }));
     }
 
-    /// An access through what a LINK linked. After an UNLINK with its tag nothing is known any more.
+    /// Notes an access through a range that a LINK linked. After an UNLINK with the tag no range of the tag is known.
     fn access(&mut self, time: u64, iova: u64, tag: u64) -> Option<()> {
         let linked = self.linked.get(&chosen(tag)?)?;
         let (.., index) = linked.iter().rfind(|(start, end, _)| (*start..*end).contains(&iova))?;
@@ -93,17 +94,17 @@ impl HostSpans {
         Some(())
     }
 
-    /// All events were added.
+    /// Ends the adding of events, and makes [`HostSpans::of`] usable.
     pub fn sort(&mut self) {
         self.linked = HashMap::new();
         self.spans.sort_unstable_by_key(|(key, span)| (*key, span.start));
     }
 
-    /// The operations with this key, in the order of their times.
+    /// The operations with this key, in the order of their starts.
     pub fn of(&self, key: &Key) -> &[(Key, HostSpan)] {
         let first = self.spans.partition_point(|(other, _)| other < key);
         let rest = &self.spans[first..];
-        // Most have few.
+        // Most keys have few operations, so the end is searched in growing steps.
         let mut len = 1;
         while rest.get(len - 1).is_some_and(|(other, _)| other == key) {
             len *= 2;
@@ -113,7 +114,7 @@ impl HostSpans {
     }
 }
 
-/// What an event is about, and how long the device took for it.
+/// The key of the operation that an event reports, and how long the device took for it, ns.
 fn key(event: &Event) -> Option<(Key, u64)> {
     match *event {
         Event::Split { request, virt_start, virt_end, tag, duration, .. } => {
@@ -135,41 +136,41 @@ fn key(event: &Event) -> Option<(Key, u64)> {
     }
 }
 
-/// A tag that somebody chose.
+/// The tag, or `None` for 0, which stands for no tag.
 fn chosen(tag: u64) -> Option<u64> {
     (tag != 0).then_some(tag)
 }
 
-/// An event of the guest, as far as it matters.
+/// An event of the guest that is part of an operation.
 #[derive(Clone, Copy, Debug)]
 pub struct GuestStep {
-    /// The guest's time, ns.
+    /// On the guest's clock, ns.
     pub at: u64,
     cpu: Option<u32>,
     step: Step,
 }
 
-/// A range of addresses: the first, and the granule behind the last.
+/// A range of addresses: the first one, and the end of the last granule.
 type Range = (u64, u64);
 
 #[derive(Clone, Copy, Debug)]
 enum Step {
-    /// Something was linked.
+    /// A range was linked.
     Link { tag: u64, range: Range },
-    /// What was linked is there (`waited`), or not.
+    /// The links of a range were synchronized. `waited`: the device has done them.
     Sync { tag: u64, range: Range, waited: bool },
-    /// What was linked goes.
+    /// The guest is about to unlink what was linked.
     Unlink { tag: u64, start: u64 },
-    /// The reservation goes.
+    /// The guest is about to release the reservation.
     Release { tag: u64, start: u64 },
-    /// A command is sent.
+    /// A command is about to be sent.
     Setup(Key),
     /// A command was completed.
     Complete { endpoint: u32, queue: u16, cid: u16 },
 }
 
 impl GuestStep {
-    /// `None`: the event does not matter, or lacks what it has to have.
+    /// `None` if the event is part of no operation, or lacks a field that such an event has.
     pub fn new(event: &GuestEvent) -> Option<Self> {
         let fields = &event.fields;
         let step = match event.name.as_str() {
@@ -201,38 +202,38 @@ impl GuestStep {
     }
 }
 
-/// An event's tag and addresses.
+/// The tag and the addresses of an event.
 fn range(event: &GuestEvent) -> Option<(u64, Range)> {
     let (tag, start) = (chosen(event.fields.tag?)?, event.fields.iova?);
     let end = start.checked_add(event.fields.size?)?.checked_next_multiple_of(GRANULE)?;
     Some((tag, (start, end)))
 }
 
-/// Where the granule of an event's address begins.
+/// The start of the granule that an event's address is in.
 fn granule(event: &GuestEvent) -> Option<u64> {
     Some(event.fields.iova? / GRANULE * GRANULE)
 }
 
-/// A link that was not waited for yet.
+/// A link that no sync has covered yet.
 struct OpenLink {
     at: u64,
     cpu: Option<u32>,
     range: Range,
 }
 
-/// Makes operations of the events of one life of the guest.
+/// Collects the operations of one boot of the guest from its events.
 #[derive(Default)]
 struct Guest {
     spans: Vec<GuestSpan>,
     /// By tag.
     links: HashMap<u64, Vec<OpenLink>>,
-    /// LINKs that may be in use: by tag, where they are among the spans.
+    /// LINKs that may be in use: their indexes in `spans`, by tag.
     in_use: HashMap<u64, Vec<usize>>,
-    /// Commands that were sent, by endpoint, queue and identifier.
+    /// Commands that were sent and did not complete yet, by endpoint, queue and command identifier.
     commands: HashMap<(u32, u16, u16), GuestSpan>,
 }
 
-/// The operations of one life of the guest, in the order of their first times, from its events in the order of theirs.
+/// The operations of one boot of the guest, in the order of their first times. `events` must be in the order of time.
 pub fn guest_spans(events: impl IntoIterator<Item = GuestStep>) -> Vec<GuestSpan> {
     let mut guest = Guest::default();
     for event in events {
@@ -260,8 +261,9 @@ impl Guest {
         }
     }
 
-    /// A sync comes after the answers to all links of its range. Its LINK was posted after the event of the last link in
-    /// it, if no other processor was at work there: another one could have posted it before that event was written.
+    /// A sync comes after the answers to all links of its range. Their LINK was posted after the event of the last of
+    /// these links, if all of them were made on the sync's CPU. Another CPU could have posted the LINK before that
+    /// event was written.
     fn sync(&mut self, at: u64, cpu: Option<u32>, tag: u64, (start, end): Range, waited: bool) {
         let Some(open) = self.links.remove(&tag) else { return };
         let alone = open.iter().all(|link| link.cpu == cpu);
@@ -277,7 +279,7 @@ impl Guest {
         }
     }
 
-    /// What ends links is written before its request is posted.
+    /// The events that end links are written before the request is posted.
     fn end(&mut self, at: u64, tag: u64, key: Key) {
         self.links.remove(&tag);
         for index in self.in_use.remove(&tag).unwrap_or_default() {
@@ -292,12 +294,12 @@ impl Guest {
     fn setup(&mut self, at: u64, key: Key) {
         let Key::Command { endpoint, queue, cid, .. } = key else { return };
         let span = GuestSpan { key, before: Some(at), after: None, unused: None };
-        // The completion of one that is sent again was not seen.
+        // If a command with the same identifier was pending, its completion was not traced.
         self.spans.extend(self.commands.insert((endpoint, queue, cid), span));
     }
 }
 
-/// What follows for the clocks if the two are one operation.
+/// The bounds on the clocks' difference that hold if `span` and `host` are the same operation.
 pub fn bounds(span: &GuestSpan, host: &HostSpan) -> impl Iterator<Item = Bound> {
     let bound = |at: Option<u64>, time: u64, side| {
         let offset = i64::try_from(i128::from(time) - i128::from(at?)).ok()?;

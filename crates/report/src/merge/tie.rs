@@ -1,9 +1,10 @@
-//! Which operations of the guest and of the device are the same, and what follows for their clocks.
+//! Matches operations of the guest with operations of the device, and derives the guest's clock from that.
 //!
-//! Both sides say a key of each, which comes back in the course of a trace. Those whose key occurs once are the same. From
-//! there the clock is followed, forwards and backwards: what is tied already leaves so little open that only one
-//! operation of the device with the right key is possible. Where nothing is tied, the first clock is searched: a queue that
-//! is kept full with the same commands again and again looks alike wherever one lays it, but for how long each took.
+//! Both sides give each operation a key, but keys repeat in the course of a trace. Two operations whose key occurs once
+//! on each side are the same. From such a pair the clock is followed, forwards and backwards: the pairs that are known
+//! leave so little uncertainty that only one operation of the device with the right key is possible. Where no key is
+//! unique, as with a queue that is kept full with the same few commands, a first clock is searched: only the durations
+//! of the operations tell where the two traces fit.
 
 use std::cmp::Reverse;
 use std::collections::HashSet;
@@ -13,73 +14,73 @@ use std::ptr;
 use super::clock::{Bound, Clock, Interval};
 use super::spans::{GuestSpan, HostSpan, HostSpans, Key, bounds};
 
-/// After so many operations without a possible partner the clock is taken for lost.
+/// The clock counts as lost after this many operations without a possible partner.
 const LOST: usize = 64;
 
-/// Operations in a row without a partner among which a clock is searched.
+/// The fewest operations without a partner, in a row, among which a clock is searched.
 const STRETCH: usize = 32;
 
-/// How often the part in which a clock is searched is cut in two.
+/// How often a stretch in which a clock was searched is halved, to search in both halves.
 const CUTS: u32 = 4;
 
-/// Operations that vote, at most.
+/// The most operations that vote.
 const VOTERS: usize = 256;
 
-/// Votes that are counted at once, at most.
+/// The most votes that are counted at once.
 const VOTES: usize = 200_000;
 
-/// Clocks that are tried, at most.
+/// The most clocks that are tried.
 const CANDIDATES: usize = 4096;
 
-/// Operations that are looked at in one comparison of clocks, at most: each clock looks at all that are near.
+/// The most operations that are looked at in one comparison of clocks. Each clock looks at all operations nearby.
 const LOOKS: usize = 1 << 25;
 
-/// How many pairs were found in a life of the guest, and the clock that follows.
+/// The number of pairs that were found in a boot of the guest, and the clock that they give.
 pub struct Tied {
     pub pairs: usize,
     pub clock: Clock,
 }
 
-/// Finds the clock of each life of the guest; `None` for one in which nothing could be tied. The operations of each are
-/// in the order of their times.
-pub fn tie(lives: &[Vec<GuestSpan>], host: &HostSpans) -> Vec<Option<Tied>> {
-    let mut keys: Vec<Key> = lives.iter().flatten().map(|span| span.key).collect();
+/// Finds the clock of each boot of the guest; `None` for a boot in which no operation could be tied. The operations of
+/// each boot must be in the order of their first times.
+pub fn tie(boots: &[Vec<GuestSpan>], host: &HostSpans) -> Vec<Option<Tied>> {
+    let mut keys: Vec<Key> = boots.iter().flatten().map(|span| span.key).collect();
     keys.sort_unstable();
     let is_unique = |key: &Key| keys.get(keys.partition_point(|other| other < key) + 1) != Some(key);
-    lives.iter().map(|spans| tie_life(spans, host, is_unique)).collect()
+    boots.iter().map(|spans| tie_boot(spans, host, is_unique)).collect()
 }
 
-fn tie_life(spans: &[GuestSpan], host: &HostSpans, is_unique: impl Fn(&Key) -> bool) -> Option<Tied> {
+fn tie_boot(spans: &[GuestSpan], host: &HostSpans, is_unique: impl Fn(&Key) -> bool) -> Option<Tied> {
     let unique = |span: &GuestSpan| match host.of(&span.key) {
         [(_, one)] if is_unique(&span.key) => Some(one),
         _ => None,
     };
-    let mut life = Life { spans, host, partners: spans.iter().map(unique).collect() };
-    life.follow();
-    life.search(0..spans.len(), CUTS);
-    let pairs = spans.iter().zip(&life.partners).filter_map(|(span, partner)| Some((span, (*partner)?)));
+    let mut boot = Boot { spans, host, partners: spans.iter().map(unique).collect() };
+    boot.follow();
+    boot.search(0..spans.len(), CUTS);
+    let pairs = spans.iter().zip(&boot.partners).filter_map(|(span, partner)| Some((span, (*partner)?)));
     let clock = Clock::new(pairs.clone().flat_map(|(span, partner)| bounds(span, partner)).collect())?;
     Some(Tied { pairs: pairs.count(), clock })
 }
 
-/// When the guest was about to have it done.
+/// The first time of an operation, on the guest's clock.
 fn begin(span: &GuestSpan) -> u64 {
     span.before.or(span.after).unwrap_or(0)
 }
 
-/// Whether both its begin and its end are known, so that its partner can be told by the time.
+/// Whether both times are known, so that the time tells which partner is right.
 fn is_whole(span: &GuestSpan) -> bool {
     span.before.is_some() && span.after.is_some()
 }
 
-/// What the offset can be at a moment of the guest's clock.
+/// The possible offsets at a moment of the guest's clock.
 #[derive(Clone, Copy, Debug)]
 struct Cursor {
     at: u64,
     interval: Interval,
 }
 
-/// What of the device may be the same as an operation of the guest.
+/// The operations of the device that an operation of the guest may be.
 enum Possible<'a> {
     None,
     One(&'a HostSpan),
@@ -87,7 +88,7 @@ enum Possible<'a> {
 }
 
 impl Cursor {
-    /// What two that are the same say.
+    /// The offsets that one pair allows.
     fn new(span: &GuestSpan, partner: &HostSpan) -> Self {
         let start = Cursor { at: begin(span), interval: Interval::ALL };
         start.with(span, partner).unwrap_or(start)
@@ -97,7 +98,7 @@ impl Cursor {
         self.interval.away(time.abs_diff(self.at))
     }
 
-    /// Moved to this operation, and tightened by what it says; `None` if that contradicts.
+    /// The cursor moved to this operation and tightened by its pair's bounds; `None` if they contradict it.
     fn with(&self, span: &GuestSpan, partner: &HostSpan) -> Option<Self> {
         let at = begin(span);
         let alone = |bound: Bound| Interval::of(&bound).away(bound.at.abs_diff(at));
@@ -105,7 +106,7 @@ impl Cursor {
         (!interval.is_empty()).then_some(Cursor { at, interval })
     }
 
-    /// Which of these, all with its key, an operation can be.
+    /// Which of `several`, all with the operation's key, it can be.
     fn possible<'a>(&self, span: &GuestSpan, several: &'a [(Key, HostSpan)]) -> Possible<'a> {
         let (Some(before), Some(after)) = (span.before, span.after) else { return Possible::Several };
         let (Some(least), Some(most)) = (self.at(before).least, self.at(after).most) else { return Possible::Several };
@@ -125,15 +126,15 @@ impl Cursor {
     }
 }
 
-/// A life of the guest, and what of it is tied.
-struct Life<'a> {
+/// A boot of the guest, with the pairs that are known.
+struct Boot<'a> {
     spans: &'a [GuestSpan],
     host: &'a HostSpans,
     partners: Vec<Option<&'a HostSpan>>,
 }
 
-impl<'a> Life<'a> {
-    /// Finds the partners of those near others that have one.
+impl<'a> Boot<'a> {
+    /// Finds partners for operations near others that have one.
     fn follow(&mut self) {
         for backwards in [false, true] {
             let mut found = Vec::new();
@@ -153,7 +154,8 @@ impl<'a> Life<'a> {
         }
     }
 
-    /// Goes from one operation to the next with what the clock can be, and finds partners. Returns what it can be in the end.
+    /// Goes from one operation to the next, keeps track of the possible offsets, and passes each partner that it finds
+    /// to `found`. Returns the possible offsets at the end.
     fn walk(
         &self,
         order: impl Iterator<Item = usize>,
@@ -164,7 +166,7 @@ impl<'a> Life<'a> {
         for index in order {
             let span = &self.spans[index];
             if let Some(partner) = self.partners[index] {
-                // What contradicts begins anew: the clock was set, or stood still.
+                // A contradiction means that the clock was set or stood still: start again from this pair.
                 let next = cursor.and_then(|cursor| cursor.with(span, partner));
                 cursor = next.or_else(|| Some(Cursor::new(span, partner)));
                 missed = 0;
@@ -189,7 +191,7 @@ impl<'a> Life<'a> {
         cursor
     }
 
-    /// Searches a clock where nothing is tied.
+    /// Searches for a clock where no operation has a partner.
     fn search(&mut self, within: Range<usize>, cuts: u32) {
         for stretch in self.untied(within) {
             if let Some((middle, seed)) = self.seed(&stretch) {
@@ -209,15 +211,15 @@ impl<'a> Life<'a> {
         }
     }
 
-    /// Whether most of these are not the partners of others yet. Where the device's trace lacks what the guest did, something
-    /// that it did before may look the same.
+    /// Whether most of these partners are still free. Where the device's trace lacks a part, an earlier part may look
+    /// the same.
     fn are_free(&self, found: &[(usize, &HostSpan)]) -> bool {
         let taken: HashSet<*const HostSpan> =
             self.partners.iter().flatten().map(|partner| ptr::from_ref(*partner)).collect();
         found.iter().filter(|(_, partner)| taken.contains(&ptr::from_ref(*partner))).count() * 2 < found.len()
     }
 
-    /// Where many in a row have no partner.
+    /// The stretches in which many operations in a row have no partner.
     fn untied(&self, within: Range<usize>) -> Vec<Range<usize>> {
         let mut stretches = Vec::new();
         let (mut start, mut count) = (within.start, 0);
@@ -234,8 +236,9 @@ impl<'a> Life<'a> {
         stretches
     }
 
-    /// What the offset can be in the middle of a stretch, and where that is. Each operation there votes for all offsets that
-    /// would put it together with one of the device; then those with nearly as many votes as the best are followed.
+    /// The middle of a stretch, and the possible offsets there. Each operation nearby votes for every offset that would
+    /// match it with one of the device. Then the clocks with nearly as many votes as the best are followed and
+    /// compared.
     fn seed(&self, stretch: &Range<usize>) -> Option<(usize, Cursor)> {
         let middle = stretch.start + stretch.len() / 2;
         let at = begin(&self.spans[middle]);
@@ -244,7 +247,8 @@ impl<'a> Life<'a> {
         Some((middle, self.best(stretch, middle, rivals)?))
     }
 
-    /// For each of some operations around the middle, the offsets that would put it together with another, apart from each other.
+    /// The votes of operations around the middle: for each, the offsets that would match it with one of the device, as
+    /// disjoint ranges.
     fn votes(&self, stretch: &Range<usize>, middle: usize) -> Vec<Vec<(i64, i64)>> {
         let at = begin(&self.spans[middle]);
         let nearest =
@@ -278,8 +282,8 @@ impl<'a> Life<'a> {
         votes
     }
 
-    /// The one of several with which the times that passed between operations fit best, and which ties the most, if there is
-    /// one that is clearly better than all others. `None` also if too many stay alike for too long.
+    /// The rival that is clearly better than all others: with it the times between operations fit best, and it ties the
+    /// most operations. `None` if there is none, or if too many rivals stay equal for too long.
     fn best(&self, stretch: &Range<usize>, middle: usize, mut rivals: Vec<Cursor>) -> Option<Cursor> {
         let mut reach = 1 << 10;
         loop {
@@ -291,12 +295,12 @@ impl<'a> Life<'a> {
             let most = fits.iter().map(|fit| fit.pairs).max()?;
             fits.retain(|fit| fit.pairs >= STRETCH / 2 && fit.pairs * 4 >= most);
             let (misfit, pairs) = fits.iter().map(|fit| (fit.misfit, fit.pairs)).min()?;
-            // Five times what chance makes of a median.
+            // Five times the deviation that a median of so many values has by chance.
             let limit = misfit.saturating_add(misfit.saturating_mul(5) / pairs.isqrt() as u64);
             fits.retain(|fit| fit.misfit <= limit);
             let most = fits.iter().map(|fit| fit.pairs).max()?;
             fits.retain(|fit| fit.pairs * 10 > most * 9);
-            // Two that came together are one.
+            // Two rivals that ended at the same offset are one.
             fits.dedup_by(|one, other| match (one.end, other.end) {
                 (Some(one), Some(other)) => !one.at(other.at).and(other.interval).is_empty(),
                 _ => false,
@@ -310,7 +314,7 @@ impl<'a> Life<'a> {
         }
     }
 
-    /// Follows a clock from the middle to both ends.
+    /// Follows a clock from the middle to both ends, and says how well it fits.
     fn fit(&self, seed: Cursor, first: usize, middle: usize, last: usize) -> Fit {
         let mut misfits = Vec::new();
         let mut previous: Option<(u64, u64)> = None;
@@ -331,22 +335,22 @@ impl<'a> Life<'a> {
     }
 }
 
-/// How well a clock fits.
+/// How well a clock fits the operations.
 struct Fit {
     seed: Cursor,
-    /// How many it ties.
+    /// The number of operations that it ties.
     pairs: usize,
-    /// By how much the time that passes from the end of one to the end of the next differs between the guest and the device,
-    /// ns: the median.
+    /// The median, over all pairs, of how much the time since the end of the pair before differs between the guest and
+    /// the device, ns.
     misfit: u64,
-    /// Where the clock was at the last operation.
+    /// The possible offsets at the last operation.
     end: Option<Cursor>,
 }
 
-/// The offsets for which nearly as many vote as for the best, if that is at least half of all.
+/// The offsets with nearly as many votes as the best. None, if the best has less than half of all voters.
 fn candidates(votes: Vec<Vec<(i64, i64)>>) -> Vec<Interval> {
     let voters = votes.len();
-    // What ends at an offset still counts there.
+    // Ranges include their ends, and the sort puts a start before an end at the same offset.
     let mut edges: Vec<(i64, bool)> =
         votes.into_iter().flatten().flat_map(|(least, most)| [(least, false), (most, true)]).collect();
     edges.sort_unstable();
@@ -374,7 +378,7 @@ fn candidates(votes: Vec<Vec<(i64, i64)>>) -> Vec<Interval> {
             None => {}
         }
     }
-    // Too many that are as good as the best: any choice would be a guess.
+    // Too many are as good as the best. To pick some would be a guess.
     if found.iter().filter(|(high, _)| *high == most).count() > CANDIDATES {
         return Vec::new();
     }
@@ -389,8 +393,8 @@ mod tests {
     use super::*;
     use viommu_trace::{Item, TraceFile};
 
-    /// A world in which the host's clock is 1 s ahead. Each I/O takes 100 µs and uses the same tag, address and command
-    /// identifier; blocks differ, but for the first two.
+    /// Traces in which the host's clock is 1 s ahead. Each I/O takes 100 µs and uses the same tag, address and command
+    /// identifier. All blocks but the first two differ.
     fn lines(count: u64) -> (Vec<String>, Vec<String>) {
         let (mut host, mut guest) = (Vec::new(), Vec::new());
         for n in 0..count {
@@ -453,7 +457,7 @@ mod tests {
         // 18 commands are unique; with them 2 commands and 20 LINKs. A RELEASE has no later bound.
         assert_eq!(pairs, 18 + 2 + 20);
         assert_eq!(clock.breaks().count(), 0);
-        // From 1 µs after the link to 1 µs before the sync's return, and some for the drift.
+        // The LINK begins 1 µs after the link's event and ends 1 µs before the sync's. The drift adds a little.
         let offset = clock.offset(1_000_000 + 10 * 100_000 + 5_000);
         assert!(offset.value.abs_diff(1_000_000_000) <= 10 && offset.error.unwrap() <= 1_010, "{offset:?}");
     }
@@ -484,16 +488,17 @@ mod tests {
         assert_eq!(tied(&host, &guest).unwrap().clock.offset(1_005_000).error, None);
     }
 
-    /// What the host's clock is ahead in the steady worlds, at the guest's time 0.
+    /// By how much the host's clock is ahead in the steady traces at the guest's time 0, ns.
     const AHEAD: u64 = 5_000_000_000;
 
-    /// The host's time: its clock runs 200 ppm faster.
+    /// The host's time at a guest's time. The host's clock runs 200 ppm faster.
     fn on_host(at: u64) -> u64 {
         at + AHEAD + at / 5_000
     }
 
-    /// A queue that is kept full with commands on few blocks: each has its lines, `jitter` ns apart from the others at most.
-    /// Linux counts in the upper four bits of an identifier how often it was used.
+    /// The traces of a queue that is kept full with `count` commands on few blocks. Each step of a command takes up to
+    /// `jitter` ns longer than the least. Linux counts in the upper four bits of a command identifier how often it was
+    /// used.
     fn steady(count: usize, depth: usize, blocks: usize, jitter: u64) -> (Vec<String>, Vec<String>) {
         let mut random = 1_u64;
         let mut some = || {
@@ -501,7 +506,7 @@ mod tests {
             if jitter == 0 { 0 } else { (random >> 33) % jitter }
         };
         let (mut host, mut guest) = (Vec::new(), Vec::new());
-        // When each tag is free again.
+        // The time at which each tag is free again.
         let mut free = vec![1_000_000_u64; depth];
         let (mut device, mut uses) = (0, vec![0_usize; depth]);
         for n in 0..count {
@@ -548,7 +553,7 @@ mod tests {
     #[test]
     fn neither_side_need_have_it_all() {
         let (host, guest) = steady(10_000, 32, 64, 4_000);
-        // The guest's tracing began late, and the device's ended early, and lost one in ten.
+        // The guest's trace begins late. The device's ends early and lost one event in ten.
         let host: Vec<_> =
             host.iter().take(7_000).enumerate().filter(|(n, _)| n % 10 != 3).map(|(_, line)| line.clone()).collect();
         let Tied { pairs, clock } = tied(&host, &guest[8_000..]).unwrap();
@@ -559,7 +564,7 @@ mod tests {
     }
 
     #[test]
-    fn a_clock_that_is_set_in_a_steady_trace_is_tied_anew() {
+    fn a_clock_that_is_set_in_a_steady_trace_is_tied_again() {
         let (host, guest) = steady(10_000, 32, 64, 4_000);
         const SET: u64 = 60_000_000;
         let set = guest.iter().map(|line| {
@@ -578,9 +583,9 @@ mod tests {
         );
     }
 
-    /// Nobody can say which of many that are exactly alike is which.
+    /// Operations that are all exactly alike cannot be told apart.
     #[test]
-    fn what_is_too_regular_is_not_guessed() {
+    fn traces_that_are_too_regular_are_not_tied() {
         let (host, guest) = steady(4_000, 1, 1, 0);
         assert!(tied(&host, &guest[2_000..4_000]).is_none());
     }
