@@ -17,78 +17,79 @@ use crate::record::{Header, Record};
 use crate::state::{Snapshot, StateSource};
 use crate::subscription::{Backlog, Filter, Format, Subscription, hello, refusal};
 
-/// A client that has sent nothing for so long gets the default.
+/// A client that has sent nothing for this long gets the default subscription.
 const GRACE: Duration = Duration::from_millis(100);
 
-/// A client that has begun its line has so long to end it.
+/// How long a client that has begun its line has to end it.
 const LINE_TIME: Duration = Duration::from_secs(2);
 
-/// Bytes that the first line may have.
+/// The most bytes of the first line.
 const LINE_MAX: usize = 4096;
 
-/// A client that is turned away has so long to read why.
+/// How long a client that is refused has to read why.
 const FAREWELL: Duration = Duration::from_secs(1);
 
-/// Bytes that are made ready for a client at a time.
+/// Bytes that are prepared for a client at a time.
 const OUT_MAX: usize = 64 << 10;
 
-/// Times that a client's bytes are made ready before others get their turn.
+/// How often bytes are prepared for a client before the next client is served.
 const ROUNDS: usize = 4;
 
 enum State {
-    /// It may send a line.
+    /// It may send a line, until the deadline.
     Greeting { line: Vec<u8>, deadline: Instant },
     /// It has subscribed. Its stream begins once the history has everything that happened before it connected.
     Subscribed(Subscription),
     /// It gets events.
     Streaming { format: Format, filter: Filter },
-    /// It gets what is ready, and then its connection is closed.
+    /// It gets the bytes that are prepared, and then its connection is closed.
     Closing { deadline: Instant },
 }
 
-/// What a client missed.
+/// Events that a client missed in a row.
 struct Missed {
     count: u64,
-    /// When the first event happened.
+    /// The time of the first of them.
     since: u64,
-    /// When the last one happened.
+    /// The time of the last of them.
     until: u64,
-    /// The number of the last one.
+    /// The sequence number of the last of them.
     seq: u64,
 }
 
-/// How far a client is.
+/// The state of a client after it was served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {
-    /// It has all that there is for it.
+    /// It has everything that there is for it.
     Done,
     /// There is more for it, and it can take it.
     More,
     /// There is more for it, and its socket is full.
     Blocked,
-    /// It is gone, or is to go.
+    /// It has disconnected, or is to be disconnected.
     Gone,
 }
 
-/// A connection and what it is owed.
+/// A client's connection, and what is to be sent on it.
 pub struct Client {
     stream: UnixStream,
     state: State,
-    /// Where in the history it is. The history may end before, as long as the client gets nothing.
+    /// The position of the next event for it. The history may end before that position as long as the client gets
+    /// nothing.
     position: u64,
     missed: Option<Missed>,
-    /// What is live, if it asked for that and does not have it all.
+    /// The live state, if the client asked for it and does not have all of it yet.
     snapshot: Option<Snapshot>,
     out: Vec<u8>,
     /// Bytes of `out` that the socket took.
     sent: usize,
     blocked: bool,
-    /// What its socket is waited for.
+    /// The events that the collector waits for on its socket.
     awaited: Events,
 }
 
 impl Client {
-    /// A client that connected when the next event was to have the position `position`.
+    /// A client that connected just before the event at `position`.
     pub fn new(stream: UnixStream, position: u64) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
         let state = State::Greeting { line: Vec::new(), deadline: Instant::now() + GRACE };
@@ -96,7 +97,7 @@ impl Client {
         Ok(Client { stream, state, position, missed: None, snapshot: None, out, sent: 0, blocked: false, awaited })
     }
 
-    /// Turns the client away.
+    /// Refuses the client, with a message that says why.
     pub fn refuse(&mut self, message: &str) {
         self.out.extend(refusal(message).as_bytes());
         self.state = State::Closing { deadline: Instant::now() + FAREWELL };
@@ -107,8 +108,8 @@ impl Client {
         self.stream.as_raw_fd()
     }
 
-    /// What to wait for on the socket from now on, if that is something else than the last call said. That the client
-    /// hangs up is always reported; what it sends when it has chosen is left unread, and must wake nobody.
+    /// The events to wait for on the socket from now on; `None` if they are those of the last call. A hang-up is always
+    /// reported. What a client sends after its subscription is left unread, and must not wake the collector.
     pub fn new_interest(&mut self) -> Option<Events> {
         let interest = match self.state {
             State::Greeting { .. } => Events::EPOLLIN | Events::EPOLLRDHUP,
@@ -146,12 +147,13 @@ impl Client {
         if let State::Streaming { filter, .. } = &self.state { filter.kinds } else { 0 }
     }
 
-    /// Where in the history it is.
+    /// The position of the next event for it.
     pub fn position(&self) -> u64 {
         self.position
     }
 
-    /// Its subscription, if it made one and the history, which ends at `end`, has all that happened before it connected.
+    /// Its subscription, if its stream can begin: the history, which ends at `end`, has everything that happened before
+    /// it connected.
     pub fn subscription(&self, end: u64) -> Option<&Subscription> {
         match &self.state {
             State::Subscribed(subscription) if self.position <= end => Some(subscription),
@@ -159,13 +161,13 @@ impl Client {
         }
     }
 
-    /// Reads what the client sent before it gets events.
+    /// Reads the client's first line, as far as it is there.
     pub fn receive(&mut self) {
         let State::Greeting { line, deadline } = &mut self.state else { return };
         let mut buffer = [0; 1024];
         loop {
             match self.stream.read(&mut buffer) {
-                // It sends no more, and may still want to read.
+                // The client sends nothing more, but may still read.
                 Ok(0) => break,
                 Ok(len) => {
                     if line.is_empty() {
@@ -195,8 +197,8 @@ impl Client {
         }
     }
 
-    /// The time that [`Client::deadline`] gave has come: a silent client gets the default, an unfinished line is refused.
-    /// Whether the connection is to end now.
+    /// Acts on the deadline of [`Client::deadline`]: a silent client gets the default, and an unfinished line is
+    /// refused. Returns whether the connection is to end now.
     pub fn expire(&mut self) -> bool {
         match &self.state {
             State::Greeting { line, .. } if line.is_empty() => self.state = State::Subscribed(Subscription::default()),
@@ -207,7 +209,7 @@ impl Client {
         false
     }
 
-    /// Begins the stream; `state` makes what reads what is live.
+    /// Begins the stream. `state` makes the reader of the live state, if the client asked for it.
     pub fn begin(
         &mut self,
         subscription: &Subscription,
@@ -226,7 +228,7 @@ impl Client {
             Backlog::Count(count) => count,
             Backlog::All => u64::MAX,
         };
-        // What came during the greeting comes in any case.
+        // The client gets events of the time since it connected in any case.
         let old =
             history.newest_first().filter(|(position, record)| *position < self.position && filter.passes(record));
         let mut start = self.position;
@@ -237,12 +239,13 @@ impl Client {
         self.state = State::Streaming { format: subscription.format, filter };
     }
 
-    /// Whether it can take more of what is live, which was not read yet.
+    /// Whether more of the live state is to be read for it now.
     pub fn wants_state(&self) -> bool {
         !self.blocked && self.snapshot.as_ref().is_some_and(Snapshot::is_to_read)
     }
 
-    /// Reads some of what is live, and returns whether that could be; `made` is how many events were made.
+    /// Reads some of the live state. Returns false if that was not possible now. `made` gives the number of events made
+    /// so far.
     pub fn read_state(&mut self, made: impl Fn() -> u64) -> bool {
         match (&self.state, &mut self.snapshot) {
             (State::Streaming { filter, .. }, Some(snapshot)) => snapshot.read(made, |record| filter.passes(record)),
@@ -250,19 +253,20 @@ impl Client {
         }
     }
 
-    /// Whether all that is live was read, and the client waits for [`Client::end_state`].
+    /// Whether all of the live state was read, and [`Client::end_state`] is to be called.
     pub fn awaits_end_of_state(&self) -> bool {
         self.snapshot.as_ref().is_some_and(Snapshot::is_ending)
     }
 
-    /// The history has the first `made` events, and the news of all that were lost before.
+    /// Ends the live state, if all of it was read. The history must have the first `made` events, and a `lost` event
+    /// for each loss before that.
     pub fn end_state(&mut self, made: u64) {
         if let Some(snapshot) = &mut self.snapshot {
             snapshot.end(made);
         }
     }
 
-    /// The event at this client's position goes out of the history.
+    /// Notes that the event at this client's position leaves the history.
     pub fn miss(&mut self, record: &Record) {
         self.position += 1;
         let wanted = match &self.state {
@@ -274,7 +278,7 @@ impl Client {
         if !wanted {
             return;
         }
-        // Whoever misses the news of a loss missed what was lost.
+        // A missed `lost` event stands for all events that it reports.
         let is_loss = record.kind.get() == Kind::Lost as u16;
         let count = if is_loss { record.args[0].get() } else { 1 };
         if let Some(snapshot) = &mut self.snapshot {
@@ -287,7 +291,8 @@ impl Client {
         missed.seq = record.seq.get();
     }
 
-    /// Sends what there is for the client, up to a limit. `lines` are those that it shares with others.
+    /// Sends what there is for the client, up to a limit. `lines` are the lines of JSON that it shares with other
+    /// clients, if there are any.
     pub fn pump(&mut self, history: &History, mut lines: Option<&mut Lines>) -> Progress {
         for _ in 0..ROUNDS {
             if self.out.is_empty() {
@@ -316,7 +321,7 @@ impl Client {
         Progress::More
     }
 
-    /// Makes the next bytes ready.
+    /// Prepares the next bytes.
     fn fill(&mut self, history: &History, mut lines: Option<&mut Lines>) {
         let State::Streaming { format, filter } = &self.state else { return };
         if let Some(missed) = self.missed.take() {
@@ -336,7 +341,7 @@ impl Client {
             if run.is_empty() {
                 return;
             }
-            // What is live comes where it was read.
+            // The live state comes at the position at which it was read.
             let len = until.map_or(run.len(), |until| run.len().min(until.saturating_sub(self.position) as usize));
             let run = &run[..len];
             let first = self.position.max(history.first());
@@ -363,8 +368,8 @@ impl Client {
 
 impl Drop for Client {
     fn drop(&mut self) {
-        // A Unix socket that is closed with unread data resets the connection, and the client might not see the end of
-        // what it was sent. A bounded number of reads: the client may send for ever.
+        // Closing a Unix socket with unread data resets the connection, and the client might lose the end of what it
+        // was sent. The number of reads is bounded, since the client may send without end.
         let mut buffer = [0; 4096];
         for _ in 0..16 {
             if !matches!(self.stream.read(&mut buffer), Ok(1..)) {
@@ -377,7 +382,7 @@ impl Drop for Client {
 fn append(format: Format, record: &Record, out: &mut Vec<u8>) {
     match format {
         Format::Binary => out.extend(record.as_bytes()),
-        // Records are made in this process, so they are of this version.
+        // Cannot fail: this process made the record, so it is of this version.
         Format::Json => drop(line::json(record, out)),
     }
 }

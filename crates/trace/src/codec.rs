@@ -1,12 +1,12 @@
-//! Events to records, lines and back: what can go wrong, and that all of it agrees.
+//! Errors of reading records and lines, and the tests that records, lines and text agree.
 
 /// A record that this version cannot read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CodecError {
-    /// The kind's number is not known.
+    /// The number of the kind is unknown.
     #[error("Event kind {0} is unknown: it was written by another version")]
     Kind(u16),
-    /// A field of the kind has a value that is not known.
+    /// A field has an unknown value.
     #[error("An event of kind {kind} has the unknown value {value} in a field: it was written by another version")]
     Value {
         /// The event's kind.
@@ -16,10 +16,10 @@ pub enum CodecError {
     },
 }
 
-/// A line of JSON that is no event of this version.
+/// A line of JSON that is not an event of this version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MemberError {
-    /// A member is not there.
+    /// A member is missing.
     #[error("An event of kind {kind} has no member {key:?}")]
     Missing {
         /// The event's kind.
@@ -27,8 +27,8 @@ pub enum MemberError {
         /// The member's name.
         key: &'static str,
     },
-    /// A member says nothing that is known.
-    #[error("The member {key:?} of an event of kind {kind} means nothing: it was written by another version")]
+    /// A member has an unknown value.
+    #[error("The member {key:?} of an event of kind {kind} has an unknown value: it was written by another version")]
     Nonsense {
         /// The event's kind.
         kind: &'static str,
@@ -48,7 +48,7 @@ pub(crate) mod tests {
     use serde_json::Value;
     use zerocopy::FromBytes;
 
-    /// Every event that the code can make.
+    /// Any event that the code can make.
     pub fn any_event() -> impl Strategy<Value = Event> {
         (0..Event::VARIANTS, any::<[u64; 10]>()).prop_map(|(variant, numbers)| {
             let mut numbers = numbers.into_iter();
@@ -102,7 +102,7 @@ pub(crate) mod tests {
             }
         }
 
-        /// A line in which a byte is another is some event or none.
+        /// A line with a wrong byte is some event or refused, without a panic.
         #[test]
         fn a_line_with_a_wrong_byte_is_read_or_refused(event in any_event(), at: usize, byte in 0x20u8..0x7f) {
             let mut line = json_of(&event).into_bytes();
@@ -154,14 +154,14 @@ pub(crate) mod tests {
         assert!(Kind::ALL.len() < 64);
     }
 
-    /// No two fields of a layout lie in the same bits, but for those of which an event has only one.
+    /// No two fields of a layout share bits.
     #[test]
     fn fields_do_not_overlap() {
         let number = |value: &Value| value.as_u64().unwrap();
         for kind in crate::event::kinds() {
             for layout in kind["layouts"].as_array().unwrap() {
                 let mut taken = [false; size_of::<Record>() * 8];
-                // Time, number, kind and endpoint.
+                // Time, sequence number, kind and endpoint.
                 taken[..144].fill(true);
                 taken[160..192].fill(true);
                 for field in layout["fields"].as_array().unwrap() {
@@ -209,7 +209,7 @@ pub(crate) mod tests {
             ("{\"t\":1,\"seq\":1,\"kind\":\"bypass\"}", "no member \"value\""),
             (
                 "{\"t\":1,\"seq\":1,\"kind\":\"bypass\",\"value\":256}",
-                "\"value\" of an event of kind bypass means nothing",
+                "\"value\" of an event of kind bypass has an unknown value",
             ),
             ("{\"t\":1,\"seq\":1,\"kind\":\"reset\",\"reset\":\"all\"}", "\"reset\" of an event of kind reset"),
         ] {
@@ -218,12 +218,12 @@ pub(crate) mod tests {
         }
     }
 
-    /// What version 1 wrote, as it wrote it: some events of each sort as records, JSON and text.
+    /// A trace that version 1 wrote, as records, JSON and text, with events of each kind.
     const RECORDS: &[u8] = include_bytes!("../tests/version1.bin");
     const LINES: &str = include_str!("../tests/version1.jsonl");
     const TEXT: &str = include_str!("../tests/version1.txt");
 
-    /// Events of version 1 are written as they were then, but for commands, whose members all models now share.
+    /// Events of version 1 are written as then, except for commands, whose members all models now share.
     #[test]
     fn events_of_version_1_are_written_as_they_were() {
         let (_, records) = Header::read_from_prefix(RECORDS).unwrap();
@@ -244,7 +244,7 @@ pub(crate) mod tests {
         }
     }
 
-    /// The same members, but that what was `cid` is `id`.
+    /// The members are the same, except that `cid` is now `id`.
     fn assert_same_command(line: &str, of_version_1: &str) {
         let object = |line| match serde_json::from_str(line).unwrap() {
             Value::Object(members) => members,

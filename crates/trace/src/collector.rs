@@ -1,4 +1,4 @@
-//! Merges the threads' rings in the order of the sequence numbers.
+//! The collector: merges the threads' rings in the order of the sequence numbers.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -8,24 +8,24 @@ use crate::Event;
 use crate::event::LossPlace;
 use crate::record::{Record, WORDS};
 use crate::ring::Consumer;
-use crate::tracer::{Lane, Shared, now_ns};
+use crate::tracer::{Lane, TraceShared, now_ns};
 
-/// Which word of a record is its sequence number.
+/// The index of the sequence number among a record's words.
 const SEQ_WORD: usize = std::mem::offset_of!(Record, seq) / 8;
 
-/// Events that one call of [`Collector::drain`] takes at most, so that clients and sockets get their turn.
+/// The most events that one call of [`Collector::drain`] takes, so that clients and sockets are served in between.
 const DRAIN_MAX: usize = 8192;
 
-/// How often to look again for an event that has its number but is not in its ring yet: its thread is a few
-/// nanoseconds from putting it there, unless the kernel took the processor away from it.
+/// How often to poll for an event that has its number but is not in its ring yet. Its thread writes it within
+/// nanoseconds, unless the kernel preempted the thread.
 const LOOKS: usize = 200;
 
-/// How far [`Collector::drain`] came.
+/// The result of [`Collector::drain`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Drained {
-    /// All events are taken that had a number when the call returned, as far as this thread can see.
+    /// All events were taken that had a number when the call returned, as far as this thread can see.
     All,
-    /// There are more.
+    /// There are more events.
     More,
     /// The next event has its number but is not in its ring yet.
     Waiting,
@@ -33,30 +33,30 @@ pub enum Drained {
 
 /// The one consumer of all rings of a trace.
 pub struct Collector {
-    shared: Arc<Shared>,
+    shared: Arc<TraceShared>,
     rings: Vec<Consumer<WORDS>>,
-    /// The number of the oldest event of each ring that is not empty, and which ring that is. Made anew in each turn.
+    /// The number of the oldest event of each ring that is not empty, with the ring's index. Rebuilt in each round.
     oldest: BinaryHeap<Reverse<(u64, usize)>>,
-    /// Where the collector's own events go: it must have a ring when all others are taken, to say what is lost.
+    /// The collector's own lane: it must be able to report losses even when all other lanes are taken.
     own: Lane,
-    /// The sequence number of the next event to take. A number is taken only when there is room for its event, so
-    /// every number arrives.
+    /// The sequence number of the next event to take. A thread takes a number only if there is room for the event, so
+    /// an event with that number always comes.
     next: u64,
 }
 
 impl Collector {
-    /// Has taken nothing yet.
-    pub fn new(shared: Arc<Shared>) -> Self {
+    /// A collector that has taken nothing yet.
+    pub fn new(shared: Arc<TraceShared>) -> Self {
         let own = shared.own_lane();
         Collector { shared, rings: Vec::new(), oldest: BinaryHeap::new(), own, next: 0 }
     }
 
-    /// The sequence number of the next event.
+    /// The sequence number of the next event to take.
     pub fn next(&self) -> u64 {
         self.next
     }
 
-    /// Gives events to `take` in the order of their numbers.
+    /// Passes events to `take` in the order of their numbers.
     pub fn drain(&mut self, mut take: impl FnMut(Record)) -> Drained {
         let mut left = DRAIN_MAX;
         let mut looks = 0;
@@ -82,7 +82,7 @@ impl Collector {
         }
     }
 
-    /// Takes all events up to the first whose number is missing, but no more than `left`.
+    /// Takes all events up to the first whose number is missing, but at most `left`, which it counts down.
     fn drain_once(&mut self, left: &mut usize, take: &mut impl FnMut(Record)) {
         self.rings.extend(self.shared.new_rings());
         self.oldest.clear();
@@ -106,8 +106,8 @@ impl Collector {
         }
     }
 
-    /// Emits what threads lost that have not emitted since: a thread reports its losses itself with its next event.
-    /// Whether there was any.
+    /// Reports the losses of threads that have emitted nothing since. A thread reports its losses itself with its next
+    /// event. Returns whether there were any.
     fn report_losses(&mut self) -> bool {
         let Collector { shared, rings, own, .. } = self;
         let mut any = false;
@@ -116,7 +116,7 @@ impl Collector {
             any = true;
             own.has_room()
         };
-        // What finds no space is reported when this was taken.
+        // Without room for more, the rest is reported once these reports were taken.
         for ring in rings {
             ring.refresh();
             if number(ring).is_none()
@@ -134,7 +134,7 @@ impl Collector {
     }
 }
 
-/// The number of the oldest event in a ring.
+/// The number of the oldest event in a ring; `None` if the ring is empty.
 fn number(ring: &Consumer<WORDS>) -> Option<u64> {
     ring.peek(SEQ_WORD)
 }
@@ -151,7 +151,7 @@ mod tests {
         records
     }
 
-    /// What a reader would add up: events received, and lost according to the Lost events.
+    /// The sums that a reader would get: events received, and events lost according to the Lost events.
     fn add_up(records: &[Record]) -> (u64, u64) {
         records.iter().fold((0, 0), |(received, lost), record| match Event::decode(record).unwrap() {
             Event::Lost { count, .. } => (received, lost + count),
@@ -161,7 +161,7 @@ mod tests {
 
     #[test]
     fn threads_are_merged_in_the_order_of_the_numbers() {
-        let shared = Shared::new(1 << 12).unwrap();
+        let shared = TraceShared::new(1 << 12).unwrap();
         let mut collector = Collector::new(shared.clone());
         let threads: Vec<_> = (0..4u32)
             .map(|endpoint| {
@@ -187,13 +187,13 @@ mod tests {
 
     #[test]
     fn a_thread_that_ends_leaves_its_ring_to_the_next() {
-        let shared = Shared::new(1 << 12).unwrap();
+        let shared = TraceShared::new(1 << 12).unwrap();
         let mut collector = Collector::new(shared.clone());
         let emit = |endpoint| {
             let shared = shared.clone();
             std::thread::spawn(move || shared.emit(&Event::Panic { endpoint })).join().unwrap();
         };
-        // Whether their events are taken in between or not.
+        // First without taking the events in between, then with.
         (0..1000).for_each(emit);
         let mut records = all(&mut collector);
         for endpoint in 1000..2000 {
@@ -205,12 +205,12 @@ mod tests {
         assert_eq!((shared.stats().emitted(), shared.stats().lost), (2000, 0));
     }
 
-    /// As long as all rings that there may be have a thread, others lose their events, and that is said; the next thread
-    /// that ends makes a place.
+    /// While all lanes are taken, other threads lose their events, and the losses are reported. A thread that ends
+    /// frees its lane.
     #[test]
     fn rings_have_a_limit() {
-        // A quarter of all that rings may have; the collector's own is one.
-        let shared = Shared::new(1 << 20).unwrap();
+        // A ring of this size is a quarter of the limit. The collector's own is one of the four.
+        let shared = TraceShared::new(1 << 20).unwrap();
         let mut collector = Collector::new(shared.clone());
         let (begin, end) = (std::sync::Barrier::new(6), std::sync::Barrier::new(6));
         std::thread::scope(|scope| {
@@ -226,7 +226,7 @@ mod tests {
             let records = all(&mut collector);
             assert_eq!((collector.rings.len(), add_up(&records)), (4, (3, 2)));
             end.wait();
-            // The end of the scope does not wait for what threads do with their locals.
+            // The end of the scope does not wait for the destructors of thread locals.
             threads.into_iter().for_each(|thread| thread.join().unwrap());
         });
         shared.emit(&Event::Panic { endpoint: 5 });
@@ -237,20 +237,20 @@ mod tests {
 
     #[test]
     fn a_loss_is_reported_where_it_happened_and_adds_up() {
-        let shared = Shared::new(8).unwrap();
+        let shared = TraceShared::new(8).unwrap();
         let tracer = Tracer::new(shared.clone());
         let mut collector = Collector::new(shared.clone());
         let emit = |vectors: std::ops::Range<u16>| {
             vectors.for_each(|vector| tracer.emit(Event::Interrupt { endpoint: None, vector }));
         };
         emit(0..11);
-        // The thread is silent after the loss: the collector speaks for it.
+        // The thread emits nothing after the loss, so the collector reports it.
         let first = all(&mut collector);
         assert_eq!(add_up(&first), (8, 3));
         assert!(matches!(Event::decode(&first[8]).unwrap(), Event::Lost { place: LossPlace::Ring, count: 3, .. }));
         assert!(all(&mut collector).is_empty());
 
-        // The thread makes another event as soon as there is space: it speaks itself, where the gap is.
+        // The thread emits another event as soon as there is room, so it reports the loss itself, where the gap is.
         emit(11..21);
         let mut second = Vec::new();
         collector.drain_once(&mut 3, &mut |record| second.push(record));
@@ -275,11 +275,11 @@ mod tests {
             }
         }
         thread_local!(static LAST: Last = const { Last(std::cell::RefCell::new(None)) });
-        let shared = Shared::new(8).unwrap();
+        let shared = TraceShared::new(8).unwrap();
         let tracer = Tracer::new(shared.clone());
         let thread = std::thread::spawn(move || {
-            // Registered before the tracer's own locals, and so destroyed after them, or the other way round: in both
-            // cases the event is recorded or counted.
+            // The order in which the thread's locals are destroyed is not fixed. In both orders the event is recorded
+            // or counted.
             LAST.with(|last| *last.0.borrow_mut() = Some(tracer.clone()));
             tracer.emit(Event::Panic { endpoint: 0 });
         });
@@ -295,7 +295,7 @@ mod tests {
 
     #[test]
     fn one_thread_may_emit_to_several_traces() {
-        let traces: Vec<_> = (0..3).map(|_| Shared::new(16).unwrap()).collect();
+        let traces: Vec<_> = (0..3).map(|_| TraceShared::new(16).unwrap()).collect();
         for n in 0..5 {
             for shared in &traces {
                 shared.emit(&Event::Panic { endpoint: n });

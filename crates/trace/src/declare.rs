@@ -1,23 +1,24 @@
-//! What one declaration of an event is made into: see `event`.
+//! The macros that turn the declarations in `event` into code.
 
-/// Everything that follows from the declarations of events. A kind is declared as
+/// Makes the types, the codecs and the schema from the declarations of events. A kind is declared as
 ///
 /// ```text
 /// Kind = NUMBER "name":
-///     /// What it says.
+///     /// What happened.
 ///     Variant (endpoint: TYPE) {
 ///         field: TYPE as UNIT at PLACE, "key";
 ///     };
 /// ```
 ///
-/// * A kind that few want is `Kind = NUMBER "name" on request`: a client gets it if it names it.
-/// * A kind with several layouts has several variants with `or` between them. Which one an event is shows in a field whose
-///   unit does not accept all numbers.
-/// * The endpoint is a `u32`, or an `Option<u32>`, which may be `where` a condition is true. Without one: `()`.
-/// * A unit is one of `unit`. Its arguments are fields that are declared before.
-/// * A place is a name of `place::word`, or some of its bits: `a3[0..32]`.
-/// * A key may have a condition: `"key" if CONDITION`; without any key the unit writes members of its own.
-/// * `=> "key" UNIT(field)` behind it is a member that follows from fields.
+/// * A kind that few clients want is `Kind = NUMBER "name" on request`: a client gets it only if it names it.
+/// * A kind with several layouts has several variants with `or` between them. They are told apart by a field whose unit
+///   does not accept all numbers.
+/// * The endpoint is a `u32`, or an `Option<u32>`, which with `where CONDITION` is there exactly if the condition is
+///   true. `()` stands for no endpoint.
+/// * A unit is a type of `unit`. Its arguments may use fields that are declared before it.
+/// * A place is a constant of `place::word`, or some of its bits: `a3[0..32]`.
+/// * A key may have a condition: `"key" if CONDITION`. Without a key, the unit writes members of its own.
+/// * `=> "key" UNIT(field)` after a key adds a member that is derived from fields.
 macro_rules! events {
     ($(
         $kind:ident = $number:literal $kname:literal $(on $request:ident)? : $(
@@ -29,7 +30,7 @@ macro_rules! events {
             )* }
         )or+ ;
     )*) => {
-        /// What happened. The numbers are part of the format: they are never used again for something else.
+        /// The kind of an event. The numbers are part of the format: none is ever used again for something else.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         #[repr(u16)]
         pub enum Kind {
@@ -76,7 +77,7 @@ macro_rules! events {
                 }
             }
 
-            /// The endpoint that the event is about.
+            /// The endpoint that the event is about, if there is one.
             #[inline]
             pub fn endpoint(&self) -> Option<u32> {
                 match *self {
@@ -84,7 +85,7 @@ macro_rules! events {
                 }
             }
 
-            /// The record of the event.
+            /// The event's record, with this time (ns) and sequence number.
             #[inline]
             pub fn encode(&self, time_ns: u64, seq: u64) -> Record {
                 let mut words = [0; WORDS];
@@ -99,7 +100,10 @@ macro_rules! events {
                 Record::from_words(words)
             }
 
-            /// The event of a record.
+            /// The event that a record holds.
+            ///
+            /// # Errors
+            /// The record is of another version, or damaged.
             #[inline]
             #[allow(clippy::redundant_closure_call, reason = "what returns from it ends one layout, not all")]
             pub fn decode(record: &Record) -> Result<Event, CodecError> {
@@ -132,7 +136,7 @@ macro_rules! events {
                 }
             }
 
-            /// Appends the event's own members, without kind and endpoint.
+            /// Appends the event's own members, without time, number, kind and endpoint.
             pub(crate) fn put_json(&self, out: &mut Vec<u8>) {
                 match *self {
                     $($( Event::$name { $($field,)* .. } => {
@@ -160,7 +164,7 @@ macro_rules! events {
                 }
             }
 
-            /// The event of a line's members; `id` is the endpoint that they name.
+            /// The event that a line's members describe. `id` is the endpoint that they name.
             #[allow(unused_variables, reason = "not all kinds have members")]
             #[allow(clippy::redundant_closure_call, reason = "what returns from it ends one layout, not all")]
             pub(crate) fn read(kind: Kind, id: Option<u32>, members: &Members<'_>) -> Result<Event, MemberError> {
@@ -188,7 +192,8 @@ macro_rules! events {
                 }
             }
 
-            /// Any event of one of the variants, made of numbers; it can be read again from whatever was written.
+            /// An event of the given variant, made of numbers from `next`. It can be read back from its record and its
+            /// line.
             #[cfg(test)]
             pub(crate) fn draw(variant: usize, next: &mut dyn FnMut() -> u64) -> Event {
                 let mut at = 0..;
@@ -215,12 +220,12 @@ macro_rules! events {
                 unreachable!()
             }
 
-            /// How many layouts there are.
+            /// The number of layouts of all kinds.
             #[cfg(test)]
             pub(crate) const VARIANTS: usize = [$($($number + 0 * stringify!($name).len()),+),*].len();
         }
 
-        /// The kinds as the schema has them.
+        /// The kinds' entries in the schema.
         #[allow(unused_variables, reason = "not all fields are arguments of units")]
         pub(crate) fn kinds() -> Vec<serde_json::Value> {
             vec![$(
@@ -248,7 +253,7 @@ macro_rules! id {
     };
 }
 
-/// A condition that there may be.
+/// An optional condition, as an `Option`.
 macro_rules! condition {
     () => {
         None
@@ -258,7 +263,7 @@ macro_rules! condition {
     };
 }
 
-/// Whether a key without a condition, or with one, is there.
+/// Whether a key is there: always, or under its condition.
 macro_rules! given {
     () => {
         true
@@ -268,7 +273,7 @@ macro_rules! given {
     };
 }
 
-/// Whether one of several keys is there; one whose unit has keys of its own always is.
+/// Whether one of several keys is there. A field whose unit writes its own members is always there.
 #[cfg(test)]
 macro_rules! shown {
     () => {
@@ -289,7 +294,7 @@ macro_rules! place {
     };
 }
 
-/// Writes a field, and what follows from it.
+/// Writes a field, and the member that follows from it.
 macro_rules! write {
     ($how:ident, $out:ident, $field:ident : $type:ty, $unit:expr, [$before:literal, $after:literal]) => {
         Unit::<$type>::$how(&$unit, "", $field, $out)
@@ -317,7 +322,7 @@ macro_rules! write {
     };
 }
 
-/// Reads a field: what is missing has its default, if it may be missing.
+/// Reads a field. A missing one has its default, if it may be missing.
 macro_rules! read {
     ($members:ident, $bad:ident, $missing:ident, $field:ident : $type:ty, $unit:expr) => {
         match Unit::<$type>::read(&$unit, "", $members) {
@@ -352,7 +357,7 @@ macro_rules! read {
     }};
 }
 
-/// The endpoint as the schema has it.
+/// The endpoint's entry in the schema.
 macro_rules! endpoint_schema {
     () => {
         "never"
@@ -368,7 +373,7 @@ macro_rules! endpoint_schema {
     };
 }
 
-/// A field as the schema has it.
+/// A field's entry in the schema.
 macro_rules! field_schema {
     (
         $field:ident : $type:ty, $unit:expr, $place:expr
@@ -384,7 +389,7 @@ macro_rules! field_schema {
     };
 }
 
-/// A condition as the schema has it.
+/// A condition's text in the schema.
 macro_rules! condition_schema {
     () => {
         None

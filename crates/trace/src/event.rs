@@ -1,8 +1,9 @@
-//! What can happen, declared once: its number and name, and its fields with their types, their places in the record and how
-//! they are written. From it come the [`Event`], its record, its line of JSON or text, what reads them, the schema that
-//! `viommu trace --schema` prints, and the events that tests make. `declare` explains how a declaration is written.
+//! The events, each declared once: its number, its name, and its fields with their types, their places in the record
+//! and their units. From the declaration come the [`Event`], its record, its lines of JSON and text, the readers of
+//! records and JSON, the schema that `viommu trace --schema` prints, and the events that tests make. `declare` explains
+//! the syntax.
 //!
-//! A new event takes a declaration here and its paragraph in `docs/trace.md`.
+//! A new event takes a declaration here and a paragraph in `docs/trace.md`.
 
 use std::time::Duration;
 
@@ -14,29 +15,29 @@ use viommu_wire::virtio_iommu::request_type::{ATTACH, DETACH, MAP, PROBE, UNMAP}
 use crate::codec::{CodecError, MemberError};
 use crate::declare::{self, events};
 use crate::members::Members;
-use crate::part::{CommandPart, State};
+use crate::part::{CommandPart, ModelState};
 use crate::place::{About, Stored, word};
 use crate::record::{NO_ENDPOINT, Record, WORDS};
 use crate::schema;
 use crate::unit::*;
 
-/// The members that every line has, whatever its kind.
+/// The members that lines of all kinds have in common.
 pub mod key {
-    /// When it happened, ns.
+    /// The time, ns of `CLOCK_MONOTONIC`.
     pub const TIME: &str = "t";
     /// Its number.
     pub const SEQ: &str = "seq";
     /// The name of its [`Kind`](super::Kind).
     pub const KIND: &str = "kind";
-    /// The endpoint that it is about.
+    /// The endpoint that the event is about, if there is one.
     pub const ENDPOINT: &str = "endpoint";
-    /// The same as bus, device and function, if it is a PCI function.
+    /// The endpoint as bus, device and function, if it is a PCI function.
     pub const BDF: &str = "bdf";
 }
 
-// The numbers and names are part of the format: neither is ever used again for something else.
+// The numbers and names are part of the format. None is ever used again for something else.
 named_numbers! {
-    /// Who is at the other end of a session, or whose memory a region is.
+    /// The connection that a session or a memory region belongs to.
     pub enum Channel {
         /// The vhost-user connection of the virtio-iommu device.
         VhostUser = 0 "vhost-user",
@@ -44,39 +45,39 @@ named_numbers! {
         VfioUser = 1 "vfio-user",
     }
 
-    /// Which way data moved, seen from the endpoint: a read takes data from memory.
+    /// The direction of an access, seen from its initiator.
     pub enum Access {
-        /// The endpoint reads memory.
+        /// The initiator reads.
         Read = 0 "read",
-        /// The endpoint writes memory.
+        /// The initiator writes.
         Write = 1 "write",
     }
 
-    /// What a test had done to a request.
+    /// What an injected fault did to a request.
     pub enum Answer {
-        /// It got a status without being done.
+        /// It was answered with a status, and not executed.
         Refused = 0 "refused",
-        /// It was done and answered too late.
+        /// It was executed, and answered too late.
         Late = 1 "late",
-        /// It is never answered, and what is behind it neither.
+        /// It is never answered, nor are the requests behind it.
         Never = 2 "never",
     }
 
     /// What was reset.
     pub enum ResetKind {
-        /// The driver reset the virtio device: endpoints detached, domains gone, `bypass` kept.
+        /// The driver reset the virtio device: all endpoints are detached, all domains are gone, and `bypass` is kept.
         Device = 0 "device",
-        /// The machine was reset: as `Device`, and `bypass` has its boot value again.
+        /// The machine was reset: as `Device`, but `bypass` has its boot value again.
         System = 1 "system",
         /// A PCI function was reset.
         Function = 2 "function",
-        /// The machine was paused: the queues stopped, all state kept.
+        /// The machine was paused: the queues are stopped, and all state is kept.
         Pause = 3 "pause",
-        /// The machine goes on after a pause.
+        /// The machine was resumed after a pause.
         Resume = 4 "resume",
     }
 
-    /// The way in which an access reached memory.
+    /// How the address of an access was translated.
     pub enum Route {
         /// Through a mapping of the endpoint's domain.
         Mapped = 0 "mapped",
@@ -86,9 +87,9 @@ named_numbers! {
         Msi = 2 "msi",
     }
 
-    /// What is live.
+    /// An item of the live state.
     pub enum StateItem {
-        /// Nothing yet: what is live follows.
+        /// A mark: the live state follows.
         Begin = 0 "begin",
         /// A domain.
         Domain = 1 "domain",
@@ -98,17 +99,17 @@ named_numbers! {
         Reservation = 3 "reservation",
         /// A mapping of a MAP.
         Mapping = 4 "mapping",
-        /// Pages one behind the other that LINKs with one tag led to memory that lies in the same order.
+        /// Adjacent pages, linked with one tag to memory that is adjacent too.
         Linked = 5 "linked",
-        /// That is all.
+        /// A mark: all of the live state was sent.
         End = 6 "end",
     }
 
     /// Where events were lost.
     pub enum LossPlace {
-        /// Between the thread that made them and the collector: no client has them.
+        /// Between the thread that made them and the collector: no client gets them.
         Ring = 0 "ring",
-        /// Between the collector and this client, which read too slowly: other clients have them.
+        /// Between the collector and this client, which read too slowly: other clients may get them.
         Client = 1 "client",
     }
 }
@@ -139,7 +140,7 @@ events! {
         };
 
     Queue = 4 "queue":
-        /// A virtqueue started (`started`) at this available index, or stopped.
+        /// A virtqueue started (`started`) at the available index `index`, or stopped there.
         Queue () {
             queue: u8 as VIRTQUEUE at s0, "virtqueue";
             started: bool as Flag at s1, "started";
@@ -155,9 +156,9 @@ events! {
         };
 
     Request = 6 "request":
-        /// A request of the split protocol was answered. `flags` and `tag` are the request's, and so is the range; a LINK's
-        /// is that of its extents. `count`: LINK: its extents; UNLINK, RELEASE: the granules that it unlinked. `duration` is
-        /// the time in the device. What does not fit of the last two is the largest number that does.
+        /// A request of the split protocol was answered. `flags`, `tag` and the range are the request's; the range of a
+        /// LINK is that of its extents. `count` is the number of extents of a LINK, or of granules that an UNLINK or
+        /// RELEASE unlinked. `duration` is the time in the device. Both are saturated to what fits.
         Split () {
             request: u8 as SPLIT_TYPE at s0, "type";
             status: u8 as STATUS at s1, "status";
@@ -171,8 +172,8 @@ events! {
             duration: u64 as Nanoseconds at a4[0..40], "duration_ns";
         }
         or
-        /// A request was answered. `domain`, the addresses and `flags` are the request's; unused ones are 0.
-        /// `endpoint` is that of ATTACH, DETACH and PROBE. `duration` is the time in the device.
+        /// A request was answered. `domain`, the addresses and `flags` are the request's; unused ones are 0. `endpoint`
+        /// is that of an ATTACH, DETACH or PROBE. `duration` is the time in the device.
         Request (endpoint: Option<u32> where matches!(request, ATTACH | DETACH | PROBE)) {
             request: u8 as BASE_TYPE at s0, "type";
             status: u8 as STATUS at s1, "status";
@@ -186,14 +187,14 @@ events! {
         };
 
     Reset = 7 "reset":
-        /// A reset, of the endpoint's function or of the IOMMU.
+        /// The endpoint's function or the IOMMU was reset, paused or resumed.
         Reset (endpoint: Option<u32>) {
             reset: ResetKind as Named at s0, "reset";
         };
 
     Fault = 8 "fault":
-        /// An access faulted; `reason` is the specification's `VIRTIO_IOMMU_FAULT_R_*`. `dropped`: the driver is not told,
-        /// since as many faults as the device keeps wait for buffers in its event queue.
+        /// An access faulted; `reason` is the specification's `VIRTIO_IOMMU_FAULT_R_*`. `dropped`: the driver does not
+        /// get the fault, since the device already keeps as many as it can for want of buffers in the event queue.
         Fault (endpoint: u32) {
             reason: u8 as FAULT_REASON at s0, "reason";
             access: Access as Named at s1, "access";
@@ -203,8 +204,8 @@ events! {
         };
 
     Dma = 9 "dma":
-        /// An endpoint accessed one contiguous run of guest memory. `tag` is that of the split protocol's LINK, else 0.
-        /// `failed`: the address was translated, but no memory of the guest is there.
+        /// An endpoint accessed one contiguous run of guest memory. `tag` is that of the split protocol's LINK, or 0.
+        /// `failed`: the address was translated, but there is no guest memory.
         Dma (endpoint: u32) {
             access: Access as Named at s0, "access";
             route: Route as Named at s1[0..7], "route";
@@ -223,9 +224,9 @@ events! {
         };
 
     Command = 11 "command":
-        /// A device model completed a command. `queue`, `id`, `opcode` and `status` are the model's, and so is `part`, which
-        /// `viommu_wire` declares. `len` is how many bytes it moved. `duration` is the time from fetching the command to
-        /// completing it.
+        /// A device model completed a command. `queue`, `id`, `opcode`, `status` and `part` are the model's;
+        /// `viommu_wire` declares the part. `len` is the number of bytes that the command moved. `duration` is the time
+        /// from fetching the command to completing it.
         Command (endpoint: u32) {
             model: Model as Named at s0, "model";
             queue: u32 as Number at a1[0..32], "queue";
@@ -244,7 +245,7 @@ events! {
         };
 
     Malformed = 13 "malformed":
-        /// A descriptor chain on this queue was not a request: it was returned with length `used`.
+        /// A descriptor chain on this queue was not a request, and was returned with length `used`.
         Malformed () {
             queue: u8 as VIRTQUEUE at s0, "virtqueue";
             head: u16 as Number at a0, "head";
@@ -254,15 +255,15 @@ events! {
         };
 
     Device = 14 "device":
-        /// A device model changed its state: `state` is the model's own, which `viommu_wire` declares.
+        /// A device model changed its state. `state` is the model's, as `viommu_wire` declares it.
         Device (endpoint: u32) {
             model: Model as Named at s0, "model";
-            state: u64 as State(model) at a0;
+            state: u64 as ModelState(model) at a0;
         };
 
     Lost = 15 "lost":
-        /// `count` events were lost at `place`, the first of them at `since` (`CLOCK_MONOTONIC`, ns). The trace itself makes
-        /// this event; nobody else does.
+        /// `count` events were lost at `place`, the first of them at `since` (`CLOCK_MONOTONIC`, ns). Only the trace
+        /// itself makes this event.
         Lost () {
             place: LossPlace as Named at s0, "place";
             count: u64 as Number at a0, "count";
@@ -270,11 +271,11 @@ events! {
         };
 
     Panic = 16 "panic":
-        /// A device model panicked and was contained.
+        /// A device model panicked, and the panic was caught.
         Panic (endpoint: u32) {};
 
     Injected = 17 "injected":
-        /// A test had the `number`-th request of a type answered wrongly.
+        /// The `number`-th request of a type was answered wrongly, as `--inject` asked.
         Injected () {
             request: u8 as REQUEST_TYPE at s0, "type";
             answer: Answer as Named at s1, "answer";
@@ -282,14 +283,14 @@ events! {
         };
 
     Undelivered = 18 "undelivered":
-        /// `count` faults waited for buffers of the driver, and are forgotten: it reset the device, or is gone.
+        /// `count` faults that waited for buffers of the driver were dropped, since it reset the device or is gone.
         Undelivered () {
             count: u64 as Number at a0, "count";
         };
 
     State = 19 "state" on request:
-        /// Something is live; `begin` and `end` are marks around all that is. The event's number is that of the next event
-        /// when this was read. `lost`: events that the client lacks since `begin`.
+        /// An item of the live state, or one of the marks `begin` and `end` around all of them. The event's number is
+        /// that of the next event when the item was read. `lost`: events that the client has missed since `begin`.
         State (endpoint: Option<u32>) {
             item: StateItem as Named at s0, "item";
             domain: u32 as Number at a0[0..32], "domain" if !item.is_mark();
@@ -303,8 +304,8 @@ events! {
         };
 
     Mmio = 20 "mmio" on request:
-        /// The driver read or wrote (`access`, seen from the driver) `len` bytes at `offset` of a BAR. `register` is where the
-        /// register begins that they are in. Of more than 8 bytes `value` has the first.
+        /// The driver read or wrote (`access`, seen from the driver) `len` bytes at `offset` of a BAR. `register` is
+        /// the offset of the register that has the first of them. Of more than 8 bytes `value` has the first 8.
         Mmio (endpoint: u32) {
             model: Model as Named at s0, "model";
             access: Access as Named at s1, "access";
@@ -331,7 +332,7 @@ impl StateItem {
 }
 
 impl Event {
-    /// A request's event, answered after `time`; another one as it is.
+    /// The event of a request that was answered after `time`. Events of other kinds are unchanged.
     pub fn after(mut self, time: Duration) -> Event {
         if let Event::Request { duration, .. } | Event::Split { duration, .. } = &mut self {
             *duration = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
@@ -341,7 +342,7 @@ impl Event {
 }
 
 impl Kind {
-    /// The kinds that a client gets that names none: bit n is the kind with number n.
+    /// The kinds that a client gets if it names none: bit n is the kind with number n.
     pub const DEFAULT: u64 = {
         let mut kinds = 0;
         let mut n = 0;

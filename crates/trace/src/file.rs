@@ -1,4 +1,4 @@
-//! A trace wherever it is: at a socket, in a binary file, or in lines of JSON, the guest's and merged ones too.
+//! Reads a trace wherever it is: at a socket, in a binary file, or in JSON lines, a guest's and merged ones included.
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
@@ -14,24 +14,24 @@ use crate::reader::{ReadError, Reader};
 use crate::record::{Header, MAGIC, Record, VERSION};
 use crate::subscription::{Filter, Subscription, hello};
 
-/// Bytes that a line may have. Those of the device's events have some hundreds.
+/// The most bytes of a line. A line of the device has a few hundred.
 const LINE_MAX: u64 = 1 << 20;
 
-/// Something in a trace.
+/// An entry of a trace.
 #[derive(Debug)]
 pub struct Entry {
-    /// Where it begins, in bytes from the trace's begin.
+    /// The offset of its first byte in the trace.
     pub at: u64,
-    /// What it is.
+    /// Its content.
     pub item: Item,
 }
 
-/// What there can be in a trace.
+/// The content of an entry.
 #[derive(Debug)]
 pub enum Item {
-    /// The begin of a stream of the device's events.
+    /// The beginning of a stream of the device's events.
     Hello,
-    /// The begin of a stream of the guest's events.
+    /// The beginning of a stream of the guest's events.
     GuestHello {
         /// The guest's time, ns.
         time_ns: u64,
@@ -45,82 +45,82 @@ pub enum Item {
         /// The guest's time, ns.
         time_ns: u64,
     },
-    /// Something else that happened.
+    /// A line of another kind that has a time.
     Other {
-        /// When, ns.
+        /// Its time, ns.
         time_ns: u64,
-        /// Why it is none of the above.
+        /// Why it is not an event.
         why: LineError,
     },
-    /// What cannot be read; what follows can.
+    /// An entry that cannot be read. Those behind it can.
     Unreadable(Unreadable),
 }
 
-/// Why something in a trace cannot be read.
+/// Why an entry cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum Unreadable {
-    /// A record of another version, or with wrong bytes.
+    /// A record of another version, or a damaged one.
     #[error(transparent)]
     Record(#[from] CodecError),
-    /// A line of something else, or with wrong bytes.
-    #[error("The line is no event: {0}")]
+    /// A line of something else, or a damaged one.
+    #[error("The line is not an event: {0}")]
     Line(#[from] LineError),
     /// A line that is longer than any event's.
     #[error("The line has more than {LINE_MAX} bytes")]
     TooLong,
     /// The trace ends within a record or a line.
-    #[error("The trace is cut off: of what begins there it has {0} bytes")]
+    #[error("The trace is cut off: only {0} bytes of this entry are there")]
     Cut(usize),
 }
 
 /// How much of a trace was read.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
-    /// Events, the guest's too.
+    /// Events, including the guest's.
     pub events: u64,
     /// Entries that could not be read.
     pub unreadable: u64,
-    /// Where the first of them begins, and what it lacks.
+    /// The offset of the first of these entries, and why it could not be read.
     pub first: Option<(u64, String)>,
 }
 
-/// A trace that is read from its begin to its end.
+/// A trace that is read from its beginning to its end.
 pub struct TraceFile<R> {
     source: Source<R>,
-    /// Which of a file's events are wanted; a socket's server knows.
+    /// The events of a file that are wanted; `None` for a socket, whose server filters.
     filter: Option<Filter>,
-    /// Where the next entry begins.
+    /// The offset of the next entry.
     at: u64,
-    /// Whether the header was given.
+    /// Whether the header was returned as an entry.
     begun: bool,
     tally: Tally,
 }
 
 enum Source<R> {
-    /// With the last that was read.
+    /// With the last record that was read.
     Records(Reader<R>, Option<Record>),
     Lines(Lines<R>),
 }
 
 struct Lines<R> {
     input: BufReader<R>,
-    /// The last that was read.
+    /// The last line that was read.
     line: Vec<u8>,
-    /// The version of the device's lines that come now.
+    /// The version that the last hello of the device gave.
     version: u32,
 }
 
 impl TraceFile<Box<dyn Read + Send>> {
-    /// Opens what is at a path: a trace socket, or a file. Gives what is chosen of its events; of a file, whatever
-    /// backlog was chosen. What is no event of the device comes in any case.
+    /// Opens a trace socket or a file, with the events that `subscription` names. Of a file all of these come, whatever
+    /// the backlog is. Entries that are not events of the device always come.
     ///
     /// # Errors
-    /// If there is nothing that can be read, or something else than a trace.
+    /// The path cannot be opened, or there is something else than a trace.
     pub fn open(path: &Path, subscription: &Subscription) -> Result<Self, ReadError> {
         let is_file = fs::metadata(path).is_ok_and(|found| !found.file_type().is_socket());
         if is_file {
             let file: Box<dyn Read + Send> = Box::new(File::open(path)?);
-            // Of a file, which has what somebody wanted, all kinds are chosen if none is named.
+            // A file has only kinds that somebody wanted, so all of them come if none is named.
             let mut filter = subscription.filter();
             if subscription.kinds.is_empty() {
                 filter.kinds = u64::MAX;
@@ -133,23 +133,23 @@ impl TraceFile<Box<dyn Read + Send>> {
     }
 }
 
-/// The same input, of which some may be in the buffer already, behind a pointer.
+/// The same input as a trait object. Bytes that are already in the buffer are kept.
 fn boxed<R: Read + Send + 'static>(input: BufReader<R>) -> BufReader<Box<dyn Read + Send>> {
     let ahead = io::Cursor::new(input.buffer().to_vec());
     BufReader::with_capacity(64 << 10, Box::new(ahead.chain(input.into_inner())))
 }
 
 impl<R: Read> TraceFile<R> {
-    /// Reads the begin of a trace.
+    /// Reads the beginning of a trace.
     ///
     /// # Errors
-    /// If it is something else than a trace, or of another version.
+    /// It is not a trace, or of a version that cannot be read.
     pub fn new(input: R) -> Result<Self, ReadError> {
         let mut input = BufReader::with_capacity(64 << 10, input);
         let begin = input.fill_buf()?;
         let source = match begin.first() {
             Some(first) if *first == MAGIC[0] => Source::Records(Reader::of_file(input)?, None),
-            // Lines that are none are left out one by one.
+            // Text that is not a trace shows later, line by line.
             Some(first) if !first.is_ascii() => {
                 let mut found = [0; 8];
                 let len = begin.len().min(8);
@@ -165,10 +165,10 @@ impl<R: Read> TraceFile<R> {
         TraceFile { source, filter: None, at: 0, begun: false, tally: Tally::default() }
     }
 
-    /// The next entry; `None` at the end. Waits for it.
+    /// The next entry; `None` at the end. Waits until there is one.
     ///
     /// # Errors
-    /// If reading fails, or what begins here is of another version.
+    /// Reading fails, or a stream of a version that cannot be read begins here.
     pub fn next_entry(&mut self) -> Result<Option<Entry>, ReadError> {
         loop {
             let entry = self.next_of_all()?;
@@ -217,8 +217,8 @@ impl<R: Read> TraceFile<R> {
         Ok(Some(Entry { at, item }))
     }
 
-    /// Appends the entry that was read last as a line of JSON: a line as it is, a record as this version writes it. What
-    /// cannot be read has no line.
+    /// Appends `entry`, the last one that was read, as a line of JSON: a line unchanged, a record as this version
+    /// writes it. Nothing is appended for an entry that cannot be read.
     pub fn append_json(&self, entry: &Entry, out: &mut Vec<u8>) {
         match (&self.source, &entry.item) {
             (_, Item::Unreadable(_)) => {}
@@ -229,7 +229,7 @@ impl<R: Read> TraceFile<R> {
         }
     }
 
-    /// Whether the next entry is here already.
+    /// Whether the next entry can be read without waiting.
     pub fn is_ready(&self) -> bool {
         match &self.source {
             Source::Records(reader, _) => !self.begun || reader.is_ready(),
@@ -237,12 +237,12 @@ impl<R: Read> TraceFile<R> {
         }
     }
 
-    /// How much was read so far.
+    /// The numbers of entries so far.
     pub fn tally(&self) -> &Tally {
         &self.tally
     }
 
-    /// What a binary trace said of itself.
+    /// The header of a binary trace; `None` for lines.
     pub fn header(&self) -> Option<&Header> {
         if let Source::Records(reader, _) = &self.source { Some(reader.header()) } else { None }
     }
@@ -252,14 +252,14 @@ impl<R: Read> TraceFile<R> {
         if let Source::Records(_, record) = &self.source { record.as_ref() } else { None }
     }
 
-    /// The last line that was read, as it was but for its end; empty for records.
+    /// The last line that was read, without its newline; empty for records.
     pub fn line(&self) -> &[u8] {
         if let Source::Lines(lines) = &self.source { without_end(&lines.line) } else { &[] }
     }
 }
 
 impl<R: Read + Seek> TraceFile<R> {
-    /// Goes back to where an entry begins: it is the next one that [`TraceFile::append_line`] writes.
+    /// Moves to the entry that begins at `at`.
     fn seek(&mut self, at: u64) -> io::Result<()> {
         let input = match &mut self.source {
             Source::Records(reader, _) => reader.input(),
@@ -274,10 +274,10 @@ impl<R: Read + Seek> TraceFile<R> {
         Ok(())
     }
 
-    /// Appends the entry that begins at `at` as a line of JSON: a line as it is, a record as this version writes it.
+    /// Appends the entry that begins at `at` as a line of JSON: a line unchanged, a record as this version writes it.
     ///
     /// # Errors
-    /// If reading fails, or if the trace became shorter.
+    /// Reading fails, or the trace has become shorter.
     pub fn append_line(&mut self, at: u64, out: &mut Vec<u8>) -> io::Result<()> {
         let shorter = || io::Error::new(io::ErrorKind::UnexpectedEof, "a trace became shorter while it was read");
         if at == 0
@@ -303,7 +303,7 @@ impl<R: Read + Seek> TraceFile<R> {
 }
 
 impl<R: Read> Lines<R> {
-    /// Reads a line, of which it keeps no more than [`LINE_MAX`] bytes. How long it is; `None` at the end.
+    /// Reads a line, and keeps at most [`LINE_MAX`] bytes of it. Returns its length in bytes; `None` at the end.
     fn read(&mut self) -> io::Result<Option<u64>> {
         self.line.clear();
         let mut len = (&mut self.input).take(LINE_MAX).read_until(b'\n', &mut self.line)? as u64;
@@ -320,13 +320,13 @@ impl<R: Read> Lines<R> {
         Ok((len > 0).then_some(len))
     }
 
-    /// Appends the line that was read. What a guest wrote need not be UTF-8.
+    /// Appends the line that was read, made UTF-8, which a guest's need not be.
     fn append(&self, out: &mut Vec<u8>) {
         out.extend_from_slice(String::from_utf8_lossy(without_end(&self.line)).as_bytes());
         out.push(b'\n');
     }
 
-    /// What the line is that was read, of which there are `len` bytes.
+    /// The content of the line that was read, which has `len` bytes.
     fn item(&mut self, len: u64) -> Result<Item, ReadError> {
         if len > self.line.len() as u64 {
             return Ok(Item::Unreadable(Unreadable::TooLong));
@@ -388,7 +388,7 @@ impl Tally {
 }
 
 impl Item {
-    /// The events that this entry says are missing here, since they could not be sent in time.
+    /// The number of events that this entry says are missing, since the client read too slowly.
     pub fn lost_on_the_way(&self) -> u64 {
         match self {
             Item::Event(Stamped {
@@ -450,7 +450,7 @@ mod tests {
     fn version_1_is_read_from_records_and_from_lines() {
         let (of_records, of_lines) = (events(RECORDS_1), events(LINES_1.as_bytes()));
         assert_eq!(of_records.len(), 182);
-        // What a line does not show is not in it.
+        // Compared as lines, since lines leave out fields that mean nothing in their event.
         let shown = |events: &[Stamped]| {
             let mut lines = Vec::new();
             events.iter().for_each(|event| event.put_json(&mut lines));
@@ -532,7 +532,7 @@ mod tests {
             }
         }
 
-        /// What is whole is read, and the rest is said.
+        /// Whole entries are read, and one that is cut off is reported.
         #[test]
         fn a_trace_that_is_cut_is_read_up_to_there(some in prop::collection::vec(any_event(), 1..10), at: usize) {
             for bytes in both(&some) {
@@ -549,7 +549,7 @@ mod tests {
             }
         }
 
-        /// Bytes that are others are read as something or refused, and what they are not in is read as it is.
+        /// A trace with wrong bytes is read or refused, and its entries stay in order.
         #[test]
         fn a_trace_with_wrong_bytes_does_no_harm(
             some in prop::collection::vec(any_event(), 1..10),
@@ -576,7 +576,7 @@ mod tests {
             }
         }
 
-        /// Entries come again as lines, in any order.
+        /// Entries can be read again as lines, in any order.
         #[test]
         fn entries_come_again_in_any_order(some in prop::collection::vec(any_event(), 1..30), step in 1usize..100) {
             let [_, lines] = both(&some);

@@ -1,30 +1,30 @@
-//! What the guest's trace agent writes: an event of the guest's kernel a line; and what such lines are in a merged trace.
+//! Lines of the guest's trace agent, one for each event of the guest's kernel, and the same lines in a merged trace.
 
 use crate::event::key;
 use crate::line::{put_head, put_key};
 use crate::members::{Members, Value};
 use crate::put;
 
-/// The version of the guest's lines that is read.
+/// The version of the guest's lines that this version reads.
 pub const GUEST_VERSION: u32 = 1;
 
-/// The kinds of the guest's lines, and the members that they have beside an event's own fields.
+/// The kinds of the guest's lines, and their members other than an event's own fields.
 pub mod guest_key {
-    /// The first line of a stream; [`SOURCE`] tells the guest's from the device's.
+    /// The first line of a stream; [`SOURCE`] distinguishes the guest's from the device's.
     pub const HELLO: &str = "hello";
-    /// An event.
+    /// An event of the guest's kernel.
     pub const GUEST: &str = "guest";
-    /// Of a hello: who wrote it.
+    /// Of a hello: which side wrote it.
     pub const SOURCE: &str = "source";
     /// Of a hello: the version of the lines.
     pub const VERSION: &str = "version";
     /// Of an event: `SYSTEM:NAME`.
     pub const EVENT: &str = "event";
-    /// Of an event: the processor.
+    /// Of an event: the CPU.
     pub const CPU: &str = "cpu";
-    /// Of a loss: where, which is [`GUEST`].
+    /// Of a loss: where it happened, which is [`GUEST`].
     pub const PLACE: &str = "place";
-    /// The kind of a line of a merged trace that says what the guest's clock is from there on.
+    /// In a merged trace: the kind of a line that says how the guest's clock is tied from there on.
     pub const CLOCK: &str = "clock";
     /// In a merged trace: how far the time may be off, ns.
     pub const TIME_ERROR: &str = "t_error";
@@ -32,11 +32,11 @@ pub mod guest_key {
     pub const GUEST_TIME: &str = "guest_t";
     /// Of a clock: host time - guest time, ns.
     pub const OFFSET: &str = "offset_ns";
-    /// Of a clock: the pairs of events that tie it.
+    /// Of a clock: the number of pairs of events that tie it.
     pub const PAIRS: &str = "pairs";
 }
 
-/// Fields of the guest's events that are looked at. An event has some of them.
+/// Declares the fields of the guest's events that are read. An event has some of them.
 macro_rules! fields {
     ($($(#[$doc:meta])* $name:ident: $type:ty as $read:expr;)*) => {
         /// Fields of an event of the guest, as the kernel names them.
@@ -66,21 +66,21 @@ fn signed(value: &Value<'_>) -> Option<i64> {
 }
 
 fields! {
-    /// What somebody chose to call an allocation.
+    /// The tag of an allocation, as for the split protocol's requests; 0 for none.
     tag: u64 as |value| value.hex();
     /// An I/O virtual address.
     iova: u64 as |value| value.hex();
-    /// Bytes.
+    /// A length in bytes.
     size: u64 as number;
-    /// What the function returned.
+    /// The return value of the function.
     ret: i64 as signed;
-    /// A controller's queue.
+    /// The index of a controller's queue.
     qid: u16 as number;
     /// A command's identifier.
     cid: u16 as number;
-    /// A command's operation.
+    /// A command's opcode.
     opcode: u8 as number;
-    /// A command's first block.
+    /// A command's first logical block.
     slba: u64 as number;
 }
 
@@ -89,18 +89,18 @@ fields! {
 pub struct GuestEvent {
     /// The guest's `CLOCK_MONOTONIC`, ns; in a merged trace the host's.
     pub time_ns: u64,
-    /// `SYSTEM:NAME`
+    /// Its name, `SYSTEM:NAME`.
     pub name: String,
-    /// The processor.
+    /// The CPU.
     pub cpu: Option<u32>,
-    /// The endpoint that it is about.
+    /// The endpoint that the event is about.
     pub endpoint: Option<u32>,
     /// Its fields.
     pub fields: GuestFields,
 }
 
 impl GuestEvent {
-    /// What a line says; `None` if it lacks what every event has.
+    /// The event of a line; `None` if the line lacks a member that every event has.
     pub(crate) fn read(members: &Members<'_>) -> Option<GuestEvent> {
         let small = |key| members.get(key).and_then(number);
         Some(GuestEvent {
@@ -116,7 +116,7 @@ impl GuestEvent {
     pub fn put_text(&self, out: &mut Vec<u8>) {
         put_head(self.time_ns, guest_key::GUEST, self.endpoint, out);
         put_key(" ", guest_key::EVENT, "=", out);
-        // What a guest wrote must not make other lines.
+        // The guest must not be able to make lines of its own.
         out.extend(self.name.chars().map(|c| if c.is_ascii_graphic() { c as u8 } else { b'?' }));
         if let Some(cpu) = self.cpu {
             put_key(" ", guest_key::CPU, "=", out);
@@ -126,7 +126,8 @@ impl GuestEvent {
     }
 }
 
-/// The time that a line begins with, and what follows its comma; `None` if something else stands first.
+/// The time that a line begins with, and the rest of the line after the comma; `None` if the time is not the first
+/// member.
 pub fn split_time(line: &[u8]) -> Option<(u64, &[u8])> {
     let rest = line.strip_prefix(b"{\"")?.strip_prefix(key::TIME.as_bytes())?.strip_prefix(b"\":")?;
     let comma = rest.iter().position(|byte| *byte == b',')?;
@@ -138,7 +139,7 @@ pub fn split_time(line: &[u8]) -> Option<(u64, &[u8])> {
 pub struct GuestTime {
     /// On the host's clock, ns.
     pub time_ns: i64,
-    /// How far it may be off, ns; `None`: nobody knows.
+    /// How far it may be off, ns; `None` if that is not known.
     pub error_ns: Option<u64>,
     /// On the guest's clock, ns.
     pub guest_ns: u64,
@@ -157,7 +158,7 @@ impl GuestTime {
         put::number(self.guest_ns, out);
     }
 
-    /// Appends a line of the guest, of which `rest` is what followed its time, with this time.
+    /// Appends a line of the guest with this time. `rest` is the line after its own time, as [`split_time`] returns it.
     pub fn put_line(&self, rest: &[u8], out: &mut Vec<u8>) {
         self.put(out);
         out.push(b',');
@@ -165,14 +166,14 @@ impl GuestTime {
     }
 }
 
-/// What the guest's clock is in a merged trace from a moment on.
+/// A line of a merged trace that says how the guest's clock is tied from a moment on.
 #[derive(Clone, Copy, Debug)]
 pub struct ClockLine {
     /// That moment.
     pub time: GuestTime,
     /// Host time - guest time, ns.
     pub offset_ns: i64,
-    /// The pairs of events that tie the clocks.
+    /// The number of pairs of events that tie the clocks.
     pub pairs: u64,
 }
 

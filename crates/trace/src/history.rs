@@ -1,9 +1,9 @@
-//! The last events, for all clients together.
+//! The last events, kept for all clients together.
 
 use crate::record::Record;
 
-/// A ring of records. Positions count all records ever pushed, from 0: they are the records' sequence numbers, as the
-/// collector leaves none out.
+/// A ring of records. A position is the number of records that were pushed before. It equals the record's sequence
+/// number, since the collector leaves none out.
 pub struct History {
     records: Vec<Record>,
     capacity: usize,
@@ -11,7 +11,7 @@ pub struct History {
 }
 
 impl History {
-    /// For `capacity` records, rounded up to a power of two.
+    /// An empty history for `capacity` records, rounded up to a power of two.
     pub fn new(capacity: usize) -> Self {
         History { records: Vec::new(), capacity: capacity.max(2).next_power_of_two(), end: 0 }
     }
@@ -30,7 +30,7 @@ impl History {
         (position & (self.capacity as u64 - 1)) as usize
     }
 
-    /// The record that the next push overwrites.
+    /// The record that the next push overwrites; `None` while there is room.
     pub fn victim(&self) -> Option<&Record> {
         (self.end >= self.capacity as u64).then(|| &self.records[self.index(self.end)])
     }
@@ -46,7 +46,7 @@ impl History {
         self.end += 1;
     }
 
-    /// The records from `position` on that lie one behind the other in memory: not empty before the end. A position
+    /// The records from `position` on that are adjacent in memory. Empty only at the end of the history. A position
     /// before the oldest record counts as that of the oldest.
     pub fn run(&self, position: u64) -> &[Record] {
         let position = position.max(self.first());

@@ -1,9 +1,9 @@
-//! Every step, made visible.
+//! The trace: every step of the device as an event, on a socket.
 //!
-//! A [`Tracer`] puts [`Event`]s into a ring of the calling thread and never waits. One collector thread merges the rings
-//! in the order of the sequence numbers into a history, and serves the clients of the trace socket from it: each has a
-//! position in the history, and one that falls behind the oldest event there loses events, and nobody else does.
-//! `docs/trace.md` is the description for users.
+//! A [`Tracer`] puts each [`Event`] into a ring of the calling thread, and never waits. One collector thread merges the
+//! rings into a history, in the order of the sequence numbers, and serves the clients of the trace socket from it. Each
+//! client has a position in the history. A client that falls behind the oldest event there loses events, and no other
+//! client does. `docs/trace.md` describes the format for users.
 
 mod client;
 mod codec;
@@ -51,16 +51,17 @@ pub use tracer::{TraceStats, Tracer, now_ns};
 
 use viommu_socket::{Socket, SocketError};
 
-/// How to trace.
+/// Settings of a trace.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Serve clients on a Unix socket with this path. A stale socket there is replaced.
+    /// The path of the Unix socket on which clients are served; without one, only [`Bound::connect`] makes clients. A
+    /// stale socket there is replaced.
     pub socket: Option<PathBuf>,
-    /// Events that are kept for clients, those that come late and those that read slowly; rounded up to a power of two.
-    /// 72 bytes each.
+    /// The number of events that are kept for clients that come late or read slowly, rounded up to a power of two. Each
+    /// takes 72 bytes.
     pub history: usize,
-    /// Events that a thread can make before the collector must have taken the first; rounded up to a power of two.
-    /// 72 bytes each, for each thread that makes events.
+    /// The number of events that a thread can make before the collector must have taken the first, rounded up to a
+    /// power of two. Each takes 72 bytes, in each thread that makes events.
     pub ring: usize,
     /// How long clients have to take the last events when the trace is stopped.
     pub farewell: Duration,
@@ -84,48 +85,62 @@ pub enum StartError {
     Collector(#[source] std::io::Error),
 }
 
-/// A trace that takes events and connections, and that nobody serves yet.
+/// A trace that takes events and connections, but whose collector does not run yet.
 pub struct Bound {
-    shared: Arc<tracer::Shared>,
-    server: server::Server,
+    shared: Arc<tracer::TraceShared>,
+    server: server::TraceServer,
 }
 
 /// Keeps the collector running until it is stopped or dropped.
 pub struct TraceHandle {
-    shared: Arc<tracer::Shared>,
+    shared: Arc<tracer::TraceShared>,
     thread: Option<JoinHandle<()>>,
 }
 
 /// Starts tracing.
+///
+/// # Errors
+/// The socket cannot be made, or the collector cannot start.
 pub fn start(options: Options) -> Result<(Tracer, TraceHandle), StartError> {
     let (tracer, bound) = bind(options)?;
     Ok((tracer, bound.start()?))
 }
 
-/// Prepares to trace: from now on there are events, and who connects waits. Starts no thread.
+/// Prepares to trace: from now on events are recorded and clients can connect, but wait until [`Bound::start`]. Starts
+/// no thread.
+///
+/// # Errors
+/// The socket or the collector's descriptors cannot be made.
 pub fn bind(options: Options) -> Result<(Tracer, Bound), StartError> {
     let socket = options.socket.as_deref().map(Socket::bind).transpose()?;
     let ring = options.ring.max(2).next_power_of_two();
-    let shared = tracer::Shared::new(ring).map_err(StartError::Collector)?;
-    let server = server::Server::new(shared.clone(), socket, options.history, options.farewell)
+    let shared = tracer::TraceShared::new(ring).map_err(StartError::Collector)?;
+    let server = server::TraceServer::new(shared.clone(), socket, options.history, options.farewell)
         .map_err(StartError::Collector)?;
     Ok((Tracer::new(shared.clone()), Bound { shared, server }))
 }
 
 impl Bound {
-    /// A connection to the trace, as its socket gives them; it is the first, however many wait for another.
+    /// A client's end of a new connection to the trace, as if it had connected to the socket. It is served before all
+    /// clients that wait at the socket.
+    ///
+    /// # Errors
+    /// The connection cannot be made.
     pub fn connect(&mut self) -> std::io::Result<UnixStream> {
         let (client, server) = UnixStream::pair()?;
         self.server.add(server)?;
         Ok(client)
     }
 
-    /// What is live is asked of what `make` makes, for each client that wants to know it.
+    /// Sets the source of the live state: `make` makes a reader for each client that asks for it.
     pub fn set_state(&mut self, make: impl Fn() -> Box<dyn StateSource> + Send + 'static) {
         self.server.set_state(Box::new(make));
     }
 
     /// Starts the collector.
+    ///
+    /// # Errors
+    /// The system has no thread to give.
     pub fn start(self) -> Result<TraceHandle, StartError> {
         let Bound { shared, server } = self;
         let collector = std::thread::Builder::new().name("trace".into()).spawn(move || server.run());
@@ -134,14 +149,14 @@ impl Bound {
 }
 
 impl TraceHandle {
-    /// Records events from now on, or none: they leave no gap in the numbers then. A thread that is in the middle of one
-    /// may still record it.
+    /// Turns the recording of events on or off. Events that are not recorded leave no gap in the sequence numbers. A
+    /// thread that is just making one may still record it.
     pub fn record(&self, on: bool) {
         self.shared.record(on);
     }
 
-    /// Collects what was emitted until now, gives the clients [`Options::farewell`] to take it, closes their connections
-    /// and removes the socket. What is emitted later goes nowhere. Returns the final counts.
+    /// Collects the events that were emitted so far, gives the clients [`Options::farewell`] to take them, closes their
+    /// connections and removes the socket. Events that are emitted later go nowhere. Returns the final statistics.
     pub fn stop(mut self) -> TraceStats {
         self.end();
         self.shared.stats()

@@ -8,36 +8,39 @@ use crate::members::Members;
 use crate::put;
 use crate::record::Record;
 
-/// An event with its time and number.
+/// An event with its time and sequence number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stamped {
     /// `CLOCK_MONOTONIC` in nanoseconds.
     pub time_ns: u64,
-    /// Its number.
+    /// Its sequence number.
     pub seq: u64,
     /// What happened.
     pub event: Event,
 }
 
-/// What a line is not.
+/// Why a line is not an event.
 #[derive(Debug, thiserror::Error)]
 pub enum LineError {
-    /// No object of JSON.
-    #[error("no JSON object ({0})")]
+    /// It is not a JSON object.
+    #[error("it is not a JSON object ({0})")]
     Json(#[from] serde_json::Error),
-    /// A line of a trace has this member.
+    /// It lacks a member that every event has.
     #[error("it has no member {0:?}")]
     NoMember(&'static str),
-    /// The kind is not declared.
+    /// Its kind is unknown.
     #[error("the kind {0:?} is unknown")]
     Kind(String),
-    /// The event of this kind has other members.
+    /// Its members are not those of its kind.
     #[error(transparent)]
     Member(#[from] MemberError),
 }
 
 impl Stamped {
-    /// What a record says.
+    /// The event of a record.
+    ///
+    /// # Errors
+    /// The record is of another version, or damaged.
     pub fn decode(record: &Record) -> Result<Self, CodecError> {
         let event = Event::decode(record)?;
         Ok(Stamped { time_ns: record.time_ns.get(), seq: record.seq.get(), event })
@@ -48,7 +51,10 @@ impl Stamped {
         self.event.encode(self.time_ns, self.seq)
     }
 
-    /// What a line of JSON says.
+    /// The event of a line of JSON.
+    ///
+    /// # Errors
+    /// The line is not an event of this version.
     pub fn read(members: &Members<'_>) -> Result<Self, LineError> {
         let number = |key| members.number(key).ok_or(LineError::NoMember(key));
         let name = members.text(key::KIND).ok_or(LineError::NoMember(key::KIND))?;
@@ -95,7 +101,7 @@ pub(crate) fn put_key(before: &str, key: &str, after: &str, out: &mut Vec<u8>) {
     out.extend_from_slice(after.as_bytes());
 }
 
-/// Appends what a line for people begins with.
+/// Appends the beginning of a line for people: seconds, kind and endpoint.
 pub(crate) fn put_head(time: u64, kind: &str, endpoint: Option<u32>, out: &mut Vec<u8>) {
     let mut name = Vec::with_capacity(16);
     match endpoint.map(|id| (id, u16::try_from(id))) {

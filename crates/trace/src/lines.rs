@@ -1,24 +1,24 @@
-//! Lines of JSON that several clients get: each is made once.
+//! Lines of JSON that clients share, so that each is made once.
 
 use crate::line;
 use crate::record::Record;
 
-/// Bytes of lines that are kept: twice as many at most.
+/// Bytes of a chunk after which the next one begins. Two chunks are kept.
 const CHUNK_MAX: usize = 512 << 10;
 
-/// Lines that are kept, those that nobody wanted too: twice as many at most.
+/// Lines of a chunk, including those that no client wanted, after which the next one begins.
 const ENDS_MAX: usize = 32 << 10;
 
-/// Records that clients leave out, over which the lines go on.
+/// The most records that no client wanted, in a row, before a new chunk begins.
 const GAP_MAX: u64 = 4096;
 
-/// The lines of records one behind the other.
+/// The lines of consecutive records.
 #[derive(Default)]
 struct Chunk {
-    /// The position of the first in the history.
+    /// The position of the first record in the history.
     first: u64,
     bytes: Vec<u8>,
-    /// Where each line ends; one that nobody wanted ends where it begins.
+    /// The end of each line in `bytes`. A line that no client wanted is empty.
     ends: Vec<usize>,
 }
 
@@ -35,7 +35,7 @@ impl Chunk {
     }
 }
 
-/// The lines of the newest records that somebody got.
+/// The lines of the newest records that clients got.
 #[derive(Default)]
 pub struct Lines {
     old: Chunk,
@@ -50,7 +50,7 @@ impl Lines {
             return;
         }
         if position < self.new.end() {
-            // Who is that far behind, or wants what others left out, has it made anew.
+            // The client is far behind, or wants a record that the others did not. Its line is made for it alone.
             make(record, out);
             return;
         }
@@ -69,7 +69,7 @@ impl Lines {
     }
 }
 
-/// Records are made in this process, so they are of this version.
+/// Cannot fail: this process made the record, so it is of this version.
 fn make(record: &Record, out: &mut Vec<u8>) {
     let _ = line::json(record, out);
 }
@@ -81,7 +81,7 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
-        /// Whoever asks for whatever in whatever order gets the line of that record.
+        /// Each client gets the right lines, whichever it asks for and in whichever order.
         #[test]
         fn everybody_gets_the_right_lines(
             asked in prop::collection::vec((0u64..20_000, 1u64..3_000, prop_oneof![Just(1usize), Just(4000)]), 1..20),

@@ -1,14 +1,14 @@
-//! A line of JSON as its members.
+//! The members of a line of JSON.
 
 use std::borrow::Cow;
 use std::fmt;
 
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
-/// The value of a member, as far as lines of a trace have such ones.
+/// The value of a member, as far as readers of a trace need it.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Value<'a> {
-    /// A number that is not negative and whole.
+    /// A whole number that is not negative.
     Number(u64),
     /// A negative whole number.
     Negative(i64),
@@ -16,7 +16,7 @@ pub enum Value<'a> {
     Text(Cow<'a, str>),
     /// True or false.
     Flag(bool),
-    /// Something else.
+    /// Something that no reader needs: a fraction, a list, an object or null.
     Other,
 }
 
@@ -35,7 +35,7 @@ impl<'a> Members<'a> {
         self.0.iter().find(|(name, _)| name == key).map(|(_, value)| value)
     }
 
-    /// Gives a member another name.
+    /// Renames a member, if there is one with the name `from`.
     pub fn rename(&mut self, from: &str, to: &'a str) {
         if let Some((name, _)) = self.0.iter_mut().find(|(name, _)| name == from) {
             *name = Cow::Borrowed(to);
@@ -47,32 +47,32 @@ impl<'a> Members<'a> {
         self.get(key)?.number()
     }
 
-    /// A member that is a string.
+    /// A member that is a string; `None` if it is missing or something else.
     pub fn text(&self, key: &str) -> Option<&str> {
         self.get(key)?.text()
     }
 
-    /// A member that is a number as [`crate::put::hex`] writes it.
+    /// A member that is a string with a hexadecimal number, such as `"0x104b2000"`.
     pub fn hex(&self, key: &str) -> Option<u64> {
         self.get(key)?.hex()
     }
 }
 
 impl Value<'_> {
-    /// The number that it is.
+    /// The value as a number.
     pub fn number(&self) -> Option<u64> {
         if let Value::Number(number) = self { Some(*number) } else { None }
     }
 
-    /// The string that it is.
+    /// The value as a string.
     pub fn text(&self) -> Option<&str> {
         if let Value::Text(text) = self { Some(text) } else { None }
     }
 
-    /// The number that it says: `"0x104b2000"`.
+    /// The value as a hexadecimal number, such as `"0x104b2000"`.
     pub fn hex(&self) -> Option<u64> {
         let digits = self.text()?.strip_prefix("0x")?;
-        // What follows a sign is no digit of ours.
+        // `from_str_radix` also takes a sign, which the trace never writes.
         digits.bytes().all(|digit| digit.is_ascii_hexdigit()).then(|| u64::from_str_radix(digits, 16).ok())?
     }
 }
@@ -101,7 +101,7 @@ impl<'de> Deserialize<'de> for Members<'de> {
     }
 }
 
-/// A name, borrowed from the line if it has no escapes.
+/// A name, borrowed from the line unless it has escapes.
 struct Key<'a>(Cow<'a, str>);
 
 impl<'de> Deserialize<'de> for Key<'de> {

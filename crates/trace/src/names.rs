@@ -1,4 +1,4 @@
-//! How the numbers of the specifications are spelled in JSON and text.
+//! Names of the specifications' numbers in JSON and text.
 
 use std::borrow::Cow;
 
@@ -6,15 +6,15 @@ use viommu_wire::request::RequestType;
 use viommu_wire::split::{F_SPLIT_MAP, request_type as split_type};
 use viommu_wire::virtio_iommu::{ATTACH_F_BYPASS, FaultReason, MapFlags, Status, feature, request_type};
 
-/// A spelled number.
+/// A name, or a number as text.
 type Name = Cow<'static, str>;
 
-/// Whether a request's type is one of the split protocol's.
+/// Whether a type of request belongs to the split protocol.
 pub fn is_split(request: u8) -> bool {
     RequestType::from_number(request).is_some_and(RequestType::is_split)
 }
 
-/// `VIRTIO_IOMMU_T_*` without the prefix, those of the split protocol too.
+/// `VIRTIO_IOMMU_T_*` without the prefix, including the split protocol's types.
 pub fn request(kind: u8) -> Option<&'static str> {
     RequestType::from_number(kind).map(RequestType::name)
 }
@@ -29,7 +29,7 @@ pub fn fault_reason(reason: u8) -> Option<&'static str> {
     FaultReason::from_number(reason).map(FaultReason::name)
 }
 
-/// The virtio-iommu's virtqueues.
+/// The names of the virtio-iommu's virtqueues (section 5.13.2).
 pub fn virtqueue(queue: u8) -> Option<&'static str> {
     match queue {
         0 => Some("request"),
@@ -38,8 +38,8 @@ pub fn virtqueue(queue: u8) -> Option<&'static str> {
     }
 }
 
-/// The flags of a request of this type: those of a MAP or a LINK as [`map_flags`] spells them, of an ATTACH `bypass` or
-/// `-`. Others are a number.
+/// The flags of a request of this type: of a MAP or LINK as [`map_flags`] writes them, and of an ATTACH `bypass` or
+/// `-`. Other flags are written as a number.
 pub fn flags(request: u8, bits: u32) -> Name {
     match request {
         request_type::MAP | split_type::LINK => map_flags(bits),
@@ -52,7 +52,7 @@ pub fn flags(request: u8, bits: u32) -> Name {
     }
 }
 
-/// The flags that are spelled so.
+/// The flags that `text` stands for: the inverse of [`flags`].
 pub fn flags_named(request: u8, text: &str) -> Option<u32> {
     let number = |text: &str| u32::from_str_radix(text.strip_prefix("0x")?, 16).ok();
     match request {
@@ -110,7 +110,7 @@ pub fn features(bits: u64) -> impl Iterator<Item = Name> {
                 27 => "ANY_LAYOUT",
                 28 => "INDIRECT_DESC",
                 29 => "EVENT_IDX",
-                // A bit that never reaches the driver: vhost-user uses it between frontend and backend.
+                // Never reaches the driver: vhost-user uses this bit between frontend and backend.
                 30 => "VHOST_USER_PROTOCOL_FEATURES",
                 32 => "VERSION_1",
                 33 => "ACCESS_PLATFORM",

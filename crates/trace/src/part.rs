@@ -1,4 +1,4 @@
-//! What of an event is its model's own, as the model declares it.
+//! The model's part of an event, with the members that the model declares.
 
 use serde_json::json;
 use viommu_wire::model::{Form, Member, Model, Part};
@@ -6,7 +6,7 @@ use viommu_wire::model::{Form, Member, Model, Part};
 use crate::members::Members;
 use crate::unit::{Found, Hex, Number, Unit, put_name, put_str, schema_of_names};
 
-/// Members that a model declares, for what lies in a part.
+/// Members that a model declares, with their values in a part.
 trait Declared {
     fn members(&self) -> &'static [Member];
     fn queue(&self) -> u32;
@@ -44,7 +44,7 @@ trait Declared {
         }
     }
 
-    /// Members that there must be and are not are as good as 0.
+    /// Reads the members. A missing member counts as 0.
     fn take(&self, members: &Members<'_>) -> Found<Part> {
         let mut part = Part::default();
         for member in self.members() {
@@ -80,7 +80,7 @@ fn named(member: &Member, value: u64) -> Option<&'static str> {
     if let Form::Name(names) = member.form { names.get(value as usize).copied() } else { None }
 }
 
-/// The schema of a model's members, from this bit of the record on.
+/// The schema of a model's members. `from` is the bit of the record at which the part begins.
 pub fn schema_of_members(members: &[Member], from: u32) -> Vec<serde_json::Value> {
     let member = |member: &Member| {
         let mut schema = match member.form {
@@ -96,7 +96,7 @@ pub fn schema_of_members(members: &[Member], from: u32) -> Vec<serde_json::Value
     members.iter().map(member).collect()
 }
 
-/// The model's part of a command on a queue.
+/// The model's part of a command, on the queue with this index.
 pub struct CommandPart(pub Model, pub u32);
 
 impl Declared for CommandPart {
@@ -134,9 +134,9 @@ impl Unit<Part> for CommandPart {
 }
 
 /// A model's state.
-pub struct State(pub Model);
+pub struct ModelState(pub Model);
 
-impl Declared for State {
+impl Declared for ModelState {
     fn members(&self) -> &'static [Member] {
         self.0.declaration().state
     }
@@ -150,7 +150,7 @@ fn part_of(state: u64) -> Part {
     Part { detail: 0, words: [state, 0] }
 }
 
-impl Unit<u64> for State {
+impl Unit<u64> for ModelState {
     #[inline]
     fn json(&self, _: &str, state: u64, out: &mut Vec<u8>) {
         self.put_json(&part_of(state), out);

@@ -1,4 +1,4 @@
-//! Where in a record a field is.
+//! The places of fields in a record.
 
 use viommu_wire::Named;
 use viommu_wire::model::{Model, Part};
@@ -9,16 +9,16 @@ use crate::record::{NO_ENDPOINT, WORDS};
 /// Bits of a record: `width` of them, from bit `low` of the 64-bit word `word` on.
 #[derive(Clone, Copy, Debug)]
 pub struct Place {
-    /// Which word.
+    /// The index of the word.
     pub word: usize,
     /// The first bit.
     pub low: u32,
-    /// How many bits. Only a [`Part`] has bits of more than one word.
+    /// The number of bits. Only a [`Part`] has bits of more than one word.
     pub width: u32,
 }
 
 impl Place {
-    /// Some bits of a place.
+    /// The bits `low..high` of this place.
     pub const fn bits(self, low: u32, high: u32) -> Place {
         Place { low: self.low + low, width: high - low, ..self }
     }
@@ -49,19 +49,22 @@ pub mod word {
     }
 }
 
-/// What a record can hold.
+/// A type that a record can hold.
 pub trait Stored: Sized {
-    /// What a field has that says nothing.
+    /// The value of a field that is not there.
     fn blank() -> Self;
 
-    /// Puts it where there was 0.
+    /// Stores the value in a place that is 0.
     fn store(self, place: Place, words: &mut [u64; WORDS]);
 
-    /// What is there; the number if it means nothing.
+    /// Loads the value.
+    ///
+    /// # Errors
+    /// The number, if no value of the type has it.
     fn load(place: Place, words: &[u64; WORDS]) -> Result<Self, u64>;
 }
 
-/// A number. One that is larger than its place is stored as the largest that fits.
+/// Stores a number. One that does not fit is stored as the largest that does.
 #[inline]
 fn store(value: u64, place: Place, words: &mut [u64; WORDS]) {
     words[place.word] |= value.min(place.mask()) << place.low;
@@ -129,7 +132,7 @@ impl Stored for bool {
     }
 }
 
-/// The number, and above it a bit that says that there is one.
+/// The number, and a bit above it that says that there is one.
 impl Stored for Option<u32> {
     fn blank() -> Self {
         None
@@ -147,7 +150,7 @@ impl Stored for Option<u32> {
     }
 }
 
-/// The upper half of a word, and the two words behind it.
+/// The upper half of a word, and the two words after it.
 impl Stored for Part {
     fn blank() -> Self {
         Part::default()
@@ -169,14 +172,14 @@ impl Stored for Part {
 
 /// The endpoint that an event is about.
 pub trait About: Sized {
-    /// Whether the event has one, and which.
+    /// The endpoint's id, if there is one.
     fn id(self) -> Option<u32>;
 
-    /// What a record's word says. With a condition there is one exactly if it is true; a guest may name any endpoint then,
-    /// [`NO_ENDPOINT`]'s number too.
+    /// The endpoint that a record's word stands for. With a condition, there is an endpoint exactly if the condition is
+    /// true: the number is the guest's then, and may equal [`NO_ENDPOINT`].
     fn of(word: u32, condition: Option<bool>) -> Self;
 
-    /// What a line says; `None` if there must be one and is not.
+    /// The endpoint that a line names; `None` if the event must have one, and the line names none.
     fn read(id: Option<u32>) -> Option<Self>;
 }
 

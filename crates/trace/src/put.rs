@@ -1,4 +1,4 @@
-//! Numbers as text, without the machinery of `core::fmt`: a trace has millions of them.
+//! Numbers as text, without `core::fmt`, which is slower: a trace has millions of them.
 
 const PAIRS: [u8; 200] = {
     let mut pairs = [0; 200];
@@ -38,7 +38,7 @@ pub fn number(mut value: u64, out: &mut Vec<u8>) {
     out.extend_from_slice(&digits[at..]);
 }
 
-/// Appends a number that may be negative in decimal.
+/// Appends a signed number in decimal.
 pub fn signed(value: i64, out: &mut Vec<u8>) {
     if value < 0 {
         out.push(b'-');
@@ -46,7 +46,7 @@ pub fn signed(value: i64, out: &mut Vec<u8>) {
     number(value.unsigned_abs(), out);
 }
 
-/// Appends a number in hexadecimal, with `0x` before it.
+/// Appends a number in hexadecimal, with the prefix `0x`.
 #[inline]
 pub fn hex(mut value: u64, out: &mut Vec<u8>) {
     let mut digits = [0; 18];

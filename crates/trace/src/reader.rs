@@ -1,4 +1,4 @@
-//! The other end: reads a trace, from a socket or from a file.
+//! Reads a binary trace from a socket or from a file.
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -25,30 +25,30 @@ pub enum ReadError {
     /// Something else than a socket is there.
     #[error("{0} is not a socket; name the trace socket of `viommu serve` or `viommu run`")]
     NotASocket(PathBuf),
-    /// Nobody listens.
+    /// No process listens on the socket.
     #[error("Nobody serves the trace socket {0}: the process that made it is gone")]
     Nobody(PathBuf),
     /// The socket cannot be opened.
     #[error("Cannot connect to the trace socket {path}")]
     Connect {
-        /// Where.
+        /// The socket's path.
         path: PathBuf,
         /// Why.
         source: io::Error,
     },
-    /// The server said so.
+    /// The server refused the client.
     #[error("The trace's server refused: {0}")]
     Refused(String),
-    /// The server took us for a client that sends no line: it waits for one for a tenth of a second only.
+    /// The server waits a tenth of a second for a line, and then takes the client for one that sends none.
     #[error("The trace's server began before it had read what was asked of it: this machine is too busy")]
     Late,
-    /// The other end closed before it sent a header.
+    /// The server closed the connection before it sent a header.
     #[error("The connection ended before the trace began")]
     NoHeader,
-    /// The bytes are something else.
-    #[error("This is no viommu trace: it starts with {0:02x?}")]
+    /// The input is something else. Its first bytes are given.
+    #[error("This is not a viommu trace: it starts with {0:02x?}")]
     NoTrace([u8; 8]),
-    /// It comes from another version.
+    /// Another version wrote the records.
     #[error(
         "The trace has format version {found} with records of {size} bytes; this viommu reads versions 1 and {VERSION}"
     )]
@@ -58,13 +58,13 @@ pub enum ReadError {
         /// Bytes of a record.
         size: u32,
     },
-    /// Lines come from another version.
+    /// Another version wrote the lines.
     #[error("The trace has format version {0}; this viommu reads versions 1 and {VERSION}")]
     LineVersion(u64),
-    /// The guest's lines come from another version.
+    /// Another version wrote the guest's lines.
     #[error("The guest's trace has format version {0}; this viommu reads version {GUEST_VERSION}")]
     GuestVersion(u64),
-    /// A file ends before its events begin.
+    /// A file ends within its header.
     #[error("The trace is cut off in its header: it has {0} of 64 bytes")]
     CutHeader(usize),
     /// Reading failed.
@@ -72,7 +72,7 @@ pub enum ReadError {
     Read(#[from] io::Error),
 }
 
-/// How often to connect to a server that does not wait until it is told what is wanted.
+/// How often to connect before [`ReadError::Late`] is returned.
 const ATTEMPTS: usize = 5;
 
 /// Reads a binary trace.
@@ -82,7 +82,10 @@ pub struct Reader<R> {
 }
 
 impl Reader<UnixStream> {
-    /// Connects to a trace socket. The subscription's format is not asked: it is binary.
+    /// Connects to a trace socket and subscribes. The format is binary, whatever the subscription's is.
+    ///
+    /// # Errors
+    /// The socket cannot be opened, or the server refuses or does not speak this version.
     pub fn connect(path: &Path, subscription: &Subscription) -> Result<Self, ReadError> {
         for _ in 1..ATTEMPTS {
             match Self::connect_once(path, subscription) {
@@ -97,14 +100,14 @@ impl Reader<UnixStream> {
         socket::check_length(path)?;
         let mut stream = UnixStream::connect(path).map_err(|source| match source.kind() {
             io::ErrorKind::NotFound => ReadError::NoSocket(path.to_path_buf()),
-            // As connecting to any file fails.
+            // Connecting to any other file fails like this.
             io::ErrorKind::ConnectionRefused if !is_socket(path) => ReadError::NotASocket(path.to_path_buf()),
             io::ErrorKind::ConnectionRefused => ReadError::Nobody(path.to_path_buf()),
             _ => ReadError::Connect { path: path.to_path_buf(), source },
         })?;
         let line = Subscription { format: Format::Binary, ..subscription.clone() }.line();
         match stream.write_all(line.as_bytes()) {
-            // It turned us away before it read; what it sent says why.
+            // The server refused before it read the line. Its answer says why.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
             result => result?,
         }
@@ -117,7 +120,10 @@ fn is_socket(path: &Path) -> bool {
 }
 
 impl<R: Read> Reader<R> {
-    /// Reads the header.
+    /// Reads a stream's header.
+    ///
+    /// # Errors
+    /// The stream has no header, or one that this version cannot read.
     pub fn new(input: R) -> Result<Self, ReadError> {
         let mut input = BufReader::with_capacity(64 << 10, input);
         match input.fill_buf() {
@@ -155,22 +161,22 @@ impl<R: Read> Reader<R> {
         Ok(Reader { input, header })
     }
 
-    /// A reader of which the header was read.
+    /// A reader whose header was already read.
     pub(crate) fn from_parts(input: BufReader<R>, header: Header) -> Self {
         Reader { input, header }
     }
 
-    /// What is read, and the header.
+    /// The input and the header.
     pub(crate) fn into_parts(self) -> (BufReader<R>, Header) {
         (self.input, self.header)
     }
 
-    /// What is read.
+    /// The input.
     pub(crate) fn input(&mut self) -> &mut BufReader<R> {
         &mut self.input
     }
 
-    /// What the trace said of itself.
+    /// The header of the trace.
     pub fn header(&self) -> &Header {
         &self.header
     }
@@ -180,13 +186,16 @@ impl<R: Read> Reader<R> {
         self.header.record_size.get() as usize
     }
 
-    /// The next record, as this version has them; `None` at the end. Waits for one. A record that was cut off is as good as
-    /// none.
+    /// The next record, converted to this version; `None` at the end, also if the last record is cut off. Waits until
+    /// there is one.
+    ///
+    /// # Errors
+    /// Reading fails.
     pub fn next_record(&mut self) -> Result<Option<Record>, ReadError> {
         Ok(self.next_or_cut()?.unwrap_or(None))
     }
 
-    /// The next record, or how many bytes of it there are.
+    /// The next record; `Err` with the number of its bytes if it is cut off.
     pub(crate) fn next_or_cut(&mut self) -> io::Result<Result<Option<Record>, usize>> {
         if self.header.version == VERSION {
             let mut record = Record::default();
@@ -206,13 +215,13 @@ impl<R: Read> Reader<R> {
         })
     }
 
-    /// Whether the next record is here already.
+    /// Whether the next record can be read without waiting.
     pub fn is_ready(&self) -> bool {
         self.input.buffer().len() >= self.record_size()
     }
 }
 
-/// Fills `buffer`, as far as the input has bytes: how many there were.
+/// Fills `buffer` as far as the input has bytes. Returns how many there were.
 fn fill(input: &mut BufReader<impl Read>, buffer: &mut [u8]) -> io::Result<usize> {
     if let Some(bytes) = input.buffer().get(..buffer.len()) {
         buffer.copy_from_slice(bytes);
@@ -232,7 +241,7 @@ fn fill(input: &mut BufReader<impl Read>, buffer: &mut [u8]) -> io::Result<usize
     Ok(len)
 }
 
-/// The error that a server's line of JSON stands for.
+/// The error for a line of JSON that the server sent in place of a header.
 fn refusal(input: impl Read) -> ReadError {
     let mut line = Vec::new();
     if let Err(error) = BufReader::new(input.take(64 << 10)).read_until(b'\n', &mut line) {

@@ -5,14 +5,14 @@
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-/// What a binary stream starts with.
+/// The first bytes of a binary stream.
 pub const MAGIC: [u8; 8] = *b"VIOMMUTR";
 
-/// The version of the header, of the record layout and of the meaning of the fields. A reader that is told another
-/// version must not guess. New kinds, and new values in fields that were 0, do not change it.
+/// The version of the header, the layout of records and the meaning of fields. A reader must not guess at another
+/// version. New kinds, and new values in fields that were 0, do not change the version.
 pub const VERSION: u32 = 2;
 
-/// 64-bit words of a record.
+/// The number of 64-bit words of a record.
 pub const WORDS: usize = size_of::<Record>() / 8;
 
 /// The first 64 bytes of a binary stream.
@@ -25,53 +25,54 @@ pub struct Header {
     pub version: U32,
     /// Bytes of a [`Record`].
     pub record_size: U32,
-    /// Which clock the times are of: 1, the number of `CLOCK_MONOTONIC`.
+    /// The clock of all times: 1, the number of `CLOCK_MONOTONIC`.
     pub clock: U32,
-    /// The process that is traced.
+    /// The id of the process that is traced.
     pub pid: U32,
-    /// When the trace was started.
+    /// The time at which the trace was started, ns.
     pub start_ns: U64,
-    /// What to add to a time to get nanoseconds since 1970 (`CLOCK_REALTIME`), as it was when the stream began.
+    /// The difference `CLOCK_REALTIME` - `CLOCK_MONOTONIC`, ns, when the stream began: a time plus this is nanoseconds
+    /// since 1970.
     pub realtime_offset_ns: U64,
     /// The kinds that the client gets: bit n is the kind with number n.
     pub kinds: U64,
-    /// Events that the process lost before the stream began.
+    /// The number of events that the process had lost before the stream began.
     pub lost: U64,
-    /// The sequence number from which on the client gets new events; those of the backlog have lower ones.
+    /// The sequence number of the first new event. Events of the backlog have lower ones.
     pub seq: U64,
 }
 
 impl Header {
-    /// The header of this version that says the same.
+    /// The same header in this version.
     pub fn upgrade(self) -> Header {
         Header { version: VERSION.into(), record_size: (size_of::<Record>() as u32).into(), ..self }
     }
 }
 
-/// One event.
+/// The record of one event.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct Record {
     /// `CLOCK_MONOTONIC` in nanoseconds, taken when the event was made.
     pub time_ns: U64,
-    /// Counts the recorded events of the process from 0, without gaps. A client sees gaps where its filter left events
-    /// out and where it read too slowly (then a `Lost` record fills the gap).
+    /// The sequence number: the recorded events of the process, counted from 0 without gaps. A client sees gaps where
+    /// its filter left events out, and where it read too slowly; then a `Lost` record stands in the gap.
     pub seq: U64,
-    /// A [`Kind`](crate::Kind).
+    /// The number of a [`Kind`](crate::Kind).
     pub kind: U16,
-    /// Small values of the kind.
+    /// Fields of the kind: `s0` and `s1` of `docs/trace.md`.
     pub small: [u8; 2],
     /// The endpoint that the event is about, or [`NO_ENDPOINT`].
     pub endpoint: U32,
-    /// Values of the kind.
+    /// Fields of the kind: `a0` to `a5` of `docs/trace.md`.
     pub args: [U64; 6],
 }
 
-/// [`Record::endpoint`] of an event that is about no endpoint.
+/// [`Record::endpoint`] of an event about no endpoint.
 pub const NO_ENDPOINT: u32 = u32::MAX;
 
 impl Record {
-    /// Its words, each as a number.
+    /// The record's words.
     #[inline]
     pub(crate) fn words(self) -> [u64; WORDS] {
         let words: [U64; WORDS] = zerocopy::transmute!(self);
@@ -99,11 +100,11 @@ pub struct Record1 {
 }
 
 impl Record1 {
-    /// The numbers of the kinds whose layout changed. As they are of version 1, they are not those of the declaration.
+    /// Kinds whose layout has changed since, with their numbers in version 1.
     const FAULT: u16 = 8;
     const COMMAND: u16 = 11;
 
-    /// The record of this version that says the same.
+    /// The same record in this version.
     pub fn upgrade(self) -> Record {
         let Record1 { time_ns, seq, kind, mut small, endpoint, args } = self;
         let [a, b, c, d, e] = args.map(U64::get);
@@ -114,7 +115,7 @@ impl Record1 {
                 [a, b & 0xffff_ffff | has_domain << 32, c, d, e, 0]
             }
             Self::COMMAND => {
-                // Queue, identifier and status had 16 bits each. A pointer of 3 said that what follows are plain addresses.
+                // Queue, identifier and status had 16 bits each. A pointer type of 3 meant plain addresses.
                 let (queue, id, status) = (a & 0xffff, a >> 16 & 0xffff, a >> 32 & 0xffff);
                 let pointer = Some(a >> 48 & 0xff).filter(|pointer| *pointer != 3).unwrap_or(0);
                 [id, queue | status << 32, e, d & 0xffff_ffff | pointer << 32, b, c]

@@ -1,7 +1,7 @@
-//! The path of an event out of the thread that made it: a ring for each thread, and one sequence number for all.
+//! How events leave the thread that made them: a ring for each thread, and one sequence of numbers for all.
 //!
-//! A ring has one producer and one consumer. Its slots are arrays of relaxed atomics, so a mistake here could at worst
-//! show a torn event, never undefined behaviour; the positions order them.
+//! A ring has one producer and one consumer. Its slots are arrays of relaxed atomics, and the positions order the
+//! accesses to them. A mistake here could at worst show a torn event, but is never undefined behaviour.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use loom::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 #[cfg(not(loom))]
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-/// Keeps what different threads write on different cache lines (two, because processors fetch lines in pairs).
+/// Keeps what different threads write on different cache lines: two lines, since CPUs prefetch them in pairs.
 #[repr(align(128))]
 struct Apart<T>(T);
 
@@ -21,9 +21,9 @@ struct Ring<const WORDS: usize> {
     head: Apart<AtomicUsize>,
     /// The producer has written everything before this position.
     tail: Apart<AtomicUsize>,
-    /// Events that found the ring full and are not reported yet.
+    /// Events that found the ring full, and that no `lost` event reports yet.
     lost: Apart<AtomicU64>,
-    /// When the first of them was lost.
+    /// The time at which the first of them was lost.
     lost_since: AtomicU64,
 }
 
@@ -31,7 +31,7 @@ struct Ring<const WORDS: usize> {
 pub struct Producer<const WORDS: usize> {
     ring: Arc<Ring<WORDS>>,
     tail: usize,
-    /// What `head` was when it was last looked at: the real one is this or later.
+    /// `head` as it was last read. The real one is this or later.
     head: usize,
 }
 
@@ -39,22 +39,22 @@ pub struct Producer<const WORDS: usize> {
 pub struct Consumer<const WORDS: usize> {
     ring: Arc<Ring<WORDS>>,
     head: usize,
-    /// What `tail` was when it was last looked at: the real one is this or later.
+    /// `tail` as it was last read. The real one is this or later.
     tail: usize,
 }
 
-/// Events that were lost between two that were not.
+/// A number of events that were lost in a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Loss {
-    /// How many.
+    /// The number of events.
     pub count: u64,
-    /// When the first of them was lost, as given to [`Producer::lose`].
+    /// The time at which the first of them was lost, as passed to [`Producer::lose`].
     pub since: u64,
 }
 
-/// A ring of `slots` slots, a power of two of at least 2.
+/// Makes a ring of `slots` slots, a power of two of at least 2.
 pub fn ring<const WORDS: usize>(slots: usize) -> (Producer<WORDS>, Consumer<WORDS>) {
-    assert!(slots.is_power_of_two() && slots >= 2, "A ring has a power of two of slots, and not {slots}");
+    assert!(slots.is_power_of_two() && slots >= 2, "A ring has a power of two of slots, not {slots}");
     let ring = Arc::new(Ring {
         slots: (0..slots).map(|_| std::array::from_fn(|_| AtomicU64::new(0))).collect(),
         head: Apart(AtomicUsize::new(0)),
@@ -103,7 +103,7 @@ impl<const WORDS: usize> Producer<WORDS> {
         self.ring.slots.len() - self.tail.wrapping_sub(self.head)
     }
 
-    /// Writes one event. Only after [`Producer::room`] said that there is room for it.
+    /// Writes one event. The caller must know from [`Producer::room`] that there is room for it.
     #[inline]
     pub fn push(&mut self, event: [u64; WORDS]) {
         for (word, value) in self.ring.slot(self.tail).iter().zip(event) {
@@ -114,8 +114,8 @@ impl<const WORDS: usize> Producer<WORDS> {
         self.ring.tail.0.store(self.tail, Ordering::Release);
     }
 
-    /// Whether the ring became half full, or three quarters, with the last event: time to call the consumer.
-    /// Looked at once in a quarter of a ring, so that it costs nothing.
+    /// Whether the last event made the ring half full or fuller, so that the consumer is to be woken. It is checked
+    /// once in a quarter of a ring, so that it costs next to nothing.
     #[inline]
     pub fn is_filling(&mut self) -> bool {
         let slots = self.ring.slots.len();
@@ -132,7 +132,7 @@ impl<const WORDS: usize> Producer<WORDS> {
         self.ring.lost.0.load(Ordering::Relaxed) != 0
     }
 
-    /// Counts an event for which there was no room.
+    /// Counts an event for which there was no room, at the time `now`.
     #[cold]
     pub fn lose(&mut self, now: u64) {
         if self.ring.lost.0.load(Ordering::Relaxed) == 0 {
@@ -141,7 +141,7 @@ impl<const WORDS: usize> Producer<WORDS> {
         self.ring.lost.0.fetch_add(1, Ordering::Release);
     }
 
-    /// What was lost since the last loss was taken, by either end.
+    /// Takes the events lost since the last loss was taken, by either end.
     #[inline]
     pub fn take_loss(&mut self) -> Option<Loss> {
         self.ring.take_loss()
@@ -160,7 +160,7 @@ impl<const WORDS: usize> Consumer<WORDS> {
         (self.head != self.tail).then(|| self.ring.slot(self.head)[word].load(Ordering::Relaxed))
     }
 
-    /// Takes the oldest event that the last [`Consumer::refresh`] found. Its slot stays taken until
+    /// Takes the oldest event that the last [`Consumer::refresh`] found. Its slot stays occupied until
     /// [`Consumer::release`].
     pub fn pop(&mut self) -> Option<[u64; WORDS]> {
         if self.head == self.tail {
@@ -172,53 +172,53 @@ impl<const WORDS: usize> Consumer<WORDS> {
         Some(event)
     }
 
-    /// Gives the slots of all events taken so far back to the producer.
+    /// Returns the slots of all events taken so far to the producer.
     pub fn release(&mut self) {
         // Release: our reads come before the producer's next writes. Pairs with `room`.
         self.ring.head.0.store(self.head, Ordering::Release);
     }
 
-    /// What the producer lost since its last event, if it has not reported that itself. Only meaningful when the ring is
-    /// empty: otherwise the events in it are older than the loss.
+    /// Takes the events that the producer lost since its last event, if it has not reported them itself. The ring must
+    /// be empty, since events in it are older than the loss.
     pub fn take_loss(&mut self) -> Option<Loss> {
         self.ring.take_loss()
     }
 }
 
-/// The number of the next event, and in its top bit whether the collector sleeps until somebody wakes it.
+/// The number of the next event. The top bit says whether the collector sleeps until it is woken.
 ///
-/// Both are in one word so that a producer, which takes a number for each event anyway, learns at no cost whether it
-/// has to wake the collector: either its number comes before the collector's wish to sleep, and then the collector sees
-/// that an event is on its way; or it comes after, and then the producer sees the wish.
+/// Both are in one word, so that a producer, which takes a number for each event anyway, learns at no cost whether to
+/// wake the collector. If it takes its number before the collector wants to sleep, the collector sees that an event is
+/// on its way. If it takes it after that, the producer sees that the collector sleeps.
 pub struct Sequence(Apart<AtomicU64>);
 
 const ASLEEP: u64 = 1 << 63;
 
 impl Sequence {
-    /// Starts at 0, awake.
+    /// A sequence that starts at 0, with the collector awake.
     pub fn new() -> Self {
         Sequence(Apart(AtomicU64::new(0)))
     }
 
-    /// Takes a number; also says whether the collector must be woken once the event is in its ring.
+    /// Takes a number. Also returns whether the collector must be woken once the event is in its ring.
     #[inline]
     pub fn take(&self) -> (u64, bool) {
         let word = self.0.0.fetch_add(1, Ordering::Relaxed);
         (word & !ASLEEP, word & ASLEEP != 0)
     }
 
-    /// How many numbers were taken.
+    /// The number of numbers that were taken.
     pub fn count(&self) -> u64 {
         self.0.0.load(Ordering::Relaxed) & !ASLEEP
     }
 
-    /// The collector, which has seen all events before `next`, wants to sleep until it is woken. `false`: it must not,
-    /// since an event is on its way.
+    /// Puts the collector, which has all events before `next`, to sleep. Returns false if it must not sleep, since an
+    /// event is on its way.
     pub fn try_sleep(&self, next: u64) -> bool {
         self.0.0.compare_exchange(next, next | ASLEEP, Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
 
-    /// Ends the collector's sleep. `true` for the one caller that ended it: that one has to wake it.
+    /// Ends the collector's sleep. Returns true to the one caller that ended it, which then has to wake it.
     pub fn end_sleep(&self) -> bool {
         self.0.0.fetch_and(!ASLEEP, Ordering::Relaxed) & ASLEEP != 0
     }
@@ -323,7 +323,7 @@ mod loom_tests {
         });
     }
 
-    /// Both ends take losses: each is taken by exactly one of them.
+    /// Both ends take losses, and each loss is taken by exactly one of them.
     #[test]
     fn loom_losses_are_taken_once() {
         loom::model(|| {
@@ -340,7 +340,7 @@ mod loom_tests {
         });
     }
 
-    /// A thread that ends hands its end on to the next: the consumer sees one sequence of numbers that ascend, and all of it.
+    /// A thread that ends hands its end of the ring on to the next. The consumer sees all events, in ascending order.
     #[test]
     fn loom_a_ring_is_handed_on() {
         loom::model(|| {
@@ -351,7 +351,7 @@ mod loom_tests {
                 .map(|_| {
                     let (sequence, idle) = (sequence.clone(), idle.clone());
                     thread::spawn(move || {
-                        // Whoever comes while the other has it goes without, as a thread does that finds no ring.
+                        // While the other thread has it, this one does without, like a thread that finds no ring.
                         let Some(mut producer) = idle.lock().unwrap().take() else { return 0 };
                         let mut emitted = 0;
                         if producer.room(1) {
@@ -380,7 +380,7 @@ mod loom_tests {
         });
     }
 
-    /// The collector never sleeps on an event that nobody will wake it for.
+    /// The collector never sleeps through an event: some thread wakes it.
     #[test]
     fn loom_no_wake_is_missed() {
         loom::model(|| {

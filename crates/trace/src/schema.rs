@@ -1,4 +1,4 @@
-//! What the declarations say, for programs.
+//! The schema: the declarations of events as JSON, for programs.
 
 use serde_json::{Value, json};
 use viommu_wire::model::Model;
@@ -8,7 +8,7 @@ use crate::part::schema_of_members;
 use crate::place::{Place, word};
 use crate::record::{Header, NO_ENDPOINT, Record, VERSION};
 
-/// Where a field lies: in bytes from the record's begin, and in bits of the 64-bit word there.
+/// A field's place: the offset of its 64-bit word in bytes, and its bits in that word.
 pub fn place(place: Place) -> Value {
     json!({ "offset": place.word * 8, "bit": place.low, "bits": place.width })
 }
@@ -29,7 +29,7 @@ pub fn layout(doc: &str, endpoint: &str, fields: Vec<Value>) -> Value {
     json!({ "doc": doc.join(" ").trim(), "endpoint": endpoint, "fields": fields })
 }
 
-/// A field; a name may have a condition.
+/// A field with its names, which may have conditions.
 pub fn field(mut unit: Value, r#type: &str, at: Place, names: &[(&str, Option<&str>)], derived: Option<&str>) -> Value {
     let names: Vec<_> = names.iter().map(|(name, condition)| json!({ "name": name, "if": condition })).collect();
     unit["names"] = names.into();
@@ -52,7 +52,7 @@ pub fn schema() -> Value {
         let table = |queue| named((model.declaration().opcodes)(queue));
         json!({ "0": table(0), "others": table(1) })
     };
-    // Where the parts of a command and of a state begin.
+    // The bits at which the parts of a command and of a state begin.
     let (command, state) = (64 * word::a3.word as u32 + 32, 64 * (word::a0.word as u32) - 32);
     let models = Model::ALL.iter().map(|model| {
         json!({

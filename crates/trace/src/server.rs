@@ -1,4 +1,4 @@
-//! The collector's thread: empties the rings and serves the clients, and sleeps as long as it can.
+//! The collector's thread: it empties the rings, serves the clients, and sleeps as long as it can.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -17,78 +17,85 @@ use crate::lines::Lines;
 use crate::record::{Header, MAGIC, Record, VERSION};
 use crate::state::{MakeState, Nothing};
 use crate::subscription::Filter;
-use crate::tracer::{Shared, now_ns, realtime_ns};
+use crate::tracer::{TraceShared, now_ns, realtime_ns};
 use viommu_socket::Socket;
 
 /// How long events may wait in the rings while clients watch and there is traffic.
 const TICK: Duration = Duration::from_millis(2);
 
-/// After so long without an event the next one wakes the collector, which costs its thread a system call.
+/// After this long without an event the collector sleeps until the next event wakes it, which costs that event's thread
+/// a system call.
 const QUIET: Duration = Duration::from_millis(50);
 
-/// How long to wait for a thread that lost its processor between taking a number and making its event visible.
+/// How long to wait for a thread that was preempted between taking a number and writing its event.
 const STRAGGLER: Duration = Duration::from_millis(1);
 
-/// How long to leave connections waiting when the process has no descriptor left for them.
+/// How long to accept no connections after the process had no descriptor left for one.
 const NO_DESCRIPTOR: Duration = Duration::from_millis(100);
 
-/// Connections that are accepted in one turn, so that whoever connects again and again holds up neither the rings, nor other
-/// clients, nor the end.
+/// The most connections that are accepted in one round, so that a peer that keeps connecting delays neither the rings,
+/// nor other clients, nor the end.
 const ACCEPTS: usize = 16;
 
-/// Clients served at once, at most; fewer where the process may have fewer than four times as many descriptors.
+/// The most clients that are served at once. There are fewer if the process may have less than four times as many
+/// descriptors.
 const CLIENTS_MAX: u64 = 256;
 
-/// Behind the vCPUs and the device models when there are not enough processors.
+/// The nice value of the thread: vCPUs and device models come first when CPUs are scarce.
 const NICE: i32 = 5;
 
-/// Clients for which some of what is live is read in one turn. They are served in turns, so that events do not wait long
-/// behind them.
+/// The number of clients for which some of the live state is read in one round. More clients are served in turn, so
+/// that events do not wait long.
 const STATE_STEPS: usize = 4;
 
-/// While events come, what is live takes one in so many parts of the time: those who make the events wait for reading, or
-/// for the processor.
+/// While events come, reading the live state takes at most one part in this many of the time, since the threads that
+/// make the events wait for it, or for the CPU.
 const STATE_SHARE: u32 = 8;
 
 const WAKE: u64 = 0;
 const LISTENER: u64 = 1;
 const FIRST_CLIENT: u64 = 2;
 
-/// Everything that the collector's thread owns.
-pub struct Server {
-    shared: Arc<Shared>,
+/// The state of the collector's thread.
+pub struct TraceServer {
+    shared: Arc<TraceShared>,
     collector: Collector,
     history: History,
     epoll: Epoll,
     socket: Option<Socket>,
-    /// Until when the socket is left alone.
+    /// The time until which no connections are accepted.
     no_accept: Option<Instant>,
     clients: BTreeMap<u64, Client>,
     clients_max: usize,
-    /// What clients that get JSON share.
+    /// Lines that clients with JSON share.
     lines: Lines,
     next_client: u64,
     last_event: Instant,
-    /// Makes what reads what is live.
+    /// Makes readers of the live state.
     state: MakeState,
-    /// When that may be read again.
+    /// When the live state may be read again.
     next_state: Instant,
-    /// The client that it was last read for.
+    /// The client for which it was read last.
     state_client: u64,
     /// How long clients have to take the last events.
     farewell: Duration,
 }
 
-impl Server {
-    /// Serves on `socket`, if there is one.
-    pub fn new(shared: Arc<Shared>, socket: Option<Socket>, history: usize, farewell: Duration) -> io::Result<Self> {
+impl TraceServer {
+    /// A server on `socket`, if there is one, with a history of `history` events.
+    pub fn new(
+        shared: Arc<TraceShared>,
+        socket: Option<Socket>,
+        history: usize,
+        farewell: Duration,
+    ) -> io::Result<Self> {
         let epoll = Epoll::new()?;
         epoll.add(shared.wake.as_raw_fd(), Events::EPOLLIN, WAKE)?;
         if let Some(socket) = &socket {
             socket.listener().set_nonblocking(true)?;
             epoll.add(socket.listener().as_raw_fd(), Events::EPOLLIN, LISTENER)?;
         }
-        Ok(Server {
+        Ok(TraceServer {
             collector: Collector::new(shared.clone()),
             shared,
             history: History::new(history),
@@ -107,19 +114,19 @@ impl Server {
         })
     }
 
-    /// Makes what reads what is live from now on.
+    /// Sets how readers of the live state are made.
     pub fn set_state(&mut self, state: MakeState) {
         self.state = state;
     }
 
-    /// Until the trace is stopped.
+    /// Runs until the trace is stopped.
     pub fn run(mut self) {
         be_nice();
         let mut timeout = None;
         while !self.shared.is_stopping() {
             let ready = self.epoll.wait(timeout);
             self.shared.sequence.end_sleep();
-            // Before the rings are emptied: who calls from now on calls about what comes after.
+            // Before the rings are emptied, so that a later wake-up is about later events.
             let _ = self.shared.wake.read();
             let drained = self.drain();
             if drained == Drained::All {
@@ -131,7 +138,7 @@ impl Server {
             }
             self.expire();
             self.begin();
-            // Before anybody has a header: who has one gets all from then on.
+            // Before a client gets its header: from then on it gets every event that it asked for.
             self.shared.want(self.clients.values().fold(0, |kinds, client| kinds | client.kinds()));
             let (begun, read) = (Instant::now(), self.read_state());
             let more = self.pump();
@@ -139,7 +146,7 @@ impl Server {
                 Some(true) if self.last_event.elapsed() < QUIET => {
                     self.next_state = Instant::now() + begun.elapsed() * (STATE_SHARE - 1);
                 }
-                // Requests are being executed: it is tried again between two batches.
+                // Requests are being executed. Try again between two batches.
                 Some(false) => self.next_state = Instant::now() + TICK,
                 _ => {}
             }
@@ -148,9 +155,9 @@ impl Server {
         self.finish();
     }
 
-    /// Takes what is in the rings.
+    /// Moves events from the rings into the history.
     fn drain(&mut self) -> Drained {
-        let Server { collector, history, clients, .. } = self;
+        let TraceServer { collector, history, clients, .. } = self;
         let before = history.end();
         let mut slowest = clients.values().map(Client::position).min().unwrap_or(u64::MAX);
         let drained = collector.drain(|record| {
@@ -184,7 +191,7 @@ impl Server {
         }
     }
 
-    /// Accepts some of those that wait; the rest keep the listening socket readable.
+    /// Accepts some of the waiting connections. The rest keep the listening socket readable.
     fn accept(&mut self) {
         for _ in 0..ACCEPTS {
             let Some(socket) = &self.socket else { return };
@@ -208,13 +215,16 @@ impl Server {
         }
     }
 
-    /// Serves a client.
+    /// Adds a client.
+    ///
+    /// # Errors
+    /// Its socket cannot be watched.
     pub fn add(&mut self, stream: UnixStream) -> io::Result<()> {
-        // What has its number now happened before, though the history need not have it yet.
+        // Events that have a number now happened before, though the history may not have them yet.
         let mut client = Client::new(stream, self.shared.sequence.count())?;
         if self.clients.len() >= self.clients_max {
             client.refuse(&format!("{} clients are served already, which is the limit", self.clients_max));
-            // What the socket does not take at once is lost with the connection.
+            // Whatever the socket does not take at once is lost with the connection.
             client.pump(&self.history, None);
             return Ok(());
         }
@@ -224,9 +234,10 @@ impl Server {
         Ok(())
     }
 
-    /// Begins the streams of those that subscribed, as soon as the history has all that happened before they connected.
+    /// Begins the streams of clients that have subscribed, once the history has everything that happened before they
+    /// connected.
     fn begin(&mut self) {
-        let Server { shared, history, clients, state, .. } = self;
+        let TraceServer { shared, history, clients, state, .. } = self;
         for client in clients.values_mut() {
             if let Some(subscription) = client.subscription(history.end()).cloned() {
                 let header = header(shared, &subscription.filter(), client.position());
@@ -235,13 +246,13 @@ impl Server {
         }
     }
 
-    /// Reads some of what is live, for some of the clients that want it. `None` if there are none, or it is too early;
-    /// otherwise whether anything could be read.
+    /// Reads some of the live state for some of the clients that want it. `None` if there are none, or if it is too
+    /// early; otherwise whether anything could be read.
     fn read_state(&mut self) -> Option<bool> {
         if self.next_state > Instant::now() {
             return None;
         }
-        let Server { shared, clients, state_client, .. } = self;
+        let TraceServer { shared, clients, state_client, .. } = self;
         let next = clients.range(*state_client + 1..).chain(clients.range(..=*state_client));
         let next: Vec<u64> =
             next.filter(|(_, client)| client.wants_state()).map(|(id, _)| *id).take(STATE_STEPS).collect();
@@ -255,7 +266,7 @@ impl Server {
         (!next.is_empty()).then_some(any)
     }
 
-    /// Does what is due.
+    /// Acts on deadlines that have passed.
     fn expire(&mut self) {
         let now = Instant::now();
         if self.no_accept.is_some_and(|until| until <= now)
@@ -268,11 +279,11 @@ impl Server {
         self.clients.retain(|_, client| !(is_due(client) && client.expire()));
     }
 
-    /// Sends to all clients what they can take, within limits. Whether some could take more.
+    /// Sends to all clients what they can take, within limits. Returns whether some of them could take more.
     fn pump(&mut self) -> bool {
-        let Server { clients, history, epoll, lines, .. } = self;
+        let TraceServer { clients, history, epoll, lines, .. } = self;
         let mut more = false;
-        // One alone has its lines made where they are sent from.
+        // For a single client, lines are made directly in its output.
         let share = clients.values().filter(|client| client.gets_json()).count() > 1;
         clients.retain(|id, client| {
             let progress = client.pump(history, share.then_some(&mut *lines));
@@ -283,9 +294,9 @@ impl Server {
         more
     }
 
-    /// How long to sleep at most; `None`: until something happens.
+    /// The longest time to sleep; `None` for until something happens.
     fn timeout(&mut self, drained: Drained, more: bool) -> Option<Duration> {
-        // Only after a look at the rings can an end mark be made.
+        // An end mark can be made only after another look at the rings.
         let ends = drained == Drained::All && self.clients.values().any(Client::awaits_end_of_state);
         if more || ends || drained == Drained::More {
             return Some(Duration::ZERO);
@@ -297,7 +308,7 @@ impl Server {
         let tick = if drained == Drained::Waiting {
             Some(STRAGGLER)
         } else if !self.clients.values().any(Client::is_streaming) {
-            // Nobody watches: a thread whose ring becomes half full will call.
+            // No client watches: a thread whose ring becomes half full wakes the collector.
             None
         } else if self.last_event.elapsed() < QUIET || !self.shared.sequence.try_sleep(self.collector.next()) {
             Some(TICK)
@@ -307,7 +318,7 @@ impl Server {
         tick.into_iter().chain(due).min()
     }
 
-    /// Gives everybody the rest, within a limited time.
+    /// Sends the rest to all clients, within a limited time.
     fn finish(mut self) {
         let end = Instant::now() + self.farewell;
         self.socket = None;
@@ -332,8 +343,8 @@ impl Server {
     }
 }
 
-/// What a client is told first.
-fn header(shared: &Shared, filter: &Filter, seq: u64) -> Header {
+/// The header of a client's stream.
+fn header(shared: &TraceShared, filter: &Filter, seq: u64) -> Header {
     Header {
         magic: MAGIC,
         version: VERSION.into(),
@@ -348,7 +359,8 @@ fn header(shared: &Shared, filter: &Filter, seq: u64) -> Header {
     }
 }
 
-/// The event `victim` at `position` goes out of the history. Returns where the slowest client then is.
+/// Notes that the event `victim` at `position` leaves the history. Returns the position of the slowest client after
+/// that.
 fn miss(clients: &mut BTreeMap<u64, Client>, position: u64, victim: &Record) -> u64 {
     let mut slowest = u64::MAX;
     for client in clients.values_mut() {
@@ -360,7 +372,7 @@ fn miss(clients: &mut BTreeMap<u64, Client>, position: u64, victim: &Record) -> 
     slowest
 }
 
-/// The crate's functions, with a descriptor that is closed.
+/// An epoll descriptor, closed when dropped.
 struct Epoll(OwnedFd);
 
 impl Epoll {
@@ -378,11 +390,11 @@ impl Epoll {
         epoll::ctl(self.0.as_raw_fd(), ControlOptions::EPOLL_CTL_MOD, fd, epoll::Event::new(events, data))
     }
 
-    /// A timeout is rounded up to milliseconds, so that what is due then is due.
+    /// Waits for events. A timeout is rounded up to milliseconds, so that a deadline has passed when it ends.
     fn wait(&self, timeout: Option<Duration>) -> Vec<epoll::Event> {
         let timeout = timeout.map_or(-1, |time| i32::try_from(time.as_micros().div_ceil(1000)).unwrap_or(i32::MAX));
         let mut events = [epoll::Event::new(Events::empty(), 0); 64];
-        // The only error that can happen is an interrupt by a signal, and then nothing is ready.
+        // The only possible error is an interrupt by a signal, and then nothing is ready.
         let count = epoll::wait(self.0.as_raw_fd(), timeout, &mut events).unwrap_or(0);
         events[..count].to_vec()
     }
@@ -394,6 +406,6 @@ fn clients_max() -> usize {
 }
 
 fn be_nice() {
-    // SAFETY: the call takes numbers only. For Linux, 0 is the calling thread. A failure costs nothing but the courtesy.
+    // SAFETY: the call takes numbers only. For Linux, 0 is the calling thread. A failure does no harm.
     unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE) };
 }

@@ -1,4 +1,4 @@
-//! What is live, for a client that asks for it: between two marks, among the events.
+//! The live state, for a client that asks for it: `state` events between two marks, among the other events.
 
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -8,20 +8,21 @@ use crate::event::StateItem;
 use crate::record::Record;
 use crate::tracer::now_ns;
 
-/// Reads what is live, for one client.
+/// Reads the live state for one client, step by step.
 pub trait StateSource: Send {
-    /// Passes the next items to `take`: a few, or none. Returns whether there is more. `now` says how many events were made. It
-    /// is called at the instant that the first items show, before later ones are read, and at last when the trace has all
-    /// that the items show. Each item comes with the result of the call before it.
+    /// Passes the next items to `take`: a few, or none. Returns whether there is more. `now` returns the number of
+    /// events made so far. The source calls it at the instant that the first items show, before it reads later ones,
+    /// and at the end, when the trace has all that the items show. Each item comes with the result of the last call.
     ///
-    /// Must not wait: the clients of the trace would.
+    /// Must not wait, since all clients of the trace would. A step that would have to wait calls neither, and is tried
+    /// again.
     fn step(&mut self, now: &dyn Fn() -> u64, take: &mut dyn FnMut(u64, Event)) -> bool;
 }
 
-/// Makes what reads for a client.
+/// Makes a source for each client.
 pub type MakeState = Box<dyn Fn() -> Box<dyn StateSource> + Send>;
 
-/// Nothing is live where nobody says what is.
+/// The source of a trace for which none was set: nothing is live.
 pub struct Nothing;
 
 impl StateSource for Nothing {
@@ -31,35 +32,36 @@ impl StateSource for Nothing {
     }
 }
 
-/// How far a client is with what is live.
+/// A client's progress with the live state.
 pub struct Snapshot {
-    /// `None`: all is read.
+    /// `None` once everything was read.
     source: Option<Box<dyn StateSource>>,
-    /// All is read, and the end mark is not made yet.
+    /// Everything was read, and the end mark is not made yet.
     ending: bool,
-    /// What was read and is not sent: of one step, so that a client that does not read takes little memory.
+    /// Records that were read and not sent. They are of one step, so that a client that does not read takes little
+    /// memory.
     ready: VecDeque<Record>,
-    /// Events that the client is to have before it gets what is ready.
+    /// The position that the client must reach before it gets `ready`.
     until: u64,
-    /// Events before the first instant, once that was.
+    /// The number of events before the first instant; `None` before the first step.
     begin: Option<u64>,
-    /// Events since then that the client does not get.
+    /// The number of events since then that the client has missed.
     lost: u64,
 }
 
 impl Snapshot {
-    /// Nothing is read yet.
+    /// A snapshot of which nothing was read yet.
     pub fn new(source: Box<dyn StateSource>) -> Self {
         Snapshot { source: Some(source), ending: false, ready: VecDeque::new(), until: 0, begin: None, lost: 0 }
     }
 
-    /// Whether there is something to read, and all that was read is sent.
+    /// Whether the next step is due: there is more to read, and everything that was read is sent.
     pub fn is_to_read(&self) -> bool {
         self.source.is_some() && self.ready.is_empty()
     }
 
-    /// Reads a little, and returns whether that could be; `made` is how many events were made, and `wanted` what the client
-    /// gets.
+    /// Reads a step. Returns false if that was not possible now. `made` gives the number of events made so far, and
+    /// `wanted` whether the client gets a record.
     pub fn read(&mut self, made: impl Fn() -> u64, wanted: impl Fn(&Record) -> bool) -> bool {
         let Some(source) = &mut self.source else { return false };
         let time = now_ns();
@@ -76,7 +78,7 @@ impl Snapshot {
                 ready.push_back(record);
             }
         });
-        // Nothing was read, as others were at it.
+        // The source did not call `now`: it would have had to wait.
         let Some(last) = last.get() else { return false };
         self.until = last;
         if self.begin.is_none() {
@@ -90,13 +92,13 @@ impl Snapshot {
         true
     }
 
-    /// Whether all is read and [`Snapshot::end`] is to be called.
+    /// Whether everything was read and [`Snapshot::end`] is to be called.
     pub fn is_ending(&self) -> bool {
         self.ending
     }
 
-    /// Makes the end mark, if all is read. All of the first `made` events are in the history, and so is the news of those
-    /// that were lost: a thread tells of its losses only with its next event, or when its ring is found empty.
+    /// Makes the end mark, if everything was read. The history must have the first `made` events, and `lost` events for
+    /// all losses before that: a thread's loss is reported only with its next event, or when its ring is found empty.
     pub fn end(&mut self, made: u64) {
         if std::mem::take(&mut self.ending) {
             self.until = made;
@@ -104,12 +106,12 @@ impl Snapshot {
         }
     }
 
-    /// How far the client may go before it gets what is ready.
+    /// The position at which the client gets the records that are ready; `None` if none are.
     pub fn until(&self) -> Option<u64> {
         (!self.ready.is_empty()).then_some(self.until)
     }
 
-    /// Takes the next that is ready for a client that has all events before `position`.
+    /// Takes the next ready record for a client that has all events before `position`.
     pub fn next(&mut self, position: u64) -> Option<Record> {
         if position < self.until {
             return None;
@@ -121,7 +123,7 @@ impl Snapshot {
         Some(record)
     }
 
-    /// The client does not get some events, of which the last has this number.
+    /// Notes that the client has missed `count` events, the last of which has the number `seq`.
     pub fn lose(&mut self, seq: u64, count: u64) {
         if self.begin.is_some_and(|begin| seq >= begin) {
             self.lost += count;

@@ -1,4 +1,4 @@
-//! What a client chooses with its first line, and what it is told in return.
+//! A client's first line, which is its subscription, and the server's first line in return.
 
 use std::fmt::Write;
 
@@ -8,48 +8,51 @@ use serde_json::{Value, json};
 use crate::event::Kind;
 use crate::record::{Header, NO_ENDPOINT, Record, VERSION};
 
-/// How a client gets events.
+/// The format in which a client gets events.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Format {
-    /// One line of JSON an event.
+    /// One line of JSON for each event.
     #[default]
     Json,
-    /// A [`Header`], then a [`Record`] an event.
+    /// A [`Header`], then one [`Record`] for each event.
     Binary,
 }
 
-/// Which of the events that happened before it came a client gets.
+/// How many of the events before its connection a client gets.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Backlog {
-    /// Up to so many.
+    /// At most this many: the newest of those that its subscription names.
     Count(u64),
-    /// As many as there are.
+    /// As many as are kept.
     All,
     /// None.
     #[default]
     None,
 }
 
-/// What a client chose; the default is what a client gets that chooses nothing.
+/// What a client asks for. The default is for a client that asks for nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Subscription {
-    /// How to write the events.
+    /// The format of the stream.
     pub format: Format,
-    /// Only these kinds; if empty, all that need not be asked for. [`Kind::Lost`] always comes.
+    /// The kinds of events; if empty, all that need not be named. [`Kind::Lost`] always comes.
     pub kinds: Vec<Kind>,
-    /// No events about other endpoints; all if empty. Events about no endpoint always come.
+    /// The endpoints whose events come; all if empty. Events about no endpoint always come.
     pub endpoints: Vec<u32>,
-    /// Events of before.
+    /// Events from before the connection.
     pub backlog: Backlog,
-    /// Begin with what is live. To name [`Kind::State`] is to choose it too.
+    /// Whether the live state comes first. Naming [`Kind::State`] asks for it as well.
     pub state: bool,
 }
 
-/// Says what a subscription looks like; ends the messages about bad ones.
+/// The end of each message about a bad line: what a good one looks like.
 const EXPECTED: &str = r#"expected one line like {"format":"json"|"binary","kinds":["request",...],"endpoints":[32,"00:04.0",...],"backlog":N|"all","state":true}, every member optional, or an empty line"#;
 
 impl Subscription {
-    /// The subscription that a client's first line makes. The error says what is wrong and what is possible.
+    /// Parses a client's first line.
+    ///
+    /// # Errors
+    /// A message that says what is wrong and what is possible.
     pub fn parse(line: &[u8]) -> Result<Subscription, String> {
         if line.trim_ascii().is_empty() {
             return Ok(Subscription::default());
@@ -72,7 +75,7 @@ impl Subscription {
         Ok(subscription)
     }
 
-    /// The line that makes this subscription, with its newline.
+    /// The line that asks for this, with its newline.
     pub fn line(&self) -> String {
         let format = match self.format {
             Format::Json => "json",
@@ -90,7 +93,7 @@ impl Subscription {
         line
     }
 
-    /// The filter of the subscription.
+    /// The filter for the events that the subscription names.
     pub fn filter(&self) -> Filter {
         let chosen = match self.kinds.as_slice() {
             [] => Kind::DEFAULT,
@@ -105,17 +108,17 @@ impl Subscription {
     }
 }
 
-/// Which events a client gets.
+/// The events that a client gets.
 #[derive(Clone, Debug)]
 pub struct Filter {
-    /// Bit n: the kind with number n.
+    /// The kinds: bit n is the kind with number n.
     pub kinds: u64,
-    /// Sorted; empty: all.
+    /// The endpoints, sorted; all if empty.
     endpoints: Vec<u32>,
 }
 
 impl Filter {
-    /// Whether the client gets this event.
+    /// Whether the client gets the event.
     #[inline]
     pub fn passes(&self, record: &Record) -> bool {
         if self.kinds >> record.kind.get() & 1 == 0 {
@@ -161,7 +164,10 @@ fn parse_endpoint_value(value: &Value) -> Result<u32, String> {
 
 const ENDPOINT_EXPECTED: &str = "expected an endpoint id like 32 or \"0x20\", or a PCI address like \"00:04.0\"";
 
-/// An endpoint as people write it: `32`, `0x20`, `00:04.0` or `0000:00:04.0`.
+/// Parses an endpoint as people write it: an id (`32`, `0x20`) or a PCI address (`00:04.0`, `0000:00:04.0`).
+///
+/// # Errors
+/// A message that says what is expected.
 pub fn parse_endpoint(text: &str) -> Result<u32, String> {
     let number = match text.strip_prefix("0x") {
         Some(digits) => u32::from_str_radix(digits, 16).ok(),
@@ -210,12 +216,12 @@ struct Hello<'a> {
 pub fn hello(header: &Header) -> String {
     line(&Hello {
         kind: "hello",
-        // Whatever version was read: lines are written as this one has them.
+        // Lines are written as this version has them, even those of records that another version wrote.
         version: VERSION,
         pid: header.pid.get(),
         clock: "CLOCK_MONOTONIC",
         start: header.start_ns.get(),
-        // In microseconds it is exact in a double.
+        // In microseconds, it is exact as a double.
         realtime_offset_us: header.realtime_offset_ns.get() / 1000,
         format: "json",
         record_size: size_of::<Record>() as u32,
@@ -232,13 +238,13 @@ struct Refusal<'a> {
     error: &'a str,
 }
 
-/// A line for a client that cannot be served.
+/// The line for a client that cannot be served.
 pub fn refusal(message: &str) -> String {
     line(&Refusal { kind: "error", version: VERSION, error: message })
 }
 
 fn line(value: &impl Serialize) -> String {
-    // Strings and numbers can always be written.
+    // Cannot fail for strings and numbers.
     let mut line = serde_json::to_string(value).unwrap_or_default();
     line.push('\n');
     line

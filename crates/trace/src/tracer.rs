@@ -1,4 +1,4 @@
-//! The emitting side: what a thread does to trace an event.
+//! The emitting side: how a thread traces an event.
 
 use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -14,34 +14,34 @@ use crate::event::LossPlace;
 use crate::record::WORDS;
 use crate::ring::{Consumer, Producer, Sequence, ring};
 
-/// Events that the rings of a trace may have room for together: 288 MiB. A ring that nobody wrote to yet takes addresses
-/// but no memory.
+/// The most events that the rings of a trace may have room for together, which is 288 MiB. A ring that no thread has
+/// written to takes address space but no memory.
 const RINGS_MAX: usize = 1 << 22;
 
 /// One more than the highest number of a kind.
 const KINDS: usize = Kind::ALL.len() + 1;
 
-/// Takes events from anywhere in the process. Clones share one trace; the default one records nothing.
+/// Takes events from anywhere in the process. Clones share one trace. The default tracer records nothing.
 #[derive(Clone, Default)]
 pub struct Tracer {
-    shared: Option<Arc<Shared>>,
+    shared: Option<Arc<TraceShared>>,
 }
 
 /// How many events were emitted, and how many of those were lost because a thread had no room or no ring for them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TraceStats {
     kinds: [u64; KINDS],
-    /// Events that were emitted and lost before the collector had them.
+    /// Events that were emitted, but lost before the collector had them.
     pub lost: u64,
 }
 
 impl TraceStats {
-    /// Events that were emitted, the lost ones too.
+    /// Events that were emitted, including lost ones.
     pub fn emitted(&self) -> u64 {
         self.kinds.iter().sum()
     }
 
-    /// Events of this kind that were emitted, the lost ones too.
+    /// Events of this kind that were emitted, including lost ones.
     pub fn of(&self, kind: Kind) -> u64 {
         self.kinds[kind as usize]
     }
@@ -68,34 +68,34 @@ impl Counters {
     }
 }
 
-/// What all threads that trace share with the collector.
-pub struct Shared {
-    /// Tells traces apart: a thread may emit to several.
+/// The state that all tracing threads share with the collector.
+pub struct TraceShared {
+    /// Distinguishes traces, since a thread may emit to several.
     id: u64,
     /// The next event's number.
     pub sequence: Sequence,
     /// Wakes the collector.
     pub wake: EventFd,
     stopping: AtomicBool,
-    /// Whether events are recorded; without, they are not even numbered.
+    /// Whether events are recorded. Otherwise they are not even numbered.
     recording: AtomicBool,
-    /// Of the kinds that a client gets only if it names them, those that one named.
+    /// Kinds that clients get only if they name them: those that some client named.
     wanted: AtomicU64,
     slots: usize,
-    /// When the trace was started.
+    /// `CLOCK_MONOTONIC` in nanoseconds when the trace was started.
     pub start_ns: u64,
-    /// Events that were lost because their threads had no ring, and that are not reported yet.
+    /// Events that were lost because their thread had no ring, and that no `lost` event reports yet.
     unreported: AtomicU64,
     threads: Mutex<Threads>,
 }
 
 #[derive(Default)]
 struct Threads {
-    /// Rings that the collector does not know yet.
+    /// Rings that the collector has not fetched yet.
     new: Vec<Consumer<WORDS>>,
-    /// Of each ring that there is.
+    /// The counters of each ring.
     counters: Vec<Arc<Counters>>,
-    /// What no thread has now, for the next that comes; what its last one wrote may still be in it.
+    /// Lanes without a thread, for the next thread that needs one. Events of the last thread may still be in the ring.
     idle: Vec<Lane>,
     /// Events of threads that had no ring.
     ringless: TraceStats,
@@ -111,22 +111,22 @@ impl Threads {
     }
 }
 
-/// The writing end of a ring and the counters that go with it. One thread has it at a time: a thread that ends hands it on,
-/// so there are never more rings than there were threads at once. The collector sees no difference: the numbers of the next
+/// The writing end of a ring, and its counters. One thread has it at a time and hands it on at its end, so there are
+/// never more rings than there were threads at once. The collector sees no difference, since the numbers of the next
 /// thread's events are higher.
 pub struct Lane {
     producer: Producer<WORDS>,
     counters: Arc<Counters>,
 }
 
-/// A thread's part in one trace.
+/// A thread's lane in one trace.
 struct Local {
     trace: u64,
-    shared: Weak<Shared>,
+    shared: Weak<TraceShared>,
     lane: Lane,
 }
 
-/// The traces that a thread emits to; nearly always one.
+/// The traces that a thread emits to: nearly always one.
 struct Locals(Vec<Local>);
 
 impl Drop for Locals {
@@ -159,11 +159,11 @@ fn clock(id: ClockId) -> u64 {
 }
 
 impl Tracer {
-    pub(super) fn new(shared: Arc<Shared>) -> Self {
+    pub(super) fn new(shared: Arc<TraceShared>) -> Self {
         Tracer { shared: Some(shared) }
     }
 
-    /// Records that `event` happened now. Never waits: an event that finds its thread's ring full is counted as lost.
+    /// Records that `event` happened now. Never waits: if the thread's ring is full, the event is counted as lost.
     /// Allocates only at a thread's first event.
     #[inline]
     pub fn emit(&self, event: Event) {
@@ -174,14 +174,15 @@ impl Tracer {
         }
     }
 
-    /// Whether somebody wants events of a kind that clients get only if they name it: others are not worth making.
+    /// Whether some client wants events of a kind that clients get only if they name it. If not, there is no need to
+    /// make them.
     #[inline]
     pub fn wants(&self, kind: Kind) -> bool {
         self.shared.as_ref().is_some_and(|shared| shared.wanted.load(Ordering::Relaxed) & kind.bit() != 0)
     }
 
-    /// Runs something that must not take its thread down; `None` if it panics, which is traced as a panic of
-    /// `endpoint`. What the call changes must be whole, or not used any more, wherever it may panic.
+    /// Runs `call` and catches a panic, which is traced as a panic of `endpoint`; then the result is `None`. Wherever
+    /// the call may panic, what it changes must be consistent, or must not be used any more.
     pub fn catch_panic<R>(&self, endpoint: u32, call: impl FnOnce() -> R) -> Option<R> {
         let result = catch_unwind(AssertUnwindSafe(call));
         if result.is_err() {
@@ -190,17 +191,17 @@ impl Tracer {
         result.ok()
     }
 
-    /// What was emitted so far. Takes a lock; for summaries.
+    /// The statistics so far. Takes a lock; for summaries.
     pub fn stats(&self) -> TraceStats {
         self.shared.as_ref().map_or_else(TraceStats::default, |shared| shared.stats())
     }
 }
 
-impl Shared {
-    /// With rings of `slots` events, a power of two.
+impl TraceShared {
+    /// A trace without events, whose rings have `slots` slots, a power of two.
     pub fn new(slots: usize) -> std::io::Result<Arc<Self>> {
         static TRACES: AtomicU64 = AtomicU64::new(0);
-        Ok(Arc::new(Shared {
+        Ok(Arc::new(TraceShared {
             id: TRACES.fetch_add(1, Ordering::Relaxed),
             sequence: Sequence::new(),
             wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
@@ -233,8 +234,9 @@ impl Shared {
         }
     }
 
-    /// A ring to write to; `None` if all that there may be have a thread. One that no thread has any more, if half of it is
-    /// free: what its last thread wrote would cost the next one events. Else a new one, while there may be more.
+    /// A lane for the calling thread; `None` if all that there may be are taken. It is an idle lane if half of its ring
+    /// is free, since events of the last thread that are still in it take room. Otherwise it is a new one, up to the
+    /// limit, and then any idle one.
     #[cold]
     fn lane(&self) -> Option<Lane> {
         let mut threads = self.threads();
@@ -248,22 +250,22 @@ impl Shared {
         }
     }
 
-    /// A ring for the collector, whatever there may be.
+    /// A lane for the collector, regardless of the limit.
     pub fn own_lane(&self) -> Lane {
         self.threads().add_lane(self.slots)
     }
 
     fn threads(&self) -> MutexGuard<'_, Threads> {
-        // Nothing that holds the lock leaves a half-done change behind.
+        // No holder of the lock leaves a half-done change behind.
         self.threads.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The rings that were made since the last call.
+    /// Takes the rings that were made since the last call.
     pub fn new_rings(&self) -> Vec<Consumer<WORDS>> {
         std::mem::take(&mut self.threads().new)
     }
 
-    /// What was emitted so far.
+    /// The statistics so far.
     pub fn stats(&self) -> TraceStats {
         let threads = self.threads();
         let mut sum = threads.ringless;
@@ -271,7 +273,7 @@ impl Shared {
         sum
     }
 
-    /// Counts an event of a thread that has no ring: it is at its end, or there are too many of its kind.
+    /// Counts an event of a thread without a ring: the thread is ending, or there are too many threads.
     #[cold]
     fn lose(&self, kind: Kind) {
         {
@@ -280,13 +282,13 @@ impl Shared {
             threads.ringless.lost += 1;
         }
         self.unreported.fetch_add(1, Ordering::Relaxed);
-        // The event has no number with which the collector would be woken.
+        // The event takes no number, which would have shown that the collector sleeps.
         if self.sequence.end_sleep() {
             self.wake();
         }
     }
 
-    /// Takes the number of events that were lost because their threads had no ring.
+    /// Takes the number of events that were lost because their thread had no ring.
     pub fn take_unreported(&self) -> u64 {
         match self.unreported.load(Ordering::Relaxed) {
             0 => 0,
@@ -294,10 +296,10 @@ impl Shared {
         }
     }
 
-    /// Wakes the collector from whatever it waits for.
+    /// Wakes the collector, which may be waiting for anything.
     #[cold]
     pub fn wake(&self) {
-        // The only error is a full counter, and then it is awake.
+        // The only error is a full counter, and that wakes the collector too.
         let _ = self.wake.write(1);
     }
 
@@ -307,12 +309,12 @@ impl Shared {
         self.wake();
     }
 
-    /// Clients want these kinds from now on, as far as they have to be named.
+    /// Sets the kinds that clients named. Only kinds that must be named matter.
     pub fn want(&self, kinds: u64) {
         self.wanted.store(kinds & Kind::ON_REQUEST, Ordering::Relaxed);
     }
 
-    /// Records events from now on, or none.
+    /// Turns the recording of events on or off.
     pub fn record(&self, on: bool) {
         self.recording.store(on, Ordering::Relaxed);
     }
@@ -324,13 +326,13 @@ impl Shared {
 }
 
 impl Lane {
-    /// Whether there is space for an event now.
+    /// Whether there is room for an event now.
     pub fn has_room(&mut self) -> bool {
         self.producer.room(1)
     }
 
-    /// Writes an event; it is counted as lost if there is no space for it.
-    pub fn emit(&mut self, shared: &Shared, event: &Event) {
+    /// Writes an event, or counts it as lost if there is no room for it.
+    pub fn emit(&mut self, shared: &TraceShared, event: &Event) {
         let kind = event.kind();
         if kind != Kind::Lost {
             increment(&self.counters.kinds[kind as usize]);
@@ -348,7 +350,7 @@ impl Lane {
     }
 
     #[inline]
-    fn push(&mut self, shared: &Shared, event: &Event, now: u64) {
+    fn push(&mut self, shared: &TraceShared, event: &Event, now: u64) {
         let (seq, asleep) = shared.sequence.take();
         self.producer.push(event.encode(now, seq).words());
         if (asleep && shared.sequence.end_sleep()) || self.producer.is_filling() {

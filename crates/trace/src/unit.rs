@@ -1,4 +1,4 @@
-//! How the values of fields are written, as JSON and as text, and read again.
+//! Units: how the values of fields are written as JSON and as text, and read from JSON.
 
 use serde_json::json;
 use viommu_wire::Named as Enumeration;
@@ -6,13 +6,13 @@ use viommu_wire::Named as Enumeration;
 use crate::members::{Members, Value};
 use crate::{names, put};
 
-/// What a line says of a field.
+/// What a line has for a field.
 pub enum Found<T> {
-    /// This.
+    /// This value.
     Is(T),
-    /// Nothing.
+    /// No member.
     Nothing,
-    /// Something that means nothing.
+    /// A member with an unknown value.
     Nonsense,
 }
 
@@ -26,15 +26,15 @@ impl<T> Found<T> {
     }
 }
 
-/// How values of a type are written and read. A key comes as `,"key":` or ` key=`, as it is to be written.
+/// How values of a type are written and read. For writing, a key comes as it is to be written: `,"key":` or ` key=`.
 pub trait Unit<T> {
-    /// Whether a field can have the value: events of one kind are told apart by that.
+    /// Whether a field can have the value. Layouts of one kind are told apart by this.
     #[inline]
     fn accepts(&self, _: &T) -> bool {
         true
     }
 
-    /// Whether there is something to write.
+    /// Whether there is a value to write.
     #[inline]
     fn is_there(&self, _: &T) -> bool {
         true
@@ -46,13 +46,13 @@ pub trait Unit<T> {
     /// Appends the field.
     fn text(&self, key: &str, value: T, out: &mut Vec<u8>);
 
-    /// What the member says.
+    /// Reads the member with this key.
     fn read(&self, key: &str, members: &Members<'_>) -> Found<T>;
 
-    /// What the schema says.
+    /// The unit's entry in the schema.
     fn schema(&self) -> serde_json::Value;
 
-    /// Any value that can be read again, made of numbers.
+    /// A value made of numbers from `next`, that can be read back.
     #[cfg(test)]
     fn draw(&self, next: &mut dyn FnMut() -> u64) -> T;
 }
@@ -61,7 +61,7 @@ pub fn put_str(text: &str, out: &mut Vec<u8>) {
     out.extend_from_slice(text.as_bytes());
 }
 
-/// Units in which JSON has a number.
+/// Declares units that JSON writes as a number.
 macro_rules! decimal {
     ($($(#[$meta:meta])* $name:ident $schema:literal: $($type:ty),*;)*) => { $(
         $(#[$meta])*
@@ -97,13 +97,13 @@ macro_rules! decimal {
 decimal! {
     /// An identifier, an index, a count.
     Number "number": u8, u16, u32, u64;
-    /// Bytes.
+    /// A length in bytes.
     Bytes "bytes": u8, u32, u64;
     /// A moment of `CLOCK_MONOTONIC`, ns.
     Moment "ns": u64;
 }
 
-/// A number that there need not be.
+/// An optional number.
 impl Unit<Option<u32>> for Number {
     fn is_there(&self, value: &Option<u32>) -> bool {
         value.is_some()
@@ -134,7 +134,7 @@ impl Unit<Option<u32>> for Number {
     }
 }
 
-/// A time span, ns. The text has microseconds, under a name without the unit.
+/// A duration, ns. The text has it in microseconds, and its name without the suffix `_ns`.
 pub struct Nanoseconds;
 
 impl Unit<u64> for Nanoseconds {
@@ -236,7 +236,7 @@ impl Unit<bool> for Flag {
     }
 }
 
-/// A name: printable ASCII without quotes and backslashes.
+/// Appends a name, which must be printable ASCII without quotes and backslashes.
 #[inline]
 pub fn put_name(key: &str, name: &str, out: &mut Vec<u8>) {
     put_str(key, out);
@@ -245,13 +245,13 @@ pub fn put_name(key: &str, name: &str, out: &mut Vec<u8>) {
     out.push(b'"');
 }
 
-/// Numbers and their names, for the schema.
+/// The schema of numbers that have names.
 pub fn schema_of_names(values: impl Iterator<Item = (u8, &'static str)>) -> serde_json::Value {
     let values: Vec<_> = values.map(|(number, name)| json!({ "number": number, "name": name })).collect();
     json!({ "unit": "name", "json": "string", "values": values })
 }
 
-/// One of an enumeration.
+/// A value of an enumeration, by its name.
 pub struct Named;
 
 impl<T: Enumeration> Unit<T> for Named {
@@ -279,25 +279,25 @@ impl<T: Enumeration> Unit<T> for Named {
     }
 }
 
-/// A number that a specification has a name for, or has not: then it is written in hexadecimal.
+/// A number that has a name in a specification. Without a name it is written in hexadecimal.
 pub struct Coded {
-    /// The name.
+    /// The name of a number.
     pub name: fn(u8) -> Option<&'static str>,
     /// Whether the field can have the number.
     pub accepts: fn(u8) -> bool,
 }
 
-/// Of virtqueues.
+/// The index of a virtqueue.
 pub const VIRTQUEUE: Coded = Coded { name: names::virtqueue, accepts: |_| true };
-/// Of requests.
+/// The type of a request.
 pub const REQUEST_TYPE: Coded = Coded { name: names::request, accepts: |_| true };
-/// Of requests without those of the split protocol.
+/// The type of a request that is not of the split protocol.
 pub const BASE_TYPE: Coded = Coded { name: names::request, accepts: |number| !names::is_split(number) };
-/// Of requests of the split protocol.
+/// The type of a request of the split protocol.
 pub const SPLIT_TYPE: Coded = Coded { name: names::request, accepts: names::is_split };
-/// Of a request's outcome.
+/// The status of a request.
 pub const STATUS: Coded = Coded { name: names::status, accepts: |_| true };
-/// Of a fault's reason.
+/// The reason of a fault.
 pub const FAULT_REASON: Coded = Coded { name: names::fault_reason, accepts: |_| true };
 
 impl Unit<u8> for Coded {
@@ -340,13 +340,13 @@ impl Unit<u8> for Coded {
     #[cfg(test)]
     fn draw(&self, next: &mut dyn FnMut() -> u64) -> u8 {
         let from = next() as u8;
-        // Small ones, which have names, and others.
+        // Half of them are small numbers, which have names.
         let some = if from.is_multiple_of(2) { from % 16 } else { from };
         (0..=u8::MAX).map(|more| some.wrapping_add(more)).find(|number| (self.accepts)(*number)).unwrap()
     }
 }
 
-/// A number that a table of the model has a name for, or has not: then it is written in hexadecimal.
+/// A number that has a name in a table of the model. Without a name it is written in hexadecimal.
 pub struct Tabled<N: 'static>(pub &'static [(N, &'static str)]);
 
 impl<N: Copy + PartialEq + Into<u64> + TryFrom<u64>> Tabled<N> {
@@ -425,7 +425,7 @@ impl Unit<u32> for Flags {
     }
 }
 
-/// What follows from other fields, and is written for the reader's sake.
+/// A member that is derived from other fields, for the reader's convenience.
 pub trait Derived {
     /// Appends the member.
     fn json(&self, key: &str, out: &mut Vec<u8>);
@@ -434,7 +434,7 @@ pub trait Derived {
     fn text(&self, key: &str, out: &mut Vec<u8>);
 }
 
-/// Bytes of an inclusive range, 0 when it ends before it starts.
+/// The length in bytes of an inclusive range, 0 if it ends before it starts.
 pub struct Size(pub u64, pub u64);
 
 impl Size {
@@ -447,7 +447,7 @@ impl Derived for Size {
     #[inline]
     fn json(&self, key: &str, out: &mut Vec<u8>) {
         put_str(key, out);
-        // A guest may ask for a range that ends before it starts, and for all 2^64 bytes.
+        // A guest may ask for all 2^64 bytes.
         match u64::try_from(self.bytes()) {
             Ok(bytes) => put::number(bytes, out),
             Err(_) => put_str("18446744073709551616", out),
