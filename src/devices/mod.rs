@@ -1,6 +1,6 @@
-//! The device models. They see a [`crate::pci::Function`] to implement and a [`crate::dma::Dma`] to use.
+//! The device models. Each implements [`crate::pci::Function`] and reaches guest memory through [`crate::dma::Dma`].
 //!
-//! Each is an entry in [`MODELS`], and what serves them names none.
+//! Each is an entry in [`MODELS`]. The code that serves them names none.
 
 pub mod ioat;
 pub mod kit;
@@ -10,5 +10,5 @@ pub mod nvme;
 
 pub use model::{Configuration, Device, Model};
 
-/// The models.
+/// All models.
 pub const MODELS: [&Model; 3] = [&nvme::MODEL, &ioat::MODEL, &null::MODEL];

@@ -1,4 +1,4 @@
-//! What a device model is to the rest of the program, which knows none by name.
+//! A device model as the rest of the program sees it, which knows none by name.
 
 use std::error::Error;
 use std::fmt;
@@ -15,19 +15,19 @@ use crate::pci::FunctionContext;
 
 /// A device model: an entry in [`super::MODELS`].
 pub struct Model {
-    /// What topologies call it: `[[name]]` in a file, `name,KEY=VALUE,...` as an option.
+    /// Its name in topologies: `[[name]]` in a file, `name,KEY=VALUE,...` as an option.
     pub name: &'static str,
-    /// What its endpoints are called that have no name of their own, with a number behind it.
+    /// The name of its endpoints that have none of their own, to which a number is appended.
     pub endpoint_name: &'static str,
-    /// Its own keys with the values of an example, `KEY=VALUE,...`: those that an endpoint must have.
+    /// The keys that an endpoint must have, with example values: `KEY=VALUE,...`.
     pub example: &'static str,
-    /// Its own keys in a topology, beside those that all models have.
+    /// Its own keys in a topology, in addition to those of all models.
     pub keys: &'static [Key],
-    /// Reads its own keys of the endpoint of this name.
-    pub configure: fn(Table<'_>, &str) -> Configured,
+    /// Reads its own keys of the endpoint with the given name.
+    pub configure: fn(KeyTable<'_>, &str) -> Configured,
 }
 
-/// What is made of an endpoint's table.
+/// The configuration that is made of an endpoint's table.
 pub type Configured = Result<Arc<dyn Configuration>, KeyError>;
 
 impl fmt::Debug for Model {
@@ -41,62 +41,62 @@ impl fmt::Debug for Model {
 pub struct Key {
     /// Its name.
     pub name: &'static str,
-    /// What its value is.
-    pub kind: Kind,
+    /// The kind of its value.
+    pub kind: KeyKind,
 }
 
-/// What a key's value is, for who gives it as text.
+/// The kind of a key's value, for values that are given as text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum KeyKind {
     /// Text.
     Text,
-    /// A number of bytes; which ones are expected.
+    /// A number of bytes; the text says which numbers are expected.
     Bytes(&'static str),
 }
 
-/// How an endpoint is to be, as its topology says.
+/// The configuration of an endpoint, as its topology gives it.
 pub trait Configuration: fmt::Debug + Send + Sync {
-    /// The file that no other endpoint may have.
+    /// The file that no other endpoint may use, if there is one.
     fn own_file(&self) -> Option<OwnFile<'_>> {
         None
     }
 
-    /// Opens what the endpoint needs for all of its life; a file that does not exist is made with `create` bytes, if that
-    /// is given.
+    /// Opens what the endpoint needs as long as it exists. If `create` is given, a file that does not exist is made
+    /// with that many bytes.
     ///
     /// # Errors
-    /// What cannot be opened, and what to do.
+    /// Something cannot be opened. The error says what, and what to do.
     fn open(&self, create: Option<u64>) -> Result<Arc<dyn Device>, Box<dyn Error + Send + Sync>>;
 }
 
-/// A file that one endpoint alone may have.
+/// A file that only one endpoint may use.
 #[derive(Clone, Debug)]
 pub struct OwnFile<'c> {
     /// The key that names it.
     pub key: &'static str,
-    /// Where it is named in the topology.
+    /// Where the topology names it, in bytes.
     pub span: Range<usize>,
     /// The file, relative to the working directory.
     pub path: &'c Path,
 }
 
-/// What an endpoint has for all of its life, over all functions that clients find in it and all their resets.
+/// What an endpoint has as long as it exists. It outlives the functions that clients find in it, and their resets.
 pub trait Device: Send + Sync {
-    /// A function in its power-on state.
+    /// Makes a function in its power-on state.
     fn make(&self, context: FunctionContext) -> Box<dyn Lifecycle>;
 
-    /// The file that it has open.
+    /// The file that it has open, if there is one.
     fn file(&self) -> Option<&Path> {
         None
     }
 
-    /// What its functions did so far.
+    /// The statistics of all its functions so far.
     fn stats(&self) -> DeviceStats {
         DeviceStats::default()
     }
 }
 
-/// An endpoint that needs nothing but what makes its functions.
+/// An endpoint that needs nothing but the function that makes its functions.
 #[derive(Clone, Copy, Debug)]
 pub struct Plain(pub fn(FunctionContext) -> Box<dyn Lifecycle>);
 
@@ -112,46 +112,46 @@ impl Device for Plain {
     }
 }
 
-/// What an endpoint's functions did.
+/// The statistics of an endpoint's functions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DeviceStats {
-    /// I/O commands completed.
+    /// The number of I/O commands that completed.
     pub io_count: u64,
-    /// Bytes that these commands moved.
+    /// The number of bytes that they moved.
     pub io_bytes: u64,
 }
 
-/// A model's own keys of an endpoint's table, which know where they are in the topology.
-pub struct Table<'i>(Spanned<DeTable<'i>>);
+/// A model's own keys in an endpoint's table, with their places in the topology.
+pub struct KeyTable<'i>(Spanned<DeTable<'i>>);
 
-impl<'i> Table<'i> {
-    /// Of keys that the model has.
+impl<'i> KeyTable<'i> {
+    /// A table of keys that the model has.
     pub(crate) fn new(keys: Spanned<DeTable<'i>>) -> Self {
-        Table(keys)
+        KeyTable(keys)
     }
 
-    /// Reads the keys; a [`Spanned`] value knows where it was found.
+    /// Reads the keys. A [`Spanned`] value knows where it was found.
     ///
     /// # Errors
-    /// A value is not what `T` takes, or a key is missing.
+    /// A value does not fit `T`, or a key is missing.
     pub fn read<T: DeserializeOwned>(self) -> Result<T, KeyError> {
         Ok(T::deserialize(Deserializer::from(self.0))?)
     }
 }
 
-/// Something in the text of a topology that cannot be used.
+/// An error in a topology.
 #[derive(Debug)]
 pub struct KeyError {
-    /// Where; `None` where the text does not say it, but a default does.
+    /// Where it is, in bytes; `None` if the value is a default, which the text does not have.
     pub span: Option<Range<usize>>,
-    /// The key that it is the value of.
+    /// The key whose value is wrong.
     pub key: Option<&'static str>,
-    /// What was found and what was expected.
+    /// What was found, and what was expected.
     pub what: String,
 }
 
 impl KeyError {
-    /// A problem with the value of `key`, which is at `span`: 0..0 if it is a default.
+    /// A wrong value of `key`. `span` is the value's place, or 0..0 if it is a default.
     pub fn new(key: &'static str, span: Range<usize>, what: impl Into<String>) -> KeyError {
         KeyError { span: Some(span).filter(|span| *span != (0..0)), key: Some(key), what: what.into() }
     }

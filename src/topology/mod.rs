@@ -25,7 +25,7 @@ pub use size::Size;
 use slots::Slots;
 
 use crate::devices::MODELS;
-use crate::devices::model::{self, Configuration, Kind, Model, OwnFile};
+use crate::devices::model::{self, Configuration, KeyKind, Model, OwnFile};
 use crate::iommu::{EndpointSettings, Limits, Reserved, Settings};
 use viommu_wire::virtio_iommu::ResvMemKind;
 
@@ -258,12 +258,12 @@ fn option_value(model: &Model, key: &str, value: &str) -> Result<toml::Value, St
             .map(toml::Value::from);
     }
     match model.keys.iter().find(|known| known.name == key).map(|known| known.kind) {
-        Some(Kind::Bytes(expected)) => {
+        Some(KeyKind::Bytes(expected)) => {
             let number = value.parse::<u32>();
             let number = number.map_err(|_| format!("{value:?} is no number of bytes; {expected} was expected"))?;
             Ok(number.into())
         }
-        Some(Kind::Text) | None => Ok(value.into()),
+        Some(KeyKind::Text) | None => Ok(value.into()),
     }
 }
 
@@ -363,7 +363,7 @@ impl Topology {
         let msix = msix.unwrap_or(!hotplug);
         let name_span = name.as_ref().map_or(0..0, Spanned::span);
         let name = name.map_or_else(|| format!("{}{index}", model.endpoint_name), Spanned::into_inner);
-        let configuration = (model.configure)(model::Table::new(Spanned::new(span, own)), &name)?;
+        let configuration = (model.configure)(model::KeyTable::new(Spanned::new(span, own)), &name)?;
         self.check_own_file(&*configuration)?;
         let endpoints = self.endpoints.iter().map(|other| other.name.as_str());
         let ports = self.root_ports.iter().map(|port| port.name.get_ref().as_str());

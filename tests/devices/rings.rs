@@ -9,8 +9,8 @@ use std::os::unix::fs::FileExt;
 use serde::{Deserialize, Serialize};
 use vfio_bindings::bindings::vfio::*;
 use vfio_user::Client;
-use viommu::devices::kit::registers::{Access, Register, RegisterMap, RegisterWrite};
-use viommu::devices::kit::ring::{COMMAND, COMPLETION, CommandRing, CompletionRing, Span};
+use viommu::devices::kit::registers::{Register, RegisterAccess, RegisterMap, RegisterWrite};
+use viommu::devices::kit::ring::{COMMAND, COMPLETION, CommandRing, CompletionRing, RingSpan};
 use viommu::devices::kit::{Engine, Executor, SharedMachine, StateMachine, ThreadContext};
 use viommu::pci::{Bar, Function, FunctionContext, Identity};
 use viommu_testkit::function::Served;
@@ -63,8 +63,8 @@ struct Copier {
 }
 
 enum Job {
-    Fetch(Span),
-    Post(Span, Vec<Completion>),
+    Fetch(RingSpan),
+    Post(RingSpan, Vec<Completion>),
 }
 
 impl StateMachine for Copier {
@@ -87,12 +87,16 @@ impl StateMachine for Copier {
         integrated: false,
     };
     const REGISTERS: RegisterMap<Id> = RegisterMap::new(&[
-        Register::new(Id::Commands, model::Register::new("COMMANDS", COMMANDS as u32, 8), Access::ReadWrite),
-        Register::new(Id::Completions, model::Register::new("COMPLETIONS", COMPLETIONS as u32, 8), Access::ReadWrite),
-        Register::new(Id::Sizes, model::Register::new("SIZES", SIZES as u32, 8), Access::WriteOnly).doorbell(),
-        Register::new(Id::Tail, model::Register::new("TAIL", TAIL as u32, 4), Access::WriteOnly).doorbell(),
-        Register::new(Id::Head, model::Register::new("HEAD", HEAD as u32, 4), Access::WriteOnly).doorbell(),
-        Register::new(Id::Status, model::Register::new("STATUS", STATUS as u32, 4), Access::ReadOnly),
+        Register::new(Id::Commands, model::Register::new("COMMANDS", COMMANDS as u32, 8), RegisterAccess::ReadWrite),
+        Register::new(
+            Id::Completions,
+            model::Register::new("COMPLETIONS", COMPLETIONS as u32, 8),
+            RegisterAccess::ReadWrite,
+        ),
+        Register::new(Id::Sizes, model::Register::new("SIZES", SIZES as u32, 8), RegisterAccess::WriteOnly).doorbell(),
+        Register::new(Id::Tail, model::Register::new("TAIL", TAIL as u32, 4), RegisterAccess::WriteOnly).doorbell(),
+        Register::new(Id::Head, model::Register::new("HEAD", HEAD as u32, 4), RegisterAccess::WriteOnly).doorbell(),
+        Register::new(Id::Status, model::Register::new("STATUS", STATUS as u32, 4), RegisterAccess::ReadOnly),
     ]);
 
     fn read(&mut self, register: Id) -> u64 {

@@ -4,7 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::devices::kit::registers::{Access, Register, RegisterMap};
+use crate::devices::kit::registers::{Register, RegisterAccess, RegisterMap};
 use viommu_wire::ioat;
 
 /// Bytes of BAR 0, as on hardware; what is not named here reads as zero and ignores writes.
@@ -45,20 +45,20 @@ pub enum Id {
 
 /// All registers.
 pub const REGISTERS: RegisterMap<Id> = RegisterMap::new(&[
-    Register::new(Id::ChannelCount, ioat::CHANCNT, Access::ReadOnly),
-    Register::new(Id::TransferCapacity, ioat::XFERCAP, Access::ReadOnly),
-    Register::new(Id::InterruptControl, ioat::INTRCTRL, Access::ReadWrite),
-    Register::new(Id::AttentionStatus, ioat::ATTNSTATUS, Access::ReadOnly),
-    Register::new(Id::Version, ioat::CBVER, Access::ReadOnly),
-    Register::new(Id::ChannelControl, ioat::CHANCTRL, Access::ReadWrite),
-    Register::new(Id::Compatibility, ioat::DMA_COMP, Access::ReadOnly),
-    Register::new(Id::ChannelCommand, ioat::CHANCMD, Access::ReadWrite),
-    Register::new(Id::DescriptorCount, ioat::DMACOUNT, Access::ReadWrite).doorbell(),
-    Register::new(Id::ChannelStatus, ioat::CHANSTS, Access::ReadOnly),
-    Register::new(Id::ChainAddress, ioat::CHAINADDR, Access::ReadWrite),
-    Register::new(Id::CompletionAddress, ioat::CHANCMP, Access::ReadWrite),
-    Register::new(Id::ChannelErrors, ioat::CHANERR, Access::WriteOne),
-    Register::new(Id::ErrorMask, ioat::CHANERRMSK, Access::ReadWrite),
+    Register::new(Id::ChannelCount, ioat::CHANCNT, RegisterAccess::ReadOnly),
+    Register::new(Id::TransferCapacity, ioat::XFERCAP, RegisterAccess::ReadOnly),
+    Register::new(Id::InterruptControl, ioat::INTRCTRL, RegisterAccess::ReadWrite),
+    Register::new(Id::AttentionStatus, ioat::ATTNSTATUS, RegisterAccess::ReadOnly),
+    Register::new(Id::Version, ioat::CBVER, RegisterAccess::ReadOnly),
+    Register::new(Id::ChannelControl, ioat::CHANCTRL, RegisterAccess::ReadWrite),
+    Register::new(Id::Compatibility, ioat::DMA_COMP, RegisterAccess::ReadOnly),
+    Register::new(Id::ChannelCommand, ioat::CHANCMD, RegisterAccess::ReadWrite),
+    Register::new(Id::DescriptorCount, ioat::DMACOUNT, RegisterAccess::ReadWrite).doorbell(),
+    Register::new(Id::ChannelStatus, ioat::CHANSTS, RegisterAccess::ReadOnly),
+    Register::new(Id::ChainAddress, ioat::CHAINADDR, RegisterAccess::ReadWrite),
+    Register::new(Id::CompletionAddress, ioat::CHANCMP, RegisterAccess::ReadWrite),
+    Register::new(Id::ChannelErrors, ioat::CHANERR, RegisterAccess::WriteOne),
+    Register::new(Id::ErrorMask, ioat::CHANERRMSK, RegisterAccess::ReadWrite),
 ]);
 
 /// One channel: what each function of a server processor has. More functions, and not more channels, make more of them.

@@ -1,4 +1,4 @@
-//! A model with one thread: a state machine, and what executes the work that it gives.
+//! A model with one thread: a state machine, and an executor for the work that it gives.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -13,28 +13,30 @@ use viommu_trace::Event;
 use viommu_trace::event::Access;
 use viommu_wire::model::Model;
 
-/// Registers in, work and interrupts out. It does no DMA and knows no thread, so a unit test can put it into any state. The
-/// default is its power-on state, and what is serialized of it is all that a driver could notice the lack of.
+/// A model's state: register accesses go in, work and interrupts come out. It does no DMA and knows no thread, so a
+/// unit test can put it into any state. The default is the power-on state. Everything that a driver can observe must be
+/// serialized.
 pub trait StateMachine: Default + Serialize + DeserializeOwned + Send + 'static {
-    /// Which register.
+    /// Identifies a register.
     type Register: Copy + Send + Sync + 'static;
-    /// Something to do for the executor.
+    /// A piece of work for the executor.
     type Job;
-    /// Does the jobs, one after the other.
+    /// Executes the jobs, one after the other.
     type Executor: Executor<Self>;
 
     /// The model's name.
     const NAME: &'static str;
-    /// The version of what is serialized, which is another one whenever that changes.
+    /// The version of the serialized form. It changes whenever that form does.
     const VERSION: u32;
-    /// The model as the trace knows it. Of one that it does not know, it says neither the state nor accesses to registers.
+    /// The model's number in the trace. Without one, the trace has neither the model's state nor accesses to its
+    /// registers.
     const TRACED_AS: Option<Model> = None;
-    /// What the function says of itself.
+    /// The function's identity in configuration space.
     const IDENTITY: Identity;
     /// The registers of BAR 0.
     const REGISTERS: RegisterMap<Self::Register>;
 
-    /// The value of a register that the driver reads.
+    /// The driver reads a register. Returns its value.
     fn read(&mut self, register: Self::Register) -> u64;
 
     /// The driver writes a register.
@@ -43,30 +45,35 @@ pub trait StateMachine: Default + Serialize + DeserializeOwned + Send + 'static 
     /// The next job, if there is one.
     fn take_job(&mut self) -> Option<Self::Job>;
 
-    /// The executor failed: the job that was taken is over.
+    /// The executor panicked or has no thread: the job that was taken is over.
     fn fail(&mut self);
 
-    /// The vectors that are to be sent now, of the first 32, a bit each; each is given once.
+    /// Takes the vectors to send now, of the first 32, a bit each. Each is returned once.
     fn take_interrupts(&mut self) -> u32;
 
-    /// The vectors for which there is something that the driver has not acknowledged, a bit each: while there is one, the
-    /// interrupt pin is asserted.
+    /// The vectors with something that the driver has not acknowledged, a bit each. While there is one, the interrupt
+    /// pin is asserted.
     fn reasons(&self) -> u32;
 
-    /// What the trace says of its state, whenever that changes: what the model declares in `viommu-wire`.
+    /// The state as the trace has it, in the form that the model declares in `viommu-wire`. An event is made when it
+    /// changes.
     fn traced(&self) -> u64 {
         0
     }
 
-    /// Whether this state, which was loaded, is one that it can be in at rest. `Err` says what is not.
+    /// Checks that a state that was loaded is possible at rest.
+    ///
+    /// # Errors
+    /// What is not possible.
     fn check(&self) -> Result<(), &'static str> {
         Ok(())
     }
 }
 
-/// Does a state machine's jobs, in a thread of its own.
+/// Executes a state machine's jobs, in a thread of its own.
 pub trait Executor<M: StateMachine>: Default + Send + 'static {
-    /// Does a job, and tells the state machine how that went. Jobs are short: a reset waits for the one in progress.
+    /// Executes a job, and tells the state machine its result. Jobs must be short, since a reset waits for the one in
+    /// progress.
     fn execute(&mut self, job: M::Job, machine: &SharedMachine<M>, thread: &mut ThreadContext);
 }
 
@@ -77,12 +84,12 @@ pub struct SharedMachine<M> {
 }
 
 impl<M: StateMachine> SharedMachine<M> {
-    /// What the function was given.
+    /// The context of the function.
     pub fn context(&self) -> &FunctionContext {
         &self.context
     }
 
-    /// Changes the state, traces that, and sends the interrupts that are due then.
+    /// Changes the state, traces the change, and sends the interrupts that are due after it.
     pub fn change<R>(&self, change: impl FnOnce(&mut M) -> R) -> R {
         let mut machine = self.lock();
         let before = machine.traced();
@@ -92,7 +99,7 @@ impl<M: StateMachine> SharedMachine<M> {
             self.context.tracer.emit(Event::Device { endpoint: self.context.dma.endpoint(), model, state });
         }
         let vectors = machine.take_interrupts();
-        // The pin asks for the reasons.
+        // The pin calls `reasons`, which takes the lock.
         drop(machine);
         (0..32).filter(|vector| vectors >> vector & 1 != 0).for_each(|vector| self.context.interrupts.trigger(vector));
         if vectors == 0 {
@@ -102,7 +109,7 @@ impl<M: StateMachine> SharedMachine<M> {
     }
 
     fn lock(&self) -> MutexGuard<'_, M> {
-        // A panic under the lock leaves a state whose registers may be odd, and a reset sets them all.
+        // After a panic under the lock the registers may be inconsistent. A reset sets all of them.
         sync::lock(&self.machine)
     }
 }
@@ -137,7 +144,7 @@ impl<M: StateMachine> Work for Jobs<M> {
     }
 }
 
-/// A model of a state machine and its executor.
+/// A model made of a state machine and its executor.
 pub struct Engine<M: StateMachine> {
     machine: Arc<SharedMachine<M>>,
     /// `None` while it is quiesced.
@@ -146,7 +153,7 @@ pub struct Engine<M: StateMachine> {
 }
 
 impl<M: StateMachine> Engine<M> {
-    /// In its power-on state.
+    /// A model in its power-on state.
     pub fn new(context: FunctionContext) -> Self {
         let machine = Arc::new(SharedMachine { context, machine: Mutex::default() });
         let source: Arc<dyn PinSource> = machine.clone();
@@ -156,7 +163,7 @@ impl<M: StateMachine> Engine<M> {
         engine
     }
 
-    /// Starts the thread. Without one, no job will ever be done: the state machine fails.
+    /// Starts the thread. Without one no job will ever be executed, so the state machine fails.
     fn start(&mut self) {
         let context = &self.machine.context;
         let name = format!("{} {:x}", M::NAME, context.dma.endpoint());

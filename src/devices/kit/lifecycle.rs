@@ -1,4 +1,4 @@
-//! Pausing a model, and moving its state into another one.
+//! Pausing a model, saving its state, and loading the state into another instance.
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -6,37 +6,37 @@ use serde_json::Value;
 
 use crate::pci::Function;
 
-/// What every model can do beside being a function.
+/// The operations of every model in addition to those of a function.
 pub trait Lifecycle: Function {
-    /// Comes to rest at the next point from which it can go on as if nothing had happened. After that there is no DMA and
-    /// no interrupt until [`Lifecycle::resume`]; registers may be read and written in between, and a reset is done at
-    /// once. Does nothing at rest.
+    /// Brings the model to rest at the next point from which it can go on as if nothing had happened. After that there
+    /// is no DMA and no interrupt until [`Lifecycle::resume`]. Registers may still be read and written, and a reset
+    /// takes effect at once. Does nothing to a model at rest.
     fn quiesce(&mut self);
 
-    /// Goes on. Does nothing to a model that is not at rest.
+    /// Ends the rest. Does nothing to a model that is not at rest.
     fn resume(&mut self);
 
-    /// All that the driver could notice the lack of. The model is at rest.
+    /// The state that a driver can observe. The model must be at rest.
     fn save(&self) -> SavedState;
 
-    /// Takes the state of another one over. The model is at rest, and stays so.
+    /// Replaces the state by a saved one. The model must be at rest, and stays at rest.
     ///
     /// # Errors
-    /// The state is of another model or version, or none that a model can be in. The model is as after a reset then.
+    /// The state is of another model or version, or is impossible. The model is then as after a reset.
     fn load(&mut self, state: &SavedState) -> Result<(), LoadError>;
 }
 
-/// A model's state, in a form that can be kept, and that another version of the model can still tell from its own.
+/// A model's saved state. It can be serialized, and every version of the model can tell whether it can read it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SavedState {
-    /// Whose it is.
+    /// The name of the model.
     model: String,
-    /// What of the model's forms it has.
+    /// The version of the model's serialized form.
     version: u32,
     value: Value,
 }
 
-/// Why a state cannot be taken over.
+/// Why a state cannot be loaded.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "the messages say it")]
 pub enum LoadError {
@@ -44,24 +44,24 @@ pub enum LoadError {
     Other { found: String, version: u32, expected: &'static str, expected_version: u32 },
     #[error("The state cannot be read: {0}")]
     Form(#[from] serde_json::Error),
-    #[error("The state is none that {model} can be in: {what}")]
+    #[error("{model} cannot be in this state: {what}")]
     Impossible { model: &'static str, what: &'static str },
 }
 
 impl SavedState {
-    /// A state of `model`, in its form `version`.
+    /// A state of `model` in version `version` of its form.
     ///
     /// # Panics
-    /// If `T` is no value of JSON's: a mistake in the model.
+    /// If `T` cannot be serialized as JSON, which is a mistake in the model.
     pub fn new<T: Serialize>(model: &'static str, version: u32, state: &T) -> Self {
         let value = serde_json::to_value(state).unwrap_or_else(|error| panic!("The state of {model}: {error}"));
         SavedState { model: model.to_owned(), version, value }
     }
 
-    /// The state, if it is one of this model and form.
+    /// The state, if it is of this model and version.
     ///
     /// # Errors
-    /// It is not, or cannot be read.
+    /// It is of another model or version, or cannot be read.
     pub fn read<T: DeserializeOwned>(&self, model: &'static str, version: u32) -> Result<T, LoadError> {
         if (self.model.as_str(), self.version) != (model, version) {
             return Err(LoadError::Other {

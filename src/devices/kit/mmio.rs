@@ -1,12 +1,12 @@
-//! Accesses to registers, as events of the trace.
+//! Traces accesses to registers.
 
 use crate::pci::FunctionContext;
 use viommu_trace::event::Access;
 use viommu_trace::{Event, Kind};
 use viommu_wire::model::Model;
 
-/// Traces the driver's access to a BAR of a model, if a client asked for such events. `data` is what was read or is
-/// about to be written; of more than 8 bytes the event has the first.
+/// Traces the driver's access to a model's BAR, if a client asked for such events. `data` was read, or is about to be
+/// written. Of more than 8 bytes the event has the first 8.
 pub fn trace_mmio(context: &FunctionContext, model: Model, access: Access, bar: u8, offset: u64, data: &[u8]) {
     if !context.tracer.wants(Kind::Mmio) {
         return;

@@ -1,9 +1,9 @@
-//! What every model uses: declared registers, rings in guest memory, tasks, and a life cycle.
+//! The kit that all models use: declared registers, rings in guest memory, tasks, and a life cycle.
 //!
-//! A model is a state machine that does no DMA (registers in, work out), and an executor: a [`Task`], which has a thread
-//! and its [`Dma`](crate::dma::Dma). A task that is quiesced gives its state back, and is started with it again; so a
-//! model that keeps its state in its state machine and its tasks can be paused, saved and loaded. [`Engine`] is a whole
-//! model of a [`StateMachine`] and one thread.
+//! A model has two parts. Its state machine takes register accesses and gives work, and does no DMA. Its executor is a
+//! [`Task`], with a thread and a [`Dma`](crate::dma::Dma) of its own. A task that is quiesced returns its state, and
+//! can be started with it again. So a model whose state is all in its state machine and its tasks can be paused, saved
+//! and loaded. [`Engine`] is a complete model, made of a [`StateMachine`] and one thread.
 
 mod engine;
 mod lifecycle;

@@ -1,35 +1,35 @@
-//! Registers, declared once: where each is, how wide, what a driver may do with it, and its name.
+//! Registers, each declared once with its offset, width, access and name.
 
 use viommu_wire::model as wire;
 
 /// What a driver may do with a register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
-    /// Read it; a write changes nothing.
+pub enum RegisterAccess {
+    /// Reads only. A write changes nothing.
     ReadOnly,
-    /// Read and write it.
+    /// Reads and writes.
     ReadWrite,
-    /// Write it; it reads as zero. What a write leaves out is written as zero.
+    /// Writes only; it reads as zero. Bytes that a write leaves out are written as zero.
     WriteOnly,
-    /// Read it, and write ones to it: what a write leaves out is written as zero.
+    /// Reads, and writes of ones. Bytes that a write leaves out are written as zero.
     WriteOne,
 }
 
 /// A register. Its value is little-endian.
 #[derive(Clone, Copy, Debug)]
 pub struct Register<Id> {
-    /// Which it is, for the model.
+    /// Identifies it for the model.
     pub id: Id,
     /// Its name and place.
     pub wire: wire::Register,
     /// What a driver may do with it.
-    pub access: Access,
+    pub access: RegisterAccess,
     doorbell: bool,
 }
 
 impl<Id> Register<Id> {
     /// A declaration.
-    pub const fn new(id: Id, wire: wire::Register, access: Access) -> Self {
+    pub const fn new(id: Id, wire: wire::Register, access: RegisterAccess) -> Self {
         Register { id, wire, access, doorbell: false }
     }
 
@@ -45,22 +45,23 @@ impl<Id> Register<Id> {
 }
 
 impl<Id: Copy> Register<Id> {
-    /// The same one as a doorbell, which starts what other registers say: of a write to several it is the last.
+    /// The same register as a doorbell, which starts the work that other registers describe. If one write reaches
+    /// several registers, the doorbells come last.
     pub const fn doorbell(self) -> Self {
         Register { doorbell: true, ..self }
     }
 }
 
-/// The registers of a BAR, in the order of their offsets; none overlaps another. What lies between them reads as zero and
-/// ignores writes.
+/// The registers of a BAR, in the order of their offsets and without overlaps. Bytes between them read as zero and
+/// ignore writes.
 #[derive(Clone, Copy, Debug)]
 pub struct RegisterMap<Id: 'static>(&'static [Register<Id>]);
 
 impl<Id: Copy> RegisterMap<Id> {
-    /// A map of declarations; a mistake in a constant one is an error at compile time.
+    /// A map of these registers. In a constant, a mistake is an error at compile time.
     ///
     /// # Panics
-    /// If they are not in order, overlap, or one has no width or more than 8 bytes.
+    /// If they are not in order or overlap, or if a width is 0 or more than 8 bytes.
     pub const fn new(registers: &'static [Register<Id>]) -> Self {
         let mut at = 0;
         let mut index = 0;
@@ -74,12 +75,12 @@ impl<Id: Copy> RegisterMap<Id> {
         RegisterMap(registers)
     }
 
-    /// The declarations.
+    /// All registers.
     pub fn all(&self) -> &'static [Register<Id>] {
         self.0
     }
 
-    /// The registers that `len` bytes from `offset` on touch.
+    /// The registers that an access of `len` bytes at `offset` touches.
     fn touched(&self, offset: u64, len: usize) -> &'static [Register<Id>] {
         let end = offset.saturating_add(len as u64);
         let first = self.0.partition_point(|register| register.end() <= offset);
@@ -87,11 +88,11 @@ impl<Id: Copy> RegisterMap<Id> {
         &rest[..rest.partition_point(|register| register.begin() < end)]
     }
 
-    /// A read of any size at any place. `read` gives the value of each register that is touched, once.
+    /// Serves a read of any size at any offset. `read` is called once for each register that is touched, for its value.
     pub fn read(&self, offset: u64, data: &mut [u8], mut read: impl FnMut(Id) -> u64) {
         data.fill(0);
         for register in self.touched(offset, data.len()) {
-            if register.access == Access::WriteOnly {
+            if register.access == RegisterAccess::WriteOnly {
                 continue;
             }
             let value = read(register.id).to_le_bytes();
@@ -103,12 +104,14 @@ impl<Id: Copy> RegisterMap<Id> {
         }
     }
 
-    /// A write of any size at any place: the registers that it writes to, in the order of their offsets, doorbells last.
+    /// Splits a write of any size at any offset into writes to registers, in the order of their offsets, doorbells
+    /// last.
     pub fn writes<'d>(&self, offset: u64, data: &'d [u8]) -> impl Iterator<Item = RegisterWrite<'d, Id>> + use<'d, Id> {
         let touched = self.touched(offset, data.len());
         let of = move |doorbell: bool| {
-            let written =
-                move |register: &&Register<Id>| register.access != Access::ReadOnly && register.doorbell == doorbell;
+            let written = move |register: &&Register<Id>| {
+                register.access != RegisterAccess::ReadOnly && register.doorbell == doorbell
+            };
             touched.iter().filter(written).map(move |register| RegisterWrite { register, offset, data })
         };
         of(false).chain(of(true))
@@ -123,14 +126,14 @@ pub struct RegisterWrite<'d, Id: 'static> {
 }
 
 impl<Id: Copy> RegisterWrite<'_, Id> {
-    /// Which register.
+    /// The register.
     pub fn id(&self) -> Id {
         self.register.id
     }
 
-    /// The whole value that is written to a register which has the value `before`.
+    /// The whole new value of the register, whose value is `before`.
     pub fn over(&self, before: u64) -> u64 {
-        let keeps = self.register.access == Access::ReadWrite;
+        let keeps = self.register.access == RegisterAccess::ReadWrite;
         let mut value = if keeps { before } else { 0 }.to_le_bytes();
         for (at, byte) in (self.register.begin()..self.register.end()).zip(&mut value) {
             if let Some(from) = at.checked_sub(self.offset).and_then(|at| self.data.get(usize::try_from(at).ok()?)) {
@@ -146,11 +149,11 @@ mod tests {
     use super::*;
 
     static REGISTERS: RegisterMap<usize> = RegisterMap::new(&[
-        Register::new(0, wire::Register::new("BYTE", 0x01, 1), Access::ReadOnly),
-        Register::new(1, wire::Register::new("WORD", 0x04, 4), Access::ReadWrite),
-        Register::new(2, wire::Register::new("LONG", 0x08, 8), Access::ReadWrite),
-        Register::new(3, wire::Register::new("CLEAR", 0x10, 4), Access::WriteOne),
-        Register::new(4, wire::Register::new("COMMAND", 0x14, 1), Access::WriteOnly),
+        Register::new(0, wire::Register::new("BYTE", 0x01, 1), RegisterAccess::ReadOnly),
+        Register::new(1, wire::Register::new("WORD", 0x04, 4), RegisterAccess::ReadWrite),
+        Register::new(2, wire::Register::new("LONG", 0x08, 8), RegisterAccess::ReadWrite),
+        Register::new(3, wire::Register::new("CLEAR", 0x10, 4), RegisterAccess::WriteOne),
+        Register::new(4, wire::Register::new("COMMAND", 0x14, 1), RegisterAccess::WriteOnly),
     ]);
     const VALUES: [u64; 5] = [0x5a, 0x0302_0100, 0x1716_1514_1312_1110, 0xffff_ffff, 0x77];
 
@@ -185,16 +188,16 @@ mod tests {
     #[test]
     fn doorbells_are_written_last() {
         static REGISTERS: RegisterMap<usize> = RegisterMap::new(&[
-            Register::new(0, wire::Register::new("COUNT", 0x00, 2), Access::ReadWrite).doorbell(),
-            Register::new(1, wire::Register::new("ADDRESS", 0x08, 8), Access::ReadWrite),
-            Register::new(2, wire::Register::new("MODE", 0x10, 1), Access::ReadWrite),
+            Register::new(0, wire::Register::new("COUNT", 0x00, 2), RegisterAccess::ReadWrite).doorbell(),
+            Register::new(1, wire::Register::new("ADDRESS", 0x08, 8), RegisterAccess::ReadWrite),
+            Register::new(2, wire::Register::new("MODE", 0x10, 1), RegisterAccess::ReadWrite),
         ]);
         let order: Vec<usize> = REGISTERS.writes(0, &[0; 0x20]).map(|write| write.id()).collect();
         assert_eq!(order, [1, 2, 0]);
     }
 
     proptest::proptest! {
-        /// As many accesses of one byte as one of many.
+        /// One access of many bytes reads the same as accesses of one byte each.
         #[test]
         fn reads_are_the_same_in_pieces(offset in 0u64..0x20, len in 0usize..16) {
             let pieces: Vec<u8> = (offset..offset + len as u64).flat_map(|at| read(at, 1)).collect();

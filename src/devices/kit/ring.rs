@@ -1,8 +1,8 @@
-//! Rings of entries in guest memory: commands that the driver appends and the device consumes, and completions the other
-//! way round, which have a phase bit.
+//! Rings of entries in guest memory. The driver appends commands and the device consumes them. The device appends
+//! completions, which have a phase bit, and the driver consumes them.
 //!
-//! Here are their indexes, which do no DMA: [`Span`] says what is to be read or written next. Whatever a driver writes to a
-//! doorbell, there is no more to do than a ring has entries.
+//! This module keeps the indexes and does no DMA: [`RingSpan`] says what to read or write next. Whatever a driver writes to
+//! a doorbell, there is never more to do than the ring has entries.
 
 use serde::{Deserialize, Serialize};
 
@@ -13,14 +13,14 @@ pub const COMPLETION: u64 = 16;
 /// The most entries of a ring.
 pub const ENTRIES_MAX: u32 = 1 << 16;
 
-/// Entries of a ring that are next to each other in memory.
+/// Entries of a ring that are adjacent in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Span {
-    /// Where the first one is.
+pub struct RingSpan {
+    /// The address of the first one.
     pub address: u64,
-    /// How many there are.
+    /// The number of entries.
     pub entries: usize,
-    /// The phase bit that completions have to have; it is another one each time that the ring has come round.
+    /// The phase bit of completions. It flips each time that the ring wraps.
     pub phase: bool,
 }
 
@@ -43,38 +43,38 @@ pub struct CompletionRing {
     phase: bool,
 }
 
-/// Whether a ring can have so many entries, and these indexes.
+/// Whether a ring of `size` entries with these indexes is possible.
 fn is_possible(size: u32, indexes: [u32; 2]) -> bool {
     (2..=ENTRIES_MAX).contains(&size) && indexes.iter().all(|index| *index < size)
 }
 
 impl CommandRing {
-    /// A new, empty ring of `size` entries, or `None` if it cannot have so many.
+    /// A new, empty ring of `size` entries at `base`; `None` unless `size` is 2 to [`ENTRIES_MAX`].
     pub fn new(base: u64, size: u32) -> Option<Self> {
         is_possible(size, [0, 0]).then_some(CommandRing { base, size, head: 0, tail: 0 })
     }
 
-    /// Whether one that was loaded can be like this.
+    /// Whether a ring that was loaded is possible.
     pub fn is_possible(&self) -> bool {
         is_possible(self.size, [self.head, self.tail])
     }
 
-    /// Its entries.
+    /// The number of its entries.
     pub fn size(&self) -> u32 {
         self.size
     }
 
-    /// Up to where commands were consumed.
+    /// The index of the next command to consume.
     pub fn head(&self) -> u32 {
         self.head
     }
 
-    /// Up to where there are commands.
+    /// The index after the last command.
     pub fn tail(&self) -> u32 {
         self.tail
     }
 
-    /// The driver says up to where there are commands. Returns whether that can be: nothing changes if not.
+    /// The driver sets the tail. Returns false, and changes nothing, if the ring has no such index.
     pub fn set_tail(&mut self, tail: u32) -> bool {
         let possible = tail < self.size;
         if possible {
@@ -83,47 +83,48 @@ impl CommandRing {
         possible
     }
 
-    /// The commands to fetch next, at most `max`; `None` if there are none. There may be more behind them.
-    pub fn next(&self, max: usize) -> Option<Span> {
+    /// The commands to fetch next, at most `max`; `None` if there are none. More may follow at the start of the ring.
+    pub fn next(&self, max: usize) -> Option<RingSpan> {
         let end = if self.tail >= self.head { self.tail } else { self.size };
         let entries = max.min((end - self.head) as usize);
         let address = self.base.wrapping_add(u64::from(self.head) * COMMAND);
-        (entries > 0).then_some(Span { address, entries, phase: false })
+        (entries > 0).then_some(RingSpan { address, entries, phase: false })
     }
 
-    /// Some of what [`CommandRing::next`] gave were consumed.
+    /// Notes that the first `entries` of what [`CommandRing::next`] returned were consumed.
     pub fn consume(&mut self, entries: usize) {
         self.head = (self.head + entries as u32) % self.size;
     }
 }
 
 impl CompletionRing {
-    /// A new, empty ring of `size` entries, which are zeros as yet, or `None` if it cannot have so many.
+    /// A new, empty ring of `size` entries at `base`, which the driver has zeroed; `None` unless `size` is 2 to
+    /// [`ENTRIES_MAX`].
     pub fn new(base: u64, size: u32) -> Option<Self> {
         is_possible(size, [0, 0]).then_some(CompletionRing { base, size, tail: 0, head: 0, phase: true })
     }
 
-    /// Whether one that was loaded can be like this.
+    /// Whether a ring that was loaded is possible.
     pub fn is_possible(&self) -> bool {
         is_possible(self.size, [self.head, self.tail])
     }
 
-    /// Its entries.
+    /// The number of its entries.
     pub fn size(&self) -> u32 {
         self.size
     }
 
-    /// Up to where completions were posted.
+    /// The index of the next completion to post.
     pub fn tail(&self) -> u32 {
         self.tail
     }
 
-    /// Up to where the driver has consumed them, as far as is known.
+    /// The index of the next completion that the driver consumes, as far as it has told.
     pub fn head(&self) -> u32 {
         self.head
     }
 
-    /// The driver says up to where it has consumed them. Returns whether that can be: nothing changes if not.
+    /// The driver sets the head. Returns false, and changes nothing, if the ring has no such index.
     pub fn set_head(&mut self, head: u32) -> bool {
         let possible = head < self.size;
         if possible {
@@ -132,19 +133,20 @@ impl CompletionRing {
         possible
     }
 
-    /// How many completions there is room for.
+    /// The number of completions for which there is room.
     pub fn free(&self) -> usize {
         ((self.head + self.size - self.tail - 1) % self.size) as usize
     }
 
-    /// Where the next completions go, at most `max`; `None` if there is no room. There may be more elsewhere.
-    pub fn next(&self, max: usize) -> Option<Span> {
+    /// The entries for the next completions, at most `max`; `None` if there is no room. More may follow at the start of
+    /// the ring.
+    pub fn next(&self, max: usize) -> Option<RingSpan> {
         let entries = max.min(self.free()).min((self.size - self.tail) as usize);
         let address = self.base.wrapping_add(u64::from(self.tail) * COMPLETION);
-        (entries > 0).then_some(Span { address, entries, phase: self.phase })
+        (entries > 0).then_some(RingSpan { address, entries, phase: self.phase })
     }
 
-    /// Some of what [`CompletionRing::next`] gave room for were posted.
+    /// Notes that the first `entries` of what [`CompletionRing::next`] returned were posted.
     pub fn post(&mut self, entries: usize) {
         let tail = self.tail + entries as u32;
         self.phase ^= tail >= self.size;
@@ -162,12 +164,12 @@ mod tests {
         let mut ring = CommandRing::new(0x1000, 4).unwrap();
         assert_eq!(ring.next(8), None);
         assert!(ring.set_tail(3));
-        assert_eq!(ring.next(2), Some(Span { address: 0x1000, entries: 2, phase: false }));
+        assert_eq!(ring.next(2), Some(RingSpan { address: 0x1000, entries: 2, phase: false }));
         ring.consume(2);
         assert!(ring.set_tail(1));
-        assert_eq!(ring.next(8), Some(Span { address: 0x1080, entries: 2, phase: false }));
+        assert_eq!(ring.next(8), Some(RingSpan { address: 0x1080, entries: 2, phase: false }));
         ring.consume(2);
-        assert_eq!(ring.next(8), Some(Span { address: 0x1000, entries: 1, phase: false }));
+        assert_eq!(ring.next(8), Some(RingSpan { address: 0x1000, entries: 1, phase: false }));
         ring.consume(1);
         assert!(!ring.set_tail(4));
         assert_eq!((ring.next(8), ring.head(), ring.tail()), (None, 1, 1));
@@ -176,13 +178,13 @@ mod tests {
     #[test]
     fn completions_have_another_phase_each_time_round() {
         let mut ring = CompletionRing::new(0, 4).unwrap();
-        assert_eq!(ring.next(8), Some(Span { address: 0, entries: 3, phase: true }));
+        assert_eq!(ring.next(8), Some(RingSpan { address: 0, entries: 3, phase: true }));
         ring.post(3);
         assert_eq!((ring.free(), ring.next(8)), (0, None));
         assert!(ring.set_head(2));
-        assert_eq!(ring.next(8), Some(Span { address: 0x30, entries: 1, phase: true }));
+        assert_eq!(ring.next(8), Some(RingSpan { address: 0x30, entries: 1, phase: true }));
         ring.post(1);
-        assert_eq!(ring.next(8), Some(Span { address: 0, entries: 1, phase: false }));
+        assert_eq!(ring.next(8), Some(RingSpan { address: 0, entries: 1, phase: false }));
         assert!(!ring.set_head(4));
         assert_eq!((ring.head(), ring.tail()), (2, 0));
     }
@@ -196,7 +198,8 @@ mod tests {
     }
 
     proptest::proptest! {
-        /// Whatever a driver writes, there is never more to fetch or to post than the ring has entries, and all inside of it.
+        /// Whatever a driver writes, there is never more to fetch or to post than the ring has entries, and all of it
+        /// is inside the ring.
         #[test]
         fn what_is_next_lies_inside_of_the_ring(
             size in 2u32..40,

@@ -1,4 +1,4 @@
-//! Threads of a model.
+//! Tasks: the threads of a model.
 
 use std::io;
 use std::sync::Arc;
@@ -9,26 +9,26 @@ use crate::dma::Dma;
 use crate::pci::FunctionContext;
 use crate::poller::PollGuard;
 
-/// What a task's thread does.
+/// The work of a task's thread.
 pub trait Work: Send + 'static {
-    /// Does what there is to do until the thread is interrupted, or there is nothing to do any more. What it leaves in
-    /// `self` when it is quiesced is what it goes on with when it is started again.
+    /// Works until the thread is interrupted, or until there is nothing left to do for good. After a quiesce, the work
+    /// continues from the state in `self` when it is started again.
     fn run(&mut self, thread: &mut ThreadContext);
 
     /// [`Work::run`] panicked. Returns whether to run it again.
     fn panicked(&mut self) -> bool;
 }
 
-/// Why a thread is to leave [`Work::run`].
+/// Why a thread must leave [`Work::run`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Interruption {
-    /// At the next point at which it can go on later as if nothing had happened.
+    /// Leave at the next point from which the work can go on later as if nothing had happened.
     Quiesce,
-    /// As soon as possible: what it is in the middle of is given up.
+    /// Leave as soon as possible, and abandon what is in progress.
     Stop,
 }
 
-/// What a task is told. Clones are of the same task.
+/// The interruption of a task. Clones belong to the same task.
 #[derive(Clone, Default)]
 struct Signal(Arc<AtomicU8>);
 
@@ -36,7 +36,7 @@ const QUIESCE: u8 = 1;
 const STOP: u8 = 2;
 
 impl Signal {
-    /// A stop is not taken back by a later quiesce.
+    /// A later quiesce does not revoke a stop.
     fn set(&self, interruption: Interruption) {
         let value = match interruption {
             Interruption::Quiesce => QUIESCE,
@@ -46,17 +46,17 @@ impl Signal {
     }
 }
 
-/// What a task's thread has for itself.
+/// The resources of a task's thread.
 pub struct ThreadContext {
-    /// Its way to memory.
+    /// Its access to guest memory.
     pub dma: Dma,
-    /// The queue of the IOMMU, which it can poll as long as it is awake and does nothing that may take long.
+    /// The IOMMU's request queue, which the thread can poll while it is awake and does nothing that may take long.
     pub poll: PollGuard,
     signal: Signal,
 }
 
 impl ThreadContext {
-    /// Whether [`Work::run`] is to return, and how soon.
+    /// Whether [`Work::run`] must return, and how soon.
     pub fn interruption(&self) -> Option<Interruption> {
         match self.signal.0.load(Ordering::Acquire) {
             0 => None,
@@ -65,16 +65,16 @@ impl ThreadContext {
         }
     }
 
-    /// Whether what is in progress is to be given up.
+    /// Whether what is in progress is to be abandoned.
     pub fn is_stopped(&self) -> bool {
         self.interruption() == Some(Interruption::Stop)
     }
 }
 
-/// A named thread that does some work, and can be made to give it back. A panic of the work ends neither the thread nor
-/// the process: the work says what becomes of it.
+/// A named thread that does some work, and returns it when it is ended. A panic of the work ends neither the thread nor
+/// the process. The work decides whether it runs again.
 ///
-/// The thread may park: an interruption unparks it.
+/// The work may park the thread. An interruption unparks it.
 pub struct Task<W> {
     name: String,
     signal: Signal,
@@ -95,7 +95,7 @@ impl<W: Work> Task<W> {
         };
         let (tracer, endpoint) = (context.tracer.clone(), context.dma.endpoint());
         let run = move || {
-            // A panic in `panicked` itself has the state as it left it.
+            // If `panicked` itself panics, the work is not run again.
             while tracer.catch_panic(endpoint, || work.run(&mut thread)).is_none() {
                 if !tracer.catch_panic(endpoint, || work.panicked()).unwrap_or(false) {
                     break;
@@ -107,7 +107,7 @@ impl<W: Work> Task<W> {
         Ok(Task { name, signal, thread })
     }
 
-    /// Asks the thread to leave its work, without waiting for it.
+    /// Tells the thread to leave its work, without waiting for that.
     pub fn interrupt(&self, interruption: Interruption) {
         self.signal.set(interruption);
         self.wake();
@@ -118,8 +118,8 @@ impl<W: Work> Task<W> {
         self.thread.thread().unpark();
     }
 
-    /// Has the thread leave its work, and waits for that: there is no DMA and no interrupt of it afterwards. Returns the
-    /// work as the thread left it.
+    /// Makes the thread leave its work, and waits for that. Afterwards the task does no DMA and sends no interrupt.
+    /// Returns the work as the thread left it; `None` if the thread itself panicked.
     pub fn end(self, interruption: Interruption) -> Option<W> {
         self.interrupt(interruption);
         let work = self.thread.join();
@@ -145,7 +145,7 @@ mod tests {
         Slot::new(&iommu, 8, Tracer::default()).context().clone()
     }
 
-    /// Says that it runs, waits for an interruption, says which one; panics so many times first.
+    /// Reports that it runs, waits for an interruption, and reports which one. Before that it panics `panics` times.
     struct Waits {
         panics: u32,
         ran: u32,

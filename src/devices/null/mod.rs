@@ -1,14 +1,14 @@
-//! The smallest model: the one to copy for another.
+//! The smallest model, to be copied for new ones.
 //!
-//! The driver writes an address to ADDRESS and a number to DOORBELL. The device writes the number to that address in
-//! guest memory, four bytes little-endian, says in STATUS how that went, and sends its interrupt. A one written to bit 0
-//! of STATUS acknowledges it.
+//! The driver writes an address to ADDRESS and a number to DOORBELL. The device writes the number to that address, four
+//! bytes little-endian, gives the result in STATUS, and sends its interrupt. The driver acknowledges the interrupt by
+//! writing a one to bit 0 of STATUS.
 
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::devices::kit::registers::{Access, Register, RegisterMap, RegisterWrite};
+use crate::devices::kit::registers::{Register, RegisterAccess, RegisterMap, RegisterWrite};
 use crate::devices::kit::{Engine, Executor, SharedMachine, StateMachine, ThreadContext};
 use crate::devices::model::{Model, Plain};
 use crate::pci::{Bar, Identity};
@@ -30,13 +30,13 @@ enum Id {
     Doorbell,
 }
 
-/// What STATUS says.
+/// The value of STATUS.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 enum Status {
     /// There is nothing to do.
     #[default]
     Idle,
-    /// A number is being written; a doorbell is ignored.
+    /// A number is being written. A doorbell is ignored.
     Busy,
     /// The number was written.
     Done,
@@ -49,7 +49,7 @@ struct State {
     address: u64,
     number: u32,
     status: Status,
-    /// The interrupt is to be sent.
+    /// Whether the interrupt is to be sent.
     interrupt: bool,
 }
 
@@ -68,7 +68,7 @@ impl StateMachine for State {
     const NAME: &'static str = "null";
     const VERSION: u32 = 1;
     const IDENTITY: Identity = Identity {
-        // Beside the numbers of QEMU's own example, edu; no driver binds to them.
+        // Next to the ids of QEMU's own example, edu. No driver binds to them.
         vendor: 0x1234,
         device: 0x11e9,
         subsystem_vendor: 0x1234,
@@ -82,9 +82,9 @@ impl StateMachine for State {
         integrated: false,
     };
     const REGISTERS: RegisterMap<Id> = RegisterMap::new(&[
-        Register::new(Id::Address, model::Register::new("ADDRESS", 0x00, 8), Access::ReadWrite),
-        Register::new(Id::Status, model::Register::new("STATUS", 0x08, 4), Access::WriteOne),
-        Register::new(Id::Doorbell, model::Register::new("DOORBELL", 0x0c, 4), Access::WriteOnly).doorbell(),
+        Register::new(Id::Address, model::Register::new("ADDRESS", 0x00, 8), RegisterAccess::ReadWrite),
+        Register::new(Id::Status, model::Register::new("STATUS", 0x08, 4), RegisterAccess::WriteOne),
+        Register::new(Id::Doorbell, model::Register::new("DOORBELL", 0x0c, 4), RegisterAccess::WriteOnly).doorbell(),
     ]);
 
     fn read(&mut self, register: Id) -> u64 {

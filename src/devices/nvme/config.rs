@@ -14,7 +14,7 @@ use toml::Spanned;
 use super::Nvme;
 use super::disk::{Disk, NvmeConfig, OpenError, is_block_size, is_serial};
 use crate::devices::kit::Lifecycle;
-use crate::devices::model::{Configuration, Device, DeviceStats, Key, KeyError, Kind, Model, OwnFile, Table};
+use crate::devices::model::{Configuration, Device, DeviceStats, Key, KeyError, KeyKind, KeyTable, Model, OwnFile};
 use crate::pci::FunctionContext;
 
 /// The model.
@@ -23,9 +23,9 @@ pub const MODEL: Model = Model {
     endpoint_name: "nvme",
     example: "image=disk.img",
     keys: &[
-        Key { name: "image", kind: Kind::Text },
-        Key { name: "block-size", kind: Kind::Bytes("512 or 4096") },
-        Key { name: "serial", kind: Kind::Text },
+        Key { name: "image", kind: KeyKind::Text },
+        Key { name: "block-size", kind: KeyKind::Bytes("512 or 4096") },
+        Key { name: "serial", kind: KeyKind::Text },
     ],
     configure: |table, name| Ok(Arc::new(Controller::read(table, name)?)),
 };
@@ -46,7 +46,7 @@ struct Controller {
 }
 
 impl Controller {
-    fn read(table: Table<'_>, name: &str) -> Result<Self, KeyError> {
+    fn read(table: KeyTable<'_>, name: &str) -> Result<Self, KeyError> {
         let keys: Keys = table.read()?;
         let mut config = NvmeConfig::new(keys.image.get_ref(), format!("viommu-{name}"));
         if let Some(block_size) = keys.block_size {

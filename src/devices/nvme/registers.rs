@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::spec::{Cc, MPS_MAX, QUEUE_ENTRIES_MAX, VERSION};
-use crate::devices::kit::registers::{Access, Register, RegisterMap};
+use crate::devices::kit::registers::{Register, RegisterAccess, RegisterMap};
 use crate::devices::kit::ring::{CommandRing, CompletionRing};
 use viommu_wire::nvme;
 
@@ -30,15 +30,15 @@ pub(super) enum Id {
 
 /// All registers but the doorbells.
 pub(super) const REGISTERS: RegisterMap<Id> = RegisterMap::new(&[
-    Register::new(Id::Cap, nvme::CAP, Access::ReadOnly),
-    Register::new(Id::Vs, nvme::VS, Access::ReadOnly),
-    Register::new(Id::Intms, nvme::INTMS, Access::WriteOne),
-    Register::new(Id::Intmc, nvme::INTMC, Access::WriteOne),
-    Register::new(Id::Cc, nvme::CC, Access::ReadWrite),
-    Register::new(Id::Csts, nvme::CSTS, Access::ReadOnly),
-    Register::new(Id::Aqa, nvme::AQA, Access::ReadWrite),
-    Register::new(Id::Asq, nvme::ASQ, Access::ReadWrite),
-    Register::new(Id::Acq, nvme::ACQ, Access::ReadWrite),
+    Register::new(Id::Cap, nvme::CAP, RegisterAccess::ReadOnly),
+    Register::new(Id::Vs, nvme::VS, RegisterAccess::ReadOnly),
+    Register::new(Id::Intms, nvme::INTMS, RegisterAccess::WriteOne),
+    Register::new(Id::Intmc, nvme::INTMC, RegisterAccess::WriteOne),
+    Register::new(Id::Cc, nvme::CC, RegisterAccess::ReadWrite),
+    Register::new(Id::Csts, nvme::CSTS, RegisterAccess::ReadOnly),
+    Register::new(Id::Aqa, nvme::AQA, RegisterAccess::ReadWrite),
+    Register::new(Id::Asq, nvme::ASQ, RegisterAccess::ReadWrite),
+    Register::new(Id::Acq, nvme::ACQ, RegisterAccess::ReadWrite),
 ]);
 
 /// What the host wrote last. CSTS is not among them: threads of the controller write it.
