@@ -1,6 +1,7 @@
-//! The channel: its registers, and which descriptor is to be executed when.
+//! The channel's state: its registers, and the order in which descriptors are executed.
 //!
-//! There is no DMA here. The executor takes a [`Job`], executes it without holding the channel, and brings the outcome back.
+//! This module does no DMA. The executor takes a [`Job`], executes it without holding the channel's lock, and returns
+//! the outcome.
 
 use serde::{Deserialize, Serialize};
 
@@ -8,43 +9,43 @@ use super::descriptor::{Descriptor, Flags};
 use super::interrupt::Interrupt;
 use super::registers::{Command, Control, Errors};
 
-/// The state in the low bits of CHANSTS and of a completion.
+/// The channel's state, as the low bits of CHANSTS and of a completion have it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[repr(u8)]
 pub enum Status {
     /// There are descriptors to execute.
     Active = 0,
-    /// All have been executed.
+    /// All descriptors have been executed.
     Done = 1,
     /// Software suspended the channel.
     Suspended = 2,
-    /// Nothing was started since the last reset, or an error stopped the channel.
+    /// No descriptor was started since the last reset, or an error stopped the channel.
     Halted = 3,
 }
 
 /// A descriptor that the executor is to execute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Job {
-    /// Where it is.
+    /// Its address.
     pub address: u64,
     /// Whether it is the first of its chain.
     pub first: bool,
-    /// How many of its chain were executed before, modulo 2^16.
+    /// The number of descriptors of its chain before it, modulo 2^16.
     pub index: u16,
-    /// Which chain it is of.
+    /// The number of its chain.
     chain: u64,
 }
 
-/// 8 bytes to write to the completion address.
+/// A completion: 8 bytes to write to memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Completion {
-    /// Where.
+    /// The completion address.
     pub address: u64,
     /// The address of a descriptor and a [`Status`].
     pub value: u64,
 }
 
-/// What the executor has to do at the end of the descriptor that it executes.
+/// What happens when the descriptor in progress ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Order {
     Suspend,
@@ -56,7 +57,7 @@ enum Order {
 pub struct Channel {
     /// The interrupt.
     pub interrupt: Interrupt,
-    /// CHAINADDR; it counts from the next write of DMACOUNT on.
+    /// CHAINADDR. The next write of DMACOUNT starts the new chain.
     chain_address: u64,
     chain_address_is_new: bool,
     completion_address: u64,
@@ -66,9 +67,9 @@ pub struct Channel {
     count: u16,
     status: Status,
     completed: u64,
-    /// The next one to execute.
+    /// The next descriptor to execute.
     next: Job,
-    /// The executor has a job.
+    /// Whether the executor has a job.
     #[serde(skip)]
     busy: bool,
     #[serde(skip)]
@@ -76,7 +77,7 @@ pub struct Channel {
 }
 
 impl Default for Channel {
-    /// As it is after a reset.
+    /// The state after a reset.
     fn default() -> Self {
         Channel {
             interrupt: Interrupt::default(),
@@ -158,7 +159,7 @@ impl Channel {
         self.completion_address
     }
 
-    /// Writes CHANCMP; the low three bits are not there.
+    /// Writes CHANCMP, whose low three bits are always zero.
     pub fn set_completion_address(&mut self, address: u64) {
         self.completion_address = address & !7;
     }
@@ -168,7 +169,7 @@ impl Channel {
         self.count
     }
 
-    /// Writes DMACOUNT: the descriptors up to this count are ready. After an error nothing runs until software has
+    /// Writes DMACOUNT: the descriptors up to this count are ready. After an error none is executed until software has
     /// cleared CHANERR.
     pub fn set_count(&mut self, count: u16) {
         self.count = count;
@@ -201,7 +202,7 @@ impl Channel {
         }
     }
 
-    /// Resets the channel: now, or when the executor has come back.
+    /// Resets the channel: now, or when the executor returns its job.
     fn reset(&mut self) {
         if self.busy {
             self.order = Some(Order::Reset);
@@ -240,7 +241,7 @@ impl Channel {
         }
     }
 
-    /// Gives the executor the next descriptor, if there is one to execute.
+    /// Takes the next descriptor for the executor, if there is one to execute.
     pub fn take_job(&mut self) -> Option<Job> {
         if self.busy || self.status != Status::Active {
             return None;
@@ -249,7 +250,7 @@ impl Channel {
         Some(self.next)
     }
 
-    /// What is to be written to memory before a job ends.
+    /// The completion to write before a job ends, if there is one.
     pub fn completion(&self, job: &Job, outcome: &Result<Descriptor, Errors>) -> Option<Completion> {
         if self.order == Some(Order::Reset) {
             return None;
@@ -267,7 +268,7 @@ impl Channel {
         Some(Completion { address: self.completion_address, value })
     }
 
-    /// Takes the executor's job back.
+    /// Ends the executor's job with this outcome.
     pub fn finish(&mut self, job: &Job, outcome: &Result<Descriptor, Errors>) {
         self.busy = false;
         if self.order == Some(Order::Reset) {
@@ -279,7 +280,7 @@ impl Channel {
             Err(errors) => self.halt(*errors),
             Ok(descriptor) => {
                 self.completed = job.address;
-                // Unless software began another chain meanwhile.
+                // Software may have begun another chain meanwhile.
                 if self.next.chain == job.chain {
                     let index = job.index.wrapping_add(1);
                     self.next = Job { address: descriptor.next(), first: false, index, ..*job };
@@ -292,7 +293,7 @@ impl Channel {
         }
     }
 
-    /// The executor failed: its job is over.
+    /// The executor failed, and its job is over.
     pub fn fail(&mut self) {
         self.busy = false;
         match self.order.take() {
@@ -301,24 +302,27 @@ impl Channel {
         }
     }
 
-    /// Whether a channel can be like this while no descriptor is in progress. `Err` says what none is like.
+    /// Checks that this state is possible while no descriptor is in progress.
+    ///
+    /// # Errors
+    /// What is not possible.
     pub fn check(&self) -> Result<(), &'static str> {
         if !self.errors.is_empty() && self.status != Status::Halted {
-            return Err("an error halts it");
+            return Err("a channel with an error is not halted");
         }
         if self.status == Status::Active && self.next.index == self.count {
-            return Err("there is nothing that it is active for");
+            return Err("it is active, but has no descriptor to execute");
         }
         if !self.interrupt.is_possible() || self.control.contains(Control::INTERRUPT_DISABLE) {
-            return Err("its interrupt");
+            return Err("its interrupt registers have impossible bits");
         }
         if !self.completion_address.is_multiple_of(8) {
-            return Err("its completion address");
+            return Err("its completion address is not a multiple of 8");
         }
         Ok(())
     }
 
-    /// After a descriptor that was executed.
+    /// Goes on after a descriptor was executed.
     fn proceed(&mut self) {
         match self.order.take() {
             Some(Order::Suspend) => self.status = Status::Suspended,

@@ -1,4 +1,4 @@
-//! A descriptor in memory, and its execution.
+//! Descriptors: their format in memory, and their execution.
 
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
@@ -6,36 +6,36 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 use super::registers::{Errors, TRANSFER_LOG2};
 use crate::dma::{Dma, DmaError};
 
-/// Bytes of a descriptor, and what its address is a multiple of.
+/// The size of a descriptor in bytes, and the alignment of its address.
 pub const SIZE: u64 = size_of::<Descriptor>() as u64;
 
 bitflags::bitflags! {
-    /// The control bits below the operation, as far as they mean something here. Snooping, fences and cache hints need
-    /// nothing: descriptors are executed one after the other, and memory is coherent.
+    /// The control bits below the operation that have an effect here. Snooping, fences and cache hints have none, since
+    /// descriptors are executed one after the other and memory is coherent.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct Flags: u32 {
-        /// The completion sends the interrupt.
+        /// The interrupt is sent when the descriptor completes.
         const INTERRUPT = 1 << 0;
-        /// The completion is written to CHANCMP.
+        /// A completion is written to the address in CHANCMP.
         const COMPLETION = 1 << 3;
         /// No data is moved.
         const NULL = 1 << 5;
-        /// The source is a list of pages; only with a capability that is not offered.
+        /// The source is a list of pages. Needs a capability that is not offered.
         const SOURCE_PAGE_BREAK = 1 << 6;
-        /// The destination is a list of pages; likewise.
+        /// The destination is a list of pages. Needs a capability that is not offered.
         const DESTINATION_PAGE_BREAK = 1 << 7;
-        /// The descriptor belongs together with the next one; likewise.
+        /// The descriptor forms a bundle with the next one. Needs a capability that is not offered.
         const BUNDLE = 1 << 8;
     }
 }
 
-/// What a bit of that is not supported.
+/// Flags that are not supported.
 const UNSUPPORTED: Flags = Flags::SOURCE_PAGE_BREAK.union(Flags::DESTINATION_PAGE_BREAK).union(Flags::BUNDLE);
 
-/// The copy operation, and the only one that there is: DMACAPABILITY reads as zero.
+/// The copy operation. There is no other: DMACAPABILITY reads as zero.
 const COPY: u8 = 0;
 
-/// A descriptor in memory.
+/// A descriptor as it is in memory.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Descriptor {
@@ -44,12 +44,12 @@ pub struct Descriptor {
     source: U64,
     destination: U64,
     next: U64,
-    /// Two operands of other operations, and two words that are the driver's own.
+    /// Two operands of other operations, and two words for the driver's own use.
     other: [U64; 4],
 }
 
 impl Descriptor {
-    /// Bytes to move.
+    /// The number of bytes to move.
     pub fn size(&self) -> u32 {
         self.size.get()
     }
@@ -64,12 +64,12 @@ impl Descriptor {
         Flags::from_bits_truncate(self.control.get() & 0x00ff_ffff)
     }
 
-    /// Where the data comes from.
+    /// The source address.
     pub fn source(&self) -> u64 {
         self.source.get()
     }
 
-    /// Where it goes to.
+    /// The destination address.
     pub fn destination(&self) -> u64 {
         self.destination.get()
     }
@@ -84,7 +84,11 @@ impl Descriptor {
         !self.flags().contains(Flags::NULL)
     }
 
-    /// Reads the descriptor at `address`; `first`: the address is CHAINADDR's, and not another descriptor's.
+    /// Reads the descriptor at `address`. `first` says that the address is from CHAINADDR, and not from another
+    /// descriptor.
+    ///
+    /// # Errors
+    /// The address is not aligned or cannot be read.
     pub fn fetch(dma: &mut Dma, address: u64, first: bool) -> Result<Descriptor, Errors> {
         if !address.is_multiple_of(SIZE) {
             return Err(if first { Errors::CHAIN_ADDRESS } else { Errors::NEXT_ALIGNMENT });
@@ -97,7 +101,10 @@ impl Descriptor {
         }
     }
 
-    /// Does what the descriptor says. What lies before an address that cannot be accessed is copied.
+    /// Executes the descriptor. The bytes before an address that cannot be accessed are copied.
+    ///
+    /// # Errors
+    /// The descriptor is not supported, or an address cannot be accessed.
     pub fn execute(&self, dma: &mut Dma, buffer: &mut Buffer) -> Result<(), Errors> {
         if self.operation() != COPY || self.flags().intersects(UNSUPPORTED) {
             return Err(Errors::CONTROL);
@@ -115,7 +122,7 @@ impl Descriptor {
     }
 }
 
-/// How many of `len` bytes from `start` on were accessed before an error.
+/// The number of bytes, of `len` from `start` on, that were accessed before the error.
 fn reached(error: DmaError, start: u64, len: usize) -> usize {
     let stopped_at = match error {
         DmaError::Fault { address, .. } => address,
@@ -125,11 +132,11 @@ fn reached(error: DmaError, start: u64, len: usize) -> usize {
     usize::try_from(stopped_at.wrapping_sub(start)).map_or(0, |reached| reached.min(len))
 }
 
-/// What a descriptor's data passes through.
+/// The buffer through which a descriptor's data passes.
 pub struct Buffer(Box<[u8]>);
 
 impl Buffer {
-    /// Holds the largest transfer.
+    /// A buffer for the largest transfer.
     pub fn new() -> Self {
         Buffer(vec![0; 1 << TRANSFER_LOG2].into())
     }

@@ -1,4 +1,4 @@
-//! The channel's executor, which does all of its DMA.
+//! The channel's executor, which does all of the channel's DMA.
 
 use std::time::Instant;
 

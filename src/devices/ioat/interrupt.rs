@@ -1,46 +1,46 @@
-//! When the channel's interrupt is sent.
+//! The channel's interrupt.
 
 use serde::{Deserialize, Serialize};
 
-/// Software takes interrupts. Reading INTRCTRL clears it, so that a handler that has begun is not disturbed.
+/// Master enable. Reading INTRCTRL clears it, so that a handler is not interrupted once it has begun.
 const MASTER: u8 = 1 << 0;
-/// There is an interrupt that ATTNSTATUS tells of.
+/// ATTNSTATUS is not zero.
 const STATUS: u8 = 1 << 1;
-/// Both of these.
+/// Both of the above.
 const INTERRUPT: u8 = 1 << 2;
-/// Each channel has an MSI-X vector of its own.
+/// Each channel has its own MSI-X vector.
 const VECTOR_PER_CHANNEL: u8 = 1 << 3;
 
-/// The interrupt: sent once each time that software armed it. One that is due before is kept until then.
+/// The interrupt. It is sent once each time that software arms it. One that becomes due before that is kept.
 ///
-/// Either bit of INTRCTRL lets a message through: on hardware the master enable is for INTx and MSI, where one handler
-/// serves all channels, and drivers that use a vector per channel leave it off. The pin is asserted while INTRCTRL says so:
-/// there is an interrupt, and the master enable is on.
+/// Either enable bit of INTRCTRL lets a message through. On hardware the master enable is for INTx and MSI, where one
+/// handler serves all channels. Drivers that use a vector per channel leave it off. The pin is asserted while there is
+/// an interrupt and the master enable is on.
 #[derive(Default, Serialize, Deserialize)]
 pub struct Interrupt {
     enable: u8,
     sent: bool,
     due: bool,
     attention: bool,
-    /// It is to be sent now.
+    /// Whether it is to be sent now.
     #[serde(skip)]
     message: bool,
 }
 
 impl Interrupt {
-    /// The channel was reset: what was due is not any more.
+    /// Resets the channel's part: an interrupt that was due is dropped.
     pub fn reset_channel(&mut self) {
         self.due = false;
         self.sent = false;
     }
 
-    /// There is a reason for an interrupt.
+    /// Notes a reason for an interrupt.
     pub fn raise(&mut self) {
         self.due = true;
         self.send();
     }
 
-    /// Software has seen the last one.
+    /// Arms it: software has seen the last one.
     pub fn arm(&mut self) {
         self.sent = false;
         self.send();
@@ -51,7 +51,7 @@ impl Interrupt {
         self.sent
     }
 
-    /// INTRCTRL is written.
+    /// Writes INTRCTRL.
     pub fn write_control(&mut self, value: u8) {
         self.enable = value & (MASTER | VECTOR_PER_CHANNEL);
         self.send();
@@ -64,7 +64,7 @@ impl Interrupt {
         self.enable | status | both
     }
 
-    /// INTRCTRL was read.
+    /// Notes that INTRCTRL was read.
     pub fn control_was_read(&mut self) {
         self.enable &= !MASTER;
     }
@@ -74,12 +74,12 @@ impl Interrupt {
         u32::from(self.attention)
     }
 
-    /// ATTNSTATUS was read.
+    /// Notes that ATTNSTATUS was read, which clears it.
     pub fn attention_was_read(&mut self) {
         self.attention = false;
     }
 
-    /// Whether it is to be sent now, which it is once.
+    /// Takes the message: returns true once for each that is to be sent.
     pub fn take_message(&mut self) -> bool {
         std::mem::take(&mut self.message)
     }
@@ -89,7 +89,7 @@ impl Interrupt {
         self.control() & INTERRUPT != 0
     }
 
-    /// Whether it can be in this state.
+    /// Whether this state is possible.
     pub fn is_possible(&self) -> bool {
         self.enable & !(MASTER | VECTOR_PER_CHANNEL) == 0
     }
@@ -150,7 +150,7 @@ mod tests {
         assert_eq!(interrupt.control(), STATUS);
         assert_eq!(interrupt.attention(), 1);
         interrupt.attention_was_read();
-        // Between the read of INTRCTRL and its write nothing is sent.
+        // After INTRCTRL was read, nothing is sent until it is written.
         interrupt.arm();
         interrupt.raise();
         assert!(!interrupt.is_disarmed());
@@ -167,7 +167,7 @@ mod tests {
         assert!(interrupt.pin());
         interrupt.control_was_read();
         assert!(!interrupt.pin());
-        // One that came meanwhile, of which the handler does not know yet.
+        // Before ATTNSTATUS is read, the pin is asserted again as soon as the master enable is on.
         interrupt.write_control(MASTER);
         assert!(interrupt.pin());
         interrupt.attention_was_read();

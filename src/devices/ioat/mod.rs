@@ -1,18 +1,19 @@
 //! A DMA engine: register-compatible with version 3.3 of Intel's I/OAT ("QuickData"), one channel that copies memory.
 //!
 //! Linux's `ioatdma`, SPDK and the kernel's VFIO selftests drive it. Software puts descriptors in memory, each with the
-//! address of the next, writes the first one's address to CHAINADDR and how many there are to DMACOUNT. A descriptor
-//! that is ready later only takes a higher count. An address that cannot be accessed halts the channel, with a bit in
-//! CHANERR; what lay before it was copied.
+//! address of the next. It writes the first one's address to CHAINADDR and their number to DMACOUNT. To add descriptors
+//! later, it writes a higher count. An address that cannot be accessed halts the channel and sets a bit in CHANERR. The
+//! bytes before that address are copied.
 //!
-//! * `registers`: where the registers are and what their bits mean;
-//! * `channel`: their state, without any DMA;
-//! * `interrupt`: when the interrupt is sent;
+//! * `registers`: the registers and their bits;
+//! * `channel`: the channel's state, without any DMA;
+//! * `interrupt`: the channel's interrupt;
 //! * `descriptor`: a descriptor's format and execution;
-//! * `executor`: what executes descriptors.
+//! * `executor`: the thread that executes descriptors.
 //!
-//! What hardware has beyond that is not there and not advertised: XOR and RAID operations, fill, CRC, page breaks, direct
-//! cache access, interrupt coalescing, and the copies of CHANERR in configuration space, which read as zero.
+//! Other features of the hardware are neither implemented nor advertised: XOR and RAID operations, fill, CRC, page
+//! breaks, direct cache access, interrupt coalescing, and the copies of CHANERR in configuration space, which read as
+//! zero.
 
 mod channel;
 mod descriptor;
@@ -99,7 +100,8 @@ impl StateMachine for Channel {
         match write.id() {
             Id::InterruptControl => self.interrupt.write_control(write.over(0) as u8),
             Id::ChannelControl => {
-                // The interrupt disable bit reads as one when writing a one arms it: of it, only what is written counts.
+                // The interrupt disable bit reads as one when writing a one would arm the interrupt. So its old value
+                // must not be written back.
                 let before = self.control().difference(Control::INTERRUPT_DISABLE).bits();
                 self.set_control(Control::from_bits_truncate(write.over(before.into()) as u16));
             }
@@ -134,8 +136,8 @@ impl StateMachine for Channel {
         self.interrupt.pin().into()
     }
 
-    /// CHANSTS's state, where a channel that is done counts as active, since it goes from one to the other with each piece
-    /// of work, and CHANERR.
+    /// The state in CHANSTS, and CHANERR. A channel that is done counts as active, since it alternates between the two
+    /// with each piece of work.
     fn traced(&self) -> u64 {
         let status = match self.status() {
             Status::Done => Status::Active,

@@ -1,8 +1,8 @@
 //! Rings of entries in guest memory. The driver appends commands and the device consumes them. The device appends
 //! completions, which have a phase bit, and the driver consumes them.
 //!
-//! This module keeps the indexes and does no DMA: [`RingSpan`] says what to read or write next. Whatever a driver writes to
-//! a doorbell, there is never more to do than the ring has entries.
+//! This module keeps the indexes and does no DMA. A [`RingSpan`] says what to read or write next. Whatever a driver
+//! writes to a doorbell, there is never more to do than the ring has entries.
 
 use serde::{Deserialize, Serialize};
 

@@ -1,4 +1,4 @@
-//! Orders of events that a driver and the executor can bring about.
+//! Tests of the orders in which a driver and the executor can act.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -23,7 +23,7 @@ fn descriptor(flags: Flags, next: u64) -> Result<Descriptor, Errors> {
     Ok(Descriptor::read_from_bytes(words.map(u64::to_le_bytes).as_flattened()).unwrap())
 }
 
-/// Executes what there is to execute, as a ring of four descriptors; the indexes of what was.
+/// Executes all descriptors that are ready, as of a ring of four. Returns their indexes.
 fn run(channel: &mut Channel) -> Vec<u16> {
     let mut ran = Vec::new();
     while let Some(job) = channel.take_job() {
@@ -196,7 +196,7 @@ fn a_wrong_command_halts() {
 }
 
 #[test]
-fn a_failure_of_the_worker_halts_or_ends_the_reset() {
+fn a_failure_of_the_executor_halts_or_ends_the_reset() {
     let mut channel = started(1);
     channel.take_job().unwrap();
     channel.fail();
@@ -209,7 +209,7 @@ fn a_failure_of_the_worker_halts_or_ends_the_reset() {
 }
 
 proptest::proptest! {
-    /// Whatever software does, the worker has one job at most, and a reset always comes to an end.
+    /// Whatever software does, the executor has one job at most, and a reset always ends.
     #[test]
     fn any_order_of_events_keeps_the_channel_whole(
         steps in proptest::collection::vec((0u8..8, proptest::prelude::any::<u16>()), 1..80),
