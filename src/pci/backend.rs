@@ -1,4 +1,4 @@
-//! One connection: a function, as the client's messages see it.
+//! A connection: serves a client's messages with a function.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use vfio_bindings::bindings::vfio::{
 
 use super::config::{self, Config, MsixBar};
 use super::function::{BarMemory, Function, FunctionContext};
-use super::interrupts::Kind;
+use super::interrupts::VectorKind;
 use super::server::Slot;
 use crate::memory::{MemoryMap, NewRegion, NoAccess, REGIONS_MAX, Region, RegionError, RegionSource, Remote};
 use crate::vfio_user::{
@@ -23,22 +23,22 @@ use viommu_trace::event::{Channel, ResetKind};
 /// Makes a function in its power-on state.
 pub(super) type Make<'a> = &'a dyn Fn(FunctionContext) -> Box<dyn Function>;
 
-/// One connection.
+/// A connection, and the function that its client has.
 pub(super) struct Backend<'a> {
     context: FunctionContext,
     make: Make<'a>,
     on_device_reset: &'a dyn Fn(),
-    /// `None` after it panicked, until the next reset.
+    /// `None` from a panic until the next reset.
     function: Option<Box<dyn Function>>,
     config: Config,
     memory: MemoryMap,
     msix_table: Vec<u8>,
-    /// By BAR: what is behind it for the client to map.
+    /// The memory behind each BAR that has some for the client to map.
     bar_memory: Vec<(u8, BarMemory)>,
 }
 
 impl<'a> Backend<'a> {
-    /// A function in its power-on state; `None` if making it panics.
+    /// Makes a function in its power-on state; `None` if that panics.
     pub fn new(slot: &Slot, make: Make<'a>, on_device_reset: &'a dyn Fn()) -> Option<Self> {
         let context = slot.context.clone();
         let function = catch_panic(&context, || make(context.clone()))?;
@@ -55,13 +55,13 @@ impl<'a> Backend<'a> {
         Some(Backend { context, make, on_device_reset, function, config, memory, msix_table, bar_memory })
     }
 
-    /// The BAR of the MSI-X table, if this is its region.
+    /// The BAR of the MSI-X table, if `region` is that BAR.
     fn msix_bar(&self, region: u32) -> Option<MsixBar> {
         self.config.msix_bar().filter(|msix| u32::from(msix.index) == region)
     }
 
-    /// Runs a method of the model. If it panics, the function is as if it were gone until the next reset: it reads as
-    /// ones and ignores writes.
+    /// Calls a method of the model. If it panics, the function is gone until the next reset: it reads as ones and
+    /// ignores writes.
     fn with<R>(&mut self, call: impl FnOnce(&mut dyn Function) -> R) -> Option<R> {
         let function = self.function.as_mut()?;
         let result = catch_panic(&self.context, || call(function.as_mut()));
@@ -87,7 +87,7 @@ impl<'a> Backend<'a> {
         self.context.tracer.emit(Event::Reset { reset: ResetKind::Function, endpoint });
     }
 
-    /// SET_IRQS of the interrupt pin, which is one.
+    /// Executes SET_IRQS for the interrupt pin.
     fn set_pin(&self, set: IrqSet) -> Result<(), Refused> {
         let interrupts = &self.context.interrupts;
         match (set.action, set.data) {
@@ -96,7 +96,9 @@ impl<'a> Backend<'a> {
             (IrqAction::Unmask, IrqData::EventFd(fds)) => {
                 interrupts.unmask_pin_by(fds.into_iter().next()).map_err(Refused::system)?;
             }
-            (IrqAction::Mask, IrqData::EventFd(_)) => return Err(Refused::invalid("masking signals nothing")),
+            (IrqAction::Mask, IrqData::EventFd(_)) => {
+                return Err(Refused::invalid("the pin cannot be masked by an eventfd"));
+            }
             (_, IrqData::Bool(which)) if which != [true] => {}
             (IrqAction::Trigger, _) => interrupts.trigger_pin(),
             (IrqAction::Mask, _) => interrupts.mask_pin(true),
@@ -105,8 +107,8 @@ impl<'a> Backend<'a> {
         Ok(())
     }
 
-    /// SET_IRQS of vectors.
-    fn set_vectors(&self, kind: Kind, set: IrqSet) -> Result<(), Refused> {
+    /// Executes SET_IRQS for vectors.
+    fn set_vectors(&self, kind: VectorKind, set: IrqSet) -> Result<(), Refused> {
         let interrupts = &self.context.interrupts;
         let range = set.start as usize..(set.start + set.count) as usize;
         let which = match set.data {
@@ -115,12 +117,12 @@ impl<'a> Backend<'a> {
                 return Ok(());
             }
             IrqData::EventFd(fds) if set.action == IrqAction::Trigger => {
-                // A vector without a descriptor is one that is taken away.
+                // A vector without a descriptor loses the one that it has.
                 let sinks = fds.into_iter().map(Some).chain(std::iter::repeat_with(|| None));
                 interrupts.assign(kind, range.start, sinks.take(range.len()));
                 return Ok(());
             }
-            IrqData::EventFd(_) => return Err(Refused::invalid("vectors are masked by messages alone")),
+            IrqData::EventFd(_) => return Err(Refused::invalid("a vector cannot be masked or unmasked by an eventfd")),
             IrqData::None => vec![true; range.len()],
             IrqData::Bool(which) => which,
         };
@@ -140,7 +142,7 @@ impl<'a> Backend<'a> {
         self.context.tracer.emit(Event::Memory { channel: Channel::VfioUser, endpoint, added, gpa, len, writable });
     }
 
-    /// What an access to a region is to.
+    /// The target of an access to a region.
     fn target(&self, region: u32, offset: u64) -> Target {
         if region == VFIO_PCI_CONFIG_REGION_INDEX {
             Target::Config
@@ -154,11 +156,11 @@ impl<'a> Backend<'a> {
     }
 }
 
-/// What a region access is to.
+/// The target of an access to a region.
 enum Target {
     Config,
     Bar(u8),
-    /// The MSI-X table and pending bits, at this offset. QEMU has a table of its own and never asks.
+    /// The MSI-X table and pending bits, at this offset. QEMU never accesses them, since it has a table of its own.
     Msix(usize),
     /// A function that panicked.
     Gone,
@@ -197,7 +199,8 @@ impl Device for Backend<'_> {
             VFIO_PCI_MSI_IRQ_INDEX => IrqInfo { count: vectors.min(32).next_power_of_two(), ..messages },
             VFIO_PCI_MSIX_IRQ_INDEX if self.config.msix_bar().is_some() => IrqInfo { count: vectors, ..messages },
             VFIO_PCI_MSIX_IRQ_INDEX => messages,
-            // QEMU warns without it. It would stop the machine if it were signalled, so it never is.
+            // QEMU warns if it is missing, and stops the machine if it is signalled. So it is offered, and never
+            // signalled.
             VFIO_PCI_ERR_IRQ_INDEX => IrqInfo { count: 1, eventfd: true, ..IrqInfo::default() },
             _ => IrqInfo::default(),
         }
@@ -292,18 +295,19 @@ impl Device for Backend<'_> {
     fn set_irqs(&mut self, set: IrqSet) -> Result<(), Refused> {
         match set.index {
             VFIO_PCI_INTX_IRQ_INDEX => self.set_pin(set),
-            VFIO_PCI_MSI_IRQ_INDEX => self.set_vectors(Kind::Msi, set),
-            VFIO_PCI_MSIX_IRQ_INDEX => self.set_vectors(Kind::Msix, set),
-            // Those of errors and requests are never sent.
+            VFIO_PCI_MSI_IRQ_INDEX => self.set_vectors(VectorKind::Msi, set),
+            VFIO_PCI_MSIX_IRQ_INDEX => self.set_vectors(VectorKind::Msix, set),
+            // Error and request interrupts are never sent.
             _ => Ok(()),
         }
     }
 }
 
-/// How long an access to a client's memory may wait for others' to end, and then how long the client may take to answer.
+/// How long an access to a client's memory may wait for other accesses, and then how long the client may take to
+/// answer.
 const CLIENT_LIMIT: Duration = Duration::from_secs(5);
 
-/// Memory that the client gave without a descriptor.
+/// Memory that the client gave without a file descriptor, and that is accessed by messages.
 impl Remote for ClientMemory {
     fn read(&self, gpa: u64, data: &mut [u8]) -> Result<(), NoAccess> {
         ClientMemory::read(self, gpa, data, CLIENT_LIMIT).map_err(|_| NoAccess)
@@ -315,32 +319,32 @@ impl Remote for ClientMemory {
 }
 
 impl Drop for Backend<'_> {
-    /// The client is gone: the function first, since its threads may be in the memory.
+    /// The client is gone. The function goes first, since its threads may be accessing the memory.
     fn drop(&mut self) {
         let function = self.function.take();
         catch_panic(&self.context, || drop(function));
         self.context.dma.set_bus_master(false);
         self.context.interrupts.assign_pin(None);
         self.context.interrupts.disable_pin(false);
-        self.context.interrupts.disable(Kind::Msi);
-        self.context.interrupts.disable(Kind::Msix);
+        self.context.interrupts.disable(VectorKind::Msi);
+        self.context.interrupts.disable(VectorKind::Msix);
         self.dma_unmap_all();
     }
 }
 
-/// Runs something of a model's, or of its session; `None` if it panics, which is traced.
+/// Calls code of a model or its session; `None` if it panics, which is traced.
 pub(super) fn catch_panic<R>(context: &FunctionContext, call: impl FnOnce() -> R) -> Option<R> {
-    // What the call may have left half done is either never used again (the function) or whole between any two
-    // messages (everything else here).
+    // State that the call may have left half changed is either never used again (the function) or consistent between
+    // any two messages (everything else).
     let endpoint = context.dma.endpoint();
     let result = context.tracer.catch_panic(endpoint, call);
     if result.is_none() {
-        log::error!("Caught a panic in what serves endpoint {endpoint:#x}");
+        log::error!("Caught a panic while serving endpoint {endpoint:#x}");
     }
     result
 }
 
-/// The error number of what a client asks of its memory in vain.
+/// The answer to a client whose request about its memory failed.
 fn refused(error: RegionError) -> Refused {
     let errno = match &error {
         RegionError::Overlap { .. } => libc::EEXIST,

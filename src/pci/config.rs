@@ -1,10 +1,10 @@
-//! Configuration space: header, BARs and capabilities (PCI Express base specification, chapter 7).
+//! Configuration space: header, BARs and capabilities (PCI Express Base Specification, chapter 7).
 //!
-//! QEMU passes every write of the guest's on and answers reads of BARs and of the MSI and MSI-X capabilities itself.
+//! QEMU forwards all writes of the guest. It answers reads of BARs and of the MSI and MSI-X capabilities itself.
 
 use super::function::{Bar, Capability, CapabilityId, Identity};
 
-/// Bytes of a PCI Express function's configuration space.
+/// The size of a PCI Express function's configuration space in bytes.
 pub(super) const SIZE: usize = 4096;
 
 const COMMAND: usize = 0x04;
@@ -16,14 +16,14 @@ const PM: usize = 0x40;
 const MSI: usize = 0x50;
 const MSIX: usize = 0x60;
 const EXPRESS: usize = 0x70;
-/// Where a model's own begin.
+/// The offset of the first capability of a model's own.
 const OWN: usize = 0xb0;
-/// Where extended ones do.
+/// The offset of the first extended capability.
 const EXTENDED: usize = 0x100;
 
 const COMMAND_MEMORY: u16 = 1 << 1;
 const COMMAND_MASTER: u16 = 1 << 2;
-/// Parity error response and SERR#: bits without an effect here, which drivers may set.
+/// Parity error response and SERR#, which drivers may set and which have no effect here.
 const COMMAND_OTHER: u16 = 1 << 6 | 1 << 8;
 const COMMAND_INTERRUPT_DISABLE: u16 = 1 << 10;
 const STATUS_INTERRUPT: u16 = 1 << 3;
@@ -32,7 +32,7 @@ const STATUS_CAPABILITIES: u16 = 1 << 4;
 /// INTA.
 const PIN: u16 = 1;
 
-/// No_Soft_Reset: going back from D3hot to D0 keeps all state.
+/// No_Soft_Reset: a return from D3hot to D0 keeps all state.
 const PM_NO_SOFT_RESET: u16 = 1 << 3;
 const PM_STATE: u16 = 3;
 
@@ -40,32 +40,32 @@ const DEVCAP_EXTENDED_TAG: u32 = 1 << 5;
 const DEVCAP_ROLE_BASED_ERRORS: u32 = 1 << 15;
 const DEVCAP_FLR: u32 = 1 << 28;
 const DEVCTL_FLR: u16 = 1 << 15;
-/// Relaxed ordering, extended tags, no snoop; the same after a reset as on hardware.
+/// Relaxed ordering and no snoop, which are on after a reset, as on hardware.
 const DEVCTL_RESET: u16 = 1 << 4 | 1 << 11;
-/// One lane at 2.5 GT/s: the lowest that there is, since nothing is faster for more.
+/// One lane at 2.5 GT/s, the lowest: a faster link would make nothing faster here.
 const LINK: u32 = 1 << 4 | 1;
 
-/// MSI's most.
+/// The most vectors of MSI.
 const MSI_VECTORS_MAX: u16 = 32;
 
-/// Where the MSI-X table and the pending bits are: a BAR of their own behind the model's.
+/// The BAR of the MSI-X table and the pending bits, which comes after the model's BARs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct MsixBar {
-    /// Which BAR; 32 bits wide.
+    /// The index of the BAR, which has 32 bits.
     pub index: u8,
-    /// Its bytes; the pending bits begin in its middle.
+    /// Its size in bytes. The pending bits begin in the middle.
     pub size: u64,
 }
 
-/// What the function has to do after a write.
+/// The effect of a write on the function.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Effect {
     /// The driver set Initiate Function Level Reset.
     pub reset: bool,
-    /// Whether the function may access memory now: bus mastering is on and the power state is D0. `None` if neither register
-    /// was written.
+    /// Whether the function may access memory now, as bus mastering is on and the power state is D0. `None` if neither
+    /// register was written.
     pub master: Option<bool>,
-    /// Whether the driver set Interrupt Disable.
+    /// Whether Interrupt Disable is set.
     pub pin_disabled: bool,
 }
 
@@ -78,7 +78,7 @@ pub(super) struct Config {
 }
 
 impl Config {
-    /// As it is at power-on, with MSI-X or without it.
+    /// The configuration space at power-on, with MSI-X or without it.
     pub fn new(identity: Identity, msix: bool) -> Self {
         let mut config = Config {
             msix: msix.then(|| msix_bar(identity.bars, identity.vectors)),
@@ -90,17 +90,17 @@ impl Config {
         config
     }
 
-    /// What the function said of itself.
+    /// The function's identity.
     pub fn identity(&self) -> &Identity {
         &self.identity
     }
 
-    /// Where the MSI-X table is, if there is one.
+    /// The BAR of the MSI-X table, if there is one.
     pub fn msix_bar(&self) -> Option<MsixBar> {
         self.msix
     }
 
-    /// Back to the power-on state.
+    /// Returns to the power-on state.
     pub fn reset(&mut self) {
         self.bytes.fill(0);
         self.writable.fill(0);
@@ -117,7 +117,7 @@ impl Config {
         self.express(own);
     }
 
-    /// Reads; what lies past the end is ones.
+    /// Reads. Bytes past the end are ones.
     pub fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
         let Some(bytes) = usize::try_from(offset).ok().and_then(|at| self.bytes.get(at..)) else { return };
@@ -125,13 +125,13 @@ impl Config {
         data[..len].copy_from_slice(&bytes[..len]);
     }
 
-    /// Writes what is writable.
+    /// Writes the bits that are writable.
     pub fn write(&mut self, offset: u64, data: &[u8]) -> Effect {
         let mut reset = false;
         for (at, &new) in (usize::try_from(offset).unwrap_or(SIZE)..SIZE).zip(data) {
             let mask = self.writable[at];
             self.bytes[at] = self.bytes[at] & !mask | new & mask;
-            // The bit reads as zero, so it is not among the writable ones.
+            // The bit always reads as zero, so it is not writable.
             reset |= at == EXPRESS + 9 && new & (DEVCTL_FLR >> 8) as u8 != 0;
         }
         let end = offset.saturating_add(data.len() as u64);
@@ -141,7 +141,7 @@ impl Config {
         Effect { reset, master, pin_disabled }
     }
 
-    /// Sets Interrupt Status: whether the pin is asserted, also while the driver has it disabled.
+    /// Sets Interrupt Status: whether the pin is asserted, even while the driver has disabled it.
     pub fn set_interrupt_status(&mut self, asserted: bool) {
         self.set16(STATUS, STATUS_CAPABILITIES | if asserted { STATUS_INTERRUPT } else { 0 }, 0);
     }
@@ -171,7 +171,7 @@ impl Config {
         self.set16(0x3c, PIN << 8, 0x00ff);
     }
 
-    /// A memory BAR: the address bits above its size are writable.
+    /// Adds a memory BAR. The address bits above its size are writable.
     fn bar(&mut self, bar: Bar) {
         let at = BAR0 + 4 * usize::from(bar.index);
         let mask = !(bar.size - 1);
@@ -215,14 +215,14 @@ impl Config {
             self.set32(EXPRESS + 12, LINK, 0);
             self.set16(EXPRESS + 16, 0, 0x01c3);
             self.set16(EXPRESS + 18, LINK as u16, 0);
-            // The speeds it supports, and the one it is to reach.
+            // The supported link speeds, and the target link speed.
             self.set32(EXPRESS + 44, 1 << 1, 0);
             self.set16(EXPRESS + 48, 1, 0);
         }
     }
 
-    /// The model's own capabilities, in the order in which it names them. Returns where the first one is that is not
-    /// extended, or 0.
+    /// Adds the model's own capabilities, in the order in which it names them. Returns the offset of the first standard
+    /// one, or 0.
     fn own_capabilities(&mut self) -> u8 {
         let (mut at, mut extended_at) = (OWN, EXTENDED);
         let (mut first, mut last, mut last_extended) = (0, None::<usize>, None::<usize>);
@@ -277,7 +277,7 @@ impl Config {
     }
 }
 
-/// The first BAR that the model does not use, large enough for 16 bytes a vector in each half.
+/// The first BAR that the model does not use. Each half has room for 16 bytes for each vector.
 fn msix_bar(bars: &[Bar], vectors: u16) -> MsixBar {
     let index = bars.iter().map(|bar| bar.index + 1 + u8::from(bar.wide)).max().unwrap_or(0);
     let size = (32 * u64::from(vectors.clamp(1, 2048))).next_power_of_two().max(4096);
@@ -335,7 +335,7 @@ mod tests {
         assert_eq!(capabilities(&config), [0x01, 0x05, 0x10]);
         config.write(0x18, &[0xff; 4]);
         assert_eq!(read32(&config, 0x18), 0);
-        // MSI with its most messages, 32.
+        // MSI has its most vectors, 32.
         assert_eq!(read32(&config, MSI as u64) >> 17 & 7, 5);
     }
 
@@ -401,7 +401,7 @@ mod tests {
         let mut config = config(false);
         assert_eq!(config.write(COMMAND as u64, &[2, 0]).master, Some(false));
         assert_eq!(config.write(COMMAND as u64, &[6, 4]).master, Some(true));
-        // A reset of the machine may have taken bus mastering; this must not give it back.
+        // A reset of the machine may have cleared bus mastering. This write must not set it again.
         assert_eq!(config.write(MSI as u64 + 2, &[1, 0]).master, None);
         assert_eq!(read32(&config, COMMAND as u64), 0x0010_0406);
         assert_eq!(config.write(PM as u64 + 4, &[3]).master, Some(false));

@@ -1,4 +1,4 @@
-//! What a device model implements and what it is given.
+//! The interface of a device model: what it implements, and what it is given.
 
 use std::fs::File;
 use std::io;
@@ -17,9 +17,9 @@ use viommu_trace::Tracer;
 /// A memory BAR.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bar {
-    /// Which: 0 to 5. A 64-bit BAR takes the next index too.
+    /// Its index, 0 to 5. A 64-bit BAR takes the next index too.
     pub index: u8,
-    /// Bytes, a power of two of at least 4096.
+    /// Its size in bytes, a power of two of at least 4096.
     pub size: u64,
     /// Whether it is a 64-bit BAR.
     pub wide: bool,
@@ -39,8 +39,8 @@ impl Bar {
     }
 }
 
-/// Memory behind a BAR that a client maps, so that the guest's accesses to it do not come here. It is shared with the
-/// guest: what is read can be another thing the next time.
+/// Memory behind a BAR that a client maps, so that the guest accesses it directly. The guest can change it at any time,
+/// even between two reads.
 #[derive(Clone, Debug)]
 pub struct BarMemory {
     file: Arc<File>,
@@ -48,15 +48,15 @@ pub struct BarMemory {
 }
 
 impl BarMemory {
-    /// `size` bytes of zeros, of which the client maps `areas`, in whole pages; what lies outside of them comes to
-    /// [`Function::bar_read`] and [`Function::bar_write`]. It is made before the process is in its sandbox.
+    /// Makes `size` bytes of zeros. The client may map `areas`, which are whole pages. Accesses outside of them come to
+    /// [`Function::bar_read`] and [`Function::bar_write`]. Must be called before the process enters its sandbox.
     ///
     /// # Errors
-    /// The system does not give the memory.
+    /// The system has no memory or no descriptor to give.
     pub fn new(size: u64, areas: &[Range<u64>]) -> io::Result<Self> {
         let file = File::from(memfd_create(c"viommu-bar", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
         file.set_len(size)?;
-        // Whoever has it could shrink it, and accesses to what is gone would fail.
+        // A client could shrink the file otherwise, and accesses to the missing part would fail.
         let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
         fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
         Ok(BarMemory { file: Arc::new(file), areas: areas.into() })
@@ -67,7 +67,7 @@ impl BarMemory {
         &self.file
     }
 
-    /// What a client may map.
+    /// The areas that a client may map.
     pub(super) fn areas(&self) -> &[Range<u64>] {
         &self.areas
     }
@@ -75,7 +75,7 @@ impl BarMemory {
     /// Reads `data.len()` bytes from `offset` on.
     ///
     /// # Errors
-    /// They are not all inside of it.
+    /// They are not all inside the memory.
     pub fn read(&self, offset: u64, data: &mut [u8]) -> io::Result<()> {
         self.file.read_exact_at(data, offset)
     }
@@ -83,29 +83,29 @@ impl BarMemory {
     /// Writes `data` from `offset` on.
     ///
     /// # Errors
-    /// It is not all inside of it.
+    /// It is not all inside the memory.
     pub fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         self.file.write_all_at(data, offset)
     }
 }
 
-/// A capability of a model's own, beside those that every function has.
+/// A model's own capability, in addition to those that every function has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capability {
-    /// Which one.
+    /// Its number, and where it is.
     pub id: CapabilityId,
-    /// What is behind its header: two bytes for one in the first 256 bytes of configuration space, else four.
+    /// The bytes after its header. The header of a standard capability has two bytes, that of an extended one four.
     pub body: &'static [u8],
-    /// The bits of the body that can be written; those that are left out cannot.
+    /// A mask of the bits of the body that can be written. Bytes that are left out are read-only.
     pub writable: &'static [u8],
 }
 
-/// A capability's number.
+/// The number of a capability (PCI Code and ID Assignment Specification).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CapabilityId {
-    /// In the first 256 bytes of configuration space.
+    /// A standard one, in the first 256 bytes of configuration space.
     Standard(u8),
-    /// Behind these.
+    /// An extended one, after the first 256 bytes.
     Extended {
         /// Its number.
         id: u16,
@@ -114,7 +114,7 @@ pub enum CapabilityId {
     },
 }
 
-/// What a function says of itself in its configuration space (PCI Express base specification, chapter 7).
+/// A function's identity in configuration space (PCI Express Base Specification, chapter 7).
 #[derive(Clone, Copy, Debug)]
 pub struct Identity {
     /// Vendor ID.
@@ -131,37 +131,38 @@ pub struct Identity {
     pub revision: u8,
     /// Its memory BARs.
     pub bars: &'static [Bar],
-    /// Its capabilities beside power management, MSI, MSI-X and PCI Express; they have room in configuration space.
+    /// Its capabilities in addition to power management, MSI, MSI-X and PCI Express. They must fit into configuration
+    /// space.
     pub capabilities: &'static [Capability],
-    /// Interrupt vectors, at least 1; offered as MSI-X unless its slot has none, up to 32 as MSI, and all in one as the pin
-    /// INTA.
+    /// The number of interrupt vectors, at least 1. They are offered as MSI-X unless its slot has none, up to 32 of
+    /// them as MSI, and all together as the pin INTA.
     pub vectors: u16,
-    /// Whether it is a root-complex integrated endpoint, and not one that may stand behind a root port.
+    /// Whether it is a root complex integrated endpoint, and not one for a slot behind a root port.
     pub integrated: bool,
 }
 
-/// What a function is given when it is made.
+/// The resources that a function is given when it is made.
 #[derive(Clone)]
 pub struct FunctionContext {
-    /// Its way to memory.
+    /// Its access to guest memory.
     pub dma: DmaContext,
     /// Its interrupts.
     pub interrupts: Interrupts,
-    /// Where its commands and states are traced; the endpoint is `dma.endpoint()`.
+    /// The trace for its commands and states. Its endpoint is `dma.endpoint()`.
     pub tracer: Tracer,
-    /// What its threads can poll while they are awake and have nothing to do.
+    /// A queue that its threads can poll while they are awake and have nothing else to do.
     pub poller: Option<Arc<dyn QueuePoller>>,
 }
 
 /// A device model. Its methods are called from the vfio-user thread and must not wait for I/O.
 pub trait Function: Send {
-    /// What it is; constant.
+    /// Its identity, which never changes.
     fn identity(&self) -> Identity;
 
-    /// The guest reads `data.len()` bytes at `offset` of a BAR. All of `data` is to be set.
+    /// The guest reads `data.len()` bytes at `offset` of a BAR. Must set all of `data`.
     fn bar_read(&mut self, bar: u8, offset: u64, data: &mut [u8]);
 
-    /// The memory behind a BAR that the client may map, if there is any. It is always the same.
+    /// The memory behind a BAR that the client may map, if there is any. Must always return the same.
     fn bar_memory(&self, _bar: u8) -> Option<BarMemory> {
         None
     }
@@ -169,6 +170,7 @@ pub trait Function: Send {
     /// The guest writes `data` at `offset` of a BAR.
     fn bar_write(&mut self, bar: u8, offset: u64, data: &[u8]);
 
-    /// Function-level or conventional reset. No DMA and no interrupt of before happens after it returned.
+    /// A function-level or conventional reset. After it returns, there is no DMA and no interrupt from before the
+    /// reset.
     fn reset(&mut self);
 }

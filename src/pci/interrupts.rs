@@ -1,4 +1,4 @@
-//! The interrupts of a function: one event file descriptor of the client's for each vector, or one for its pin.
+//! The interrupts of a function. The client gives an eventfd for each vector, or one for the pin.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -9,9 +9,9 @@ use crate::sync::{lock, unpoisoned};
 use viommu_socket::set_nonblocking;
 use viommu_trace::{Event, Tracer};
 
-/// Which kind of message a vector is of.
+/// The kind of message that a vector sends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum VectorKind {
     Msi,
     Msix,
 }
@@ -21,11 +21,11 @@ pub(super) enum Kind {
 struct Line {
     sink: Option<File>,
     masked: bool,
-    /// Triggered while masked.
+    /// It was triggered while masked.
     pending: bool,
 }
 
-/// The vectors of both kinds; a driver uses one kind at a time.
+/// The vectors of both kinds. A driver uses one kind at a time.
 #[derive(Default)]
 struct Lines {
     msi: Vec<Mutex<Line>>,
@@ -41,7 +41,7 @@ struct Shared {
     pin: Pin,
 }
 
-/// Sends interrupts to the guest. Clones send the same ones; the default sends none.
+/// Sends interrupts to the guest. Clones send to the same function's vectors. The default sends nothing.
 #[derive(Clone, Default)]
 pub struct Interrupts(Option<Arc<Shared>>);
 
@@ -50,10 +50,10 @@ impl Interrupts {
         Interrupts(Some(Arc::new(Shared { endpoint, tracer, lines: RwLock::default(), pin: Pin::default() })))
     }
 
-    /// Sends vector `vector`; nothing happens while the guest has it disabled, and a masked one is sent when it is
-    /// unmasked. With MSI, where the guest may have enabled fewer vectors than the function has, the number's low
-    /// bits count; nothing happens there while [`Interrupts::mask_msi`] masks it. With the pin, the model's
-    /// reasons count and not the vector: see [`Interrupts::set_pin_source`].
+    /// Sends the interrupt `vector`. A vector that the guest has disabled is not sent, and one that it has masked is
+    /// sent when it is unmasked. With MSI, only the low bits of the number count if the guest has enabled fewer vectors
+    /// than the function has, and nothing is sent while [`Interrupts::mask_msi`] masks the vector. With the pin, the
+    /// model's reasons decide and not the vector: see [`Interrupts::set_pin_source`].
     pub fn trigger(&self, vector: u16) {
         let Some(shared) = &self.0 else { return };
         if shared.pin.is_assigned() {
@@ -73,12 +73,13 @@ impl Interrupts {
         }
     }
 
-    /// Masks those of the function's first 32 vectors whose bits are set, and no others, for a function that masks by
-    /// registers of its own. It comes before all that MSI and the pin do: vectors have the function's numbers, a triggered
-    /// one does not become pending, and none is sent after this returned. MSI-X is not affected.
+    /// Masks those of the function's first 32 vectors whose bits are set, and unmasks all others, for a function with
+    /// mask registers of its own. This mask comes before MSI's and the pin's: it uses the function's numbers of the
+    /// vectors, and a masked vector that is triggered does not become pending. After this returns, no masked vector is
+    /// sent. MSI-X is not affected.
     ///
-    /// Returns the vectors that were masked and are not any more, none without MSI: the function is to trigger those
-    /// that still have a reason. The pin asks for itself.
+    /// Returns the vectors that this call unmasked; none without MSI. The function must trigger those that still have a
+    /// reason. The pin asks for the reasons itself.
     pub fn mask_msi(&self, vectors: u32) -> u32 {
         let Some(shared) = &self.0 else { return 0 };
         shared.pin_sent(shared.pin.mask_vectors(vectors));
@@ -87,15 +88,15 @@ impl Interrupts {
         if lines.msi.is_empty() { 0 } else { before & !vectors }
     }
 
-    /// Sets who is asked for the level of the interrupt pin, as long as that lives. What it locks to answer must not be held
-    /// during any call of these interrupts.
+    /// Sets the model that is asked for the level of the interrupt pin as long as it exists. No lock that its answer
+    /// takes may be held during a call of these interrupts.
     pub fn set_pin_source(&self, source: Weak<dyn PinSource>) {
         let Some(shared) = &self.0 else { return };
         shared.pin.set_source(source);
     }
 
-    /// The level of the pin may be another one than before, though there is no reason to send a message. Nothing is lost if a
-    /// level that fell is not told.
+    /// Notes that the level of the pin may have changed without a vector to send. A level that fell need not be
+    /// reported.
     pub fn level_changed(&self) {
         let Some(shared) = &self.0 else { return };
         shared.pin_sent(shared.pin.update());
@@ -123,24 +124,26 @@ impl Interrupts {
         shared.pin_sent(shared.pin.mask(masked));
     }
 
-    /// Sets which event file descriptor the pin sends to; `None` takes it away. Who gives one has no use for messages any
-    /// more.
+    /// Sets the eventfd that the pin sends to; `None` removes it. A client that gives one no longer uses messages.
     pub(super) fn assign_pin(&self, sink: Option<File>) {
         let Some(shared) = &self.0 else { return };
         if sink.is_some() {
-            self.disable(Kind::Msi);
-            self.disable(Kind::Msix);
+            self.disable(VectorKind::Msi);
+            self.disable(VectorKind::Msix);
         }
         shared.pin_sent(shared.pin.assign(sink));
     }
 
-    /// Has the pin send an event, whatever its level is.
+    /// Makes the pin send an event, whatever its level is.
     pub(super) fn trigger_pin(&self) {
         let Some(shared) = &self.0 else { return };
         shared.pin_sent(shared.pin.trigger());
     }
 
     /// Unmasks the pin whenever `event` is signalled; `None` ends that.
+    ///
+    /// # Errors
+    /// EINVAL if `event` cannot be waited for, or the system's error.
     pub(super) fn unmask_pin_by(&self, event: Option<File>) -> io::Result<()> {
         let Some(shared) = &self.0 else { return Ok(()) };
         let unmasker = event.map(|event| Unmasker::start(self.clone(), event)).transpose()?;
@@ -148,9 +151,9 @@ impl Interrupts {
         Ok(())
     }
 
-    /// Sets which event file descriptors vectors `start..` of a kind send to; `None` takes one away. Who gives some has no use
-    /// for the pin any more.
-    pub(super) fn assign(&self, kind: Kind, start: usize, sinks: impl Iterator<Item = Option<File>>) {
+    /// Sets the eventfds that the vectors `start..` of a kind send to; `None` removes one. A client that gives some no
+    /// longer uses the pin.
+    pub(super) fn assign(&self, kind: VectorKind, start: usize, sinks: impl Iterator<Item = Option<File>>) {
         let Some(shared) = &self.0 else { return };
         let sinks: Vec<Option<File>> = sinks.collect();
         if sinks.iter().any(Option::is_some) {
@@ -160,7 +163,7 @@ impl Interrupts {
         let lines = lines.of(kind);
         for (number, sink) in (start..).zip(sinks) {
             let sink = sink.filter(|sink| {
-                // A client may give any descriptor, and a write to it must not hold a model's thread up.
+                // A client may give any descriptor, and a write to it must not block a model's thread.
                 set_nonblocking(sink).inspect_err(|e| log::warn!("Interrupt {number} is not usable: {e}")).is_ok()
             });
             if lines.len() <= number {
@@ -173,20 +176,20 @@ impl Interrupts {
                 lock(line).sink = sink;
             }
         }
-        // How many MSI vectors are enabled is how many have a descriptor.
+        // The number of enabled MSI vectors is the number with a descriptor.
         while lines.last().is_some_and(|line| lock(line).sink.is_none()) {
             lines.pop();
         }
     }
 
-    /// Takes the descriptors of all vectors of a kind away.
-    pub(super) fn disable(&self, kind: Kind) {
+    /// Removes the descriptors of all vectors of a kind.
+    pub(super) fn disable(&self, kind: VectorKind) {
         let Some(shared) = &self.0 else { return };
         unpoisoned(shared.lines.write()).of(kind).clear();
     }
 
-    /// Masks or unmasks a vector; one that was triggered while masked is sent when unmasked.
-    pub(super) fn mask(&self, kind: Kind, vector: usize, masked: bool) {
+    /// Masks or unmasks a vector. If it was triggered while masked, unmasking sends it.
+    pub(super) fn mask(&self, kind: VectorKind, vector: usize, masked: bool) {
         let Some(shared) = &self.0 else { return };
         let mut lines = unpoisoned(shared.lines.write());
         let Some(line) = lines.of(kind).get(vector) else { return };
@@ -207,7 +210,7 @@ impl Interrupts {
 }
 
 impl Shared {
-    /// Traces an event of the pin.
+    /// Traces an event of the pin, if one was sent.
     fn pin_sent(&self, sent: bool) {
         if sent {
             self.tracer.emit(Event::Interrupt { endpoint: Some(self.endpoint), vector: 0 });
@@ -220,7 +223,7 @@ impl Shared {
             return;
         }
         let Some(sink) = &mut line.sink else { return };
-        // A full counter means that the client has not yet seen an interrupt of before: none is lost.
+        // A full counter means that the client has not seen an earlier interrupt yet, so none is lost.
         match sink.write(&1u64.to_ne_bytes()) {
             Ok(_) => self.tracer.emit(Event::Interrupt { endpoint: Some(self.endpoint), vector }),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
@@ -233,14 +236,14 @@ impl Shared {
 }
 
 impl Lines {
-    fn of(&mut self, kind: Kind) -> &mut Vec<Mutex<Line>> {
+    fn of(&mut self, kind: VectorKind) -> &mut Vec<Mutex<Line>> {
         match kind {
-            Kind::Msi => &mut self.msi,
-            Kind::Msix => &mut self.msix,
+            VectorKind::Msi => &mut self.msi,
+            VectorKind::Msix => &mut self.msix,
         }
     }
 
-    /// Whether the function masks a vector for MSI; those from 32 on have no bit.
+    /// Whether the function masks a vector for MSI. Vectors from 32 on have no bit.
     fn masks_msi(&self, vector: u16) -> bool {
         self.msi_mask.checked_shr(u32::from(vector)).is_some_and(|bits| bits & 1 != 0)
     }
@@ -266,13 +269,13 @@ mod tests {
     fn a_masked_vector_is_sent_when_unmasked() {
         let interrupts = Interrupts::new(8, Tracer::default());
         let event = &events(1)[0];
-        interrupts.assign(Kind::Msix, 3, [sink(event)].into_iter());
-        interrupts.mask(Kind::Msix, 3, true);
+        interrupts.assign(VectorKind::Msix, 3, [sink(event)].into_iter());
+        interrupts.mask(VectorKind::Msix, 3, true);
         interrupts.trigger(3);
         interrupts.trigger(3);
         assert_eq!(interrupts.pending(0), 1 << 3);
         assert!(event.read().is_err());
-        interrupts.mask(Kind::Msix, 3, false);
+        interrupts.mask(VectorKind::Msix, 3, false);
         assert_eq!(event.read().unwrap(), 1);
         assert_eq!(interrupts.pending(0), 0);
     }
@@ -281,10 +284,10 @@ mod tests {
     fn msi_vectors_fold_onto_the_enabled_ones() {
         let interrupts = Interrupts::new(8, Tracer::default());
         let events = events(2);
-        interrupts.assign(Kind::Msi, 0, events.iter().map(sink));
+        interrupts.assign(VectorKind::Msi, 0, events.iter().map(sink));
         interrupts.trigger(5);
         assert_eq!(events[1].read().unwrap(), 1);
-        interrupts.disable(Kind::Msi);
+        interrupts.disable(VectorKind::Msi);
         interrupts.trigger(5);
         assert!(events[1].read().is_err());
     }
@@ -293,12 +296,12 @@ mod tests {
     fn a_function_masks_msi_by_its_own_numbers() {
         let interrupts = Interrupts::new(8, Tracer::default());
         let (msi, msix) = (events(2), events(1));
-        interrupts.assign(Kind::Msix, 0, msix.iter().map(sink));
+        interrupts.assign(VectorKind::Msix, 0, msix.iter().map(sink));
         assert_eq!(interrupts.mask_msi(1 << 5), 0);
         interrupts.trigger(0);
         assert_eq!(msix[0].read().unwrap(), 1);
         assert_eq!(interrupts.mask_msi(0), 0, "MSI-X masked nothing");
-        interrupts.assign(Kind::Msi, 0, msi.iter().map(sink));
+        interrupts.assign(VectorKind::Msi, 0, msi.iter().map(sink));
         interrupts.mask_msi(1 << 5 | 1 << 31);
         interrupts.trigger(5);
         assert!(msi[1].read().is_err());
@@ -318,7 +321,7 @@ mod tests {
         let interrupts = Interrupts::new(8, Tracer::default());
         let event = EventFd::new(0).unwrap();
         event.write(u64::MAX - 1).unwrap();
-        interrupts.assign(Kind::Msix, 0, [sink(&event)].into_iter());
+        interrupts.assign(VectorKind::Msix, 0, [sink(&event)].into_iter());
         interrupts.trigger(0);
         assert_eq!(event.read().unwrap(), u64::MAX - 1);
     }

@@ -1,8 +1,8 @@
-//! PCI functions over vfio-user, whose messages [`crate::vfio_user`] knows.
+//! PCI functions over vfio-user. [`crate::vfio_user`] knows the messages.
 //!
-//! A [`Server`] listens on a socket; whoever connects, usually QEMU's `vfio-user-pci`, finds a function in its
-//! power-on state in a [`Slot`]. A function is a model that implements [`Function`]; what all functions have in
-//! common (configuration space, interrupts, the client's memory) is done here.
+//! A [`Server`] listens on a socket. Each client, usually QEMU's `vfio-user-pci`, finds a function in its power-on
+//! state in a [`Slot`]. A function is a device model that implements [`Function`]. This module does what all functions
+//! have in common: configuration space, interrupts, and the client's memory.
 
 mod backend;
 mod config;

@@ -1,8 +1,8 @@
-//! The interrupt pin (INTx), which is level-triggered, over an event file descriptor, which is not.
+//! The interrupt pin (INTx), which is level-triggered, over an eventfd, which is not.
 //!
-//! As VFIO defines it, the pin masks itself when it has sent an event, and the client unmasks it when the guest has
-//! served the interrupt, or may have. Whether there is still a reason then is asked of the model anew: no state of before
-//! counts, so that no interrupt is lost and none is sent in vain.
+//! As VFIO defines it, the pin masks itself when it sends an event, and the client unmasks it when the guest may have
+//! served the interrupt. The model is then asked again whether there is still a reason. No earlier state counts, so no
+//! interrupt is lost and none is spurious.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -20,15 +20,15 @@ use viommu_socket::set_nonblocking;
 
 /// A model's reasons to assert the pin.
 pub trait PinSource: Send + Sync {
-    /// The vectors, of the first 32, for which there is something that the driver has not acknowledged, a bit each. It is
-    /// asked by any thread that triggers an interrupt or unmasks the pin.
+    /// The vectors, of the first 32, with something that the driver has not acknowledged, a bit each. Any thread that
+    /// triggers an interrupt or unmasks the pin may call it.
     fn reasons(&self) -> u32;
 }
 
 /// A pin.
 #[derive(Default)]
 pub(super) struct Pin {
-    /// Whether the client gave a descriptor.
+    /// Whether the client has given an eventfd.
     assigned: AtomicBool,
     state: Mutex<State>,
 }
@@ -36,9 +36,9 @@ pub(super) struct Pin {
 #[derive(Default)]
 struct State {
     sink: Option<File>,
-    /// By the client, or since the last event.
+    /// Masked by the client, or since the last event.
     masked: bool,
-    /// By Interrupt Disable in the command register.
+    /// Disabled by Interrupt Disable in the command register.
     disabled: bool,
     /// Vectors that the model masks, a bit each.
     masked_vectors: u32,
@@ -53,7 +53,7 @@ impl State {
         source.is_some_and(|source| source.reasons() & !self.masked_vectors != 0)
     }
 
-    /// Sends an event if the pin is asserted and may be. Returns whether it was sent.
+    /// Sends an event if the pin is asserted and neither masked nor disabled. Returns whether one was sent.
     fn update(&mut self) -> bool {
         if self.sink.is_none() || self.masked || self.disabled || !self.level() {
             return false;
@@ -66,7 +66,7 @@ impl State {
         let Some(sink) = &mut self.sink else { return false };
         match sink.write(&1u64.to_ne_bytes()) {
             Ok(_) => true,
-            // A full counter: the client has not seen an event of before.
+            // A full counter: the client has not seen an earlier event yet.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => false,
             Err(error) => {
                 log::warn!("The interrupt pin's event was not sent: {error}");
@@ -78,33 +78,33 @@ impl State {
 }
 
 impl Pin {
-    /// Whether it has a descriptor.
+    /// Whether it has an eventfd.
     pub fn is_assigned(&self) -> bool {
         self.assigned.load(Ordering::Acquire)
     }
 
-    /// Whether the driver can get interrupts of it.
+    /// Whether the driver can get interrupts from it.
     pub fn is_used(&self) -> bool {
         self.is_assigned() && !self.lock().disabled
     }
 
-    /// Whether it is asserted, be it masked or not.
+    /// Whether it is asserted, even if it is masked.
     pub fn is_asserted(&self) -> bool {
         self.is_assigned() && self.lock().level()
     }
 
-    /// Sets the model that is asked. The caller must hold no lock that the model takes to answer; the same holds for all
-    /// that follows, which return whether an event was sent.
+    /// Sets the model that is asked for the level. For this call and all that follow, the caller must hold no lock that
+    /// the model takes to answer. Those that follow return whether an event was sent.
     pub fn set_source(&self, source: Weak<dyn PinSource>) {
         self.lock().source = Some(source);
     }
 
-    /// The model's reasons may be others than before.
+    /// Notes that the model's reasons may have changed.
     pub fn update(&self) -> bool {
         self.is_assigned() && self.lock().update()
     }
 
-    /// The model masks these vectors, and no others.
+    /// Sets the vectors that the model masks, a bit each.
     pub fn mask_vectors(&self, vectors: u32) -> bool {
         let mut state = self.lock();
         state.masked_vectors = vectors;
@@ -118,19 +118,19 @@ impl Pin {
         state.update()
     }
 
-    /// The client masks or unmasks it.
+    /// Masks or unmasks the pin for the client.
     pub fn mask(&self, masked: bool) -> bool {
         let mut state = self.lock();
         state.masked = masked;
         state.update()
     }
 
-    /// The client has it send an event.
+    /// Sends an event, as the client asked.
     pub fn trigger(&self) -> bool {
         self.lock().send()
     }
 
-    /// Sets the descriptor that it sends to; `None` takes it away, and all that the client set.
+    /// Sets the eventfd that it sends to; `None` removes it, and everything else that the client has set.
     pub fn assign(&self, sink: Option<File>) -> bool {
         let sink = sink.filter(|sink| {
             set_nonblocking(sink).inspect_err(|e| log::warn!("The interrupt pin is not usable: {e}")).is_ok()
@@ -142,15 +142,15 @@ impl Pin {
         state.sink = sink;
         let sent = state.update();
         drop(state);
-        // Its thread may want the lock.
+        // Dropping it joins its thread, which may need the lock.
         drop(gone);
         sent
     }
 
-    /// Sets what unmasks it besides the client's messages.
+    /// Sets what unmasks it in addition to the client's messages.
     pub fn set_unmasker(&self, unmasker: Option<Unmasker>) {
         let before = std::mem::replace(&mut self.lock().unmasker, unmasker);
-        // Its thread may want the lock.
+        // Dropping it joins its thread, which may need the lock.
         drop(before);
     }
 
@@ -159,18 +159,21 @@ impl Pin {
     }
 }
 
-/// A thread that unmasks the pin whenever an event file descriptor is signalled. KVM does that when the guest has served
-/// an interrupt.
+/// A thread that unmasks the pin whenever an eventfd is signalled. KVM signals it when the guest has served an
+/// interrupt.
 pub(super) struct Unmasker {
     stop: EventFd,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Unmasker {
-    /// Begins to wait. Refuses what cannot be waited for, like a file, with EINVAL; another error is not the client's.
+    /// Starts the thread.
     ///
-    /// The wait is edge-triggered: a client may give a descriptor that is always readable, and the thread must wake only
-    /// when somebody writes to it.
+    /// # Errors
+    /// EINVAL if `event` cannot be waited for, as a regular file. Other errors are not the client's fault.
+    ///
+    /// The wait is edge-triggered. A client may give a descriptor that is always readable, and the thread must wake
+    /// only for writes to it.
     pub fn start(interrupts: Interrupts, mut event: File) -> io::Result<Unmasker> {
         set_nonblocking(&event)?;
         let stop = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
@@ -186,7 +189,7 @@ impl Unmasker {
                 match event.read(&mut [0; 8]) {
                     Ok(1..) => interrupts.mask_pin(false),
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                    // It is none, or cannot be signalled any more.
+                    // It is not an eventfd, or cannot be signalled any more.
                     Ok(0) | Err(_) => break,
                 }
             }
@@ -196,12 +199,12 @@ impl Unmasker {
     }
 }
 
-/// What epoll says when the client's descriptor was signalled.
+/// The epoll data of the client's descriptor.
 const UNMASK: u64 = 0;
-/// What epoll says when the thread is to end.
+/// The epoll data of `stop`.
 const STOP: u64 = 1;
 
-/// Waits until the client's descriptor is signalled; false if the thread is to end instead.
+/// Waits until the client's descriptor is signalled. Returns false if the thread is to end.
 fn wait_for_unmask(epoll: &Epoll) -> bool {
     let mut events = [EpollEvent::default(); 2];
     loop {
@@ -215,7 +218,7 @@ fn wait_for_unmask(epoll: &Epoll) -> bool {
 
 impl Drop for Unmasker {
     fn drop(&mut self) {
-        // A counter that is full is signalled.
+        // The only error is a full counter, which is signalled too.
         let _ = self.stop.write(1);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();

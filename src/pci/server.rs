@@ -1,4 +1,4 @@
-//! The socket on which a function is offered.
+//! The socket on which clients find a function.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -20,7 +20,7 @@ use viommu_socket::{self as socket, RETRY, Socket, SocketError};
 use viommu_trace::event::Channel;
 use viommu_trace::{Event, Tracer};
 
-/// A place for a function: an endpoint's way to memory and its interrupts, which outlive the clients that come and go.
+/// A place for a function: an endpoint's access to memory and its interrupts, which outlive clients.
 pub struct Slot {
     pub(super) context: FunctionContext,
     pub(super) memory: Memory,
@@ -29,7 +29,7 @@ pub struct Slot {
 }
 
 impl Slot {
-    /// The slot of endpoint `endpoint`.
+    /// A slot for the endpoint with the id `endpoint`.
     pub fn new(iommu: &Arc<Iommu>, endpoint: u32, tracer: Tracer) -> Self {
         let memory = Memory::default();
         let dma = DmaContext::new(iommu, endpoint, memory.clone(), tracer.clone());
@@ -42,37 +42,40 @@ impl Slot {
         }
     }
 
-    /// The same slot, whose threads use `poller` while they are awake and have nothing to do.
+    /// The same slot, whose function's threads use `poller` while they are awake and have nothing else to do.
     pub fn with_poller(mut self, poller: Arc<dyn QueuePoller>) -> Self {
         self.context.poller = Some(poller);
         self
     }
 
-    /// The same slot, whose functions have no MSI-X, but MSI and an interrupt pin.
+    /// The same slot, but its functions have no MSI-X, only MSI and an interrupt pin.
     pub fn without_msix(mut self) -> Self {
         self.msix = false;
         self
     }
 
-    /// The same slot behind a root port, where no function is integrated into the root complex.
+    /// The same slot, but behind a root port, where no function is a root complex integrated endpoint.
     pub fn behind_root_port(mut self) -> Self {
         self.behind_root_port = true;
         self
     }
 
-    /// What a function in this slot is given.
+    /// The context for functions in this slot.
     pub fn context(&self) -> &FunctionContext {
         &self.context
     }
 }
 
-/// A listening socket. Its path is removed when it is dropped.
+/// A listening socket. Dropping it removes its file.
 pub struct Server {
     socket: Socket,
 }
 
 impl Server {
-    /// Listens on `path`. A socket that nobody listens on any more is replaced.
+    /// Listens on `path`. A socket without a listener there is replaced.
+    ///
+    /// # Errors
+    /// The socket cannot be made.
     pub fn bind(path: &Path) -> Result<Server, SocketError> {
         Ok(Server { socket: Socket::bind(path)? })
     }
@@ -82,16 +85,19 @@ impl Server {
         self.socket.path()
     }
 
-    /// Removes the socket's file, if it is still there: nobody else is to connect.
+    /// Removes the socket's file, if it is still there, so that no more clients connect.
     pub fn stop_listening(&self) {
         self.socket.remove();
     }
 
-    /// Serves one client after the other until `shutdown` is readable; a client that is connected then is served until
-    /// it leaves. Each client finds a function as `make` makes it. `on_device_reset` is called when the client itself
-    /// resets the device, as QEMU does when the machine is reset, and not when the guest does.
+    /// Serves one client after the other until `shutdown` is readable. A client that is connected then is served until
+    /// it leaves. Each client finds a function made by `make`. `on_device_reset` is called when the client itself
+    /// resets the device, as QEMU does at a reset of the machine, but not when the guest does.
     ///
-    /// Nothing that a client does makes this return: only if waiting for connections fails is there an error.
+    /// Nothing that a client does makes this return.
+    ///
+    /// # Errors
+    /// Waiting for connections fails.
     pub fn serve(
         &self,
         slot: &Slot,
@@ -106,7 +112,7 @@ impl Server {
             if let Err(error) = served {
                 log::warn!("The connection on {} ended: {error}", self.path().display());
                 if !is_accepted {
-                    // For want of descriptors: some may be free soon.
+                    // The process is out of descriptors. Some may be free soon.
                     std::thread::sleep(RETRY);
                 }
             }
@@ -115,7 +121,7 @@ impl Server {
     }
 }
 
-/// Serves a client that was accepted. Without a function there is nothing to serve, and it is sent away.
+/// Serves a client that was accepted. If no function can be made, it is disconnected.
 fn serve_one(stream: &mut UnixStream, slot: &Slot, make: Make<'_>, on_device_reset: &dyn Fn()) -> io::Result<()> {
     let Some(mut backend) = Backend::new(slot, make, on_device_reset) else { return Ok(()) };
     let session = |connected| {
