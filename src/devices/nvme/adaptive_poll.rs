@@ -1,31 +1,32 @@
-//! Whether a worker looks for more entries before it sleeps.
+//! Adaptive polling: whether a worker polls for more entries before it sleeps.
 
 use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};
 
-/// How long to look for new entries before sleeping: as long as a driver takes to see to the completions of a batch
-/// before it begins to map the next.
+/// How long to poll before sleeping: as long as a driver takes to handle the completions of a batch, before it begins
+/// to map the next.
 pub(super) const SPIN: Duration = Duration::from_millis(1);
-/// The most spins in vain before the next ones are left out.
+/// The most spins that may find nothing before polling stops.
 const SPINS_MAX: u32 = 32;
-/// Who is away for so long when it lets others go first has lost the processor to one that computes.
+/// A worker that yields and is away for longer than this has lost the CPU to a task that computes.
 const AWAY: Duration = Duration::from_millis(1);
-/// How long not to spin after that, at least and at most.
+/// The shortest and the longest time without polling after that.
 const REST: RangeInclusive<Duration> = Duration::from_millis(2)..=Duration::from_millis(100);
-/// Who has let others go first for so long altogether, and was back at once each time, shares the processor with nobody
-/// who computes all the time.
+/// A worker that has yielded for this long in total, and was back at once each time, does not share its CPU with a task
+/// that computes all the time.
 const ALONE: Duration = Duration::from_millis(2);
 
-/// Polling burns a CPU. A worker polls only while recent polls found work, or would have, often enough; and it stops when
-/// another task wants the CPU, which would delay what it finds for longer than a wake-up does. A task that wants the CPU
-/// now and then, for a moment, is no reason to stop for long.
+/// Decides whether to poll. Polling burns a CPU, so a worker polls only while recent polls found work, or would have
+/// found it, often enough. It stops when another task wants the CPU, since that task would delay the work for longer
+/// than a wake-up takes. A task that wants the CPU only briefly, now and then, does not stop the polling for long.
 pub(super) struct AdaptivePolling {
-    /// Spins in vain until it is over.
+    /// The number of spins that may still find nothing.
     left: u32,
-    /// How long the last rest was, and when it is over.
+    /// The length of the last rest.
     rest: Duration,
+    /// When the last rest ends.
     over: Option<Instant>,
-    /// What letting others go first took since then.
+    /// The total time of all yields since the last rest began.
     yielded: Duration,
 }
 
@@ -36,22 +37,22 @@ impl Default for AdaptivePolling {
 }
 
 impl AdaptivePolling {
-    /// Whether to begin to spin.
+    /// Whether to start a spin now.
     pub fn worth_it(&self, now: Instant) -> bool {
         self.left > 0 && self.over.is_none_or(|over| over <= now)
     }
 
-    /// A spin found something, or would have.
+    /// Notes that a spin found something, or would have found it.
     pub fn paid(&mut self) {
         self.left = (self.left + 2).min(SPINS_MAX);
     }
 
-    /// A spin found nothing.
+    /// Notes that a spin found nothing.
     pub fn wasted(&mut self) {
         self.left = self.left.saturating_sub(1);
     }
 
-    /// Others went first from `begun` to `now`. Returns whether to go on.
+    /// Notes a yield from `begun` to `now`. Returns whether to go on spinning.
     pub fn yielded(&mut self, begun: Instant, now: Instant) -> bool {
         let away = now - begun;
         if away <= AWAY {
@@ -71,7 +72,7 @@ mod tests {
 
     const MS: Duration = Duration::from_millis(1);
 
-    /// Yields as short as when nobody else wants the processor, for `long` altogether. Returns when they end.
+    /// Yields as briefly as without another task on the CPU, for `long` in total. Returns the time at the end.
     fn undisturbed(polling: &mut AdaptivePolling, mut now: Instant, long: Duration) -> Instant {
         let end = now + long;
         while now < end {
@@ -81,7 +82,7 @@ mod tests {
         now
     }
 
-    /// Loses the processor for `away`, and rests. Returns for how long, and when that is over.
+    /// Loses the CPU for `away`, and rests. Returns the length of the rest, and its end.
     fn disturbed(polling: &mut AdaptivePolling, now: Instant, away: Duration) -> (Duration, Instant) {
         assert!(polling.worth_it(now));
         let back = now + away;
@@ -93,8 +94,8 @@ mod tests {
     }
 
     #[test]
-    fn who_computes_all_the_time_gets_the_processor() {
-        // However long it keeps it, and however seldom there is something to look for.
+    fn a_task_that_computes_all_the_time_gets_the_cpu() {
+        // Regardless of how long it keeps the CPU, and of how seldom the worker polls.
         for away in [2 * MS, 4 * MS, 90 * MS] {
             for pause in [Duration::ZERO, 20 * MS] {
                 let (mut polling, mut now) = (AdaptivePolling::default(), Instant::now());
@@ -112,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn who_wants_the_processor_now_and_then_costs_a_short_rest() {
+    fn a_task_that_wants_the_cpu_now_and_then_costs_a_short_rest() {
         let (mut polling, mut now) = (AdaptivePolling::default(), Instant::now());
         for _ in 0..10 {
             let (rest, over) = disturbed(&mut polling, now, 2 * MS);
@@ -122,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn spins_in_vain_are_left_out_until_one_would_have_paid() {
+    fn polling_stops_after_spins_in_vain_until_one_would_have_paid() {
         let (mut polling, now) = (AdaptivePolling::default(), Instant::now());
         (0..SPINS_MAX).for_each(|_| polling.wasted());
         assert!(!polling.worth_it(now));

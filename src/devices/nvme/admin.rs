@@ -1,4 +1,4 @@
-//! The admin queue's thread, which executes what [`Commands`] say: it also creates and deletes the I/O queues.
+//! The admin queue's thread. It executes what [`Commands`] decides, and creates and deletes the I/O queues.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -7,12 +7,12 @@ use std::time::Instant;
 
 use zerocopy::little_endian::U64;
 
-use super::commands::{Commands, Waiting, Work};
+use super::commands::{AdminAction, Commands, Waiting};
 use super::pointer::Runs;
 use super::queue::{Completion, CompletionQueue, Ended, SubmissionQueue};
 use super::queue_table::NewQueue;
 use super::registers::AdminQueues;
-use super::shared::{Doorbell, Shadow, Shared};
+use super::shared::{Doorbell, Shadow, SharedController};
 use super::spec::{CSTS_SHUTDOWN, CSTS_SHUTDOWN_COMPLETE, Sqe, Status};
 use super::worker::IoQueue;
 use crate::devices::kit::ring::{CommandRing, CompletionRing};
@@ -22,42 +22,42 @@ use viommu_trace::Event;
 use viommu_wire::model::Model;
 use viommu_wire::nvme::{Command, DataPointer};
 
-/// The admin queue, and all that hangs on it.
+/// The admin queue, and the I/O queues.
 pub(super) struct Admin {
-    pub(super) shared: Arc<Shared>,
+    pub(super) shared: Arc<SharedController>,
     pub(super) sq: SubmissionQueue,
     pub(super) cq: Arc<CompletionQueue>,
     pub(super) cqs: BTreeMap<u16, Arc<CompletionQueue>>,
-    pub(super) queues: BTreeMap<u16, Queue>,
+    pub(super) queues: BTreeMap<u16, IoQueueTask>,
     pub(super) commands: Commands,
     runs: Runs,
-    /// Bytes that the command in execution has transferred, for the trace.
+    /// The bytes that the current command has transferred, for the trace.
     moved: u32,
     /// Completions that are not posted yet.
     pub(super) done: Vec<Completion>,
-    /// It has processed its last command: the controller is shut down or fatal.
+    /// Whether it has processed its last command, since the controller is shut down or fatal.
     pub(super) ended: bool,
 }
 
-/// An I/O submission queue.
-pub(super) enum Queue {
+/// An I/O submission queue, with or without its thread.
+pub(super) enum IoQueueTask {
     Running(Task<IoQueue>),
-    /// While the admin queue is quiesced; `None` if its thread could not be started.
+    /// Without its thread, while the admin queue is quiesced; `None` if its thread could not be started, or panicked.
     Resting(Option<Box<IoQueue>>),
 }
 
-impl Queue {
-    /// Has its thread end, and waits for that. There is no DMA and no interrupt of its after that.
+impl IoQueueTask {
+    /// Ends its thread, and waits for that. After that it does no DMA and sends no interrupt.
     fn end(self) {
-        if let Queue::Running(task) = self {
+        if let IoQueueTask::Running(task) = self {
             task.end(Interruption::Stop);
         }
     }
 }
 
 impl Admin {
-    /// With these admin queues, for a memory page of so many bytes.
-    pub fn new(shared: &Arc<Shared>, page_size: u64, queues: AdminQueues) -> Self {
+    /// A controller's queues when it is enabled with these admin queues. `page_size` is the memory page size in bytes.
+    pub fn new(shared: &Arc<SharedController>, page_size: u64, queues: AdminQueues) -> Self {
         let AdminQueues { sq, cq } = queues;
         if let Some(doorbells) = shared.doorbells.first() {
             doorbells.tail.open(sq.size());
@@ -66,7 +66,12 @@ impl Admin {
         Admin::with_queues(shared, page_size, SubmissionQueue::new(0, sq), CompletionQueue::new(0, cq, Some(0)))
     }
 
-    pub(super) fn with_queues(shared: &Arc<Shared>, page_size: u64, sq: SubmissionQueue, cq: CompletionQueue) -> Self {
+    pub(super) fn with_queues(
+        shared: &Arc<SharedController>,
+        page_size: u64,
+        sq: SubmissionQueue,
+        cq: CompletionQueue,
+    ) -> Self {
         let cq = Arc::new(cq);
         *lock(&shared.cqs) = vec![cq.clone()];
         Admin {
@@ -83,7 +88,7 @@ impl Admin {
         }
     }
 
-    /// What its thread is called.
+    /// The name of its thread.
     pub fn name(&self) -> String {
         format!("nvme {:x} admin", self.shared.context.dma.endpoint())
     }
@@ -118,15 +123,15 @@ impl Admin {
         }
     }
 
-    /// Ends the controller's queues for good.
+    /// Ends all queues of the controller for good.
     pub fn end(&mut self) {
         self.ended = true;
         self.interrupt_queues(Interruption::Stop);
-        std::mem::take(&mut self.queues).into_values().for_each(Queue::end);
+        std::mem::take(&mut self.queues).into_values().for_each(IoQueueTask::end);
         self.close();
     }
 
-    /// Nobody has a queue any more.
+    /// Removes all queues from what the threads share.
     pub(super) fn close(&self) {
         lock(&self.shared.cqs).clear();
         for doorbells in &self.shared.doorbells {
@@ -135,10 +140,10 @@ impl Admin {
         }
     }
 
-    /// Tells all I/O queues at once, since each may be in a command.
+    /// Interrupts all I/O queues at once, since each may be busy with a command.
     fn interrupt_queues(&self, interruption: Interruption) {
         for queue in self.queues.values() {
-            if let Queue::Running(task) = queue {
+            if let IoQueueTask::Running(task) = queue {
                 task.interrupt(interruption);
             }
         }
@@ -147,8 +152,8 @@ impl Admin {
     fn quiesce_queues(&mut self) {
         self.interrupt_queues(Interruption::Quiesce);
         for queue in self.queues.values_mut() {
-            *queue = match std::mem::replace(queue, Queue::Resting(None)) {
-                Queue::Running(task) => Queue::Resting(task.end(Interruption::Quiesce).map(Box::new)),
+            *queue = match std::mem::replace(queue, IoQueueTask::Resting(None)) {
+                IoQueueTask::Running(task) => IoQueueTask::Resting(task.end(Interruption::Quiesce).map(Box::new)),
                 resting => resting,
             };
         }
@@ -156,10 +161,10 @@ impl Admin {
 
     fn resume_queues(&mut self) {
         for (id, queue) in &mut self.queues {
-            let Queue::Resting(resting) = queue else { continue };
+            let IoQueueTask::Resting(resting) = queue else { continue };
             let Some(resting) = resting.take() else { continue };
             match Task::start(&self.shared.context, resting.name(), *resting) {
-                Ok(task) => *queue = Queue::Running(task),
+                Ok(task) => *queue = IoQueueTask::Running(task),
                 Err(error) => {
                     ::log::error!("No thread for submission queue {id}: {error}");
                     self.shared.fatal();
@@ -168,20 +173,20 @@ impl Admin {
         }
     }
 
-    /// The second half of a shutdown: what was written is made durable.
+    /// Completes a shutdown: makes the image durable, unless the shutdown is abrupt.
     fn shut_down(&self) {
         const ABRUPT: u8 = 2;
         if self.shared.shutdown.load(Ordering::Acquire) != ABRUPT
             && let Err(error) = self.shared.disk.flush()
         {
-            ::log::error!("The image is not durable: {error}");
+            ::log::error!("Cannot make the image durable: {error}");
         }
         let complete = |csts: u32| Some(csts & !CSTS_SHUTDOWN | CSTS_SHUTDOWN_COMPLETE);
         let _ = self.shared.csts.fetch_update(Ordering::SeqCst, Ordering::SeqCst, complete);
         self.shared.trace_state();
     }
 
-    /// Completes Asynchronous Event Requests for which there are events.
+    /// Completes waiting Asynchronous Event Requests, as far as there are events.
     fn send_events(&mut self, thread: &mut ThreadContext) -> Result<(), Ended> {
         while let Some((request, result)) = self.commands.take_event() {
             self.complete_waiting(thread, &request, Status::SUCCESS, result)?;
@@ -189,7 +194,7 @@ impl Admin {
         Ok(())
     }
 
-    /// Completes a command that waited.
+    /// Completes a command that has waited.
     fn complete_waiting(
         &mut self,
         thread: &mut ThreadContext,
@@ -244,50 +249,51 @@ impl Admin {
         self.cq.post(thread, &self.shared, (0, self.sq.head()), &mut self.done)
     }
 
-    /// Executes a command: its result, or `None` if it completes later.
+    /// Executes a command. Returns its result; `None` if it completes later.
     fn execute(&mut self, thread: &mut ThreadContext, sqe: &Sqe, fetched: Instant) -> Result<Option<u32>, Status> {
         let len = self.commands.data_len(sqe)?;
         let data = self.receive(thread, sqe, len)?;
         match self.commands.command(sqe, &data, fetched, self.offers_shadow_doorbells())? {
-            Work::Complete(result) => {
+            AdminAction::Complete(result) => {
                 self.shared.write_cache.store(self.commands.write_cache(), Ordering::Relaxed);
                 return Ok(Some(result));
             }
-            Work::Wait => return Ok(None),
-            Work::Send(data) => self.send(thread, sqe, &data)?,
-            Work::SendLog(data, log) => {
+            AdminAction::Wait => return Ok(None),
+            AdminAction::Send(data) => self.send(thread, sqe, &data)?,
+            AdminAction::SendLog(data, log) => {
                 self.send(thread, sqe, &data)?;
                 log.into_iter().for_each(|log| self.commands.log_was_read(log));
             }
-            Work::CreateCq(queue, vector) => self.create_cq(thread, queue, vector)?,
-            Work::CreateSq(queue, cq) => self.create_sq(thread, queue, cq)?,
-            Work::DeleteCq(id) => self.delete_cq(id),
-            Work::DeleteSq(id) => self.delete_sq(id),
-            Work::Abort(request) => {
-                // If it cannot be posted, the controller is fatal and the thread ends at once.
+            AdminAction::CreateCq(queue, vector) => self.create_cq(thread, queue, vector)?,
+            AdminAction::CreateSq(queue, cq) => self.create_sq(thread, queue, cq)?,
+            AdminAction::DeleteCq(id) => self.delete_cq(id),
+            AdminAction::DeleteSq(id) => self.delete_sq(id),
+            AdminAction::Abort(request) => {
+                // If the completion cannot be posted, the controller is fatal and the thread ends soon.
                 let _ = self.complete_waiting(thread, &request, Status::ABORT_REQUESTED, 0);
             }
-            Work::ShadowDoorbells { doorbells, event_indexes } => {
+            AdminAction::ShadowDoorbells { doorbells, event_indexes } => {
                 self.set_shadow_doorbells(thread, doorbells, event_indexes)?;
             }
         }
         Ok(Some(0))
     }
 
-    /// With the interrupt pin, the controller must know at once up to where completions are acknowledged: it lowers the pin
-    /// then. What the host writes to memory it would not see in time. A driver that polls disables the pin, and is offered
-    /// them; one that enables the pin after that sees it asserted for longer than there is a reason.
+    /// Whether to offer shadow doorbells: not while interrupts go through the pin. The controller must lower the pin as
+    /// soon as completions are acknowledged, and would not see in time what the host writes to memory. A driver that
+    /// polls disables the pin, and is offered them. If it enables the pin later, the pin stays asserted for longer than
+    /// there is a reason.
     fn offers_shadow_doorbells(&self) -> bool {
         !self.shared.context.interrupts.use_pin()
     }
 
-    /// Gives data to the host.
+    /// Writes a command's data to the host's memory.
     fn send(&mut self, thread: &mut ThreadContext, sqe: &Sqe, data: &[u8]) -> Result<(), Status> {
         self.point(thread, sqe, data.len())?;
         self.runs.write(&mut thread.dma, data)
     }
 
-    /// Takes data from the host.
+    /// Reads a command's data from the host's memory.
     fn receive(&mut self, thread: &mut ThreadContext, sqe: &Sqe, len: usize) -> Result<Vec<u8>, Status> {
         let mut data = vec![0; len];
         if len > 0 {
@@ -313,7 +319,7 @@ impl Admin {
         Ok(())
     }
 
-    /// Adds a completion queue. Returns whether there was none of its identifier.
+    /// Adds a completion queue. Returns false if its identifier was in use.
     pub(super) fn add_cq(&mut self, cq: CompletionQueue) -> bool {
         let (id, cq) = (cq.id(), Arc::new(cq));
         lock(&self.shared.cqs).push(cq.clone());
@@ -333,7 +339,7 @@ impl Admin {
         let queue = IoQueue::new(&self.shared, SubmissionQueue::new(id, ring), &cq);
         match Task::start(&self.shared.context, queue.name(), queue) {
             Ok(task) => {
-                self.queues.insert(id, Queue::Running(task));
+                self.queues.insert(id, IoQueueTask::Running(task));
                 self.commands.queues.add_sq(id, cq_id);
                 Ok(())
             }
@@ -364,9 +370,10 @@ impl Admin {
         }
     }
 
-    /// From now on the host writes doorbells of I/O queues to memory, and registers only when asked (section 5.7). The host
-    /// uses them when this command is complete: until then what it has told so far is what they must begin with, be it in
-    /// the registers or, if it had given others before, in those.
+    /// Sets the buffers for shadow doorbells and event indexes (section 5.7). From then on the host writes the
+    /// doorbells of I/O queues to memory, and the registers only when it is asked to. It begins when this command
+    /// completes. So the shadows must start with the current values, which are in the registers, or in earlier shadows
+    /// if there are some.
     fn set_shadow_doorbells(
         &mut self,
         thread: &mut ThreadContext,
@@ -390,7 +397,7 @@ impl Admin {
             carry_over(shared.shadow.tail(*id), &registers.tail, 8 * u64::from(*id))?;
         }
         shared.shadow.set(doorbells, event_indexes);
-        // Each thread that waits has to say when it wants to be woken.
+        // Each thread that waits must now write its event index.
         for registers in &shared.doorbells {
             registers.tail.wake();
             registers.head.wake();
@@ -398,7 +405,7 @@ impl Admin {
         Ok(())
     }
 
-    /// A new queue's shadow doorbell.
+    /// Initializes a new queue's shadow doorbell, if there are any.
     fn start_shadow(&self, thread: &mut ThreadContext, shadow: Option<u64>, value: u32) -> Result<(), Status> {
         match shadow {
             Some(address) => Ok(thread.dma.write(address, &value.to_le_bytes())?),
@@ -406,7 +413,7 @@ impl Admin {
         }
     }
 
-    /// A queue that cannot be accessed is fatal.
+    /// Makes the controller fatal if a queue cannot be accessed.
     fn usable<T, E>(&self, result: Result<T, E>) -> Result<T, Ended> {
         result.map_err(|_| {
             self.shared.fatal();
@@ -416,7 +423,8 @@ impl Admin {
 }
 
 impl kit::Work for Admin {
-    /// Processes commands until the controller is reset or shut down; then no thread of its I/O queues' runs.
+    /// Processes commands until it is interrupted, or the controller is shut down or fatal. When it returns, no thread
+    /// of an I/O queue runs.
     fn run(&mut self, thread: &mut ThreadContext) {
         let shared = self.shared.clone();
         let Some(doorbells) = shared.doorbells.first() else { return };

@@ -38,7 +38,7 @@ struct Keys {
     serial: Option<Spanned<String>>,
 }
 
-/// A controller of a topology.
+/// A controller's configuration in a topology.
 #[derive(Debug)]
 struct Controller {
     config: NvmeConfig,
@@ -93,7 +93,7 @@ fn create_image(path: &Path, bytes: u64) -> Result<(), OpenError> {
     created.map_err(|source| OpenError::Create { path: path.to_owned(), source })
 }
 
-/// A disk that controllers are made with.
+/// An open disk, on which controllers are made.
 struct Opened(Arc<Disk>);
 
 impl Device for Opened {

@@ -1,4 +1,4 @@
-//! What a controller has for its namespace: a raw file, and what stays when the controller is reset.
+//! The image behind a namespace, and the counters that outlive a reset of the controller.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -14,18 +14,19 @@ use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 
 use viommu_trace::event::Access;
 
-/// How a controller is to be.
+/// The configuration of a controller.
 #[derive(Clone, Debug)]
 pub struct NvmeConfig {
     /// The raw file behind the namespace.
     pub image: PathBuf,
-    /// Whether the namespace is write-protected; other users may read the image then.
+    /// Whether the namespace is write-protected. Other processes may then use the image read-only too.
     pub read_only: bool,
-    /// Bytes of a logical block: 512 or 4096.
+    /// The size of a logical block in bytes: 512 or 4096.
     pub block_size: u32,
-    /// The serial number, up to 20 ASCII characters; unique, since the namespace's NGUID is made of it.
+    /// The serial number, 1 to 20 printable ASCII characters. Must be unique, since the namespace's NGUID is derived
+    /// from it.
     pub serial: String,
-    /// I/O queue pairs, 1 to 64; as many interrupt vectors and one more.
+    /// The number of I/O queue pairs, 1 to 64. There is one interrupt vector more.
     pub queues: u16,
 }
 
@@ -57,51 +58,54 @@ pub enum OpenError {
     NotAFile(PathBuf),
     #[error("A block size of {0} is not supported; 512 or 4096 was expected")]
     BlockSize(u32),
-    #[error("The serial number {0:?} does not do; 1 to 20 printable ASCII characters were expected")]
+    #[error("{0:?} cannot be a serial number; 1 to 20 printable ASCII characters were expected")]
     Serial(String),
     #[error("{0} queue pairs are not supported; 1 to 64 were expected")]
     Queues(u16),
 }
 
-/// What was done since the image was opened, over all resets.
+/// Counters since the image was opened, over all resets.
 #[derive(Debug, Default)]
 pub struct DiskCounters {
     /// I/O commands completed, with success or not.
     pub io_count: AtomicU64,
-    /// Read commands among them.
+    /// Of these, read commands, with success.
     pub reads: AtomicU64,
-    /// Write commands among them.
+    /// Of these, write commands, with success.
     pub writes: AtomicU64,
-    /// Bytes that successful reads gave to the host.
+    /// Bytes that successful reads transferred to the host.
     pub bytes_read: AtomicU64,
-    /// Bytes that successful writes took from the host.
+    /// Bytes that successful writes transferred from the host.
     pub bytes_written: AtomicU64,
     /// Admin commands completed.
     pub admin_count: AtomicU64,
-    /// Commands, of both kinds, that completed with an error.
+    /// I/O and admin commands that completed with an error.
     pub errors: AtomicU64,
-    /// Controllers made: power cycles.
+    /// Controllers that were made, each of which counts as a power cycle.
     pub power_cycles: AtomicU64,
     /// Controllers that were enabled and went away without a shutdown.
     pub unsafe_shutdowns: AtomicU64,
 }
 
-/// The open image of a namespace and its counters; they outlive the controllers that use them.
+/// The open image of a namespace, and its counters. They outlive the controllers that use them.
 #[derive(Debug)]
 pub struct Disk {
     file: Flock<File>,
     config: NvmeConfig,
     blocks: u64,
     punches: bool,
-    /// The image is in a file system that is kept in memory.
+    /// Whether the image is in a file system in memory.
     in_memory: bool,
     opened: Instant,
-    /// What was done.
+    /// The counters since the image was opened.
     pub counters: DiskCounters,
 }
 
 impl Disk {
     /// Opens and locks an image.
+    ///
+    /// # Errors
+    /// The configuration is not possible, or the image cannot be used.
     pub fn open(config: NvmeConfig) -> Result<Arc<Disk>, OpenError> {
         let path = || config.image.clone();
         if !is_block_size(config.block_size) {
@@ -130,7 +134,7 @@ impl Disk {
         if bytes == 0 || bytes % u64::from(block_size) != 0 {
             return Err(OpenError::Size { path: path(), bytes, block_size });
         }
-        // Past the end, so that nothing is punched in the attempt.
+        // The attempt is past the end, so that no data is lost.
         let punches = !config.read_only && punch(&file, bytes, 4096).is_ok();
         let in_memory = fstatfs(&*file).is_ok_and(|found| found.filesystem_type() == TMPFS_MAGIC);
         let blocks = bytes / u64::from(block_size);
@@ -138,53 +142,53 @@ impl Disk {
         Ok(Arc::new(Disk { file, config, blocks, punches, in_memory, opened, counters }))
     }
 
-    /// How it was configured.
+    /// Its configuration.
     pub fn config(&self) -> &NvmeConfig {
         &self.config
     }
 
-    /// Logical blocks of the namespace.
+    /// The number of logical blocks of the namespace.
     pub fn blocks(&self) -> u64 {
         self.blocks
     }
 
-    /// Since when it is open.
+    /// The time at which it was opened.
     pub(super) fn opened(&self) -> Instant {
         self.opened
     }
 
-    /// Whether deallocated blocks give their space back; they read as zeros in any case.
+    /// Whether deallocating blocks frees their space. They read as zeros in any case.
     pub(super) fn punches(&self) -> bool {
         self.punches
     }
 
-    /// The file, and the flags of preadv2(2) or pwritev2(2) with which it is accessed without waiting; `None` if there are
-    /// none. `access` is that to the host's memory.
+    /// The file, and the flags of preadv2(2) or pwritev2(2) with which an access never waits; `None` if there are none.
+    /// `access` is the direction of the access to the host's memory.
     pub(super) fn without_waiting(&self, access: Access) -> Option<(&File, libc::c_int)> {
         match access {
             _ if self.in_memory => Some((&self.file, 0)),
             Access::Write => Some((&self.file, libc::RWF_NOWAIT)),
-            // Few file systems can.
+            // Few file systems can write without waiting.
             Access::Read => None,
         }
     }
 
-    /// Reads from a byte offset.
+    /// Reads at an offset in bytes.
     pub(super) fn read(&self, data: &mut [u8], offset: u64) -> io::Result<()> {
         self.file.read_exact_at(data, offset)
     }
 
-    /// Writes to a byte offset.
+    /// Writes at an offset in bytes.
     pub(super) fn write(&self, data: &[u8], offset: u64) -> io::Result<()> {
         self.file.write_all_at(data, offset)
     }
 
-    /// Makes what was written durable.
+    /// Makes all writes durable.
     pub(super) fn flush(&self) -> io::Result<()> {
         if self.config.read_only { Ok(()) } else { self.file.sync_data() }
     }
 
-    /// Makes a range of bytes zeros; with `deallocate`, if that can be, without keeping space for them.
+    /// Zeroes a range of bytes. With `deallocate`, their space is freed if possible.
     pub(super) fn zero(&self, mut offset: u64, mut len: u64, deallocate: bool) -> io::Result<()> {
         static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
         if deallocate && self.punches && punch(&self.file, offset, len).is_ok() {
@@ -199,10 +203,10 @@ impl Disk {
         Ok(())
     }
 
-    /// A namespace globally unique identifier, made of the serial number.
+    /// The namespace globally unique identifier, derived from the serial number.
     pub(super) fn nguid(&self) -> [u8; 16] {
         let hash = |seed: u64| {
-            // FNV-1a: it need only differ where serials differ.
+            // FNV-1a. It need only differ where the serial numbers do.
             let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
             self.config.serial.bytes().fold(0xcbf2_9ce4_8422_2325 ^ seed, step)
         };
@@ -217,28 +221,28 @@ impl Disk {
     }
 }
 
-/// Whether a logical block may have so many bytes.
+/// Whether a logical block may have this many bytes.
 pub(super) fn is_block_size(bytes: u32) -> bool {
     matches!(bytes, 512 | 4096)
 }
 
-/// Whether a text can be a serial number: the Identify Controller data structure has 20 bytes of ASCII for it.
+/// Whether a text can be a serial number, for which the Identify Controller data structure has 20 bytes of ASCII.
 pub(super) fn is_serial(text: &str) -> bool {
     (1..=20).contains(&text.len()) && text.bytes().all(|c| c.is_ascii_graphic() || c == b' ')
 }
 
-/// Opens what is at `path`, without waiting: it may be no image but a FIFO, whose other end nobody has opened.
+/// Opens `path` without waiting: it may be a FIFO whose other end is not open.
 fn open(path: &Path, write: bool) -> io::Result<File> {
     OpenOptions::new().read(true).write(write).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)
 }
 
-/// Takes back that nothing is waited for.
+/// Makes accesses wait again.
 fn wait_for_data(file: &File) -> io::Result<()> {
     fcntl(file, FcntlArg::F_SETFL(OFlag::empty()))?;
     Ok(())
 }
 
-/// The bytes of a regular file or a block device.
+/// The size of a regular file or a block device in bytes; `None` for anything else.
 fn size(file: &File) -> io::Result<Option<u64>> {
     use std::io::{Seek, SeekFrom};
     use std::os::unix::fs::FileTypeExt;

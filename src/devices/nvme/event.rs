@@ -1,4 +1,4 @@
-//! Asynchronous events (section 5.2), and what the error log keeps of a failed command.
+//! Asynchronous events (section 5.2), and entries of the error log.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard};
@@ -9,9 +9,9 @@ use super::log::ErrorLog;
 use super::spec::Status;
 use crate::sync::lock;
 
-/// Error status: the log page that tells more.
+/// The log page for events of the type error status.
 const LOG_ERROR: u8 = 1;
-/// SMART / health status.
+/// The log page for events of the type SMART / health status.
 const LOG_HEALTH: u8 = 2;
 
 /// Event types.
@@ -20,7 +20,7 @@ const TYPE_HEALTH: u8 = 1;
 /// SMART / health information: temperature threshold.
 const HEALTH_TEMPERATURE: u8 = 1;
 
-/// One command that failed.
+/// A command that failed.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(super) struct ErrorInfo {
     pub queue: u16,
@@ -30,7 +30,7 @@ pub(super) struct ErrorInfo {
     pub lba: u64,
 }
 
-/// What any thread may have to tell the host.
+/// Reports to the host that any thread may make.
 #[derive(Default)]
 pub(super) struct Reports {
     events: Mutex<AsyncEvents>,
@@ -38,44 +38,44 @@ pub(super) struct Reports {
 }
 
 impl Reports {
-    /// Events that the host was not told of yet.
+    /// Events that were not sent to the host yet.
     pub fn events(&self) -> MutexGuard<'_, AsyncEvents> {
         lock(&self.events)
     }
 
-    /// Commands that failed; a reset keeps them.
+    /// Commands that failed. A reset keeps them.
     pub fn errors(&self) -> MutexGuard<'_, ErrorLog> {
         lock(&self.errors)
     }
 }
 
-/// Events that the host was not told of yet.
+/// Events that were not sent to the host yet.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(super) struct AsyncEvents {
     queue: VecDeque<(u8, u8, u8)>,
-    /// By type: told, and no more of that type until the host has read its log page.
+    /// By type: an event was sent, and the next one waits until the host has read the log page.
     masked: [bool; 2],
 }
 
 impl AsyncEvents {
-    /// An error event.
+    /// Adds an error event.
     pub fn error(&mut self, information: u8) {
         self.push(TYPE_ERROR, information, LOG_ERROR);
     }
 
-    /// The temperature passed a threshold.
+    /// Adds an event for a temperature past a threshold.
     pub fn temperature(&mut self) {
         self.push(TYPE_HEALTH, HEALTH_TEMPERATURE, LOG_HEALTH);
     }
 
     fn push(&mut self, kind: u8, information: u8, log: u8) {
-        // One of a type says it all: the log page has the rest.
+        // One event of a type is enough, since the log page has the details.
         if !self.queue.iter().any(|event| event.0 == kind) {
             self.queue.push_back((kind, information, log));
         }
     }
 
-    /// The result of an Asynchronous Event Request that can be completed now.
+    /// Takes an event to send: the result of an Asynchronous Event Request.
     pub fn take(&mut self) -> Option<u32> {
         let at = self.queue.iter().position(|event| !self.masked[usize::from(event.0)])?;
         let (kind, information, log) = self.queue.remove(at)?;
@@ -83,12 +83,12 @@ impl AsyncEvents {
         Some(u32::from(kind) | u32::from(information) << 8 | u32::from(log) << 16)
     }
 
-    /// Whether a controller can have such events.
+    /// Whether such events are possible.
     pub fn are_possible(&self) -> bool {
         self.queue.iter().all(|event| usize::from(event.0) < self.masked.len())
     }
 
-    /// The host has read a log page.
+    /// Notes that the host has read a log page.
     pub fn read(&mut self, log: u8) {
         match log {
             LOG_ERROR => self.masked[usize::from(TYPE_ERROR)] = false,

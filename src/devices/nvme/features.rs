@@ -23,50 +23,51 @@ pub(super) mod id {
     pub const HOST_BEHAVIOR: u8 = 0x16;
 }
 
-/// The composite temperature, in kelvins: it never changes.
+/// The composite temperature in kelvins, which never changes.
 pub(super) const TEMPERATURE: u16 = 303;
-/// Above it the controller warns.
+/// The warning composite temperature threshold in kelvins.
 pub(super) const WARNING_TEMPERATURE: u16 = 343;
-/// Above it the controller would not go on.
+/// The critical composite temperature threshold in kelvins.
 pub(super) const CRITICAL_TEMPERATURE: u16 = 353;
 
-/// SMART health critical warnings that are to be events, in the asynchronous event configuration.
+/// The temperature's bit among the critical warnings that cause an event, in Asynchronous Event Configuration.
 const EVENT_TEMPERATURE: u32 = 1 << 1;
 
 /// Save, in command dword 10 of Set Features.
 const SAVE: u32 = 1 << 31;
 
-/// Attributes of a supported feature (Get Features, Select 3): none can be saved.
+/// Attributes of a supported feature (Get Features, Select 3). None can be saved.
 const CHANGEABLE: u32 = 1 << 2;
 const NAMESPACE_SPECIFIC: u32 = 1 << 1;
 
-/// What the host set since the last reset.
+/// The features that the host has set since the last reset.
 #[derive(Debug, Default)]
 pub(super) struct Features {
-    /// By identifier and selector: the vector or the threshold's type, where there are several.
+    /// The values by identifier and selector. The selector is the vector or the type of threshold, for features with
+    /// several values.
     values: BTreeMap<(u8, u32), u32>,
     timestamp: Option<(u64, Instant)>,
     host_behavior: Option<Box<[u8; 512]>>,
 }
 
-/// The same, to be kept.
+/// The same, in a form to save.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct SavedFeatures {
     values: Vec<(u8, u32, u32)>,
-    /// Milliseconds, as they are now.
+    /// The current timestamp in milliseconds.
     timestamp: Option<u64>,
     host_behavior: Option<Vec<u8>>,
 }
 
-/// What Get Features gives.
-pub(super) enum Value {
+/// The result of Get Features.
+pub(super) enum FeatureValue {
     /// Dword 0 of the completion.
     Dword(u32),
     /// Data.
     Data(Vec<u8>),
 }
 
-/// How many bytes Set Features has to fetch for a feature.
+/// The number of bytes that Set Features needs from the host for a feature.
 pub(super) fn data_len(sqe: &Sqe) -> usize {
     match sqe.cdw10.get() as u8 {
         id::TIMESTAMP => 8,
@@ -76,37 +77,37 @@ pub(super) fn data_len(sqe: &Sqe) -> usize {
 }
 
 impl Features {
-    /// The value that holds now, or the default.
+    /// The current value, or the default.
     pub fn value(&self, feature: u8, selector: u32) -> u32 {
         self.values.get(&(feature, selector)).copied().unwrap_or_else(|| default(feature, selector))
     }
 
-    /// Get Features. The number of queues is not here.
-    pub fn get(&self, sqe: &Sqe, vectors: u16) -> Result<Value, Status> {
+    /// Executes Get Features for all features but Number of Queues.
+    pub fn get(&self, sqe: &Sqe, vectors: u16) -> Result<FeatureValue, Status> {
         let feature = sqe.cdw10.get() as u8;
         let selector = selector(feature, sqe.cdw11.get(), vectors)?;
         match sqe.cdw10.get() >> 8 & 7 {
             0 => match feature {
-                id::TIMESTAMP => Ok(Value::Data(self.timestamp().to_vec())),
-                id::HOST_BEHAVIOR => {
-                    Ok(Value::Data(self.host_behavior.as_deref().map_or_else(|| vec![0; 512], |data| data.to_vec())))
-                }
-                _ => Ok(Value::Dword(self.value(feature, selector))),
+                id::TIMESTAMP => Ok(FeatureValue::Data(self.timestamp().to_vec())),
+                id::HOST_BEHAVIOR => Ok(FeatureValue::Data(
+                    self.host_behavior.as_deref().map_or_else(|| vec![0; 512], |data| data.to_vec()),
+                )),
+                _ => Ok(FeatureValue::Dword(self.value(feature, selector))),
             },
-            // None is saved, so the saved value is the default one.
+            // No value is ever saved, so the saved value is the default.
             1 | 2 => Ok(match data_len(sqe) {
-                0 => Value::Dword(default(feature, selector)),
-                len => Value::Data(vec![0; len]),
+                0 => FeatureValue::Dword(default(feature, selector)),
+                len => FeatureValue::Data(vec![0; len]),
             }),
             3 => {
                 let specific = if feature == id::ERROR_RECOVERY { NAMESPACE_SPECIFIC } else { 0 };
-                Ok(Value::Dword(CHANGEABLE | specific))
+                Ok(FeatureValue::Dword(CHANGEABLE | specific))
             }
             _ => Err(Status::INVALID_FIELD),
         }
     }
 
-    /// Set Features with the data that it came with. The number of queues is not here.
+    /// Executes Set Features for all features but Number of Queues. `data` came with the command.
     pub fn set(&mut self, sqe: &Sqe, data: &[u8], vectors: u16) -> Result<(), Status> {
         let feature = sqe.cdw10.get() as u8;
         let value = sqe.cdw11.get();
@@ -123,7 +124,7 @@ impl Features {
             id::HOST_BEHAVIOR => {
                 self.host_behavior = Some(Box::new(data.try_into().map_err(|_| Status::INVALID_FIELD)?));
             }
-            // There is one power state, number 0.
+            // The only power state is number 0.
             id::POWER_MANAGEMENT if value & 0x1f != 0 => return Err(Status::INVALID_FIELD),
             _ => {
                 self.values.insert((feature, selector), value);
@@ -132,7 +133,7 @@ impl Features {
         Ok(())
     }
 
-    /// Whether the temperature is past a threshold, and the host wants to be told.
+    /// Whether the temperature is past a threshold, and the host wants an event for that.
     pub fn temperature_event(&self) -> bool {
         let over = self.value(id::TEMPERATURE_THRESHOLD, 0) as u16;
         let under = self.value(id::TEMPERATURE_THRESHOLD, UNDER) as u16;
@@ -140,7 +141,7 @@ impl Features {
         wanted && (TEMPERATURE >= over || TEMPERATURE <= under)
     }
 
-    /// Whether a temperature threshold is passed: a critical warning in the SMART log page.
+    /// Whether the temperature is past a threshold, for the critical warning in the SMART log page.
     pub fn temperature_warning(&self) -> bool {
         let over = self.value(id::TEMPERATURE_THRESHOLD, 0) as u16;
         let under = self.value(id::TEMPERATURE_THRESHOLD, UNDER) as u16;
@@ -152,7 +153,7 @@ impl Features {
         self.value(id::VOLATILE_WRITE_CACHE, 0) & 1 != 0
     }
 
-    /// What they are to go on from.
+    /// The state to save.
     pub fn save(&self) -> SavedFeatures {
         SavedFeatures {
             values: self.values.iter().map(|(&(feature, selector), &value)| (feature, selector, value)).collect(),
@@ -161,7 +162,7 @@ impl Features {
         }
     }
 
-    /// Those that go on from there; `None` if there are no such.
+    /// The features of a saved state; `None` if it is not possible.
     pub fn load(saved: &SavedFeatures) -> Option<Self> {
         let host_behavior = saved.host_behavior.as_ref().map(|data| data.as_slice().try_into().map(Box::new));
         Some(Features {
@@ -171,7 +172,7 @@ impl Features {
         })
     }
 
-    /// Milliseconds in 48 bits, and where they come from: the host, or the time since the reset.
+    /// The Timestamp data structure: milliseconds in 48 bits, and their origin. Zero if the host has set none.
     fn timestamp(&self) -> [u8; 8] {
         let Some((base, since)) = self.timestamp else { return [0; 8] };
         let now = base.wrapping_add(since.elapsed().as_millis() as u64);
@@ -183,10 +184,13 @@ impl Features {
     }
 }
 
-/// The selector of the temperature threshold that is a lower bound.
+/// The selector of the under temperature threshold.
 const UNDER: u32 = 1 << 20;
 
-/// What besides the identifier says which value is meant.
+/// The selector of the value that a command means.
+///
+/// # Errors
+/// The feature is not supported, or has no such value.
 fn selector(feature: u8, cdw11: u32, vectors: u16) -> Result<u32, Status> {
     match feature {
         id::ARBITRATION
@@ -203,7 +207,7 @@ fn selector(feature: u8, cdw11: u32, vectors: u16) -> Result<u32, Status> {
             if vector < u32::from(vectors) { Ok(vector) } else { Err(Status::INVALID_FIELD) }
         }
         id::TEMPERATURE_THRESHOLD => match (cdw11 >> 16 & 0xf, cdw11 >> 20 & 3) {
-            // There is the composite sensor only; 0xf means all.
+            // The composite sensor is the only one; 0xf means all sensors.
             (0 | 0xf, 0) => Ok(0),
             (0 | 0xf, 1) => Ok(UNDER),
             _ => Err(Status::INVALID_FIELD),
@@ -215,7 +219,7 @@ fn selector(feature: u8, cdw11: u32, vectors: u16) -> Result<u32, Status> {
 /// The value after a reset.
 fn default(feature: u8, selector: u32) -> u32 {
     match feature {
-        // No limit to the burst.
+        // No limit to the arbitration burst.
         id::ARBITRATION => 7,
         id::TEMPERATURE_THRESHOLD if selector == 0 => u32::from(WARNING_TEMPERATURE),
         id::VOLATILE_WRITE_CACHE => 1,

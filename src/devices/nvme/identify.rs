@@ -17,23 +17,23 @@ mod cns {
     pub const COMMAND_SET_ACTIVE_NAMESPACES: u8 = 0x07;
 }
 
-/// Bytes of every structure.
+/// The size of every data structure in bytes.
 const SIZE: usize = 4096;
 
-/// Asynchronous Event Requests that may wait at once.
+/// The most Asynchronous Event Requests that may wait at once.
 pub(super) const AER_LIMIT: usize = 4;
 
-/// The structure that a command asks for; whether the controller offers shadow doorbells is in that of the controller.
+/// The data structure that a command asks for. `shadow_doorbells` says whether the controller offers them.
 pub(super) fn identify(disk: &Disk, sqe: &Sqe, shadow_doorbells: bool) -> Result<Vec<u8>, Status> {
     let nsid = sqe.nsid.get();
-    // The only command set is NVM, 0.
+    // The only command set is NVM, number 0.
     let command_set = sqe.cdw11.get() >> 24;
     match sqe.cdw10.get() as u8 {
         cns::NAMESPACE => namespace_id(nsid).map(|()| namespace(disk)),
         cns::CONTROLLER => Ok(controller(disk, shadow_doorbells)),
         cns::ACTIVE_NAMESPACES => active_namespaces(nsid),
         cns::NAMESPACE_DESCRIPTORS => namespace_id(nsid).map(|()| descriptors(disk)),
-        // What the NVM command set adds: nothing, but zeros must be said.
+        // The NVM command set's own structures, which have nothing but zeros.
         cns::COMMAND_SET_NAMESPACE if command_set == 0 => namespace_id(nsid).map(|()| vec![0; SIZE]),
         cns::COMMAND_SET_CONTROLLER if command_set == 0 => Ok(vec![0; SIZE]),
         cns::COMMAND_SET_ACTIVE_NAMESPACES if command_set == 0 => active_namespaces(nsid),
@@ -117,7 +117,7 @@ fn namespace(disk: &Disk) -> Vec<u8> {
     page
 }
 
-/// A UUID of these bytes, of version 8: made by a rule of one's own.
+/// A UUID made of these bytes. Its version is 8, which is for custom formats.
 fn uuid(mut bytes: [u8; 16]) -> String {
     bytes[6] = bytes[6] & 0x0f | 0x80;
     bytes[8] = bytes[8] & 0x3f | 0x80;

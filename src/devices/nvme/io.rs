@@ -9,18 +9,18 @@ use zerocopy::little_endian::{U32, U64};
 
 use super::operation::{Extent, Operation};
 use super::pointer::Runs;
-use super::shared::Shared;
+use super::shared::SharedController;
 use super::spec::{Cc, Sqe, Status, nvm};
 use crate::devices::kit::ThreadContext;
 use crate::dma::Dma;
 use viommu_trace::event::Access;
 use viommu_wire::nvme::DataPointer;
 
-/// What the trace tells of a command beside its entry.
+/// What the trace says of a command in addition to its submission queue entry.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Moved {
     pub pointer: DataPointer,
-    /// Bytes that the command is about.
+    /// The number of bytes that the command is about.
     pub len: u32,
 }
 
@@ -31,19 +31,19 @@ impl Default for Moved {
 }
 
 /// Executes I/O commands, one after the other.
-pub(super) struct Executor {
-    shared: Arc<Shared>,
+pub(super) struct IoExecutor {
+    shared: Arc<SharedController>,
     runs: Runs,
     buffer: Vec<u8>,
     host_data: Vec<u8>,
 }
 
-impl Executor {
-    pub fn new(shared: Arc<Shared>) -> Self {
-        Executor { shared, runs: Runs::default(), buffer: Vec::new(), host_data: Vec::new() }
+impl IoExecutor {
+    pub fn new(shared: Arc<SharedController>) -> Self {
+        IoExecutor { shared, runs: Runs::default(), buffer: Vec::new(), host_data: Vec::new() }
     }
 
-    /// Executes a command. The queue that the thread polls is released before what may take long.
+    /// Executes a command. Releases the queue that the thread polls before anything that may take long.
     pub fn execute(&mut self, thread: &mut ThreadContext, sqe: &Sqe, moved: &mut Moved) -> Status {
         if !matches!(sqe.opcode, nvm::READ | nvm::WRITE) {
             thread.poll.release();
@@ -65,8 +65,9 @@ impl Executor {
         result.err().unwrap_or(Status::SUCCESS)
     }
 
-    /// To be called before each chunk of an extent: who maps the next transfer meanwhile waits for no more than one. Who calls
-    /// [`Executor::execute`] looks after it.
+    /// Must be called before each chunk of an extent. Polls the IOMMU's request queue, so that a guest that maps its
+    /// next transfer meanwhile waits for one chunk at most. The caller of [`IoExecutor::execute`] polls after the last
+    /// one.
     fn between(&self, thread: &mut ThreadContext, extent: Extent, chunk: u64) -> Result<(), Status> {
         if chunk != extent.offset {
             thread.poll.poll();
@@ -109,7 +110,7 @@ impl Executor {
     fn read(&mut self, thread: &mut ThreadContext, extent: Extent) -> Result<(), Status> {
         for (offset, len) in extent.chunks() {
             self.between(thread, extent, offset)?;
-            if !self.exchange(&mut thread.dma, Access::Write, offset, len) {
+            if !self.transfer_direct(&mut thread.dma, Access::Write, offset, len) {
                 thread.poll.release();
                 let data = sized(&mut self.buffer, len);
                 self.shared.disk.read(data, offset).map_err(read_error)?;
@@ -122,7 +123,7 @@ impl Executor {
     fn write(&mut self, thread: &mut ThreadContext, extent: Extent) -> Result<(), Status> {
         for (offset, len) in extent.chunks() {
             self.between(thread, extent, offset)?;
-            if !self.exchange(&mut thread.dma, Access::Read, offset, len) {
+            if !self.transfer_direct(&mut thread.dma, Access::Read, offset, len) {
                 thread.poll.release();
                 let data = sized(&mut self.buffer, len);
                 self.runs.read(&mut thread.dma, data)?;
@@ -132,11 +133,11 @@ impl Executor {
         Ok(())
     }
 
-    /// Moves the next `len` bytes between the host's memory and the image straight away, if that can be without waiting.
-    /// `access` is that to the host's memory.
-    fn exchange(&mut self, dma: &mut Dma, access: Access, offset: u64, len: usize) -> bool {
+    /// Moves the next `len` bytes between the host's memory and the image directly, if that is possible without
+    /// waiting. `access` is the direction of the access to the host's memory. Returns whether it was done.
+    fn transfer_direct(&mut self, dma: &mut Dma, access: Access, offset: u64, len: usize) -> bool {
         let Some(file) = self.shared.disk.without_waiting(access) else { return false };
-        self.runs.exchange(dma, len, access, file, offset)
+        self.runs.transfer_direct(dma, len, access, file, offset)
     }
 
     fn compare(&mut self, thread: &mut ThreadContext, extent: Extent) -> Result<(), Status> {
@@ -166,13 +167,13 @@ impl Executor {
         let ranges = &mut ranges[..count];
         self.runs.read(&mut thread.dma, ranges.as_mut_bytes())?;
         if !deallocate {
-            // The other attributes are hints, of which no use is made.
+            // The other attributes are hints, which are not used.
             return Ok(());
         }
         let extent = |range: &Range| Extent::new(&self.shared.disk, range.slba.get(), range.blocks.get().into());
         let extents = ranges.iter().map(extent).collect::<Result<Vec<Extent>, Status>>()?;
         if !self.shared.disk.punches() {
-            // Deallocation is advice; without holes there is nothing to win by writing zeros.
+            // Deallocation is advice. Without holes there is nothing to gain from writing zeros.
             return Ok(());
         }
         for extent in extents.iter().filter(|extent| extent.len > 0) {
@@ -181,7 +182,7 @@ impl Executor {
         Ok(())
     }
 
-    /// Finds the host's memory for `moved.len` bytes.
+    /// Finds the host's memory for the `moved.len` bytes of the command.
     fn point(&mut self, thread: &mut ThreadContext, sqe: &Sqe, moved: &mut Moved, to_host: bool) -> Result<(), Status> {
         let pointer = sqe.data.map(U64::get);
         match sqe.psdt() {
@@ -198,7 +199,7 @@ impl Executor {
         }
     }
 
-    /// Forced unit access, or no write cache.
+    /// Makes a write durable if the command or the feature asks for it.
     fn durable(&self, thread: &mut ThreadContext, force_unit_access: bool) -> Result<(), Status> {
         if force_unit_access || !self.shared.write_cache.load(Ordering::Relaxed) {
             thread.poll.release();
@@ -208,7 +209,7 @@ impl Executor {
     }
 }
 
-/// Who stops the thread waits for the command in execution, which therefore is looked at before each part of it.
+/// Checks for a stop. Must be called before each part of a command, since a stop waits for the command in execution.
 fn check_stop(thread: &ThreadContext) -> Result<(), Status> {
     if thread.is_stopped() { Err(Status::ABORTED_SQ_DELETION) } else { Ok(()) }
 }

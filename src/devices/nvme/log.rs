@@ -18,13 +18,13 @@ mod id {
     pub const EFFECTS: u8 = 0x05;
 }
 
-/// Entries that the error log keeps.
+/// The number of entries that the error log keeps.
 pub(super) const ERROR_ENTRIES: usize = 64;
 
-/// Revision of the firmware, which there is none of.
+/// The firmware revision: the version of this program.
 pub(super) const FIRMWARE: &str = env!("CARGO_PKG_VERSION");
 
-/// The commands that failed last, newest first.
+/// The commands that failed last, newest first, each with its error count.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(super) struct ErrorLog {
     entries: VecDeque<(u64, ErrorInfo)>,
@@ -32,12 +32,12 @@ pub(super) struct ErrorLog {
 }
 
 impl ErrorLog {
-    /// Whether a log can be like this one.
+    /// Whether such a log is possible.
     pub fn is_possible(&self) -> bool {
         self.entries.len() <= ERROR_ENTRIES && self.entries.iter().all(|(number, _)| *number <= self.count)
     }
 
-    /// Notes one.
+    /// Adds a command that failed.
     pub fn push(&mut self, info: ErrorInfo) {
         self.count = self.count.saturating_add(1);
         self.entries.push_front((self.count, info));
@@ -45,7 +45,7 @@ impl ErrorLog {
     }
 }
 
-/// The whole of a log page; whether the temperature is past a threshold is in that of the health.
+/// A whole log page. `warning` says whether the temperature is past a threshold, for the health page.
 pub(super) fn page(disk: &Disk, reports: &Reports, warning: bool, log: u8) -> Result<Vec<u8>, Status> {
     match log {
         id::ERROR => Ok(errors(&reports.errors())),
@@ -64,7 +64,7 @@ fn errors(log: &ErrorLog) -> Vec<u8> {
         put(entry, 8, &info.queue.to_le_bytes());
         put(entry, 10, &info.cid.to_le_bytes());
         put(entry, 12, &(info.status.0 << 1).to_le_bytes());
-        // Parameter error location: not known.
+        // Parameter error location: unknown.
         put(entry, 14, &0xffffu16.to_le_bytes());
         put(entry, 16, &info.lba.to_le_bytes());
         put(entry, 24, &info.nsid.to_le_bytes());
@@ -123,7 +123,7 @@ fn effects() -> Vec<u8> {
     page
 }
 
-/// Sets some bytes of a page.
+/// Sets bytes of a page from the offset `at` on.
 pub(super) fn put(page: &mut [u8], at: usize, bytes: &[u8]) {
     for (to, from) in page.iter_mut().skip(at).zip(bytes) {
         *to = *from;

@@ -1,11 +1,11 @@
-//! An NVMe controller (NVM Express base specification 1.4) with one namespace in a raw file.
+//! An NVMe controller (NVM Express Base Specification 1.4) with one namespace in a raw file.
 //!
-//! State machines, which do no DMA and know no thread: `registers` says what a write of a register asks for, `commands`
-//! what an admin command does, with the queues that there are in `queue_table`, and `operation` what an I/O command does.
+//! The state machines do no DMA and know no thread. `registers` decides what a write of a register asks for, `commands`
+//! what an admin command does, with the existing queues in `queue_table`, and `operation` what an I/O command does.
 //!
-//! Their executors, each with its own way to memory: registers and doorbells are the vfio-user thread's ([`Nvme`]), which
-//! never waits for I/O but at a reset; the admin queue has a thread (`admin`), which also creates and deletes the I/O
-//! queues; each I/O submission queue has one (`worker`, `io`).
+//! Each executor has its own access to guest memory. The vfio-user thread serves registers and doorbells ([`Nvme`]),
+//! and waits for I/O only at a reset. The admin queue has a thread (`admin`), which also creates and deletes the I/O
+//! queues. Each I/O submission queue has a thread (`worker`, `io`).
 
 mod adaptive_poll;
 mod admin;
@@ -38,15 +38,15 @@ use crate::dma::Dma;
 use crate::pci::{Bar, Function, FunctionContext, Identity, PinSource};
 use crate::sync::lock;
 use admin::Admin;
-use registers::{DOORBELLS, REGISTERS, Registers, Request};
+use registers::{DOORBELLS, REGISTERS, RegisterRequest, Registers};
 use saved::SavedController;
-use shared::Shared;
+use shared::SharedController;
 use spec::{CSTS_FATAL, CSTS_READY, CSTS_SHUTDOWN, CSTS_SHUTDOWN_COMPLETE, CSTS_SHUTDOWN_OCCURRING};
 use viommu_trace::event::Access;
 use viommu_wire::model;
 
-/// The numbers of SPDK's NVMe controller over vfio-user. QEMU's own would bring drivers' workarounds for older versions
-/// of that one with them: Linux would leave Write Zeroes and the namespace's identifiers out.
+/// The ids of SPDK's NVMe controller over vfio-user. With the ids of QEMU's controller, drivers would apply workarounds
+/// for its older versions: Linux would not use Write Zeroes and the namespace's identifiers.
 const VENDOR: u16 = 0x4e58;
 const DEVICE: u16 = 0x0001;
 const SUBSYSTEM_VENDOR: u16 = VENDOR;
@@ -54,17 +54,17 @@ const SUBSYSTEM: u16 = DEVICE;
 /// Mass storage, non-volatile memory, NVM Express.
 const CLASS: u32 = 0x01_08_02;
 
-/// Registers and the doorbells of 64 queue pairs and the admin queue.
+/// Room for the registers, and for the doorbells of 64 queue pairs and the admin queue.
 const BAR_SIZE: u64 = 0x2000;
 
 /// An NVMe controller.
 pub struct Nvme {
-    shared: Arc<Shared>,
+    shared: Arc<SharedController>,
     registers: Registers,
-    /// The vfio-user thread's way to the shadow doorbells.
+    /// The vfio-user thread's access to the shadow doorbells.
     dma: Dma,
     enabled: Option<Enabled>,
-    /// It is quiesced.
+    /// Whether it is quiesced.
     at_rest: bool,
 }
 
@@ -75,23 +75,23 @@ enum Enabled {
 }
 
 impl Nvme {
-    /// A controller as it is at power-on.
+    /// A controller in its power-on state.
     pub fn new(context: FunctionContext, disk: Arc<Disk>) -> Self {
         disk.count(|c| &c.power_cycles, 1);
-        // The one of before may have gone with some masked.
+        // The previous controller may have gone with masked vectors.
         context.interrupts.mask_msi(0);
         let dma = context.dma.open();
-        let shared = Arc::new(Shared::new(context, disk));
+        let shared = Arc::new(SharedController::new(context, disk));
         let source: Arc<dyn PinSource> = shared.clone();
         shared.context.interrupts.set_pin_source(Arc::downgrade(&source));
         Nvme { shared, registers: Registers::default(), dma, enabled: None, at_rest: false }
     }
 
-    /// Masks the vectors that the registers say, and no others. Those that are not masked any more are sent if their
-    /// queues still have something to tell, whether it was told before or not.
+    /// Masks the vectors that the registers name, and no others. A vector that is unmasked is sent if its queues have
+    /// unacknowledged entries, even if it was sent for them before.
     fn mask_interrupts(&mut self) {
         let unmasked = self.shared.context.interrupts.mask_msi(self.registers.interrupt_mask);
-        // Not locked any more when one interrupts, since the pin asks for all of them then.
+        // Unlocked before a queue interrupts, since the pin then asks all of them.
         let cqs = lock(&self.shared.cqs).clone();
         for cq in &cqs {
             if cq.unmasked(&mut self.dma, &self.shared, unmasked).is_err() {
@@ -100,15 +100,15 @@ impl Nvme {
         }
     }
 
-    /// Does what a write of a register asks for.
-    fn act(&mut self, request: Request) {
+    /// Does what a write to a register asks for.
+    fn act(&mut self, request: RegisterRequest) {
         if request.mask {
             self.mask_interrupts();
         }
         if request.disable {
             self.disable();
         }
-        // The threads read CC for the page size, so it changes only while there are none.
+        // The threads read the page size from CC, so it changes only while there are none.
         self.shared.cc.store(self.registers.cc.0, Ordering::SeqCst);
         if request.enable {
             self.enable();
@@ -127,7 +127,8 @@ impl Nvme {
         self.shared.trace_state();
     }
 
-    /// Starts the admin queue's thread, unless the controller is at rest. Returns whether there was one.
+    /// Starts the admin queue's thread, unless the controller is at rest. Returns false if the system has no thread to
+    /// give.
     fn start(&mut self, admin: Admin) -> bool {
         if self.at_rest {
             self.enabled = Some(Enabled::Resting(Box::new(admin)));
@@ -145,7 +146,7 @@ impl Nvme {
         }
     }
 
-    /// A controller reset: all queues are gone when it returns.
+    /// Resets the controller. When this returns, all queues are gone.
     fn disable(&mut self) {
         self.stop();
         self.shared.cc.store(0, Ordering::SeqCst);
@@ -159,17 +160,17 @@ impl Nvme {
         self.shared.trace_state();
     }
 
-    /// Ends all threads. There is no DMA and no interrupt of theirs after that.
+    /// Ends all threads. After that they do no DMA and send no interrupt.
     fn stop(&mut self) {
         match self.enabled.take() {
             Some(Enabled::Running(task)) => drop(task.end(Interruption::Stop)),
             Some(Enabled::Resting(mut admin)) => admin.end(),
-            // A state that was refused may have left some.
+            // A saved state that was refused may have left some queues.
             None => lock(&self.shared.cqs).clear(),
         }
     }
 
-    /// Begins a shutdown; the admin thread completes it.
+    /// Begins a shutdown. The admin thread completes it.
     fn shut_down(&mut self, notification: u8) {
         let status = if self.enabled.is_some() { CSTS_SHUTDOWN_OCCURRING } else { CSTS_SHUTDOWN_COMPLETE };
         let set = |csts: u32| Some(csts & !CSTS_SHUTDOWN | status);
@@ -235,7 +236,10 @@ impl Lifecycle for Nvme {
 }
 
 impl Nvme {
-    /// Goes on from where another controller was. `Err` says what no controller is like.
+    /// Loads a saved state.
+    ///
+    /// # Errors
+    /// What in the state is not possible.
     fn take_over(&mut self, saved: &SavedController) -> Result<(), &'static str> {
         saved.check()?;
         let (shared, registers) = (self.shared.clone(), saved.registers.clone());
@@ -281,7 +285,7 @@ impl Function for Nvme {
 
     fn bar_write(&mut self, bar: u8, offset: u64, data: &[u8]) {
         trace_mmio(&self.shared.context, model::Model::Nvme, Access::Write, bar, offset, data);
-        // Registers are written as dwords or pairs of them (section 3.1).
+        // Registers are accessed as dwords or aligned pairs of them (section 3.1).
         if !offset.is_multiple_of(4) || !data.len().is_multiple_of(4) {
             return;
         }

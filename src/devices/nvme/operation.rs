@@ -1,13 +1,13 @@
-//! What an I/O command asks for (section 6). There is no DMA here and no thread.
+//! The I/O commands (section 6): what each asks for. This module does no DMA and knows no thread.
 
 use super::disk::Disk;
 use super::spec::{NSID, NSID_ALL, Sqe, Status, TRANSFER_MAX, nvm};
 use crate::dma::COPY_MAX;
 
-/// The most bytes that are moved between file and host at once.
+/// The most bytes that are moved between the file and the host at once.
 const CHUNK: u64 = COPY_MAX;
-/// The most bytes that are made zeros at once: some milliseconds if they have to be written, and still few calls for a
-/// whole disk that is deallocated.
+/// The most bytes that are zeroed at once. To write them takes some milliseconds, and to deallocate a whole disk still
+/// takes few calls.
 const PIECE: u64 = 16 << 20;
 
 /// Force Unit Access, in command dword 12.
@@ -17,10 +17,10 @@ const DEAC: u32 = 1 << 25;
 /// Deallocate, in command dword 11 of Dataset Management.
 const AD: u32 = 1 << 2;
 
-/// Bytes of a range of Dataset Management.
+/// The size of a range of Dataset Management in bytes.
 const RANGE: u32 = 16;
 
-/// What is to be done.
+/// A decoded I/O command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Operation {
     Flush,
@@ -32,7 +32,10 @@ pub(super) enum Operation {
 }
 
 impl Operation {
-    /// What a command asks for, or why it cannot be done. `len` is set to the bytes that it is about.
+    /// Decodes a command. Sets `len` to the number of bytes that it is about.
+    ///
+    /// # Errors
+    /// The command cannot be executed.
     pub fn decode(sqe: &Sqe, disk: &Disk, len: &mut u32) -> Result<Self, Status> {
         if sqe.fuse() != 0 {
             return Err(Status::INVALID_FIELD);
@@ -94,7 +97,10 @@ pub(super) struct Extent {
 }
 
 impl Extent {
-    /// So many blocks from one on; an error if there are not so many.
+    /// The extent of `blocks` blocks from `slba` on.
+    ///
+    /// # Errors
+    /// The namespace ends before that.
     pub fn new(disk: &Disk, slba: u64, blocks: u64) -> Result<Self, Status> {
         if slba.checked_add(blocks).is_none_or(|end| end > disk.blocks()) {
             return Err(Status::LBA_OUT_OF_RANGE);
@@ -103,7 +109,7 @@ impl Extent {
         Ok(Extent { offset: slba * block, len: blocks * block })
     }
 
-    /// Cut into pieces of at most [`CHUNK`].
+    /// Cuts the extent into chunks of at most [`CHUNK`] bytes: offset, length.
     pub fn chunks(self) -> impl Iterator<Item = (u64, usize)> {
         (0..self.len.div_ceil(CHUNK)).map(move |index| {
             let at = index * CHUNK;
@@ -111,8 +117,8 @@ impl Extent {
         })
     }
 
-    /// Cut at the multiples of [`PIECE`] in the image: what the file system allocates at once is not cut in two, of which
-    /// neither could be deallocated.
+    /// Cuts the extent at multiples of [`PIECE`] in the image: offset, length. So no allocation unit of the file system
+    /// is cut in two, neither of which could be deallocated.
     pub fn pieces(self) -> impl Iterator<Item = (u64, u64)> {
         let end = self.offset + self.len;
         (self.offset / PIECE..end.div_ceil(PIECE)).map(move |index| {
@@ -129,7 +135,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_made_zeros_is_cut_where_the_file_system_may() {
+    fn extents_to_zero_are_cut_between_allocation_units() {
         let pieces = |offset, len| Extent { offset, len }.pieces().collect::<Vec<_>>();
         assert_eq!(pieces(512, 1024), [(512, 1024)]);
         assert_eq!(pieces(PIECE, PIECE), [(PIECE, PIECE)]);

@@ -1,4 +1,4 @@
-//! Where a command's data is: PRP entries and SGL descriptors (sections 4.3 and 4.4).
+//! A command's data in the host's memory: PRP entries and SGL descriptors (sections 4.3 and 4.4).
 
 use std::fs::File;
 
@@ -9,35 +9,38 @@ use super::spec::Status;
 use crate::dma::{Dma, DmaError};
 use viommu_trace::event::Access;
 
-/// The most SGL descriptors of one command, so that a chain of empty ones ends.
+/// The most SGL descriptors of one command, so that even a chain of empty ones ends.
 const DESCRIPTORS_MAX: usize = 8192;
 
 /// A contiguous run of the host's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Run {
-    /// Where it is; `None` for an SGL bit bucket, which takes data and keeps none.
+    /// Its address; `None` for an SGL bit bucket, which discards data.
     address: Option<u64>,
     len: u64,
 }
 
-/// The runs of one command, and how far they are used.
+/// The runs of one command, and the position of the next byte in them.
 #[derive(Debug, Default)]
 pub(super) struct Runs {
     runs: Vec<Run>,
     at: usize,
-    /// Bytes used of the run at `at`.
+    /// The number of bytes used of the run at `at`.
     used: u64,
 }
 
 impl From<DmaError> for Status {
-    /// The fault itself was reported where it happened.
+    /// The fault itself is reported where it happens.
     fn from(_: DmaError) -> Self {
         Status::DATA_TRANSFER_ERROR
     }
 }
 
 impl Runs {
-    /// Sets the runs to what two PRP entries describe: `len` bytes in pages of `page` bytes.
+    /// Sets the runs to the `len` bytes that two PRP entries describe. `page` is the memory page size in bytes.
+    ///
+    /// # Errors
+    /// A PRP entry has a wrong offset, or a list cannot be read.
     pub fn set_prp(&mut self, dma: &mut Dma, page: u64, entries: [u64; 2], len: u64) -> Result<(), Status> {
         self.clear();
         let [first, second] = entries;
@@ -56,7 +59,7 @@ impl Runs {
         self.push_list(dma, page, second, rest)
     }
 
-    /// A page of a PRP list or in PRP entry 2: it has no offset.
+    /// Adds a page from a PRP list or PRP entry 2, which must have no offset.
     fn push_page(&mut self, address: u64, page: u64, len: u64) -> Result<(), Status> {
         if !address.is_multiple_of(page) {
             return Err(Status::PRP_OFFSET_INVALID);
@@ -65,12 +68,12 @@ impl Runs {
         Ok(())
     }
 
-    /// A PRP list: it goes to the end of the page that it begins in, where the last entry leads to the next list if
-    /// more pages follow.
+    /// Adds the pages of a PRP list. A list ends at the end of the page that it begins in. If more pages follow, its
+    /// last entry is the address of the next list.
     fn push_list(&mut self, dma: &mut Dma, page: u64, mut list: u64, mut rest: u64) -> Result<(), Status> {
         let mut entries = Vec::new();
-        // Every list has a page's entry, but for one that begins at the end of a page and only leads to the next: more
-        // lists than pages are a loop of those.
+        // Every list has an entry for a page, unless it begins at the last entry of a page and only leads to the next
+        // list. More lists than pages are a loop of such lists.
         for _ in 0..=rest.div_ceil(page) {
             if !list.is_multiple_of(8) {
                 return Err(Status::PRP_OFFSET_INVALID);
@@ -93,8 +96,11 @@ impl Runs {
         Err(Status::PRP_OFFSET_INVALID)
     }
 
-    /// Sets the runs to what an SGL describes: at least `len` bytes. `to_host`: the command gives data to the host, so
-    /// bit buckets may occur.
+    /// Sets the runs to the `len` bytes that an SGL describes; it may describe more. `to_host` says that the command
+    /// transfers data to the host, so that bit buckets discard data.
+    ///
+    /// # Errors
+    /// The SGL is invalid, too short, or cannot be read.
     pub fn set_sgl(&mut self, dma: &mut Dma, first: [u64; 2], len: u64, to_host: bool) -> Result<(), Status> {
         self.clear();
         let mut rest = len;
@@ -122,7 +128,7 @@ impl Runs {
             for (index, words) in raw.iter().enumerate() {
                 match Descriptor::parse(words.map(U64::get))? {
                     Descriptor::Data { address, len } => self.push_data(address, len, to_host, &mut rest)?,
-                    // Only as the last of a segment that is not the last one.
+                    // A segment descriptor must come last in its segment, and not in the last segment.
                     Descriptor::Segment(follow) if index + 1 == count && !segment.last => next = Some(follow),
                     Descriptor::Segment(_) => return Err(Status::INVALID_SGL_SEGMENT),
                 }
@@ -136,7 +142,7 @@ impl Runs {
 
     fn push_data(&mut self, address: Option<u64>, len: u32, to_host: bool, rest: &mut u64) -> Result<(), Status> {
         if address.is_none() && !to_host {
-            // From the host a bit bucket has no data, so it has no length either.
+            // For data from the host, a bit bucket's length is ignored (section 4.4).
             return Ok(());
         }
         let len = u64::from(len).min(*rest);
@@ -163,9 +169,9 @@ impl Runs {
         self.used = 0;
     }
 
-    /// Exchanges the next bytes, `len` of them, with a file: see [`Dma::transfer_direct`]. If that cannot be
-    /// they are the next still.
-    pub fn exchange(
+    /// Moves the next `len` bytes between memory and a file: see [`Dma::transfer_direct`]. Returns whether it was done.
+    /// If not, the bytes are still the next ones.
+    pub fn transfer_direct(
         &mut self,
         dma: &mut Dma,
         len: usize,
@@ -175,7 +181,7 @@ impl Runs {
     ) -> bool {
         let before = (self.at, self.used);
         let (mut ranges, mut rest) = (Vec::with_capacity(self.runs.len()), len);
-        // Up to a bit bucket at most: that is no memory.
+        // Only up to a bit bucket, which is not memory.
         while let Some((Some(address), now)) = self.take(rest) {
             ranges.push((address, now));
             rest -= now;
@@ -187,7 +193,7 @@ impl Runs {
         done
     }
 
-    /// Gives the next bytes to the host.
+    /// Writes the next bytes to the host's memory.
     pub fn write(&mut self, dma: &mut Dma, mut data: &[u8]) -> Result<(), Status> {
         while let Some((address, len)) = self.take(data.len()) {
             let (now, later) = data.split_at(len);
@@ -199,7 +205,7 @@ impl Runs {
         if data.is_empty() { Ok(()) } else { Err(Status::INTERNAL_ERROR) }
     }
 
-    /// Takes the next bytes from the host.
+    /// Reads the next bytes from the host's memory.
     pub fn read(&mut self, dma: &mut Dma, mut data: &mut [u8]) -> Result<(), Status> {
         while let Some((address, len)) = self.take(data.len()) {
             let (now, later) = data.split_at_mut(len);
@@ -227,7 +233,7 @@ impl Runs {
 
 /// An SGL descriptor (figure 112).
 enum Descriptor {
-    /// Data, or without an address a bit bucket.
+    /// A data block; without an address, a bit bucket.
     Data {
         address: Option<u64>,
         len: u32,

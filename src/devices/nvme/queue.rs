@@ -7,29 +7,29 @@ use serde::{Deserialize, Serialize};
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U16, U32};
 
-use super::shared::{Doorbells, InvalidDoorbell, Shadow, Shared};
+use super::shared::{Doorbells, InvalidDoorbell, Shadow, SharedController};
 use super::spec::{Cqe, Sqe, Status};
 use crate::devices::kit::ThreadContext;
 use crate::devices::kit::ring::{CommandRing, CompletionRing};
 use crate::dma::{Dma, DmaError};
 use crate::sync::lock;
 
-/// The thread is to end: the queue or the controller goes away, or the queue cannot be accessed.
+/// Ends a queue's thread: the queue or the controller goes away, or the queue cannot be accessed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Ended;
 
-/// A submission queue, as the thread that processes it sees it.
+/// A submission queue, as its thread sees it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct SubmissionQueue {
     id: u16,
-    /// With the tail as it was last seen.
+    /// The ring, with the tail as it was last read.
     ring: CommandRing,
-    /// Where the event index was written last, and what; `None` before that.
+    /// The address and value of the event index that was written last.
     armed: Option<(u64, u32)>,
 }
 
 impl SubmissionQueue {
-    /// A new, empty queue. The calling thread is its only reader.
+    /// A new, empty queue.
     pub fn new(id: u16, ring: CommandRing) -> Self {
         SubmissionQueue { id, ring, armed: None }
     }
@@ -39,23 +39,23 @@ impl SubmissionQueue {
         self.id
     }
 
-    /// Entries of the queue.
+    /// The number of entries.
     pub fn size(&self) -> u32 {
         self.ring.size()
     }
 
-    /// Whether a controller can have such a queue, of this identifier at most.
+    /// Whether such a queue is possible, with an identifier of at most `id_max`.
     pub fn is_possible(&self, id_max: u16) -> bool {
         self.id <= id_max && self.ring.is_possible()
     }
 
-    /// Up to where the queue was fetched.
+    /// The head pointer: the index of the next entry to fetch.
     pub fn head(&self) -> u16 {
         self.ring.head() as u16
     }
 
-    /// Looks for new entries, and says whether there are any.
-    pub fn poll(&mut self, dma: &mut Dma, shared: &Shared) -> Result<bool, DmaError> {
+    /// Polls for new entries. Returns whether there are any.
+    pub fn poll(&mut self, dma: &mut Dma, shared: &SharedController) -> Result<bool, DmaError> {
         let Some(doorbells) = shared.doorbells.get(usize::from(self.id)) else { return Ok(false) };
         let known = self.ring.tail();
         let tail = match shared.shadow.tail(self.id) {
@@ -68,8 +68,8 @@ impl SubmissionQueue {
         Ok(self.ring.head() != self.ring.tail())
     }
 
-    /// Asks the host to write the register when it has new entries. `false`: it has some already.
-    pub fn prepare_wait(&mut self, dma: &mut Dma, shared: &Shared) -> Result<bool, DmaError> {
+    /// Asks the host to write the doorbell register for new entries. Returns false if there already are some.
+    pub fn prepare_wait(&mut self, dma: &mut Dma, shared: &SharedController) -> Result<bool, DmaError> {
         if let Some(shadow) = shared.shadow.tail(self.id)
             && self.armed != Some((shadow.event_index, self.ring.tail()))
         {
@@ -79,7 +79,7 @@ impl SubmissionQueue {
         Ok(!self.poll(dma, shared)?)
     }
 
-    /// Fetches at most `max` new entries; there are more if it was as many.
+    /// Fetches at most `max` of the new entries that [`SubmissionQueue::poll`] found.
     pub fn fetch(&mut self, dma: &mut Dma, max: usize, entries: &mut Vec<Sqe>) -> Result<(), DmaError> {
         entries.clear();
         if let Some(span) = self.ring.next(max) {
@@ -91,15 +91,15 @@ impl SubmissionQueue {
     }
 }
 
-/// Sets an event index, so that the host writes the doorbell register when it goes past `value`. What the host wrote
-/// to the shadow before it could see that is seen by the next read.
+/// Sets an event index, so that the host writes the doorbell register when it goes past `value`. If the host wrote the
+/// shadow before it could see that, the next read finds it.
 fn arm(dma: &mut Dma, shadow: Shadow, value: u32) -> Result<(), DmaError> {
     dma.write(shadow.event_index, &value.to_le_bytes())?;
     fence(Ordering::SeqCst);
     Ok(())
 }
 
-/// A command that is done.
+/// The completion of a command.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(super) struct Completion {
     pub cid: u16,
@@ -107,29 +107,29 @@ pub(super) struct Completion {
     pub result: u32,
 }
 
-/// A completion queue; the submission queues that belong to it share it.
+/// A completion queue. All its submission queues share it.
 pub(super) struct CompletionQueue {
     id: u16,
     size: u32,
     vector: Option<u16>,
-    /// With the head as it was last seen.
+    /// The ring, with the head as it was last read.
     ring: Mutex<CompletionRing>,
-    /// Its tail, to be looked at without the lock, which is held during a write to guest memory and so may be held for long.
+    /// A copy of the tail that is read without the lock, which may be held for long, during a write to guest memory.
     tail: AtomicU32,
 }
 
-/// A completion queue's state, to be kept.
+/// A completion queue's state, in a form to save.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct SavedCompletionQueue {
     pub id: u16,
     pub ring: CompletionRing,
     vector: Option<u16>,
-    /// Its head doorbell.
+    /// The value of its head doorbell.
     pub doorbell: u32,
 }
 
 impl SavedCompletionQueue {
-    /// Whether a controller can have such a queue, of this identifier at most; it has one vector more.
+    /// Whether such a queue is possible, with an identifier and a vector of at most `id_max`.
     pub fn is_possible(&self, id_max: u16) -> bool {
         let vector = self.vector.is_none_or(|vector| vector <= id_max);
         self.id <= id_max && vector && self.ring.is_possible() && self.doorbell < self.ring.size()
@@ -137,7 +137,7 @@ impl SavedCompletionQueue {
 }
 
 impl CompletionQueue {
-    /// A new queue.
+    /// A completion queue with this ring.
     pub fn new(id: u16, ring: CompletionRing, vector: Option<u16>) -> Self {
         let tail = AtomicU32::new(ring.tail());
         CompletionQueue { id, size: ring.size(), vector, ring: Mutex::new(ring), tail }
@@ -148,13 +148,13 @@ impl CompletionQueue {
         self.id
     }
 
-    /// Posts completions of the submission queue `sq`, with one interrupt for all that fit; while the queue is full,
-    /// releases the queue that the thread polls and waits for the host. What could not be posted before an interruption
-    /// is left in `done`.
+    /// Posts completions of the submission queue `sq` (identifier, head), with one interrupt for all that fit. While
+    /// the queue is full, releases the queue that the thread polls and waits for the host. Completions that could not
+    /// be posted before an interruption stay in `done`.
     pub fn post(
         &self,
         thread: &mut ThreadContext,
-        shared: &Shared,
+        shared: &SharedController,
         sq: (u16, u16),
         done: &mut Vec<Completion>,
     ) -> Result<(), Ended> {
@@ -167,7 +167,7 @@ impl CompletionQueue {
             if posted > 0 {
                 self.interrupt(shared);
             } else {
-                // The host that is to consume entries may be waiting for an answer of the IOMMU.
+                // The host, which has to consume entries, may be waiting for an answer of the IOMMU.
                 thread.poll.release();
                 self.wait(thread, shared)?;
             }
@@ -175,8 +175,8 @@ impl CompletionQueue {
         Ok(())
     }
 
-    /// What it is to go on from.
-    pub fn save(&self, shared: &Shared) -> SavedCompletionQueue {
+    /// The state to save.
+    pub fn save(&self, shared: &SharedController) -> SavedCompletionQueue {
         SavedCompletionQueue {
             id: self.id,
             ring: lock(&self.ring).clone(),
@@ -185,30 +185,30 @@ impl CompletionQueue {
         }
     }
 
-    /// Goes on from where another one was, but for its doorbell.
+    /// A completion queue in a saved state, without its doorbell.
     pub fn load(saved: &SavedCompletionQueue) -> Self {
         CompletionQueue::new(saved.id, saved.ring.clone(), saved.vector)
     }
 
-    fn interrupt(&self, shared: &Shared) {
+    fn interrupt(&self, shared: &SharedController) {
         if let Some(vector) = self.vector {
             shared.context.interrupts.trigger(vector);
         }
     }
 
-    /// The host masks the vectors of these bits no more: the queue interrupts if one of them is its own and there are
-    /// entries that the host has not acknowledged (section 7.5.1). What is posted at the same time is either seen here, or
-    /// its interrupt comes after the change of the mask.
-    pub fn unmasked(&self, dma: &mut Dma, shared: &Shared, vectors: u32) -> Result<(), DmaError> {
+    /// Notes that the host has unmasked these vectors, a bit each. The queue interrupts if its vector is among them and
+    /// it has entries that the host has not acknowledged (section 7.5.1). An entry that is posted at the same time is
+    /// either seen here, or its interrupt comes after the change of the mask.
+    pub fn unmasked(&self, dma: &mut Dma, shared: &SharedController, vectors: u32) -> Result<(), DmaError> {
         if vectors & self.vector_bit() != 0 && self.host_head(dma, shared)? != self.tail.load(Ordering::SeqCst) {
             self.interrupt(shared);
         }
         Ok(())
     }
 
-    /// The bit of its vector, if there are entries that the host has not acknowledged by the register. With the interrupt
-    /// pin there are no shadow doorbells.
-    pub fn reason(&self, shared: &Shared) -> u32 {
+    /// The bit of its vector, if there are entries that the host has not acknowledged in the register. With the
+    /// interrupt pin there are no shadow doorbells.
+    pub fn reason(&self, shared: &SharedController) -> u32 {
         let head = self.doorbells(shared).map_or(0, |doorbells| doorbells.head.value());
         if head != self.tail.load(Ordering::SeqCst) { self.vector_bit() } else { 0 }
     }
@@ -217,11 +217,11 @@ impl CompletionQueue {
         self.vector.and_then(|vector| 1u32.checked_shl(u32::from(vector))).unwrap_or(0)
     }
 
-    /// Posts what fits without wrapping.
+    /// Posts the completions that fit without wrapping. Returns their number.
     fn post_some(
         &self,
         dma: &mut Dma,
-        shared: &Shared,
+        shared: &SharedController,
         (sq_id, sq_head): (u16, u16),
         done: &[Completion],
     ) -> Result<usize, DmaError> {
@@ -239,20 +239,20 @@ impl CompletionQueue {
             status: U16::new(completion.status.0 << 1 | u16::from(span.phase)),
         };
         let entries: Vec<Cqe> = done[..span.entries].iter().map(entry).collect();
-        // The phase tag, which makes an entry valid, is in the same aligned 8 bytes as all that an I/O driver looks at; so
-        // a host that polls sees an entry whole or not at all.
+        // The phase tag, which makes an entry valid, is in the same aligned 8 bytes as everything else that an I/O
+        // driver reads. So a host that polls sees a whole entry or none.
         dma.write(span.address, entries.as_bytes())?;
         ring.post(span.entries);
         self.tail.store(ring.tail(), Ordering::SeqCst);
         Ok(span.entries)
     }
 
-    fn doorbells<'a>(&self, shared: &'a Shared) -> Option<&'a Doorbells> {
+    fn doorbells<'a>(&self, shared: &'a SharedController) -> Option<&'a Doorbells> {
         shared.doorbells.get(usize::from(self.id))
     }
 
-    /// Up to where the host has consumed the queue.
-    fn host_head(&self, dma: &mut Dma, shared: &Shared) -> Result<u32, DmaError> {
+    /// The head: the index of the next entry that the host consumes.
+    fn host_head(&self, dma: &mut Dma, shared: &SharedController) -> Result<u32, DmaError> {
         let known = self.doorbells(shared).map_or(0, |doorbells| doorbells.head.value());
         let Some(shadow) = shared.shadow.head(self.id) else { return Ok(known) };
         let head = dma.poll(shadow.doorbell, known)?;
@@ -263,8 +263,8 @@ impl CompletionQueue {
         Ok(known)
     }
 
-    /// Waits until the host has consumed something of a full queue.
-    fn wait(&self, thread: &mut ThreadContext, shared: &Shared) -> Result<(), Ended> {
+    /// Waits until the host has consumed entries of a full queue.
+    fn wait(&self, thread: &mut ThreadContext, shared: &SharedController) -> Result<(), Ended> {
         let Some(doorbells) = self.doorbells(shared) else { return Err(Ended) };
         doorbells.head.subscribe();
         let result = self.wait_subscribed(thread, shared);
@@ -272,7 +272,7 @@ impl CompletionQueue {
         result
     }
 
-    fn wait_subscribed(&self, thread: &mut ThreadContext, shared: &Shared) -> Result<(), Ended> {
+    fn wait_subscribed(&self, thread: &mut ThreadContext, shared: &SharedController) -> Result<(), Ended> {
         let fatal = |_| {
             shared.fatal();
             Ended
@@ -280,7 +280,7 @@ impl CompletionQueue {
         let full_at = lock(&self.ring).head();
         let mut armed = None;
         loop {
-            // The host may give others while the thread waits.
+            // The host may set other shadow doorbells while the thread waits.
             let shadow = shared.shadow.head(self.id).filter(|shadow| armed != Some(shadow.event_index));
             if let Some(shadow) = shadow {
                 arm(&mut thread.dma, shadow, full_at).map_err(fatal)?;

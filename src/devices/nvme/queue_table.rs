@@ -1,11 +1,11 @@
-//! Which I/O queues there are, and which ones the host may create (sections 5.3 to 5.6). There is no DMA here and no
-//! thread.
+//! The I/O queues that exist, and those that the host may create (sections 5.3 to 5.6). This module does no DMA and
+//! knows no thread.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::spec::{QUEUE_ENTRIES_MAX, Sqe, Status};
 
-/// A queue that is to be created.
+/// A queue to create.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct NewQueue {
     pub id: u16,
@@ -15,34 +15,34 @@ pub(super) struct NewQueue {
 
 /// The I/O queues.
 pub(super) struct QueueTable {
-    /// The most queues of each kind; there is one interrupt vector more.
+    /// The most queues of each kind. There is one interrupt vector more.
     most: u16,
-    /// As Set Features granted them: submission and completion queues.
+    /// The numbers of submission and completion queues that Set Features granted.
     granted: (u16, u16),
     cqs: BTreeSet<u16>,
-    /// Submission queues, each with its completion queue.
+    /// The submission queues, each with its completion queue.
     sqs: BTreeMap<u16, u16>,
 }
 
 impl QueueTable {
-    /// Without queues, of which the host may create `most` of each kind.
+    /// A table without queues. The host may create `most` of each kind.
     pub fn new(most: u16) -> Self {
         QueueTable { most, granted: (most, most), cqs: BTreeSet::new(), sqs: BTreeMap::new() }
     }
 
-    /// How many queues of each kind the host may create: submission and completion queues.
+    /// The numbers of submission and completion queues that the host may create.
     pub fn granted(&self) -> (u16, u16) {
         self.granted
     }
 
-    /// Grants what another controller granted; `None` if this one cannot.
+    /// Sets the numbers of a saved state; `None` if they are not possible.
     pub fn grant(&mut self, granted: (u16, u16)) -> Option<()> {
         let possible = [granted.0, granted.1].iter().all(|granted| (1..=self.most).contains(granted));
         self.granted = possible.then_some(granted)?;
         Some(())
     }
 
-    /// Set Features, Number of Queues.
+    /// Executes Set Features, Number of Queues. Returns the result of the command.
     pub fn set_number(&mut self, wanted: u32) -> Result<u32, Status> {
         let (sqs, cqs) = (wanted as u16, (wanted >> 16) as u16);
         if sqs == u16::MAX || cqs == u16::MAX {
@@ -55,12 +55,13 @@ impl QueueTable {
         Ok(self.number())
     }
 
-    /// Get Features, Number of Queues.
+    /// Executes Get Features, Number of Queues. Returns the result of the command.
     pub fn number(&self) -> u32 {
         u32::from(self.granted.0 - 1) | u32::from(self.granted.1 - 1) << 16
     }
 
-    /// Create I/O Completion Queue: what is to be created, and its vector. `page` is the memory page size.
+    /// Decodes Create I/O Completion Queue: the queue to create, and its vector. `page` is the memory page size in
+    /// bytes.
     pub fn new_cq(&self, sqe: &Sqe, page: u64) -> Result<(NewQueue, Option<u16>), Status> {
         const INTERRUPTS_ENABLED: u32 = 1 << 1;
         let queue = new_queue(sqe, page, self.granted.1, |id| self.cqs.contains(&id))?;
@@ -71,7 +72,7 @@ impl QueueTable {
         Ok((queue, (sqe.cdw11.get() & INTERRUPTS_ENABLED != 0).then_some(vector)))
     }
 
-    /// Create I/O Submission Queue: what is to be created, and its completion queue.
+    /// Decodes Create I/O Submission Queue: the queue to create, and its completion queue.
     pub fn new_sq(&self, sqe: &Sqe, page: u64) -> Result<(NewQueue, u16), Status> {
         let cq = (sqe.cdw11.get() >> 16) as u16;
         if cq == 0 {
@@ -83,23 +84,23 @@ impl QueueTable {
         Ok((new_queue(sqe, page, self.granted.0, |id| self.sqs.contains_key(&id))?, cq))
     }
 
-    /// A completion queue was created. Returns whether there was none of this identifier.
+    /// Adds a completion queue. Returns false if its identifier was in use.
     pub fn add_cq(&mut self, id: u16) -> bool {
         self.cqs.insert(id)
     }
 
-    /// A submission queue was created. Returns whether there was none of this identifier.
+    /// Adds a submission queue. Returns false if its identifier was in use.
     pub fn add_sq(&mut self, id: u16, cq: u16) -> bool {
         self.sqs.insert(id, cq).is_none()
     }
 
-    /// Delete I/O Submission Queue: which.
+    /// Executes Delete I/O Submission Queue on the table. Returns the queue's identifier.
     pub fn delete_sq(&mut self, sqe: &Sqe) -> Result<u16, Status> {
         let id = sqe.cdw10.get() as u16;
         self.sqs.remove(&id).map(|_| id).ok_or(Status::INVALID_QUEUE_ID)
     }
 
-    /// Delete I/O Completion Queue: which.
+    /// Executes Delete I/O Completion Queue on the table. Returns the queue's identifier.
     pub fn delete_cq(&mut self, sqe: &Sqe) -> Result<u16, Status> {
         let id = sqe.cdw10.get() as u16;
         if !self.cqs.contains(&id) {
@@ -113,7 +114,7 @@ impl QueueTable {
     }
 }
 
-/// What both kinds of queue creation share: the identifier, the size and the address.
+/// Decodes the part that both commands for creation share: identifier, size and address.
 fn new_queue(sqe: &Sqe, page: u64, granted: u16, exists: impl FnOnce(u16) -> bool) -> Result<NewQueue, Status> {
     const PHYSICALLY_CONTIGUOUS: u32 = 1;
     let id = sqe.cdw10.get() as u16;

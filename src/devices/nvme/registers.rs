@@ -1,4 +1,5 @@
-//! The controller's registers (section 3.1): what a write of them asks for. There is no DMA here and no thread.
+//! The controller's registers (section 3.1), and what a write to them asks for. This module does no DMA and knows no
+//! thread.
 
 use serde::{Deserialize, Serialize};
 
@@ -7,13 +8,14 @@ use crate::devices::kit::registers::{Register, RegisterAccess, RegisterMap};
 use crate::devices::kit::ring::{CommandRing, CompletionRing};
 use viommu_wire::nvme;
 
-/// Where the doorbells begin: submission queue y's tail at 8y, completion queue y's head at 8y + 4.
+/// The offset of the doorbells. From there, submission queue y's tail is at 8y, and completion queue y's head at 8y +
+/// 4.
 pub(super) const DOORBELLS: u64 = 0x1000;
 
 /// How long the host should wait for CSTS.RDY to change, in units of 500 ms.
 const READY_TIMEOUT: u64 = 60;
 
-/// Which register; the names are the specification's.
+/// Identifies a register, by its name in the specification.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the names are the specification's")]
 pub(super) enum Id {
@@ -28,7 +30,7 @@ pub(super) enum Id {
     Acq,
 }
 
-/// All registers but the doorbells.
+/// All registers except the doorbells.
 pub(super) const REGISTERS: RegisterMap<Id> = RegisterMap::new(&[
     Register::new(Id::Cap, nvme::CAP, RegisterAccess::ReadOnly),
     Register::new(Id::Vs, nvme::VS, RegisterAccess::ReadOnly),
@@ -41,7 +43,7 @@ pub(super) const REGISTERS: RegisterMap<Id> = RegisterMap::new(&[
     Register::new(Id::Acq, nvme::ACQ, RegisterAccess::ReadWrite),
 ]);
 
-/// What the host wrote last. CSTS is not among them: threads of the controller write it.
+/// The values that the host wrote last. CSTS is not included, since the controller's threads write it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Registers {
     pub cc: Cc,
@@ -53,16 +55,16 @@ pub(super) struct Registers {
     pub interrupt_mask: u32,
 }
 
-/// What a write asks for.
+/// What a write to a register asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Request {
-    /// The interrupt mask is another one.
+pub(super) struct RegisterRequest {
+    /// The interrupt mask was written.
     pub mask: bool,
     /// A controller reset, before anything else.
     pub disable: bool,
-    /// The controller is to be enabled.
+    /// Enable the controller.
     pub enable: bool,
-    /// A shutdown: CC.SHN.
+    /// A shutdown, with the value of CC.SHN.
     pub shutdown: Option<u8>,
 }
 
@@ -74,7 +76,7 @@ pub(super) struct AdminQueues {
 }
 
 impl Registers {
-    /// The value of a register; `csts` is that of CSTS.
+    /// The value of a register. `csts` is the value of CSTS.
     pub fn read(&self, id: Id, csts: u32) -> u64 {
         match id {
             Id::Cap => capabilities(),
@@ -89,7 +91,7 @@ impl Registers {
     }
 
     /// Writes a register.
-    pub fn write(&mut self, id: Id, value: u64) -> Request {
+    pub fn write(&mut self, id: Id, value: u64) -> RegisterRequest {
         match id {
             Id::Intms => return self.set_mask(self.interrupt_mask | value as u32),
             Id::Intmc => return self.set_mask(self.interrupt_mask & !(value as u32)),
@@ -99,16 +101,17 @@ impl Registers {
             Id::Acq => self.acq = value & !0xfff,
             Id::Cap | Id::Vs | Id::Csts => {}
         }
-        Request::default()
+        RegisterRequest::default()
     }
 
-    fn set_mask(&mut self, mask: u32) -> Request {
+    fn set_mask(&mut self, mask: u32) -> RegisterRequest {
         self.interrupt_mask = mask;
-        Request { mask: true, ..Request::default() }
+        RegisterRequest { mask: true, ..RegisterRequest::default() }
     }
 
-    /// While the controller is enabled, the fields that the host must not change then (section 3.1.5) stay as they are.
-    fn set_cc(&mut self, mut cc: Cc) -> Request {
+    /// Writes CC. While the controller is enabled, fields that the host must not change then (section 3.1.5) keep their
+    /// values.
+    fn set_cc(&mut self, mut cc: Cc) -> RegisterRequest {
         let before = self.cc;
         let (was, is) = (before.en(), cc.en());
         if was && is {
@@ -116,11 +119,11 @@ impl Registers {
         }
         self.cc = cc;
         let shutdown = cc.shn() != 0 && before.shn() == 0;
-        Request { mask: false, disable: was && !is, enable: is && !was, shutdown: shutdown.then_some(cc.shn()) }
+        RegisterRequest { mask: false, disable: was && !is, enable: is && !was, shutdown: shutdown.then_some(cc.shn()) }
     }
 
-    /// The admin queues that the controller is to be enabled with; `None` if they, or what CC says beside them, are not
-    /// supported: command set, page size, arbitration.
+    /// The admin queues with which to enable the controller; `None` if they are not possible, or if CC has an
+    /// unsupported command set, page size or arbitration.
     pub fn admin_queues(&self) -> Option<AdminQueues> {
         let (sq_size, cq_size) = ((self.aqa & 0xfff) + 1, (self.aqa >> 16) + 1);
         let page = self.page_size();
@@ -130,7 +133,7 @@ impl Registers {
         (self.is_supported() && aligned).then_some(queues)
     }
 
-    /// Whether a controller can be enabled with what CC says: command set, page size, arbitration.
+    /// Whether the controller supports the command set, page size and arbitration in CC.
     pub fn is_supported(&self) -> bool {
         self.cc.css() == 0 && self.cc.mps() <= MPS_MAX && self.cc.ams() == 0
     }
@@ -140,12 +143,13 @@ impl Registers {
         self.cc.en()
     }
 
-    /// The memory page size.
+    /// The memory page size in bytes.
     pub fn page_size(&self) -> u64 {
         self.cc.page_size()
     }
 
-    /// A function-level reset; [`Registers::write`] does what a controller reset does to them.
+    /// Resets the registers at a function-level reset. For a controller reset, [`Registers::write`] does all that is
+    /// needed.
     pub fn reset(&mut self) {
         *self = Registers::default();
     }
@@ -166,20 +170,20 @@ fn capabilities() -> u64 {
 mod tests {
     use super::*;
 
-    const NONE: Request = Request { mask: false, disable: false, enable: false, shutdown: None };
+    const NONE: RegisterRequest = RegisterRequest { mask: false, disable: false, enable: false, shutdown: None };
 
     #[test]
     fn cc_says_what_is_to_be_done() {
         let mut registers = Registers::default();
         assert_eq!(registers.write(Id::Cc, 0x0046_0000), NONE);
-        assert_eq!(registers.write(Id::Cc, 0x0046_0001), Request { enable: true, ..NONE });
-        // The page size stays while it is enabled.
+        assert_eq!(registers.write(Id::Cc, 0x0046_0001), RegisterRequest { enable: true, ..NONE });
+        // The page size stays while the controller is enabled.
         assert_eq!(registers.write(Id::Cc, 0x0046_0081), NONE);
         assert_eq!(registers.cc, Cc(0x0046_0001));
-        assert_eq!(registers.write(Id::Cc, 0x0046_4001), Request { shutdown: Some(1), ..NONE });
+        assert_eq!(registers.write(Id::Cc, 0x0046_4001), RegisterRequest { shutdown: Some(1), ..NONE });
         assert_eq!(registers.write(Id::Cc, 0x0046_8001), NONE, "it goes on already");
-        assert_eq!(registers.write(Id::Cc, 0), Request { disable: true, ..NONE });
-        assert_eq!(registers.write(Id::Cc, 0x8000), Request { shutdown: Some(2), ..NONE });
+        assert_eq!(registers.write(Id::Cc, 0), RegisterRequest { disable: true, ..NONE });
+        assert_eq!(registers.write(Id::Cc, 0x8000), RegisterRequest { shutdown: Some(2), ..NONE });
     }
 
     #[test]
@@ -201,8 +205,8 @@ mod tests {
     #[test]
     fn masks_are_set_and_cleared_by_ones() {
         let mut registers = Registers::default();
-        assert_eq!(registers.write(Id::Intms, 0b101), Request { mask: true, ..NONE });
-        assert_eq!(registers.write(Id::Intmc, 0b100), Request { mask: true, ..NONE });
+        assert_eq!(registers.write(Id::Intms, 0b101), RegisterRequest { mask: true, ..NONE });
+        assert_eq!(registers.write(Id::Intmc, 0b100), RegisterRequest { mask: true, ..NONE });
         assert_eq!(registers.read(Id::Intms, 0), 1);
         assert_eq!(registers.read(Id::Csts, 5), 5);
     }

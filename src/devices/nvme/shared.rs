@@ -1,5 +1,5 @@
-//! What the threads of a controller share: the vfio-user thread, the admin thread and a worker for each submission
-//! queue.
+//! The state that the threads of a controller share: the vfio-user thread, the admin thread, and a worker for each
+//! submission queue.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -17,28 +17,28 @@ use viommu_wire::model::Model;
 /// A doorbell register of a queue.
 #[derive(Default)]
 pub(super) struct Doorbell {
-    /// Entries of the queue; 0 while it does not exist.
+    /// The number of entries of the queue; 0 while the queue does not exist.
     size: AtomicU32,
     value: AtomicU32,
-    /// Who waits for it. A tail has one waiter, its queue's worker, all the time; a head has those that found the
-    /// queue full.
+    /// The threads that wait for it. A tail always has one, its queue's worker. A head has those that found the queue
+    /// full.
     waiters: Mutex<Vec<Thread>>,
 }
 
 impl Doorbell {
-    /// The queue is created, empty.
+    /// The queue was created, empty.
     pub fn open(&self, size: u32) {
         self.value.store(0, Ordering::Relaxed);
         self.size.store(size, Ordering::Release);
     }
 
-    /// The queue is there as it was elsewhere: of `size` entries, with the doorbell at `value`.
+    /// The queue was loaded, with `size` entries and the doorbell at `value`.
     pub fn restore(&self, size: u32, value: u32) {
         self.open(size);
         self.value.store(value, Ordering::Release);
     }
 
-    /// The queue is deleted.
+    /// The queue was deleted.
     pub fn close(&self) {
         self.size.store(0, Ordering::Release);
         lock(&self.waiters).clear();
@@ -49,23 +49,26 @@ impl Doorbell {
         self.value.load(Ordering::Acquire)
     }
 
-    /// Entries of the queue.
+    /// The number of entries of the queue; 0 if it does not exist.
     pub fn size(&self) -> u32 {
         self.size.load(Ordering::Acquire)
     }
 
-    /// The calling thread is unparked at each write from now on.
+    /// Unparks the calling thread at each write from now on.
     pub fn subscribe(&self) {
         lock(&self.waiters).push(std::thread::current());
     }
 
-    /// The calling thread is not any more.
+    /// Ends that for the calling thread.
     pub fn unsubscribe(&self) {
         let me = std::thread::current().id();
         lock(&self.waiters).retain(|thread| thread.id() != me);
     }
 
-    /// The host writes it.
+    /// The host writes the doorbell.
+    ///
+    /// # Errors
+    /// The queue does not exist, or has no such index.
     pub fn ring(&self, value: u32) -> Result<(), InvalidDoorbell> {
         match self.size() {
             0 => Err(InvalidDoorbell::Register),
@@ -78,13 +81,13 @@ impl Doorbell {
         }
     }
 
-    /// Unparks who waits.
+    /// Unparks the threads that wait for it.
     pub fn wake(&self) {
         lock(&self.waiters).iter().for_each(Thread::unpark);
     }
 }
 
-/// A doorbell write that is an error; the numbers are those of the asynchronous event.
+/// An invalid write to a doorbell. The numbers are those of the asynchronous event (section 5.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum InvalidDoorbell {
     Register = 0,
@@ -98,14 +101,14 @@ pub(super) struct Doorbells {
     pub head: Doorbell,
 }
 
-/// Where the host keeps shadow doorbells and reads event indexes (doorbell buffer configuration); 0 while it does not.
+/// The addresses of the host's shadow doorbells and event indexes (section 5.7); 0 while there are none.
 #[derive(Default)]
 pub(super) struct ShadowBuffers {
     doorbells: AtomicU64,
     event_indexes: AtomicU64,
 }
 
-/// Where one doorbell's shadow and event index are.
+/// The addresses of one doorbell's shadow and event index.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Shadow {
     pub doorbell: u64,
@@ -113,23 +116,23 @@ pub(super) struct Shadow {
 }
 
 impl ShadowBuffers {
-    /// Sets the buffers.
+    /// Sets the buffers' addresses.
     pub fn set(&self, doorbells: u64, event_indexes: u64) {
         self.event_indexes.store(event_indexes, Ordering::Relaxed);
         self.doorbells.store(doorbells, Ordering::Release);
     }
 
-    /// The buffers; 0 and 0 if there are none.
+    /// The buffers' addresses: doorbells, event indexes. Both are 0 if there are none.
     pub fn get(&self) -> (u64, u64) {
         (self.doorbells.load(Ordering::Acquire), self.event_indexes.load(Ordering::Relaxed))
     }
 
-    /// The shadow of the tail doorbell of a submission queue; the admin queue's is a register only.
+    /// The shadow of a submission queue's tail doorbell; `None` for the admin queue, which has only the register.
     pub fn tail(&self, queue: u16) -> Option<Shadow> {
         self.at(queue, 2 * u64::from(queue))
     }
 
-    /// The shadow of the head doorbell of a completion queue.
+    /// The shadow of a completion queue's head doorbell; `None` for the admin queue.
     pub fn head(&self, queue: u16) -> Option<Shadow> {
         self.at(queue, 2 * u64::from(queue) + 1)
     }
@@ -144,30 +147,30 @@ impl ShadowBuffers {
     }
 }
 
-/// What the threads of a controller share.
-pub(super) struct Shared {
+/// The state that the threads of a controller share.
+pub(super) struct SharedController {
     pub context: FunctionContext,
     pub disk: Arc<Disk>,
-    /// Controller configuration, for who needs it in another thread than that of the registers.
+    /// Controller configuration, for threads other than the one that serves the registers.
     pub cc: AtomicU32,
     /// Controller status.
     pub csts: AtomicU32,
-    /// The controller is shut down: 0, or CC.SHN.
+    /// CC.SHN of a shutdown that is in progress or complete, or 0.
     pub shutdown: AtomicU8,
-    /// By queue identifier; the first is the admin queue's.
+    /// The doorbells, by queue identifier. The first ones are the admin queue's.
     pub doorbells: Box<[Doorbells]>,
-    /// The completion queues, the admin queue's among them.
+    /// The completion queues, including the admin queue's.
     pub cqs: Mutex<Vec<Arc<CompletionQueue>>>,
     pub shadow: ShadowBuffers,
     pub reports: Arc<Reports>,
-    /// Whether writes need not be durable at once; a copy of the feature, for the workers.
+    /// Whether writes need not be durable at once: a copy of the feature, for the workers.
     pub write_cache: AtomicBool,
 }
 
-impl Shared {
+impl SharedController {
     pub fn new(context: FunctionContext, disk: Arc<Disk>) -> Self {
         let queues = usize::from(disk.config().queues);
-        Shared {
+        SharedController {
             context,
             disk,
             cc: AtomicU32::new(0),
@@ -192,7 +195,7 @@ impl Shared {
         }
     }
 
-    /// Tells the host of a wrong doorbell value.
+    /// Reports an invalid doorbell write to the host, as an asynchronous event.
     pub fn invalid_doorbell(&self, invalid: InvalidDoorbell) {
         self.reports.events().error(invalid as u8);
         if let Some(admin) = self.doorbells.first() {
@@ -200,16 +203,16 @@ impl Shared {
         }
     }
 
-    /// Notes a command that failed.
+    /// Adds a command that failed to the error log.
     pub fn log_error(&self, queue: u16, cid: u16, status: Status, nsid: u32, lba: u64) {
         self.disk.count(|c| &c.errors, 1);
         self.reports.errors().push(ErrorInfo { queue, cid, status, nsid, lba });
     }
 
-    /// The controller cannot go on: a queue cannot be accessed. Only a reset helps.
+    /// Sets the fatal status: a queue cannot be accessed, and the controller needs a reset.
     pub fn fatal(&self) {
         if self.csts.fetch_or(CSTS_FATAL, Ordering::SeqCst) & CSTS_FATAL == 0 {
-            // Who takes bus mastering wants it so: QEMU, before it resets the function.
+            // Without bus mastering it is expected: QEMU clears it before it resets the function.
             let level = if self.context.dma.is_bus_master() { log::Level::Warn } else { log::Level::Debug };
             log::log!(
                 level,
@@ -220,7 +223,7 @@ impl Shared {
         }
     }
 
-    /// Whether [`Shared::fatal`] was called since the last reset.
+    /// Whether [`SharedController::fatal`] was called since the last reset.
     pub fn is_fatal(&self) -> bool {
         self.csts.load(Ordering::Relaxed) & CSTS_FATAL != 0
     }
@@ -231,7 +234,7 @@ impl Shared {
     }
 }
 
-impl PinSource for Shared {
+impl PinSource for SharedController {
     fn reasons(&self) -> u32 {
         lock(&self.cqs).iter().fold(0, |bits, cq| bits | cq.reason(self))
     }

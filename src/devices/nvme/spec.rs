@@ -1,4 +1,4 @@
-//! What the NVM Express base specification (1.4) gives layouts and numbers for.
+//! Layouts and numbers of the NVM Express Base Specification (1.4).
 
 use serde::{Deserialize, Serialize};
 use zerocopy::little_endian::{U16, U32, U64};
@@ -10,13 +10,13 @@ use crate::devices::kit::ring;
 #[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct Sqe {
-    /// Command.
+    /// The opcode.
     pub opcode: u8,
     /// Fused operation in bits 1:0, PRP or SGL in bits 7:6.
     pub flags: u8,
     /// Command identifier.
     pub cid: U16,
-    /// Namespace.
+    /// Namespace identifier.
     pub nsid: U32,
     /// Command dwords 2 and 3.
     pub cdw2: [U32; 2],
@@ -49,7 +49,7 @@ impl Sqe {
         self.flags >> 6
     }
 
-    /// All of it, as little-endian words.
+    /// The whole entry as little-endian words.
     pub fn words(&self) -> [u64; 8] {
         zerocopy::transmute!(*self)
     }
@@ -69,13 +69,13 @@ impl Sqe {
 #[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct Cqe {
-    /// Of the command's own.
+    /// The command's result (dword 0).
     pub result: U32,
     /// Reserved.
     pub reserved: U32,
-    /// Up to where the submission queue was fetched.
+    /// The submission queue's head.
     pub sq_head: U16,
-    /// The submission queue.
+    /// The submission queue's identifier.
     pub sq_id: U16,
     /// Command identifier.
     pub cid: U16,
@@ -90,7 +90,7 @@ const _: () = assert!(size_of::<Sqe>() as u64 == ring::COMMAND && size_of::<Cqe>
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status(pub u16);
 
-/// A command that is repeated fails again.
+/// Do Not Retry: a command that is repeated fails again.
 const DNR: u16 = 1 << 14;
 
 #[allow(missing_docs, reason = "the names are the specification's")]
@@ -139,7 +139,7 @@ pub mod admin {
     pub const ASYNC_EVENT_REQUEST: u8 = 0x0c;
     pub const DOORBELL_BUFFER_CONFIG: u8 = 0x7c;
 
-    /// Those that are implemented.
+    /// The commands that are implemented.
     pub const IMPLEMENTED: [u8; 11] = [
         DELETE_SQ,
         CREATE_SQ,
@@ -166,9 +166,9 @@ pub mod nvm {
     pub const DATASET_MANAGEMENT: u8 = 0x09;
 }
 
-/// The namespace identifier that means all of them.
+/// The namespace identifier for all namespaces.
 pub const NSID_ALL: u32 = u32::MAX;
-/// The only namespace.
+/// The identifier of the only namespace.
 pub const NSID: u32 = 1;
 
 /// The version that is implemented: 1.4.
@@ -180,18 +180,18 @@ pub const CSTS_READY: u32 = 1;
 pub const CSTS_FATAL: u32 = 1 << 1;
 /// CSTS: shutdown status.
 pub const CSTS_SHUTDOWN: u32 = 3 << 2;
-/// CSTS: shutdown is going on.
+/// CSTS: shutdown is in progress.
 pub const CSTS_SHUTDOWN_OCCURRING: u32 = 1 << 2;
 /// CSTS: shutdown is complete.
 pub const CSTS_SHUTDOWN_COMPLETE: u32 = 2 << 2;
 
-/// The largest page that CC.MPS may choose, as a power of two of 4 KiB.
+/// The largest value of CC.MPS: the memory page size is 2^MPS * 4 KiB.
 pub const MPS_MAX: u32 = 4;
 /// The most entries of a queue.
 pub const QUEUE_ENTRIES_MAX: u32 = 1024;
-/// The most bytes that a command may transfer, as a power of two of 4 KiB pages: 8 MiB, as much as Linux asks for.
+/// The Maximum Data Transfer Size, as a power of two of 4 KiB: 8 MiB, the most that Linux uses.
 pub const MDTS: u8 = 11;
-/// The same in bytes.
+/// The Maximum Data Transfer Size in bytes.
 pub const TRANSFER_MAX: u64 = 4096 << MDTS;
 
 /// CC, the controller configuration (section 3.1.5). The methods are named as its fields.

@@ -1,36 +1,37 @@
-//! An I/O submission queue, and the thread that processes it.
+//! An I/O submission queue, and its thread.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::adaptive_poll::{AdaptivePolling, SPIN};
-use super::io::{Executor, Moved};
+use super::io::{IoExecutor, Moved};
 use super::queue::{Completion, CompletionQueue, Ended, SubmissionQueue};
 use super::saved::SavedIoQueue;
-use super::shared::Shared;
+use super::shared::SharedController;
 use super::spec::{Sqe, Status, nvm};
 use crate::devices::kit::{Interruption, ThreadContext, Work};
 use viommu_trace::Event;
 use viommu_wire::model::Model;
 use viommu_wire::nvme::Command;
 
-/// Entries that are fetched at once.
+/// The most entries that are fetched at once.
 const BATCH: usize = 32;
-/// After how many bytes completions are posted although more commands are at hand: the host can go on while the rest
-/// is done.
+/// Completions are posted after this many bytes, even if more commands were fetched, so that the host can go on
+/// meanwhile.
 const POST_BYTES: u64 = 64 << 10;
-/// After how many commands they are.
+/// Completions are posted after this many commands.
 const POST_COUNT: usize = 8;
 
 /// An I/O submission queue.
 pub(super) struct IoQueue {
-    shared: Arc<Shared>,
-    executor: Executor,
+    shared: Arc<SharedController>,
+    executor: IoExecutor,
     sq: SubmissionQueue,
     cq: Arc<CompletionQueue>,
     polling: AdaptivePolling,
-    /// Commands that were fetched, and how many of them are done.
+    /// The commands that were fetched last.
     entries: Vec<Sqe>,
+    /// How many of these are done.
     executed: usize,
     /// Completions that are not posted yet.
     done: Vec<Completion>,
@@ -38,10 +39,10 @@ pub(super) struct IoQueue {
 
 impl IoQueue {
     /// A new, empty queue.
-    pub fn new(shared: &Arc<Shared>, sq: SubmissionQueue, cq: &Arc<CompletionQueue>) -> Self {
+    pub fn new(shared: &Arc<SharedController>, sq: SubmissionQueue, cq: &Arc<CompletionQueue>) -> Self {
         IoQueue {
             shared: shared.clone(),
-            executor: Executor::new(shared.clone()),
+            executor: IoExecutor::new(shared.clone()),
             sq,
             cq: cq.clone(),
             polling: AdaptivePolling::default(),
@@ -51,12 +52,12 @@ impl IoQueue {
         }
     }
 
-    /// What its thread is called.
+    /// The name of its thread.
     pub fn name(&self) -> String {
         format!("nvme {:x} q{}", self.shared.context.dma.endpoint(), self.sq.id())
     }
 
-    /// What it is to go on from.
+    /// The state to save.
     pub fn save(&self) -> SavedIoQueue {
         SavedIoQueue {
             sq: self.sq.clone(),
@@ -66,8 +67,8 @@ impl IoQueue {
         }
     }
 
-    /// Goes on from where another one was, whose completion queue is `cq` here.
-    pub fn load(shared: &Arc<Shared>, saved: &SavedIoQueue, cq: &Arc<CompletionQueue>) -> Self {
+    /// A queue in a saved state, with the completion queue `cq`.
+    pub fn load(shared: &Arc<SharedController>, saved: &SavedIoQueue, cq: &Arc<CompletionQueue>) -> Self {
         let mut queue = IoQueue::new(shared, saved.sq.clone(), cq);
         queue.entries.extend(saved.entries.iter().copied().map(Sqe::from_words));
         queue.done.extend(saved.done.iter().copied());
@@ -100,7 +101,7 @@ impl IoQueue {
             self.check(thread)?;
             let (begun, before) = (Instant::now(), thread.poll.count());
             std::thread::park();
-            // What the poller had to do meanwhile would have been found too.
+            // Spinning would also have found the requests that were served meanwhile.
             let finds = (thread.poll.count() - before).min(1000) as u32 + 1;
             if begun.elapsed() / finds < SPIN {
                 self.polling.paid();
@@ -108,8 +109,8 @@ impl IoQueue {
         }
     }
 
-    /// Looks for entries, for a while if that was worth it of late. The thread polls the request queue meanwhile, and
-    /// goes on with that if it finds some.
+    /// Polls for entries: once, or for a while if that was worth it recently. Meanwhile the thread also polls the
+    /// IOMMU's request queue, and goes on as long as it finds requests there.
     fn spin(&mut self, thread: &mut ThreadContext) -> Result<bool, Ended> {
         let found = self.find(thread);
         if !matches!(found, Ok(true)) {
@@ -154,7 +155,7 @@ impl IoQueue {
         }
     }
 
-    /// Executes what was fetched, and posts all completions.
+    /// Executes the commands that were fetched, and posts all completions.
     fn execute(&mut self, thread: &mut ThreadContext) -> Result<(), Ended> {
         let fetched = Instant::now();
         let mut bytes = 0;
@@ -167,7 +168,8 @@ impl IoQueue {
             };
             self.executed += 1;
             self.trace(&sqe, status, moved, fetched.elapsed());
-            // Whatever became of it: a queue that never gets empty is no reason to keep others waiting.
+            // Whatever its result is: a submission queue that never becomes empty must not keep the request queue
+            // waiting.
             thread.poll.poll();
             self.done.push(Completion { cid: sqe.cid.get(), status, result: 0 });
             bytes += u64::from(moved.len);
@@ -204,7 +206,7 @@ impl IoQueue {
         });
     }
 
-    /// A queue that cannot be accessed is fatal.
+    /// Makes the controller fatal if a queue cannot be accessed.
     fn usable<T, E>(&self, result: Result<T, E>) -> Result<T, Ended> {
         result.map_err(|_| {
             self.shared.fatal();
@@ -212,7 +214,7 @@ impl IoQueue {
         })
     }
 
-    /// Whether to go on.
+    /// Whether to go on: `Err` if the thread must leave.
     fn check(&self, thread: &ThreadContext) -> Result<(), Ended> {
         if thread.interruption().is_some() || self.shared.is_fatal() { Err(Ended) } else { Ok(()) }
     }
@@ -223,7 +225,7 @@ impl Work for IoQueue {
         let shared = self.shared.clone();
         let Some(doorbells) = shared.doorbells.get(usize::from(self.sq.id())) else { return };
         doorbells.tail.subscribe();
-        // Only an end leads out.
+        // `serve` returns only to end.
         let Err(Ended) = self.serve(thread);
         thread.poll.release();
         doorbells.tail.unsubscribe();

@@ -12,7 +12,7 @@ use viommu_trace::Tracer;
 const PAGE: u64 = 4096;
 const PAGES: u64 = 64;
 
-/// Memory of some pages from address 0 on, and a way to it past the IOMMU.
+/// Memory of [`PAGES`] pages from address 0 on, and a DMA access to it in bypass.
 fn guest() -> (Arc<GuestMemoryMmap>, Dma) {
     let file = tempfile::tempfile().unwrap();
     file.set_len(PAGE * PAGES).unwrap();
@@ -38,8 +38,8 @@ fn runs(runs: &Runs) -> Vec<(Option<u64>, u64)> {
     runs.runs.iter().map(|run| (run.address, run.len)).collect()
 }
 
-/// The address of every byte that two PRP entries describe, found one page after the other as the specification tells
-/// it; `None` if an entry has an offset that it must not have.
+/// The address of every byte that two PRP entries describe, found page by page as the specification says; `None` if an
+/// entry has a forbidden offset.
 fn naive(memory: &GuestMemoryMmap, first: u64, second: u64, len: u64) -> Option<Vec<u64>> {
     let load = |at: u64| memory.read_obj::<u64>(GuestAddress(at)).unwrap();
     let mut bytes = Vec::new();
@@ -90,7 +90,7 @@ fn naive(memory: &GuestMemoryMmap, first: u64, second: u64, len: u64) -> Option<
 }
 
 proptest! {
-    /// Pages anywhere, now and then with an offset; lists that begin near the end of a page, so that they chain.
+    /// Pages are anywhere, and some have an offset. Lists begin near the end of a page, so that they chain.
     #[test]
     fn prp_agrees_with_a_naive_walk(
         first in 0..PAGE * 8,
@@ -101,7 +101,7 @@ proptest! {
     ) {
         let (memory, mut dma) = guest();
         let entries: Vec<u64> = entries.iter().map(|(page, odd)| page * PAGE + if *odd { 16 } else { 0 }).collect();
-        // Two pages of lists at the end of memory; the last entry of the first leads into the second.
+        // There are two pages of lists at the end of memory. The last entry of the first leads into the second.
         let (list, chain) = ((PAGES - 3) * PAGE, (PAGES - 2) * PAGE);
         store(&memory, list, &entries);
         store(&memory, list + PAGE - 8, &[chain + 8 * chain_at]);
@@ -121,7 +121,7 @@ proptest! {
         }
     }
 
-    /// Whatever is in memory, both walks end, without a panic and with no more bytes than asked for.
+    /// Whatever is in memory, both walks end without a panic, and with as many bytes as asked for.
     #[test]
     fn any_pointer_ends(words in prop::collection::vec(any::<u64>(), 64), data in any::<[u64; 2]>(), len in 1..1u64 << 23) {
         let (memory, mut dma) = guest();
@@ -214,25 +214,25 @@ fn sgl_errors_have_their_codes() {
     let (memory, mut dma) = guest();
     let data = descriptor(DATA, 0x1000, 4096);
     let mut case = |segments: &[(u64, &[[u64; 2]])], first| sgl(&memory, &mut dma, segments, first).map(drop);
-    // Lengths that are no number of descriptors.
+    // Lengths that are not a whole number of descriptors.
     assert_eq!(case(&[], descriptor(LAST, 0x8000, 0)), Err(Status::INVALID_SGL_SEGMENT));
     assert_eq!(case(&[], descriptor(LAST, 0x8000, 15)), Err(Status::INVALID_SGL_SEGMENT));
-    // A segment that is not the last, but leads nowhere; and the last, that leads on.
+    // A segment that is not the last but leads nowhere, and a last segment that leads on.
     assert_eq!(case(&[(0x8000, &[data])], descriptor(SEGMENT, 0x8000, 16)), Err(Status::INVALID_SGL_SEGMENT));
     let onward = [data, descriptor(LAST, 0x9000, 16)];
     assert_eq!(case(&[(0x8000, &onward)], descriptor(LAST, 0x8000, 32)), Err(Status::INVALID_SGL_SEGMENT));
     // A segment descriptor that is not the last of its segment.
     let early = [descriptor(LAST, 0x9000, 16), data];
     assert_eq!(case(&[(0x8000, &early)], descriptor(SEGMENT, 0x8000, 32)), Err(Status::INVALID_SGL_SEGMENT));
-    // Types and subtypes that are not there.
+    // Types and subtypes that are not supported.
     for kind in [0x01, 0x40, 0x50, 0xf0] {
         assert_eq!(case(&[], [0x1000, kind << 56 | 4096]), Err(Status::SGL_TYPE_INVALID));
     }
     // A segment that leads to itself.
     let circle = [descriptor(DATA, 0, 0), descriptor(SEGMENT, 0x8000, 32)];
     assert_eq!(case(&[(0x8000, &circle)], descriptor(SEGMENT, 0x8000, 32)), Err(Status::INVALID_SGL_COUNT));
-    // Too many.
+    // Too many descriptors.
     assert_eq!(case(&[], descriptor(LAST, 0, 0xffff_fff0)), Err(Status::INVALID_SGL_COUNT));
-    // Segments that are not there.
+    // A segment outside of memory.
     assert_eq!(case(&[], descriptor(LAST, 1 << 40, 16)), Err(Status::DATA_TRANSFER_ERROR));
 }
