@@ -305,7 +305,7 @@ impl Channel {
     /// Checks that this state is possible while no descriptor is in progress.
     ///
     /// # Errors
-    /// What is not possible.
+    /// The state is not possible. The error says why.
     pub fn check(&self) -> Result<(), &'static str> {
         if !self.errors.is_empty() && self.status != Status::Halted {
             return Err("a channel with an error is not halted");

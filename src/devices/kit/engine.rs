@@ -64,7 +64,7 @@ pub trait StateMachine: Default + Serialize + DeserializeOwned + Send + 'static 
     /// Checks that a state that was loaded is possible at rest.
     ///
     /// # Errors
-    /// What is not possible.
+    /// The state is not possible. The error says why.
     fn check(&self) -> Result<(), &'static str> {
         Ok(())
     }

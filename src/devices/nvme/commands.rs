@@ -216,7 +216,7 @@ impl Commands {
     /// Loads a saved state, without its queues.
     ///
     /// # Errors
-    /// What in the state is not possible.
+    /// The state is not possible. The error says why.
     pub fn load(&mut self, saved: &SavedCommands) -> Result<(), &'static str> {
         if saved.waiting.len() > AER_LIMIT {
             return Err("too many requests for events wait");

@@ -239,7 +239,7 @@ impl Nvme {
     /// Loads a saved state.
     ///
     /// # Errors
-    /// What in the state is not possible.
+    /// The state is not possible. The error says why.
     fn take_over(&mut self, saved: &SavedController) -> Result<(), &'static str> {
         saved.check()?;
         let (shared, registers) = (self.shared.clone(), saved.registers.clone());

@@ -36,7 +36,7 @@ impl SavedController {
     /// Checks that this state is possible, except for its queues.
     ///
     /// # Errors
-    /// What is not possible.
+    /// The state is not possible. The error says why.
     pub fn check(&self) -> Result<(), &'static str> {
         let (is_enabled, csts) = (self.registers.is_enabled(), self.csts);
         if csts & !(CSTS_READY | CSTS_FATAL | CSTS_SHUTDOWN) != 0 || self.shutdown > 2 {
@@ -117,7 +117,7 @@ impl Admin {
     /// Loads a saved state for this value of CC. The admin queue is then quiesced.
     ///
     /// # Errors
-    /// What in the state is not possible.
+    /// The state is not possible. The error says why.
     pub fn load(shared: &Arc<SharedController>, saved: &SavedAdmin, cc: Cc) -> Result<Self, &'static str> {
         let most = shared.disk.config().queues;
         let Some((admin_cq, cqs)) = saved.cqs.split_first() else { return Err("it has no admin completion queue") };
