@@ -13,7 +13,7 @@ use std::sync::OnceLock;
 use libfuzzer_sys::fuzz_target;
 use viommu::dma::Dma;
 use viommu::iommu::{EndpointSettings, Iommu, Settings};
-use viommu::pci::{Bar, Function, FunctionContext, Identity, Server, Slot};
+use viommu::pci::{Bar, Function, FunctionContext, FunctionServer, Identity, Slot};
 use viommu_fuzz::{HANG, Input, leave, memfd};
 use viommu_trace::Tracer;
 use vmm_sys_util::eventfd::EventFd;
@@ -105,7 +105,7 @@ fn socket() -> &'static PathBuf {
         let path = folder.path().join("socket");
         let endpoints = vec![EndpointSettings { id: 0x20, reserved: Vec::new() }];
         let iommu = Iommu::new(Settings { endpoints, ..Settings::default() }, Tracer::default());
-        let server = Server::bind(&path).unwrap();
+        let server = FunctionServer::bind(&path).unwrap();
         std::thread::spawn(move || {
             let _folder = folder;
             let slot = Slot::new(&iommu, 0x20, Tracer::default());

@@ -79,7 +79,7 @@ pub struct Bound<'t> {
     tracer: Tracer,
     trace: Option<trace::Bound>,
     server: vhost::Server,
-    sockets: Vec<pci::Server>,
+    sockets: Vec<pci::FunctionServer>,
     devices: Devices,
     table: Table,
 }
@@ -97,7 +97,7 @@ pub struct Daemon {
 
 /// An endpoint that is served.
 struct Served {
-    server: Arc<pci::Server>,
+    server: Arc<pci::FunctionServer>,
     end: EventFd,
     thread: JoinHandle<()>,
     dma: Arc<DmaCounters>,
@@ -124,7 +124,7 @@ impl Bound<'_> {
         let server = vhost::Server::bind(&options.paths.iommu, iommu.clone(), tracer.clone());
         let server = server.context("Cannot serve the IOMMU")?;
         let bind = |endpoint| {
-            let socket = pci::Server::bind(&options.paths.endpoint(endpoint));
+            let socket = pci::FunctionServer::bind(&options.paths.endpoint(endpoint));
             socket.with_context(|| format!("Cannot serve the endpoint {}", endpoint.name))
         };
         let sockets = topology.endpoints.iter().map(bind).collect::<Result<_>>()?;
@@ -271,7 +271,7 @@ pub fn open_device(endpoint: &Endpoint, create_images: Option<Size>) -> Result<A
 
 fn serve(
     endpoint: &Endpoint,
-    server: pci::Server,
+    server: pci::FunctionServer,
     device: Arc<dyn Device>,
     slot: Slot,
     control: &vhost::Control,

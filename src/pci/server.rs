@@ -67,17 +67,17 @@ impl Slot {
 }
 
 /// A listening socket. Dropping it removes its file.
-pub struct Server {
+pub struct FunctionServer {
     socket: Socket,
 }
 
-impl Server {
+impl FunctionServer {
     /// Listens on `path`. A socket without a listener there is replaced.
     ///
     /// # Errors
     /// The socket cannot be made.
-    pub fn bind(path: &Path) -> Result<Server, SocketError> {
-        Ok(Server { socket: Socket::bind(path)? })
+    pub fn bind(path: &Path) -> Result<FunctionServer, SocketError> {
+        Ok(FunctionServer { socket: Socket::bind(path)? })
     }
 
     /// The socket's path.

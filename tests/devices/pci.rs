@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use vfio_bindings::bindings::vfio::*;
 use vfio_user::Client;
-use viommu::pci::{Server, Slot};
+use viommu::pci::{FunctionServer, Slot};
 use viommu_socket::SocketError;
 use viommu_testkit::PATIENCE;
 use viommu_testkit::function::Served;
@@ -312,14 +312,14 @@ fn garbage_ends_at_most_its_own_connection() {
 fn a_live_socket_is_refused_and_a_stale_one_replaced() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.sock");
-    let first = Server::bind(&path).unwrap();
-    assert!(matches!(Server::bind(&path), Err(SocketError::InUse(_))));
+    let first = FunctionServer::bind(&path).unwrap();
+    assert!(matches!(FunctionServer::bind(&path), Err(SocketError::InUse(_))));
     drop(first);
     assert!(!path.exists());
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
     assert!(path.exists());
-    drop(Server::bind(&path).unwrap());
+    drop(FunctionServer::bind(&path).unwrap());
     std::fs::write(&path, "precious").unwrap();
-    assert!(matches!(Server::bind(&path), Err(SocketError::NotASocket(_))));
+    assert!(matches!(FunctionServer::bind(&path), Err(SocketError::NotASocket(_))));
     assert_eq!(std::fs::read(&path).unwrap(), b"precious");
 }

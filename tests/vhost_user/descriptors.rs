@@ -95,7 +95,7 @@ fn connects_without_descriptors() {
     let endpoints = vec![EndpointSettings { id: ENDPOINT, reserved: Vec::new() }];
     let iommu = Iommu::new(Settings { endpoints, ..Settings::default() }, Tracer::default());
     let (toy, iommu_socket) = (dir.path().join("toy.sock"), dir.path().join("viommu.sock"));
-    let function = pci::Server::bind(&toy).unwrap();
+    let function = pci::FunctionServer::bind(&toy).unwrap();
     let slot = Slot::new(&iommu, ENDPOINT, Tracer::default());
     let stop = EventFd::new(0).unwrap();
     let stopped = stop.try_clone().unwrap();

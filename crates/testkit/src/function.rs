@@ -8,7 +8,7 @@ use std::thread::{self, JoinHandle};
 use tempfile::TempDir;
 use vfio_user::Client;
 use viommu::iommu::{EndpointSettings, Iommu, Settings};
-use viommu::pci::{Function, FunctionContext, Server, Slot};
+use viommu::pci::{Function, FunctionContext, FunctionServer, Slot};
 use viommu_trace::Tracer;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -43,7 +43,7 @@ impl Served {
         let endpoints = vec![EndpointSettings { id: endpoint, reserved: Vec::new() }];
         let iommu = Iommu::new(Settings { endpoints, ..Settings::default() }, tracer.clone());
         let shutdown = EventFd::new(0).unwrap();
-        let server = Server::bind(&dir.path().join("function.sock")).unwrap();
+        let server = FunctionServer::bind(&dir.path().join("function.sock")).unwrap();
         let slot = slot(Slot::new(&iommu, endpoint, tracer));
         let stop = shutdown.try_clone().unwrap();
         let thread = thread::spawn(move || server.serve(&slot, &stop, make, on_reset));
