@@ -66,7 +66,10 @@ impl<'a> Backend<'a> {
         let function = self.function.as_mut()?;
         let result = catch_panic(&self.context, || call(function.as_mut()));
         if result.is_none() {
-            log::error!("The function of endpoint {:#x} is dead until it is reset", self.context.dma.endpoint());
+            log::error!(
+                "The function of endpoint {:#x} panicked, and is gone until it is reset",
+                self.context.dma.endpoint()
+            );
             self.context.dma.set_bus_master(false);
             let gone = self.function.take();
             catch_panic(&self.context, || drop(gone));

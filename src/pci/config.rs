@@ -426,7 +426,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_outside_can_be_reached() {
+    fn accesses_outside_of_configuration_space_do_no_harm() {
         let mut config = config(false);
         let mut data = [0; 8];
         config.read(SIZE as u64 - 4, &mut data);

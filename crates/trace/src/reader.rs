@@ -40,7 +40,7 @@ pub enum ReadError {
     #[error("The trace's server refused: {0}")]
     Refused(String),
     /// The server waits a tenth of a second for a line, and then takes the client for one that sends none.
-    #[error("The trace's server began before it had read what was asked of it: this machine is too busy")]
+    #[error("The trace's server began to send before it had read the subscription: this machine is too busy")]
     Late,
     /// The server closed the connection before it sent a header.
     #[error("The connection ended before the trace began")]

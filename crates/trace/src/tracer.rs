@@ -47,8 +47,8 @@ impl TraceStats {
     }
 }
 
-/// The live form of [`TraceStats`], for the threads that wrote to one ring. Only the thread that has the ring writes them,
-/// so adding is a load and a store.
+/// The live form of [`TraceStats`], for the threads that wrote to one ring. Only the thread that has the ring writes
+/// them, so adding is a load and a store.
 #[derive(Default)]
 struct Counters {
     kinds: [AtomicU64; KINDS],

@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn completions_have_another_phase_each_time_round() {
+    fn the_phase_of_completions_flips_at_each_wrap() {
         let mut ring = CompletionRing::new(0, 4).unwrap();
         assert_eq!(ring.next(8), Some(RingSpan { address: 0, entries: 3, phase: true }));
         ring.post(3);
@@ -201,7 +201,7 @@ mod tests {
         /// Whatever a driver writes, there is never more to fetch or to post than the ring has entries, and all of it
         /// is inside the ring.
         #[test]
-        fn what_is_next_lies_inside_of_the_ring(
+        fn the_next_entries_are_inside_the_ring(
             size in 2u32..40,
             steps in proptest::collection::vec((proptest::prelude::any::<bool>(), 0u32..50, 0usize..50), 1..60),
         ) {

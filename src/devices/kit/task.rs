@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn work_that_panics_says_itself_whether_it_goes_on() {
+    fn work_that_panics_decides_whether_it_goes_on() {
         let (context, (work, heard)) = (context(), waits(2));
         let task = Task::start(&context, "panics".into(), work).unwrap();
         assert_eq!(heard.recv().unwrap(), None, "it ran again");

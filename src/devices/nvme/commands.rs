@@ -282,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_saved_goes_on_in_another_one() {
+    fn a_saved_state_goes_on_in_another_controller() {
         let (mut commands, mut other) = (commands(), commands());
         give(&mut commands, &sqe(admin::SET_FEATURES, 7, 1)).unwrap();
         give(&mut commands, &sqe(admin::SET_FEATURES, 6, 0)).unwrap();

@@ -173,7 +173,7 @@ mod tests {
     const NONE: RegisterRequest = RegisterRequest { mask: false, disable: false, enable: false, shutdown: None };
 
     #[test]
-    fn cc_says_what_is_to_be_done() {
+    fn a_write_of_cc_asks_for_enable_disable_or_shutdown() {
         let mut registers = Registers::default();
         assert_eq!(registers.write(Id::Cc, 0x0046_0000), NONE);
         assert_eq!(registers.write(Id::Cc, 0x0046_0001), RegisterRequest { enable: true, ..NONE });
@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn admin_queues_must_be_ones_that_can_be() {
+    fn admin_queues_must_be_possible() {
         let mut registers = Registers::default();
         assert_eq!(registers.admin_queues(), None, "queues of one entry");
         registers.write(Id::Aqa, 0xf01f_f007);

@@ -178,7 +178,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn states_that_no_controller_has_are_refused() {
+    fn impossible_states_are_refused() {
         let power_on = SavedController {
             registers: Registers::default(),
             csts: 0,

@@ -551,7 +551,7 @@ mod tests {
     }
 
     #[test]
-    fn neither_side_need_have_it_all() {
+    fn traces_with_missing_parts_are_tied() {
         let (host, guest) = steady(10_000, 32, 64, 4_000);
         // The guest's trace begins late. The device's ends early and lost one event in ten.
         let host: Vec<_> =
