@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, ExitStatus};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -73,33 +73,38 @@ fn an_access_past_the_end_of_a_file_that_was_cut_short_fails() {
 #[test]
 fn accesses_go_on_while_files_are_cut_short_and_regions_come_and_go() {
     let mut map = MemoryMap::new(Memory::default());
-    let (stop, failed) = (AtomicBool::new(false), AtomicBool::new(false));
+    let stop = AtomicBool::new(false);
+    // Accesses that succeeded, and that failed.
+    let counts = [AtomicU64::new(0), AtomicU64::new(0)];
     let whole = memfd(PAGE);
     map_file(&mut map, 1 << 30, PAGE, &whole);
     let dma = dma_context(map.memory());
     thread::scope(|scope| {
         for number in 0..3 {
-            let (mut dma, stop, failed) = (dma.open(), &stop, &failed);
+            let (mut dma, stop, counts) = (dma.open(), &stop, &counts);
             scope.spawn(move || {
                 let mut data = vec![number; 64 << 10];
                 while !stop.load(Ordering::Relaxed) {
                     let done = if number == 0 { dma.read(0, &mut data) } else { dma.write(0, &data) };
-                    failed.fetch_or(done.is_err(), Ordering::Relaxed);
+                    counts[usize::from(done.is_err())].fetch_add(1, Ordering::Relaxed);
                     assert!(dma.write(1 << 30, &[1; 64]).is_ok(), "other memory is as it was");
                 }
             });
         }
         let _end = Ends(&stop);
+        let wait_for_another = |what: &str, count: &AtomicU64| {
+            let before = count.load(Ordering::Relaxed);
+            wait_until(PATIENCE, what, || count.load(Ordering::Relaxed) > before);
+        };
         for _ in 0..300 {
             let file = memfd(16 * PAGE);
             map_file(&mut map, 0, 16 * PAGE, &file);
-            thread::yield_now();
+            wait_for_another("an access that succeeds", &counts[0]);
             file.set_len(PAGE).unwrap();
-            thread::yield_now();
+            wait_for_another("an access that fails", &counts[1]);
             map.unmap(0, 16 * PAGE).unwrap();
         }
     });
-    assert!(failed.load(Ordering::Relaxed));
 }
 
 /// Runs one of the tests below that end their process.
