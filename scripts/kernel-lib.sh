@@ -1,23 +1,23 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2034 # some variables are for the scripts that read this
-# Shared by the scripts that build the guest's kernel. Needs lib.sh, and runs in
-# the project's folder.
+# Functions of the scripts that build the guest's kernel. They need lib.sh, and
+# run in the project's folder.
 #
 # The work folder .kernel/ holds
 #   tree/     the source with the series applied
-#   origin/   the files of it that the series touches, as they were
-#   source    what tree/ was unpacked from
-#   objects*/ what was compiled
+#   origin/   the original files that the series touches
+#   source    which source tree/ was unpacked from
+#   objects*/ the compiled objects
 #   modules*/ the drivers that are built against it, source and objects
 
 readonly SERIES=6.12
 readonly PATCHES=guest-kernel-patches/linux-$SERIES
 readonly MODULES=guest-kernel-patches/modules
-# Of a full build; grows and shrinks a little with the configuration.
+# The number in a full build; it varies a little with the configuration.
 readonly ABOUT_OBJECTS=1600
 
-# use_work_folder SUFFIX [FOLDER]: takes .kernel/, or a folder in it, for this run
-# alone. Objects of other configurations are kept apart.
+# use_work_folder SUFFIX [FOLDER]: reserves .kernel/, or a folder in it, for
+# this run. Objects of other configurations are kept apart.
 use_work_folder() {
 	work=$PWD/.kernel${2:+/$2}
 	mkdir -p "$work"
@@ -33,8 +33,9 @@ use_work_folder() {
 	mkdir -p "$objects"
 }
 
-# The Debian packages that building a kernel needs and this machine lacks, one a
-# line. With them ccache, which it can do without.
+# Prints the Debian packages that building a kernel needs and this machine
+# lacks, one on each line. If there are any, ccache is added, although a build
+# works without it.
 missing_build_packages() {
 	local missing=() pair
 	for pair in flex:flex bison:bison bc:bc cpio:cpio perl:perl patch:patch git:git xz:xz-utils gcc:gcc make:make; do
@@ -53,24 +54,24 @@ need_build_tools() {
 		"To do:  sudo apt-get install ${missing[*]}"
 }
 
-# The series in its order: all but the cover letter.
+# Prints the patch files in the order of the series, without the cover letter.
 series_files() {
 	find "$PATCHES" -name '[0-9]*.patch' ! -name '0000-*' | LC_ALL=C sort
 }
 
-# The sources of the drivers that are no part of the series, each a folder with a
-# Kbuild.
+# Prints the files of the drivers that are no part of the series, each a folder
+# with a Kbuild.
 module_files() {
 	find "$MODULES" -mindepth 2 -type f | LC_ALL=C sort
 }
 
-# patch_content PATCH: what it changes, not who sent it when.
+# patch_content PATCH: prints what it changes, without author and date.
 patch_content() {
 	sed -n '/^---$/,$p' "$1"
 }
 
-# debian_source [--update]: prints the newest linux-source-6.12 that was
-# fetched, an archive; fetches one if there is none.
+# debian_source [--update]: prints the newest archive of linux-source-6.12 that
+# was fetched; fetches one if there is none.
 debian_source() {
 	local folder
 	folder=$(cached linux-source-6.12 "${1:-}" fetch_source)
@@ -94,7 +95,8 @@ fetch_source() {
 	publish "$folder"
 }
 
-# source_id SOURCE: its name; for a folder a hash that changes with any file.
+# source_id SOURCE: prints its name, or for a folder a hash that changes with
+# any file.
 source_id() {
 	if [[ -d $1 ]]; then
 		(cd "$1" && find . -path ./.git -prune -o -type f -printf '%P %s %T@\n') |
@@ -108,13 +110,14 @@ unpack_source() {
 	local source=$1 id
 	id=$(source_id "$source")
 	[[ -e $work/source && $(<"$work/source") == "$id" && -d $tree ]] && return
-	# Objects may be newer than the files that are unpacked, and not of them.
+	# Old objects may be newer than the unpacked files, and make would take them
+	# for up to date.
 	rm -rf "$tree" "$work/origin" "$work/source" "$work"/objects*
 	mkdir -p "$tree" "$objects"
 	say "unpacking $source"
 	if [[ -d $source ]]; then
 		(cd "$source" && tar -c --exclude=./.git .) | tar -x -C "$tree"
-		# What was configured or built there would disturb.
+		# A tree that was configured or built would disturb a build in another folder.
 		[[ ! -e $tree/.config ]] || make -s -C "$tree" mrproper
 	else
 		tar -xf "$source" -C "$tree" --strip-components=1
@@ -137,14 +140,15 @@ original() {
 	cp -p "$from/$1" "$scratch/$1"
 }
 
-# failed_files: from what patch says, those that it could not change.
+# failed_files: reads patch's output, and prints the files that it could not
+# change.
 failed_files() {
 	awk '/^patching file/ { file = $3 }
 		/FAILED|ignored|previously applied/ && file && !seen[file]++ { print file }
 		/^\|\+\+\+ / { sub("b/", "", $2); print $2 " (not there)" }' | paste -sd ' '
 }
 
-# apply_one PATCH: to $scratch, without fuzz.
+# apply_one PATCH: applies it to $scratch, without fuzz.
 apply_one() {
 	local output
 	if ! output=$(patch -d "$scratch" -p1 -F0 -N --no-backup-if-mismatch -r - <"$1"); then
@@ -158,7 +162,7 @@ apply_one() {
 }
 
 # prepare_tree SOURCE PATCH...: makes tree/ the source with these patches. Files
-# that do not change keep their time, so that make leaves their objects alone.
+# that do not change keep their time, so that make does not compile them again.
 prepare_tree() {
 	local source=$1 patch file scratch
 	shift
@@ -167,7 +171,7 @@ prepare_tree() {
 	scratch=$(mktemp -d "$work/scratch.XXXXXX")
 	while read -r file; do original "$file"; done < <(sed -n 's|^+++ b/||p' "$@" | sort -u)
 	for patch in "$@"; do apply_one "$patch"; done
-	# What an earlier series touched and this one does not goes back.
+	# Files that an earlier series touched and this one does not are restored.
 	if [[ -d $work/origin ]]; then
 		while read -r file; do
 			[[ -e $scratch/$file ]] || put_back "$file"
@@ -199,7 +203,7 @@ put_file() {
 	cmp -s "$scratch/$1" "$tree/$1" || cp "$scratch/$1" "$tree/$1"
 }
 
-# The same input gives the same objects, wherever the checkout is.
+# The same input gives the same objects, no matter where the checkout is.
 kernel_make() {
 	local compiler=${CC:-gcc}
 	command -v ccache >/dev/null && compiler="ccache $compiler"
@@ -208,7 +212,8 @@ kernel_make() {
 		make -C "$tree" O="$objects" CC="$compiler" -j"$(nproc)" "$@"
 }
 
-# configure FRAGMENT...: tinyconfig with the fragments, each line checked.
+# configure FRAGMENT...: makes a configuration of tinyconfig and the fragments,
+# and checks each of their lines.
 configure() {
 	local line option wrong='' fragments
 	fragments=$(realpath "$@")
@@ -237,10 +242,10 @@ configure() {
 		"Wanted: what $* say" "Found:  $objects/.config"
 }
 
-# compile TARGET...: with a line of progress now and then.
+# compile TARGET...: compiles, and prints progress now and then.
 compile() {
 	local pid start=$SECONDS next=15 done
-	say "building Linux $(tree_version "$tree") in ${work#"$PWD/"}/: about 8 minutes on 2 cores the first time, little later"
+	say "building Linux $(tree_version "$tree") in ${work#"$PWD/"}/: about 8 minutes on 2 cores the first time, less later"
 	kernel_make "$@" >"$log" 2>&1 &
 	pid=$!
 	# shellcheck disable=SC2064
@@ -250,13 +255,13 @@ compile() {
 		((SECONDS - start >= next)) || continue
 		next=$((next + 15))
 		done=$(grep -cE '^  (CC|AS|LD) ' "$log" || true)
-		say "  $done files of about $ABOUT_OBJECTS, less if only some changed, $((SECONDS - start)) s"
+		say "  $done files of about $ABOUT_OBJECTS, fewer if only some changed, $((SECONDS - start)) s"
 	done
 	wait "$pid" || die "The kernel does not build." \
 		"First error: $(grep -m 1 -E 'error:|Error [0-9]' "$log")" "Log: $log"
 }
 
-# compile_modules: copies of the drivers, against the kernel that was compiled.
+# compile_modules: compiles copies of the drivers against the compiled kernel.
 compile_modules() {
 	local folder
 	rm -rf "$modules"

@@ -1,11 +1,11 @@
 # shellcheck shell=bash
-# Shared by the scripts that fetch what a guest run needs: messages, the
-# per-user cache, and Debian packages taken through a private apt state.
+# Functions of the scripts that fetch what a guest needs: messages, the user's
+# cache, and Debian packages through a private apt state.
 #
 # The private state has its own sources, package lists and dpkg status, so that
-# nothing of the machine changes and no root is needed. Where packages come
-# from is read from the machine's own apt sources; apt checks the signed
-# Release file, the package lists and every package by hash.
+# nothing on the machine changes and root is not needed. Packages come from the
+# mirrors in the machine's own apt sources. apt checks the signed Release file,
+# and the package lists and every package by their hashes.
 
 readonly VIOMMU_CACHE=${VIOMMU_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/viommu}
 readonly GUEST_SUITE=trixie
@@ -21,8 +21,9 @@ die() {
 	exit 1
 }
 
-# Runs the rest of the script alone: a second run waits here, then finds the
-# first one's result in the cache. What a killed run left half done goes.
+# Locks the cache for the rest of the script: a second run waits here, then
+# finds the first one's result in the cache. Removes what a killed run left
+# unfinished.
 lock_cache() {
 	mkdir -p "$VIOMMU_CACHE"
 	exec {VIOMMU_LOCK}>"$VIOMMU_CACHE/lock"
@@ -33,7 +34,8 @@ lock_cache() {
 	rm -rf "$VIOMMU_CACHE"/.unfinished.*
 }
 
-# newest_complete PREFIX: the newest $VIOMMU_CACHE/PREFIX-* that was finished.
+# newest_complete PREFIX: prints the newest $VIOMMU_CACHE/PREFIX-* that was
+# finished.
 newest_complete() {
 	local stamp newest='' versions=''
 	for stamp in "$VIOMMU_CACHE/$1"-*/.complete; do
@@ -43,15 +45,15 @@ newest_complete() {
 	[[ -n $newest ]] && printf '%s\n' "$newest"
 }
 
-# unfinished_folder: makes a folder to fill, named by $TEMP; it goes at exit
-# unless published, and so does a download that still runs.
+# unfinished_folder: makes the folder $TEMP, which is to be filled. At exit it
+# is removed unless it was published, and a download that still runs is stopped.
 unfinished_folder() {
 	TEMP=$(mktemp -d "$VIOMMU_CACHE/.unfinished.XXXXXX")
 	APT_PID=
 	trap '[[ -z $APT_PID ]] || kill "$APT_PID" 2>/dev/null || true; rm -rf "$TEMP"' EXIT
 }
 
-# publish FINAL: gives $TEMP its name, in one step.
+# publish FINAL: gives $TEMP its final name, in one step.
 publish() {
 	touch "$TEMP/.complete"
 	chmod 755 "$TEMP"
@@ -60,8 +62,8 @@ publish() {
 }
 
 # cached PREFIX OPTION COMMAND...: prints the newest finished $VIOMMU_CACHE/PREFIX-*.
-# COMMAND makes one if there is none, or looks for a newer one if OPTION is
-# --update; if that fails (no network), an earlier one serves on.
+# COMMAND makes one if there is none, or looks for a newer one if OPTION is --update.
+# If that fails (no network), an earlier one is still used.
 cached() {
 	local prefix=$1 option=$2 old status
 	shift 2
@@ -75,22 +77,22 @@ cached() {
 			set -e
 			if ((status)); then
 				[[ -n $old ]] || exit "$status"
-				say "going on with ${old##*/}, fetched earlier"
+				say "using ${old##*/}, which was fetched earlier"
 			fi
 		fi
 	fi
 	newest_complete "$prefix"
 }
 
-# The apt sources of this machine, one "URI SUITE" a line, component main only.
-# apt itself reads them, in whatever form they are written.
+# Prints the apt sources of this machine, component main only, one "URI SUITE"
+# on each line. apt itself reads them, since they may be in several formats.
 machine_sources() {
 	{ apt-get update --print-uris 2>/dev/null || true; } |
 		sed -n "s|^'\(.*\)/dists/\(.*\)/main/binary-[^/]*/Packages.*|\1 \2|p" | sort -u
 }
 
-# machine_mirror SUITE_PATTERN PATH_NAME: the machine's mirror for such a suite.
-# Other archives also use Debian's suite names, so an address that ends in
+# machine_mirror SUITE_PATTERN PATH_NAME: prints the machine's mirror for such a
+# suite. Other archives use Debian's suite names too, so an address that ends in
 # Debian's usual folder name is preferred.
 machine_mirror() {
 	local uris
@@ -143,9 +145,9 @@ write_sources() {
 }
 
 # Sets up the private apt state, makes APT_CONFIG name it, and refreshes the
-# package lists if they are old. Needs the cache lock.
-# The machine's Acquire settings (proxies, timeouts) stay in force; its hooks
-# and its installed packages do not.
+# package lists if they are old. Needs the cache lock. The machine's Acquire
+# settings (proxies, timeouts) apply; its hooks and its installed packages do
+# not.
 use_private_apt() {
 	local state=$VIOMMU_CACHE/apt acquire
 	mkdir -p "$state"/{etc/parts,etc/preferences,etc/sources,lists/partial,cache/archives/partial}
@@ -192,7 +194,8 @@ refresh_lists() {
 	touch "$stamp"
 }
 
-# candidate PACKAGE SUITE...: the newest version of PACKAGE in these suites.
+# candidate PACKAGE SUITE...: prints the newest version of PACKAGE in these
+# suites.
 candidate() {
 	local package=$1 suites
 	shift
@@ -202,8 +205,8 @@ candidate() {
 		sort -V | tail -n 1
 }
 
-# closure SUITE PACKAGE...: PACKAGE and all it depends on, one "URI FILE SIZE" a
-# line, versions from SUITE (may be empty) where it has them.
+# closure SUITE PACKAGE...: prints the packages and their dependencies, one "URI
+# FILE SIZE" on each line. Prefers versions from SUITE, if that is not empty.
 closure() {
 	local suite=$1
 	shift
@@ -211,8 +214,8 @@ closure() {
 		awk '{ gsub("\x27", "", $1); print $1, $2, $3 }'
 }
 
-# fetch_debs FOLDER APT_ARGUMENTS...: downloads packages into FOLDER and tells
-# how far it is. apt compares each with the hash in the signed package list.
+# fetch_debs FOLDER APT_ARGUMENTS...: downloads packages into FOLDER and shows
+# progress. apt compares each with the hash in the signed package list.
 fetch_debs() {
 	local folder=$1 beats=0
 	shift
@@ -229,8 +232,8 @@ fetch_debs() {
 	APT_PID=
 }
 
-# unpack_debs FOLDER DEB...: unpacks packages without the parts that only a
-# person reads.
+# unpack_debs FOLDER DEB...: unpacks packages without documentation and
+# translations.
 unpack_debs() {
 	local folder=$1 deb
 	shift
@@ -242,23 +245,24 @@ unpack_debs() {
 	done
 }
 
-# manifest DEB...: the packages' hashes, for the record.
+# manifest DEB...: prints the packages' hashes, for the record.
 manifest() {
 	(cd "$(dirname "$1")" && sha256sum -- "${@##*/}")
 }
 
-# file_version VERSION: a package version as part of a file name.
+# file_version VERSION: prints a package version as a part of a file name.
 file_version() {
 	local version=${1#*:}
 	printf '%s\n' "${version//[^A-Za-z0-9.+~-]/_}"
 }
 
-# unescape NAME: apt writes an epoch's colon in a file name as %3a.
+# unescape NAME: undoes apt's %3a, the colon of an epoch in a file name.
 unescape() {
 	printf '%s\n' "${1//%3a/:}"
 }
 
-# package_versions CLOSURE: its packages as apt's "name=version".
+# package_versions CLOSURE: prints its packages as "name=version", as apt takes
+# them.
 package_versions() {
 	unescape "$(awk '{ split($2, part, "_"); print part[1] "=" part[2] }' <<<"$1")"
 }

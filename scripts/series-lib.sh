@@ -1,18 +1,20 @@
 # shellcheck shell=bash
-# The series as commits of a git tree, and back. Needs lib.sh and kernel-lib.sh.
+# Makes commits in a git tree of the series, and patch files of the commits.
+# Needs lib.sh and kernel-lib.sh.
 #
-# In the tree the tag `origin` is the source without the series, and the tag
-# `files` what the patch files were when they were last read or written.
+# In the tree, the tag `origin` is the source without the series, and the tag
+# `files` is the series as it was when the patch files were last read or
+# written.
 
-# Of the sizes in the cover letter, whose paths need it.
+# The width of the diffstat in the cover letter, whose paths need it.
 readonly STAT_WIDTH=74
 
-# In a hook, git tells its children of another repository.
+# In a hook, git's variables name another repository.
 # shellcheck disable=SC2046
 unset $(git rev-parse --local-env-vars 2>/dev/null)
 
-# tree_git FOLDER ARGUMENT...: git in that tree, whatever its user has configured:
-# the same commits give the same files.
+# tree_git FOLDER ARGUMENT...: runs git in that tree without the user's
+# configuration, so that the same commits give the same files.
 tree_git() {
 	local folder=$1
 	shift
@@ -21,16 +23,16 @@ tree_git() {
 		git -C "$folder" -c gc.auto=0 -c core.abbrev=9 -c core.autocrlf=false -c diff.renames=false "$@"
 }
 
-# start_tree FOLDER: makes a git tree of the source that is there.
+# start_tree FOLDER: makes a git tree of the source in it.
 start_tree() {
 	tree_git "$1" init -q -b series
-	# Whatever the source's own .gitignore says.
+	# -f: the source's own .gitignore must not leave anything out.
 	tree_git "$1" -c core.looseCompression=1 add -A -f
 	tree_git "$1" commit -q --author 'viommu <viommu@localhost>' -m "Linux $(tree_version "$1")"
 	tree_git "$1" tag origin
 }
 
-# import_series FOLDER: the patch files as commits upon the source.
+# import_series FOLDER: makes commits of the patch files, upon the source.
 import_series() {
 	local output files
 	mapfile -t files < <(series_files | xargs -r realpath)
@@ -42,7 +44,8 @@ import_series() {
 	tree_git "$1" tag -f files >/dev/null
 }
 
-# patch_subjects FILE...: one a line, without the number.
+# patch_subjects FILE...: prints the subjects, one on each line, without the
+# numbers.
 patch_subjects() {
 	local file
 	for file in "$@"; do
@@ -51,8 +54,8 @@ patch_subjects() {
 }
 
 # export_series FOLDER OUT: writes the commits upon the source to the folder OUT
-# as patch files, with the cover letter and README.md that are beside the series
-# now, brought up to date.
+# as patch files, with the present cover letter and README.md, brought up to
+# date.
 export_series() {
 	local count
 	[[ -z $(tree_git "$1" rev-list --merges origin..HEAD) ]] ||
@@ -64,7 +67,8 @@ export_series() {
 	export_table "$1" "$2" >"$2/README.md"
 }
 
-# Its letter is a person's; who wrote what, and how large it is, is git's.
+# The text of the letter is written by hand; git makes the list of authors and
+# the sizes.
 export_cover() {
 	local number
 	number=$(printf '%0*d/%d' "${#2}" 0 "$2")
@@ -75,8 +79,8 @@ export_cover() {
 	echo
 }
 
-# What README.md says of a patch stays with its subject; if that has changed, with
-# its place. Of a new one it says the subject.
+# README.md's row about a patch stays with the patch's subject or, if that has
+# changed, with its place. The row of a new patch has its subject.
 export_table() {
 	local files old new said i row
 	local -A said_of=()
@@ -100,7 +104,7 @@ export_table() {
 	rm "$2/rows"
 }
 
-# patch_size FILE: lines added and removed.
+# patch_size FILE: prints how many lines it adds and removes.
 patch_size() {
 	git apply --numstat "$1" | awk '{ added += $1; removed += $2 } END { printf "+%d -%d\n", added, removed }'
 }
