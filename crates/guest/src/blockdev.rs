@@ -30,8 +30,8 @@ impl Namespace {
     }
 }
 
-/// All namespaces of PCIe controllers, in the order of their functions: names are given as controllers come up, which
-/// is another order each time.
+/// All namespaces of PCIe controllers, in the order of their functions: the kernel gives names in the order in which
+/// controllers come up, which differs from boot to boot.
 pub fn namespaces() -> Vec<Namespace> {
     let mut found = Vec::new();
     for controller in sysfs::names("/sys/class/nvme") {
@@ -54,7 +54,7 @@ fn is_hidden(name: &str) -> bool {
 /// Waits until every NVMe function has a namespace.
 ///
 /// # Errors
-/// The functions that have none when the time is over.
+/// The functions that have none when the time is up.
 pub fn wait_for_controllers() -> Result<()> {
     let functions: Vec<String> = sysfs::names("/sys/bus/pci/devices")
         .into_iter()
@@ -69,7 +69,7 @@ pub fn wait_for_controllers() -> Result<()> {
 /// Waits until the NVMe function `bdf` has a namespace that can be opened.
 ///
 /// # Errors
-/// If it has none when the time is over: with the state of its driver.
+/// If it has none when the time is up. The error has the state of its driver.
 pub fn wait_for_namespace(bdf: &str, limit: Duration) -> Result<Namespace> {
     let end = Instant::now() + limit;
     loop {
@@ -88,8 +88,8 @@ pub fn wait_for_namespace(bdf: &str, limit: Duration) -> Result<Namespace> {
     }
 }
 
-/// The device a workload uses: the one named, by its node or by its controller's function (`0000:00:04.0`); if none
-/// is named, the first function's.
+/// The device that a workload uses: the one that is named, by its node or by its controller's function
+/// (`0000:00:04.0`), or the first function's if none is named.
 ///
 /// # Errors
 /// If there is none.
@@ -104,7 +104,7 @@ pub fn choose(named: Option<&Path>) -> Result<PathBuf> {
     }
 }
 
-/// A block device opened past the page cache.
+/// A block device that is opened past the page cache.
 pub struct Device {
     /// Opened with `O_DIRECT`.
     pub file: File,
@@ -120,7 +120,7 @@ impl Device {
     pub fn open(path: &Path) -> Result<Self> {
         let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT).open(path);
         let mut file = file.with_context(|| format!("Cannot open {} for direct I/O", path.display()))?;
-        // The length in a block device's metadata is 0; seeking tells.
+        // The length in a block device's metadata is 0; seeking finds the size.
         let bytes = std::io::Seek::seek(&mut file, std::io::SeekFrom::End(0))?;
         ensure!(bytes > 0, "{} is empty", path.display());
         Ok(Self { file, bytes })

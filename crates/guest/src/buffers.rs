@@ -1,4 +1,4 @@
-//! Memory for direct I/O, physically contiguous or scattered as a test wants it.
+//! Memory for direct I/O, physically contiguous or scattered, as the test wants it.
 
 use std::fs::File;
 use std::num::NonZeroUsize;
@@ -28,11 +28,11 @@ impl Buffers {
     /// Makes buffers of any whole number of bytes; each starts on a page.
     ///
     /// Scattered: pages are touched in a shuffled order, so that neighbours in a buffer are not neighbours in physical
-    /// memory. Otherwise huge pages are asked for, which the kernel may or may not have; [`Self::physical_runs`]
-    /// tells what came of it.
+    /// memory. Otherwise it asks for huge pages, which the kernel may or may not have; [`Self::physical_runs`] says
+    /// what it got.
     ///
     /// # Errors
-    /// If the memory is not to be had.
+    /// If the kernel does not give the memory.
     pub fn new(count: usize, size: usize, scatter: bool) -> Result<Self> {
         let stride = size.next_multiple_of(PAGE);
         let mapped = (stride * count).next_multiple_of(HUGE_PAGE);
@@ -89,7 +89,8 @@ impl Buffers {
     /// No I/O that uses this buffer may be in flight while the slice lives.
     pub unsafe fn contents(&mut self, index: usize) -> &mut [u8] {
         let start = self.pointer(index);
-        // SAFETY: the range is inside the mapping, which `self` owns; the caller keeps the kernel away from it.
+        // SAFETY: the range is inside the mapping, which `self` owns; the caller makes sure that the kernel does not
+        // access it.
         unsafe { std::slice::from_raw_parts_mut(start.as_ptr(), self.size) }
     }
 
@@ -117,7 +118,7 @@ impl Buffers {
 
 impl Drop for Buffers {
     fn drop(&mut self) {
-        // SAFETY: the mapping made in `new`, which nothing refers to any more: the engine ends with no I/O in flight.
+        // SAFETY: the mapping made in `new`, to which nothing refers any more: the engine ends with no I/O in flight.
         let _ = unsafe { munmap(self.start.cast(), self.mapped.get()) };
     }
 }

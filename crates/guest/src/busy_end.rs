@@ -1,4 +1,5 @@
-//! The guest ends while its I/O goes on: Linux resets the virtio-iommu at shutdown before the functions behind it are quiet.
+//! The guest ends while I/O is in flight: at shutdown Linux resets the virtio-iommu before the functions behind it are
+//! quiet.
 
 use std::convert::Infallible;
 use std::os::unix::fs::FileExt;
@@ -10,12 +11,12 @@ use crate::buffers::{Buffers, PAGE};
 use crate::results::Results;
 use crate::workload::Workload;
 
-/// Read on in the background, until the guest ends.
+/// Keep reading in the background, until the guest ends.
 #[derive(clap::Args)]
 pub struct Args {}
 
 impl Workload for Args {
-    /// The workload. Reads go on when it returns, until one fails or the guest is off.
+    /// The workload. Reads continue after it returns, until one fails or the guest is off.
     ///
     /// # Errors
     /// There is no NVMe namespace.
@@ -30,7 +31,7 @@ impl Workload for Args {
     }
 }
 
-/// Reads the same page again and again.
+/// Reads the same page repeatedly.
 fn read_on(device: &Device) -> Result<Infallible> {
     let mut buffers = Buffers::new(1, PAGE, false)?;
     // SAFETY: these buffers are used by the calls below alone, one after the other.

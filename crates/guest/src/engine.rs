@@ -1,4 +1,4 @@
-//! Keeps a number of I/Os in flight with io_uring, and takes their times.
+//! Keeps a number of I/Os in flight with io_uring, and measures their times.
 
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
@@ -18,26 +18,26 @@ pub enum Direction {
     Write,
 }
 
-/// What a stream of I/Os does, beside moving data.
+/// What a stream of I/Os does besides moving data.
 pub trait Stream {
-    /// Prepares the next I/O in a buffer that is free; its byte offset on the device, or `None` if there is no more.
+    /// Prepares the next I/O in a free buffer. Returns its byte offset on the device, or `None` if there is no more.
     fn next(&mut self, buffer: &mut [u8]) -> Option<u64>;
 
-    /// Takes note of an I/O that has ended well.
+    /// Handles an I/O that has succeeded.
     ///
     /// # Errors
-    /// If its data is not what it has to be; no new I/O starts then.
+    /// If its data is wrong; no new I/O starts then.
     fn done(&mut self, offset: u64, buffer: &[u8]) -> Result<()>;
 }
 
-/// What came of a stream.
+/// The result of a stream.
 #[derive(Debug, Default)]
 pub struct Outcome {
     /// Bytes that were moved.
     pub bytes: u64,
     /// From the first submission to the last completion.
     pub elapsed: Duration,
-    /// Time of each I/O from submission to completion, in nanoseconds, in order of completion.
+    /// The time of each I/O from submission to completion, in nanoseconds, in order of completion.
     pub latencies: Vec<u64>,
 }
 
@@ -59,7 +59,7 @@ struct Flight {
 /// Runs a stream with as many I/Os in flight as there are buffers, each of the buffers' size.
 ///
 /// # Errors
-/// The first I/O that failed or was cut short, or what the stream says. All I/O has ended when this returns.
+/// The first I/O that failed or was cut short, or the stream's own error. All I/O has ended when this returns.
 pub fn run(device: &Device, direction: Direction, buffers: &mut Buffers, stream: &mut impl Stream) -> Result<Outcome> {
     let mut ring = IoUring::new(buffers.count().next_power_of_two() as u32)
         .context("The guest's kernel has no io_uring (kernel.io_uring_disabled?)")?;
@@ -101,8 +101,8 @@ pub fn run(device: &Device, direction: Direction, buffers: &mut Buffers, stream:
     failure.map_or(Ok(outcome), Err)
 }
 
-/// Reads these blocks (units of the buffers' size) at once, each into a buffer of its own, and returns what came of each.
-/// All I/O has ended when this returns.
+/// Reads these blocks (units of the buffers' size) at once, each into a buffer of its own, and returns the result of
+/// each. All I/O has ended when this returns.
 ///
 /// # Errors
 /// io_uring's.

@@ -1,4 +1,5 @@
-//! A file system with real files: made, filled, changed, read back past every cache, and once more after a remount.
+//! A file system with real files: it is made, filled, changed, read back past every cache, and read back again after a
+//! remount.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
@@ -20,7 +21,7 @@ use crate::workload::{Needs, Workload};
 
 /// Where the file system is mounted.
 const ROOT: &str = "/tmp/fs";
-/// Small files are spread over so many folders.
+/// Small files are spread over this many folders.
 const FOLDERS: u64 = 8;
 /// A small file is shorter than this, in bytes.
 const SMALL: u64 = 64 << 10;
@@ -51,7 +52,8 @@ impl Workload for Args {
     /// The workload. Emits one `result`.
     ///
     /// # Errors
-    /// What could not be done, or the first file that is not as it was written; a result says `"verified":false` then.
+    /// What could not be done, or the first file that has other contents than were written; the result has
+    /// `"verified":false` then.
     fn run(&self, results: &mut Results) -> Result<()> {
         let device = blockdev::choose(self.dev.as_deref())?;
         let mut files = Files::new();
@@ -69,7 +71,7 @@ impl Workload for Args {
 }
 
 fn exercise(args: &Args, device: &Path, files: &mut Files) -> Result<()> {
-    // As it would be on a disk in use: the kernel writes no tables in the background later.
+    // As on a disk in use: the kernel writes no tables in the background later.
     let options = ["-q", "-F", "-t", "ext4", "-E", "lazy_itable_init=0,lazy_journal_init=0"];
     program("mke2fs", &options, device)?;
     let mounted = Mounted::new(device)?;
@@ -86,7 +88,7 @@ fn exercise(args: &Args, device: &Path, files: &mut Files) -> Result<()> {
     program("e2fsck", &["-f", "-n"], device)
 }
 
-/// Small files of all lengths, every fourth forced to the disk at once.
+/// Makes small files of all lengths, and syncs every fourth at once.
 fn create_small(count: u64, files: &mut Files) -> Result<()> {
     let mut random = Random::new(1);
     for folder in 0..FOLDERS {
@@ -110,7 +112,7 @@ fn create_small(count: u64, files: &mut Files) -> Result<()> {
     Ok(())
 }
 
-/// One large file through the page cache, and one past it.
+/// Makes one large file through the page cache, and one past it.
 fn create_large(bytes: u64, files: &mut Files) -> Result<()> {
     let bytes = bytes.next_multiple_of(DIRECT as u64) as usize;
     let cached = contents(bytes, 1 << 32);
@@ -131,7 +133,7 @@ fn create_large(bytes: u64, files: &mut Files) -> Result<()> {
     Ok(())
 }
 
-/// Renames, truncates, extends, overwrites and removes.
+/// Renames, truncates, extends, overwrites and removes files.
 fn change(files: &mut Files) -> Result<()> {
     let names: Vec<PathBuf> = files.keys().filter(|name| name.starts_with("folder0")).cloned().collect();
     for (number, name) in names.iter().enumerate() {
@@ -159,7 +161,7 @@ fn change_one(number: usize, name: &Path, path: &Path, files: &mut Files) -> Res
             fs::rename(path, Path::new(ROOT).join(&name))?;
         }
         1 => {
-            // Over a file that is there.
+            // Onto an existing file.
             name = format!("folder{}/small{}", FOLDERS - 1, FOLDERS - 1).into();
             fs::rename(path, Path::new(ROOT).join(&name))?;
         }
@@ -181,7 +183,7 @@ fn change_one(number: usize, name: &Path, path: &Path, files: &mut Files) -> Res
     Ok(())
 }
 
-/// Looks that the file system has these files, with these contents, and no others.
+/// Checks that the file system has these files, with these contents, and no others.
 fn compare(files: &Files) -> Result<()> {
     let mut found = Vec::new();
     list(Path::new(ROOT), &mut found)?;
@@ -238,7 +240,7 @@ fn open_direct(name: impl AsRef<Path>, options: &mut OpenOptions) -> Result<File
     file.context("Cannot open a file for direct I/O")
 }
 
-/// So many bytes, which no other file has.
+/// This many bytes, different for each file.
 fn contents(length: usize, seed: u64) -> Vec<u8> {
     let mut bytes = vec![0; length.next_multiple_of(SECTOR)];
     pattern::fill(&mut bytes, 0, seed);
@@ -246,12 +248,12 @@ fn contents(length: usize, seed: u64) -> Vec<u8> {
     bytes
 }
 
-/// Forgets what is in memory of the file system and clean (Documentation/admin-guide/sysctl/vm.rst).
+/// Drops clean data of the file system from memory (Documentation/admin-guide/sysctl/vm.rst).
 fn drop_caches() -> Result<()> {
     fs::write("/proc/sys/vm/drop_caches", "3").context("Cannot drop the caches")
 }
 
-/// Runs a program of e2fsprogs on the device; it must end well.
+/// Runs a program of e2fsprogs on the device; it must succeed.
 fn program(name: &str, options: &[&str], device: &Path) -> Result<()> {
     let mut command = Command::new(name);
     command.args(options).arg(device).env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin");
@@ -277,7 +279,7 @@ impl Mounted {
         Ok(Self(()))
     }
 
-    /// Takes it away; what was written is on the disk then.
+    /// Unmounts it; all data is on the disk then.
     fn unmount(self) -> Result<()> {
         std::mem::forget(self);
         umount(ROOT).with_context(|| format!("Cannot unmount {ROOT}"))
@@ -286,7 +288,7 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        // Something failed before, and is reported.
+        // Something failed before, and was reported.
         let _ = umount(ROOT);
     }
 }

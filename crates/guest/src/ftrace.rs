@@ -1,4 +1,5 @@
-//! The kernel's tracing, in an instance of its own: kprobes and events, with times of the processor's time stamp counter.
+//! The kernel's tracing, in an instance of its own: kprobes and events, with times from the processor's time stamp
+//! counter.
 //!
 //! Documentation/trace/ftrace.rst, events.rst and kprobetrace.rst of the kernel.
 
@@ -12,9 +13,9 @@ use anyhow::{Context, Result, ensure};
 const TRACING: &str = "/sys/kernel/tracing";
 /// The group of the kprobes.
 const GROUP: &str = "viommu";
-/// How much is kept of what a processor traces.
+/// The size of a processor's trace buffer.
 const BUFFER_KB: &str = "16384";
-/// The kernel puts jumps in place of breakpoints some time after a probe was set.
+/// Some time after a probe was set, the kernel replaces its breakpoint by a jump.
 const SETTLE: Duration = Duration::from_millis(300);
 
 /// One thing that was traced.
@@ -24,7 +25,7 @@ pub struct Event {
     pub time: u64,
     /// The event's name; of a kprobe `FUNCTION_in` or `FUNCTION_out`.
     pub name: String,
-    /// What follows it: `member=value`, separated by blanks.
+    /// The text after it: `member=value`, separated by blanks.
     pub text: String,
 }
 
@@ -35,23 +36,23 @@ impl Event {
     }
 }
 
-/// What was traced, and what was not.
+/// What was traced, and what was missed.
 pub struct Traced {
     /// In the order of their times.
     pub events: Vec<Event>,
-    /// How often each kprobe was met and made no event, by its event's name. The kernel leaves one out that is met in an
-    /// interrupt inside of another's handler.
+    /// How often each kprobe was hit and made no event, by its event's name. The kernel skips a probe that an interrupt
+    /// hits inside another probe's handler.
     missed: HashMap<String, u64>,
 }
 
 impl Traced {
-    /// How many calls of a function are without the event of their return, or without both.
+    /// How many calls of a function lack the event of their return, or both events.
     pub fn missed_calls(&self, function: &str) -> u64 {
         self.missed.get(&format!("{function}_out")).copied().unwrap_or(0)
     }
 }
 
-/// A tracing instance, which goes when dropped.
+/// A tracing instance, which is removed when this is dropped.
 pub struct Tracing {
     folder: PathBuf,
     probes: Vec<String>,
@@ -73,7 +74,7 @@ impl Tracing {
         tracing.write("tracing_on", "0")?;
         tracing.write("trace_clock", "x86-tsc")?;
         tracing.write("buffer_size_kb", BUFFER_KB)?;
-        // Pointers as they are, so that no two are alike.
+        // Pointers are not hashed, so that no two are alike.
         tracing.write("options/hash-ptr", "0")?;
         Ok(tracing)
     }
@@ -82,7 +83,7 @@ impl Tracing {
     /// function.
     ///
     /// # Errors
-    /// If one of them cannot be set where the other can.
+    /// If only one of them can be set.
     pub fn probe(&mut self, function: &str) -> Result<bool> {
         if append("kprobe_events", &format!("p:{GROUP}/{function}_in {function}")).is_err() {
             return Ok(false);
@@ -94,10 +95,10 @@ impl Tracing {
         Ok(true)
     }
 
-    /// Traces what `work` does: the probes, and these events (`kmem/kfree`).
+    /// Traces `work`: the probes, and these events (`kmem/kfree`).
     ///
     /// # Errors
-    /// What `work` says, an event that there is not, or events that were lost.
+    /// The error of `work`, an event that does not exist, or events that were lost.
     pub fn run<T>(&self, events: &[&str], work: impl FnOnce() -> Result<T>) -> Result<(Traced, T)> {
         let probes = self.probes.iter().map(|name| format!("{GROUP}/{name}"));
         let enabled: Vec<String> =
@@ -138,7 +139,7 @@ impl Tracing {
 
 impl Drop for Tracing {
     fn drop(&mut self) {
-        // In this order: a probe that an instance uses does not go. What stays does no harm but cost.
+        // In this order: a probe that an instance uses cannot be removed. If anything stays, it only costs time.
         let _ = fs::remove_dir(&self.folder);
         for name in &self.probes {
             let _ = append("kprobe_events", &format!("-:{GROUP}/{name}"));
@@ -152,8 +153,8 @@ fn append(file: &str, line: &str) -> std::io::Result<()> {
     file.write_all(format!("{line}\n").as_bytes())
 }
 
-/// How often each kprobe was met without an event, from the file `kprobe_profile`: lines of a name, how many events there
-/// were, and how many were missed.
+/// How often each kprobe was hit without an event, from the file `kprobe_profile`: each line has a name, the number of
+/// events, and the number of misses.
 fn misses() -> Result<HashMap<String, u64>> {
     let file = Path::new(TRACING).join("kprobe_profile");
     let text = fs::read_to_string(&file).with_context(|| format!("Cannot read {}", file.display()))?;

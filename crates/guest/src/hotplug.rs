@@ -1,4 +1,4 @@
-//! A controller that is plugged in while the guest runs, and unplugged.
+//! A controller that is plugged in and unplugged while the guest runs.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -15,13 +15,13 @@ use crate::{blockdev, nvme_io, pci, report, sysfs};
 const LIMIT: Duration = Duration::from_secs(300);
 /// How much is written and read back on it.
 const BYTES: u64 = 8 << 20;
-/// Where the slots are that hot-plugging knows.
+/// Where the kernel shows the slots for hot-plugging.
 const SLOTS: &str = "/sys/bus/pci/slots";
 
 /// Wait for another NVMe controller to be plugged in, and use it; have it unplugged and plugged in again.
 #[derive(clap::Args)]
 pub struct Args {
-    /// After it was used, this one unplugs it, and it is plugged in again; several times if given several times.
+    /// Who unplugs it after it was used; then it is plugged in again. May be given several times.
     #[arg(long)]
     unplug: Vec<Who>,
 }
@@ -36,11 +36,11 @@ enum Who {
 }
 
 impl Workload for Args {
-    /// The workload. Emits a `marker` whenever the host may plug the controller in, one whenever it is to unplug it, and one
-    /// `result`.
+    /// The workload. Emits a `marker` each time that the host may plug the controller in, one each time that the host
+    /// has to unplug it, and one `result`.
     ///
     /// # Errors
-    /// If none comes or goes, or it does not work.
+    /// If no controller comes or goes, or if it does not work.
     fn run(&self, results: &mut Results) -> Result<()> {
         let before = controllers();
         let mut bdf = use_next(&before, 0, results)?;
@@ -85,7 +85,7 @@ fn wait(until: impl Fn() -> bool) -> Result<()> {
     Ok(())
 }
 
-/// Switches the power of a function's slot off, which unplugs what is in it.
+/// Switches off the power of a function's slot, which unplugs the device in it.
 fn power_off(bdf: &str) -> Result<()> {
     let device = bdf.split('.').next().unwrap_or(bdf);
     let slots = sysfs::names(SLOTS);

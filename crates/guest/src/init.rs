@@ -50,8 +50,8 @@ pub fn arguments() -> Vec<String> {
     words.flat_map(|word| word.split(',')).map(ToOwned::to_owned).collect()
 }
 
-/// Loads modules in this order, each after those it needs. What is not in the initramfs is built into the kernel
-/// (`mkinitramfs` makes sure of that).
+/// Loads modules in this order, each after the modules it needs. A module that is not in the initramfs is built into
+/// the kernel (`mkinitramfs` makes sure of that).
 ///
 /// # Errors
 /// The module that the kernel refused, and why.
@@ -75,7 +75,7 @@ fn load_module(name: &str, needs: &HashMap<&str, &str>) -> Result<()> {
     }
 }
 
-/// What the kernel's command line has for a module, as modprobe finds it: `MODULE.PARAMETER=VALUE` before a `--`.
+/// A module's parameters on the kernel's command line, as modprobe finds them: `MODULE.PARAMETER=VALUE` before a `--`.
 fn parameters(module: &str, command_line: &str) -> CString {
     let words = command_line.split_whitespace().take_while(|word| *word != "--");
     let of_module = words.filter_map(|word| {
@@ -85,9 +85,8 @@ fn parameters(module: &str, command_line: &str) -> CString {
     CString::new(of_module.collect::<Vec<_>>().join(" ")).unwrap_or_default()
 }
 
-/// Time for Linux to flush what it has unmapped lazily, which it does after 10 ms. 6.12.117 resets virtio devices at
-/// shutdown (6.12.107 does not yet), and its virtio-iommu driver waits for ever for the answer to an UNMAP that the device
-/// was not told of before.
+/// Time for Linux to flush lazy unmaps, which it does after 10 ms. At shutdown 6.12.117 resets virtio devices (6.12.107
+/// does not yet), and then its virtio-iommu driver waits for ever for the answer to an UNMAP that it sends later.
 const FLUSH: Duration = Duration::from_millis(50);
 
 /// Ends the guest. Never returns.
@@ -95,7 +94,7 @@ pub fn power_off(results: &mut Results) -> ! {
     end(results, RebootMode::RB_POWER_OFF)
 }
 
-/// Starts the guest anew. Never returns.
+/// Restarts the guest. Never returns.
 pub fn restart(results: &mut Results) -> ! {
     leave(results, RebootMode::RB_AUTOBOOT)
 }
@@ -105,7 +104,7 @@ pub fn kexec(results: &mut Results) -> ! {
     leave(results, RebootMode::RB_KEXEC)
 }
 
-/// Ends this life of a guest that has another one.
+/// Ends this boot of a guest that boots again.
 fn leave(results: &mut Results, mode: RebootMode) -> ! {
     if let Err(error) = agent::stop(results) {
         eprintln!("viommu-guest: {error:#}");

@@ -1,4 +1,4 @@
-//! I/O that may fail: what an application gets, how long it waits for it, and what the kernel keeps of it.
+//! I/O that may fail: which error an application gets, how long it waits for it, and how much memory the kernel keeps.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -15,12 +15,12 @@ use crate::results::Results;
 use crate::workload::Workload;
 use crate::{engine, sysfs};
 
-/// From one read to the next, in blocks: the kernel would make one request of neighbours.
+/// The distance between reads, in blocks: the kernel would merge adjacent ones into one request.
 const STRIDE: u64 = 3;
-/// Between one failure and the next attempt, if there is one.
+/// The pause between a failure and the next attempt, if there is one.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// Reads that may fail: which error comes when, and what is left behind.
+/// Reads that may fail: which error comes when, and how much memory is left allocated.
 #[derive(clap::Args)]
 pub struct Args {
     /// Bytes an I/O: a multiple of 512.
@@ -29,16 +29,16 @@ pub struct Args {
     /// How many reads; their buffers' pages are scattered in physical memory.
     #[arg(long, default_value_t = 100)]
     ios: u64,
-    /// How many of them at once; the next ones begin when all of these have ended.
+    /// How many reads at once; the next ones begin when all of these have ended.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=4096))]
     depth: u16,
-    /// If the last ones failed go on, until no read fails any more.
+    /// If the last reads failed, continue until no read fails any more.
     #[arg(long)]
     recover: bool,
 }
 
 impl Workload for Args {
-    /// The workload. Emits one `result`, whether reads fail or not: that they do is what it is for.
+    /// The workload. Emits one `result`, whether reads fail or not: failures are what it looks for.
     ///
     /// # Errors
     /// If there is nothing to read from.
@@ -87,9 +87,9 @@ impl Workload for Args {
     }
 }
 
-/// What the kernel's allocators have given out.
+/// How much the kernel has allocated.
 struct Memory {
-    /// `SUnreclaim` of proc_meminfo(5), in KiB: slabs of the kernel's own, in which mappings and reservations are.
+    /// `SUnreclaim` of proc_meminfo(5), in KiB: the kernel's own slabs, which hold mappings and reservations.
     slab_kib: Option<u64>,
     /// Live objects of the cache of allocated IOVA ranges, if slabinfo(5) is there and the cache is not merged.
     iova_ranges: Option<u64>,

@@ -1,5 +1,5 @@
-//! The registers and descriptors of an I/OAT DMA engine, as `drivers/dma/ioat` of Linux uses them: as much as a copy
-//! takes.
+//! The registers and descriptors of an I/OAT DMA engine, as `drivers/dma/ioat` of Linux uses them, as far as a copy
+//! needs them.
 
 use std::time::{Duration, Instant};
 
@@ -45,7 +45,7 @@ pub const ERROR_CHAIN: u32 = 1 << 4;
 /// The completion cannot be written.
 pub const ERROR_COMPLETION: u32 = 1 << 12;
 
-/// A descriptor that copies `size` bytes, as the engine reads it. The last of a chain may name any next one.
+/// A descriptor that copies `size` bytes, as the engine reads it. The last one of a chain may name any next descriptor.
 pub fn copy(size: u32, source: u64, destination: u64, next: u64) -> [u8; DESCRIPTOR] {
     let mut bytes = [0; DESCRIPTOR];
     bytes[0..4].copy_from_slice(&size.to_le_bytes());
@@ -56,7 +56,7 @@ pub fn copy(size: u32, source: u64, destination: u64, next: u64) -> [u8; DESCRIP
     bytes
 }
 
-/// What became of a chain.
+/// The result of a chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Outcome {
     /// The status register: state in the low three bits, above them the last completed descriptor's address.
@@ -66,7 +66,7 @@ pub struct Outcome {
 }
 
 impl Outcome {
-    /// Whether the chain was carried out.
+    /// Whether the chain was executed.
     pub fn is_done(self) -> bool {
         self.status & STATE == STATE_DONE && self.error == 0
     }
@@ -77,10 +77,10 @@ impl Outcome {
     }
 }
 
-/// Resets channel 0, clears its errors, and has it carry out `count` descriptors.
+/// Resets channel 0, clears its errors, and makes it execute `count` descriptors.
 ///
 /// # Errors
-/// If the channel does not halt on reset, or neither ends nor halts in time.
+/// If the channel does not halt on reset, or if it neither finishes nor halts in time.
 pub fn run_chain(bar: &Bar, first: u64, count: u16, completion: u64) -> Result<Outcome> {
     bar.write(COMMAND, COMMAND_RESET)?;
     wait(bar, Outcome::is_halted)?;
@@ -90,7 +90,7 @@ pub fn run_chain(bar: &Bar, first: u64, count: u16, completion: u64) -> Result<O
     bar.write(COMPLETION, completion)?;
     bar.write(CHAIN, first)?;
     bar.write(COUNT, count)?;
-    // Halted without an error is still the reset's halt: the channel has not started yet.
+    // If it is halted without an error, that is still the reset's halt: the channel has not started yet.
     wait(bar, |outcome| outcome.is_done() || (outcome.is_halted() && outcome.error != 0))
 }
 

@@ -1,5 +1,5 @@
-//! The kernel's own driver of the DMA engine. When it binds it copies 2000 bytes and compares them. In one run with
-//! `vfio-dma` this has to come first: that one keeps the engine.
+//! The kernel's own driver of the DMA engine. When it binds, it copies 2000 bytes and compares them. In a run with
+//! `vfio-dma` this must come first, since `vfio-dma` keeps the engine.
 
 use anyhow::{Result, ensure};
 use serde_json::json;

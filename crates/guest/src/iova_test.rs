@@ -1,5 +1,5 @@
-//! The kernel series' own tests of the DMA API in two steps: the module `iova_test`, KUnit cases that have the DMA
-//! engine use what they link.
+//! The kernel series' own tests of the DMA API in two steps: the module `iova_test`, KUnit cases in which the DMA
+//! engine uses the linked memory.
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};

@@ -1,5 +1,5 @@
-//! The guest starts another kernel by itself, without firmware: no device is reset but by the drivers that leave it, and
-//! those that find it.
+//! The guest starts another kernel by itself, without firmware: a device is reset only by its old driver at the end, or
+//! by its new driver at the beginning.
 
 use std::ffi::CString;
 use std::fs::{self, File};
@@ -35,7 +35,8 @@ pub struct Args {
 }
 
 impl Workload for Args {
-    /// The workload. Emits `kexec` and does not return; what follows on the command line is what the next kernel runs.
+    /// The workload. Emits `kexec` and does not return; the next kernel runs the workloads that follow on the command
+    /// line.
     ///
     /// # Errors
     /// A file that cannot be read, or that the kernel does not take.

@@ -9,11 +9,11 @@ use serde_json::{Value, json};
 /// What a line must contain (lower case) to be reported.
 const TOPICS: [&str; 8] = ["iommu", "nvme", "ioat", "dmar", "vfio", "pcieport", "error", " fault"];
 
-/// What shows that the kernel itself found something wrong (as it prints it).
+/// Words with which the kernel reports that something is wrong with it.
 const COMPLAINTS: [&str; 7] =
     ["BUG:", "WARNING:", "Oops", "Call Trace:", "INFO: task", "rcu_preempt detected stalls", "DMA-API:"];
 
-/// The log's lines about IOMMUs and devices, and, apart from them, those in which the kernel complains.
+/// The log's lines about IOMMUs and devices, and separately the lines in which the kernel complains.
 pub fn report() -> Value {
     let lines = read_log();
     let about = |line: &&String| TOPICS.iter().any(|topic| line.to_lowercase().contains(topic));

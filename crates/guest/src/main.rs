@@ -9,8 +9,8 @@
 //! … -- trace + fs
 //! ```
 //!
-//! Results are JSON lines, on the second serial port if there is one (see [`results`]). Started as an ordinary
-//! process in a guest of one's own it runs the workloads only, and prints to its standard output. `viommu-guest initramfs`
+//! Results are JSON lines, on the second serial port if there is one (see [`results`]). Started as an ordinary process
+//! in a guest of your own, it only runs the workloads, and prints to its standard output. `viommu-guest initramfs`
 //! prints what all workloads need in the initramfs, for `scripts/mkinitramfs`.
 
 mod agent;
@@ -62,7 +62,7 @@ struct CommandLine {
     workload: Any,
 }
 
-/// The workloads: what each is called (`NvmeIo` is `nvme-io` on the command line), and its module.
+/// The workloads: each one's name (`NvmeIo` is `nvme-io` on the command line), and its module.
 macro_rules! workloads {
     ($($name:ident($module:ident),)*) => {
         #[derive(Subcommand)]

@@ -1,7 +1,8 @@
-//! What mapping costs the guest in one NVMe I/O after the other: processor time, atomic allocations, memory.
+//! The cost of mapping in the guest, in NVMe I/Os one at a time: processor time, atomic allocations, memory.
 //!
 //! Probes at entry and return of the functions in which the NVMe driver maps and unmaps time it; the allocator's trace
-//! events count and weigh what is allocated. One after the other, since each has its own cost.
+//! events give the number and size of allocations. The two are measured one after the other, since each has its own
+//! cost.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
@@ -23,18 +24,18 @@ use crate::workload::Workload;
 const MAP: &str = "nvme_prep_rq";
 /// Unmaps a command's data.
 const UNMAP: &str = "nvme_unmap_data";
-/// Lazy mode: gives back what was unmapped in the last 10 ms.
+/// Lazy mode: gives back the addresses that were unmapped in the last 10 ms.
 const FLUSH: &str = "fq_flush_timeout";
 /// Inside the others: notifies the device and waits for it.
 const WAIT: &str = "__viommu_sync_req";
-/// A function that does next to nothing, to see what probes cost.
+/// A function that does next to nothing, to measure the cost of probes.
 const EMPTY: &str = "__x64_sys_getppid";
 /// How often it is called.
 const EMPTY_CALLS: u32 = 1000;
 /// The allocator's events.
 const ALLOCATOR: [&str; 4] = ["kmem/kmalloc", "kmem/kmem_cache_alloc", "kmem/kfree", "kmem/kmem_cache_free"];
 
-/// What mapping costs the guest in raw I/O: processor time, atomic allocations, memory held.
+/// The cost of mapping in the guest in raw I/O: processor time, atomic allocations, memory held.
 #[derive(clap::Args)]
 pub struct Args {
     /// The namespace: its block device, or its controller's function; the first function's if not given.
@@ -83,7 +84,7 @@ impl Workload for Args {
     }
 }
 
-/// What a pair of probes costs, in ticks.
+/// The cost of a pair of probes, in ticks.
 #[derive(Clone, Copy, Default)]
 struct ProbeCost {
     /// Between its two events.
@@ -123,7 +124,7 @@ fn median(mut values: Vec<f64>) -> f64 {
     values.get(values.len() / 2).copied().unwrap_or(0.0)
 }
 
-/// A call of a function, in ticks, without what the probes cost.
+/// A call of a function, in ticks, without the cost of the probes.
 struct Span {
     function: String,
     /// In the function, without other functions that have probes.
@@ -160,11 +161,12 @@ fn spans(events: &[Event], cost: ProbeCost) -> Vec<Span> {
     spans
 }
 
-/// Processor time in mapping, in ticks an I/O: medians for what each I/O does once, the mean for what only some do.
+/// Processor time in mapping, in ticks for each I/O: medians of the functions that each I/O calls once, and the mean of
+/// the function that only some call.
 ///
-/// A completion that interrupts the handler of a probe unmaps without an event, which a busy host brings about: where an
-/// I/O takes longer, it ends while the timer flushes. Such calls are counted, and left out: of [`FLUSH`], they are taken to
-/// be like the others.
+/// If a completion interrupts the handler of a probe, its unmapping makes no event. That happens on a busy host, where
+/// I/Os take longer and end while the timer flushes. Such calls are counted and left out; those of [`FLUSH`] are
+/// assumed to be like the others.
 fn times(cost: ProbeCost, ios: u64, work: impl FnOnce() -> Result<()>) -> Result<Value> {
     let mut tracing = Tracing::new()?;
     for function in [MAP, UNMAP, FLUSH, WAIT] {
@@ -196,7 +198,7 @@ fn times(cost: ProbeCost, ios: u64, work: impl FnOnce() -> Result<()>) -> Result
     }))
 }
 
-/// What is allocated in `ios` I/Os, of which `work` does one more.
+/// The allocations in `ios` I/Os; `work` does one I/O more.
 fn allocations(ios: u64, work: impl FnOnce() -> Result<()>) -> Result<Value> {
     let mut tracing = Tracing::new()?;
     ensure!(tracing.probe(MAP)?, "The kernel has no {MAP} that could be traced");
@@ -219,7 +221,8 @@ fn is_atomic(event: &Event) -> bool {
     event.member("gfp_flags").is_some_and(|flags| flags.split('|').any(|flag| flag == "GFP_ATOMIC"))
 }
 
-/// What a call of [`MAP`], whose entry is the first of these events, allocated and did not free until it returned.
+/// The bytes that a call of [`MAP`], whose entry is the first of these events, allocated and had not freed when it
+/// returned.
 fn held_bytes(events: &[Event]) -> Result<f64> {
     let end = format!("{MAP}_out");
     let mut live: HashMap<&str, f64> = HashMap::new();

@@ -1,4 +1,4 @@
-//! I/O into nearly all of the guest's memory: a device must reach whatever is plugged, on every node.
+//! I/O into nearly all of the guest's memory: a device must reach all memory that is plugged, on every node.
 
 use std::fs;
 use std::os::unix::fs::FileExt;
@@ -15,7 +15,7 @@ use crate::results::Results;
 use crate::workload::{Needs, Workload};
 use crate::{pattern, sysfs};
 
-/// The memory that is taken, piece by piece; each is asked for as a huge page, and gets one I/O.
+/// The memory is taken in pieces of this size. Each should be a huge page, and gets one I/O.
 const PIECE: u64 = 2 << 20;
 
 /// Bytes of an I/O.
@@ -33,7 +33,7 @@ pub struct Args {
     /// Bytes to leave to others.
     #[arg(long, default_value = "192M", value_parser = size::parse)]
     leave: u64,
-    /// Wait until the guest has so much memory.
+    /// Wait until the guest has this much memory.
     #[arg(long, default_value = "0", value_parser = size::parse)]
     wait: u64,
 }
@@ -41,7 +41,7 @@ pub struct Args {
 impl Workload for Args {
     const NEEDS: Needs = Needs { optional: &["virtio_mem"], ..Needs::NOTHING };
 
-    /// The workload. Takes memory, from all nodes by turns, and writes from and reads into a part of each 2 MiB of it.
+    /// The workload. Takes memory from all nodes in turn, and writes from and reads into a part of each 2 MiB of it.
     ///
     /// # Errors
     /// Memory that does not come, an I/O that failed, or data that is wrong.
@@ -80,7 +80,7 @@ impl Workload for Args {
     }
 }
 
-/// Has memory come from all nodes by turns; how many there are.
+/// Makes allocations come from all nodes in turn. Returns the number of nodes.
 fn interleave() -> Result<usize> {
     let nodes: Vec<u32> = sysfs::names("/sys/devices/system/node")
         .iter()

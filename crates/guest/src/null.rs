@@ -1,5 +1,5 @@
-//! The smallest device model, driven from a program through VFIO: a number is written where memory is mapped, and must be
-//! refused where none is.
+//! The smallest device model, driven from a program through VFIO: it writes a number to mapped memory, and its write to
+//! an unmapped address must be refused.
 
 use std::time::{Duration, Instant};
 
@@ -25,16 +25,16 @@ const BUSY: u32 = 1;
 const DONE: u32 = 2;
 const FAILED: u32 = 3;
 
-/// Where the page is for the device. Nothing else is mapped.
+/// The page's address for the device. Nothing else is mapped.
 const MAPPED: u64 = 0x1000_0000;
-/// Where nothing is.
+/// An address that is not mapped.
 const NOWHERE: u64 = 0x6000_0000;
 const NUMBER: u32 = 0x1234_5678;
 
 /// How long a write may take.
 const LIMIT: Duration = Duration::from_secs(300);
 
-/// Have the smallest device model write a number to memory, and to where there is none.
+/// Make the smallest device model write a number to memory, and to an address that is not mapped.
 #[derive(clap::Args)]
 pub struct Args {}
 
@@ -44,7 +44,7 @@ impl Workload for Args {
     /// The workload. Emits one `result`.
     ///
     /// # Errors
-    /// If there is no such device, or a write did not end as it must.
+    /// If there is no such device, or if a write ended in the wrong way.
     fn run(&self, results: &mut Results) -> Result<()> {
         let bdf = pci::with_id(VENDOR, DEVICE).into_iter().next();
         let bdf = bdf.with_context(|| format!("The guest has no device {VENDOR:04x}:{DEVICE:04x}"))?;
@@ -70,7 +70,7 @@ impl Workload for Args {
     }
 }
 
-/// Has the device write the number at `address`; its status then.
+/// Makes the device write the number to `address`. Returns its status afterwards.
 fn have_written(bar: &Bar, address: u64) -> Result<u32> {
     bar.write(ADDRESS, address)?;
     bar.write(DOORBELL, NUMBER)?;

@@ -19,12 +19,12 @@ const READ_BACK: &str = "/tmp/read-back";
 /// How long a controller may take to come back from a reset.
 const RESET_LIMIT: Duration = Duration::from_secs(300);
 
-/// What a command must come to.
+/// How a command must end.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Expect {
     Success,
     Failure,
-    /// Optional in the specification: reported, not judged.
+    /// Either way: the command is optional in the specification, so it is reported and not judged.
     Either,
 }
 
@@ -38,7 +38,7 @@ impl Workload for Args {
     /// The workload. Emits one `result` with every command, its exit status and what it printed (parsed if it is JSON).
     ///
     /// # Errors
-    /// Names the commands that did not come to what they must.
+    /// Names the commands that ended in the wrong way.
     fn run(&self, results: &mut Results) -> Result<()> {
         let namespace = blockdev::namespaces().into_iter().next().context("The guest has no NVMe namespace")?;
         let controller = sysfs::link_name(format!("/sys/block/{}/device", namespace.name))
@@ -100,7 +100,7 @@ fn commands_for(controller: &str, node: &str, block_size: u64) -> Vec<(Expect, S
         (Either, format!("effects-log {controller} -o json")),
         (Either, format!("self-test-log {controller} -o json")),
         (Either, format!("get-feature {controller} -f 0x06")),
-        // Debian's kernels let nobody map registers that a driver uses, unless told so.
+        // Debian's kernels let nobody map registers that a driver uses, unless a parameter allows it.
         (if registers_visible() { Success } else { Either }, format!("show-regs {controller} -o json")),
         // Error recovery belongs to a namespace.
         (Success, format!("get-feature {controller} -n 1 -f 0x05")),
@@ -132,7 +132,7 @@ fn registers_visible() -> bool {
     sysfs::text("/proc/cmdline").is_some_and(|line| line.contains("iomem=relaxed"))
 }
 
-/// Runs one command; its result, and whether it came to what it must.
+/// Runs one command. Returns its result, and whether it ended as it must.
 fn execute(line: &str, expect: Expect) -> Result<(Value, bool)> {
     let output = Command::new("nvme")
         .args(line.split_whitespace())

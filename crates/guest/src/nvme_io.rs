@@ -19,7 +19,7 @@ use crate::results::Results;
 use crate::sysfs;
 use crate::workload::Workload;
 
-/// How many bytes are moved if nothing is said.
+/// How many bytes are moved by default.
 const DEFAULT_TOTAL: u64 = 64 << 20;
 
 /// Raw I/O on an NVMe namespace, past the page cache, with io_uring.
@@ -138,7 +138,7 @@ fn verify(device: &Device, buffers: &mut Buffers, args: &Args, result: &mut Valu
     Ok(())
 }
 
-/// Adds the numbers of a run to a result. Latencies are in microseconds; `cpu_s` is the whole guest's CPU time.
+/// Adds the measurements of a run to a result. Latencies are in microseconds; `cpu_s` is the whole guest's CPU time.
 fn describe(result: &mut Value, mut outcome: Outcome, before: &CpuTimes) {
     let seconds = outcome.elapsed.as_secs_f64();
     let ios = outcome.latencies.len();
@@ -178,8 +178,8 @@ pub fn check_pattern(
     engine::run(device, Direction::Read, buffers, &mut Patterned { blocks, seed, direction: Direction::Read })
 }
 
-/// Writes and reads back `bytes` from the device's start, in 64 KiB I/Os, 8 in flight: what other workloads do to
-/// see that a device works.
+/// Writes and reads back `bytes` from the device's start, in 64 KiB I/Os, 8 in flight: other workloads use this to
+/// check that a device works.
 ///
 /// # Errors
 /// An I/O that failed, or data that is wrong.
@@ -193,7 +193,7 @@ pub fn exercise(path: &Path, bytes: u64, seed: u64) -> Result<()> {
     Ok(())
 }
 
-/// The last page of a disk, into which the host writes what is not zero to end a run.
+/// The last page of a disk. To end a run, the host writes something other than zeros into it.
 struct Mark<'a> {
     device: &'a Device,
     page: Buffers,
@@ -202,7 +202,7 @@ struct Mark<'a> {
 }
 
 impl<'a> Mark<'a> {
-    /// How many I/Os there are between two looks at it.
+    /// How many I/Os there are between two checks of it.
     const EVERY: u64 = 64;
 
     fn new(device: &'a Device) -> Result<Self> {
@@ -217,7 +217,7 @@ impl<'a> Mark<'a> {
     }
 }
 
-/// I/O for its numbers: the data does not matter.
+/// I/O that is only measured: the data does not matter.
 pub struct Measured<'a> {
     size: u64,
     blocks: u64,
@@ -229,7 +229,7 @@ pub struct Measured<'a> {
 }
 
 impl Measured<'_> {
-    /// `limit` I/Os of `size` bytes, block after block, from the device's start and round again at its end.
+    /// `limit` I/Os of `size` bytes, block after block, from the device's start, which follows its end again.
     pub fn in_order(device: &Device, size: u64, limit: u64) -> Self {
         Self { size, blocks: device.bytes / size, random: None, issued: 0, limit, end: None, mark: None }
     }

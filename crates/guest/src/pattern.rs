@@ -1,6 +1,6 @@
-//! Data that knows where it belongs: a wrong, missing, stale or misplaced sector is told apart from a right one.
+//! Data that says where it belongs: a wrong, missing, stale or misplaced sector can be told from a correct one.
 
-/// The unit of the pattern, in bytes, whatever the device's block size.
+/// The unit of the pattern, in bytes. It does not depend on the device's block size.
 pub const SECTOR: usize = 512;
 const WORDS: usize = SECTOR / 8;
 
@@ -53,7 +53,7 @@ pub fn fill(buffer: &mut [u8], offset: u64, seed: u64) {
     }
 }
 
-/// Fills a buffer with what no sector holds, so that a read that left it alone is noticed.
+/// Fills a buffer with bytes that no sector has, so that a read that wrote nothing is noticed.
 pub fn poison(buffer: &mut [u8]) {
     buffer.fill(0xdb);
 }

@@ -1,4 +1,4 @@
-//! A driver that goes and comes back: its mappings must go with it, and its function must work again.
+//! A driver that is unbound and bound again: its mappings must go with it, and its function must work again.
 
 use std::time::Duration;
 
@@ -30,7 +30,7 @@ impl Workload for Args {
     /// The workload. Emits one `result`.
     ///
     /// # Errors
-    /// What did not work, and which time it was.
+    /// What failed, and in which repetition.
     fn run(&self, results: &mut Results) -> Result<()> {
         for time in 1..=self.times {
             once(self, time).with_context(|| format!("Rebinding {} to {}, time {time}", self.bdf, self.driver))?;

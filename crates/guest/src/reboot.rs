@@ -1,5 +1,5 @@
-//! The guest restarts with its devices still there: nothing of the first life may be left in the IOMMU, and all of it
-//! on the disk.
+//! The guest restarts while its devices stay: nothing of the first boot may be left in the IOMMU, and all its data must
+//! be on the disk.
 
 use std::os::unix::fs::FileExt;
 
@@ -18,15 +18,15 @@ const SIZE: usize = 64 << 10;
 const BLOCKS: u64 = 256;
 /// The seed of the data that must survive.
 const DATA_SEED: u64 = 0x6265_666f_7265;
-/// The seed of the marker page that tells the second life from the first.
+/// The seed of the marker page that tells the second boot from the first.
 const MARKER_SEED: u64 = 0x6d61_726b_6572;
 
-/// Write, restart the guest, and find everything as it was.
+/// Write data, restart the guest, and check that the data is still there.
 #[derive(clap::Args)]
 pub struct Args {}
 
 impl Workload for Args {
-    /// The workload. The first life emits `restart` and does not return; the second emits one `result`.
+    /// The workload. In the first boot it emits `restart` and does not return; in the second it emits one `result`.
     ///
     /// # Errors
     /// An I/O that failed, or data that did not survive.

@@ -9,7 +9,7 @@ use crate::results::Results;
 use crate::workload::Workload;
 use crate::{blockdev, sysfs};
 
-/// Say what IOMMU, PCI and NVMe devices the guest sees; every run starts with this.
+/// Report which IOMMU, PCI and NVMe devices the guest sees; every run starts with this.
 #[derive(clap::Args)]
 pub struct Args {}
 
@@ -70,7 +70,7 @@ fn namespaces() -> Value {
     let mut members = Map::new();
     for namespace in blockdev::namespaces() {
         let size = sysfs::text(format!("/sys/block/{}/size", namespace.name)).and_then(|text| text.parse::<u64>().ok());
-        // The kernel counts a block device's size in 512-byte units, whatever its logical block size.
+        // The kernel gives a block device's size in units of 512 bytes, for any logical block size.
         members.insert(namespace.name, json!({ "bdf": namespace.bdf, "bytes": size.map(|units| units * 512) }));
     }
     members.into()

@@ -1,7 +1,7 @@
 //! Where results go: one JSON object a line, each with the member `event`.
 //!
-//! In a guest of the project's that is the second serial port (`/dev/ttyS1`), so that nothing the kernel prints can
-//! come between. Without such a port lines go to the console, marked with [`CONSOLE_PREFIX`].
+//! In the project's guests that is the second serial port (`/dev/ttyS1`), so that results do not mix with the kernel's
+//! messages. Without such a port lines go to the console, marked with [`CONSOLE_PREFIX`].
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -33,8 +33,8 @@ impl Results {
         }
     }
 
-    /// Writes one line: `members` (an object) with `event` added. A port that fails is reported on the console and
-    /// not used again: there is nobody else to tell.
+    /// Writes one line: `members` (an object) with `event` added. If the port fails, that is reported on the console,
+    /// and the port is not used again.
     pub fn emit(&mut self, event: &str, mut members: Value) {
         members["event"] = event.into();
         let line = format!("{}{members}\n", self.prefix);
@@ -53,7 +53,7 @@ impl Results {
     /// Waits until everything written has left the port.
     pub fn drain(&mut self) {
         if let Some(port) = &self.port {
-            // A port that cannot drain has nothing to wait for.
+            // If the port cannot drain, there is nothing to wait for.
             let _ = tcdrain(port);
         }
     }

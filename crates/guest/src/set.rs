@@ -1,4 +1,4 @@
-//! Settings of the kernel that a test needs, through the files in which the kernel offers them.
+//! Settings of the kernel that a test needs, through the kernel's files.
 
 use std::fs;
 use std::path::PathBuf;
@@ -9,7 +9,7 @@ use serde_json::json;
 use crate::results::Results;
 use crate::workload::Workload;
 
-/// Write a value into a file of sysfs, procfs or debugfs, for what comes after.
+/// Write a value into a file of sysfs, procfs or debugfs, for the workloads that follow.
 #[derive(clap::Args)]
 pub struct Args {
     /// The file, for example /sys/kernel/debug/failslab/probability.
@@ -26,7 +26,7 @@ impl Workload for Args {
     /// The workload. Emits one `result`.
     ///
     /// # Errors
-    /// The system's, with what was tried; or if it was to be refused and was not.
+    /// The system's, with what was tried; or that the kernel did not refuse the value although it should.
     fn run(&self, results: &mut Results) -> Result<()> {
         let written = fs::write(&self.file, &self.value);
         let error = match written {

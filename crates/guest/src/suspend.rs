@@ -16,17 +16,17 @@ use crate::results::Results;
 use crate::workload::Workload;
 use crate::{nvme_io, pattern};
 
-/// Bytes of an I/O: pages that are scattered, for several mappings each.
+/// Bytes of an I/O. Its pages are scattered, so that it takes several mappings.
 const SIZE: usize = 64 << 10;
-/// I/Os of the area that is read: 4 MiB.
+/// The size of the area that is read, in I/Os: 4 MiB.
 const BLOCKS: u64 = 64;
 /// The seed of its data.
 const SEED: u64 = 0x7375_7370_656e;
 /// How many threads read it.
 const READERS: usize = 2;
-/// How many reads each of them makes from one suspend to the next.
+/// How many reads each of them does between two suspends.
 const READS: u64 = 20;
-/// Between two looks at how far they are.
+/// The time between two checks of their progress.
 const LOOK: Duration = Duration::from_millis(5);
 
 /// Suspend the devices and resume them, with I/O before and after.
@@ -63,7 +63,7 @@ impl Workload for Args {
                 Ok(result) => result,
                 Err(_) => bail!("A reader panicked"),
             });
-            // Why a reader has ended says more than that it has.
+            // The reason why a reader ended says more than the fact.
             ended.and(outcome)
         })?;
         nvme_io::exercise(&path, BLOCKS * SIZE as u64, SEED + 1)?;
@@ -86,7 +86,7 @@ fn suspend(level: &str) -> Result<()> {
     Ok(())
 }
 
-/// Reads the area and compares it, again and again.
+/// Reads the area and compares it, repeatedly.
 fn read_on(device: &Device, count: &AtomicU64, end: &AtomicBool) -> Result<()> {
     let mut buffers = Buffers::new(1, SIZE, true)?;
     // SAFETY: this buffer is used by the calls below alone, one after the other.
@@ -101,7 +101,7 @@ fn read_on(device: &Device, count: &AtomicU64, end: &AtomicBool) -> Result<()> {
     Ok(())
 }
 
-/// Waits until each reader has made so many reads more.
+/// Waits until each reader has done this many more reads.
 fn wait_for_reads<T>(reads: &[AtomicU64], readers: &[thread::ScopedJoinHandle<'_, T>]) -> Result<()> {
     let now = || reads.iter().map(|count| count.load(Ordering::Relaxed));
     let goals: Vec<u64> = now().map(|count| count + READS).collect();

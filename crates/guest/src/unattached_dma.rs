@@ -1,7 +1,7 @@
 //! DMA of a function that is attached to no domain: the DMA engine without a driver, programmed through sysfs.
 //!
 //! The virtio-iommu driver attaches an endpoint when a driver binds to it. Before that its DMA bypasses the IOMMU or,
-//! with `bypass` off, must fault at the first thing that it fetches: the descriptor.
+//! with `bypass` off, must fault at its first fetch, that of the descriptor.
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
@@ -14,7 +14,7 @@ use crate::vfio::{Bar, MEMORY_AND_BUS_MASTER, PCI_COMMAND};
 use crate::workload::Workload;
 use crate::{ioat, pci};
 
-/// Where the descriptor is said to be.
+/// The descriptor's address, as the engine gets it.
 const DESCRIPTOR: u64 = 0x5000_0000;
 
 /// Start the DMA engine without a driver, attached to no domain; with `bypass` off its DMA must be refused.

@@ -55,7 +55,7 @@ impl Function {
     /// The step that failed.
     pub fn open(bdf: &str) -> Result<Self> {
         give_to_vfio(bdf)?;
-        // A guest has no interrupt remapping, and VFIO wants to be told that this is known.
+        // The guest has no interrupt remapping, and VFIO requires that the user accepts that.
         let parameter = "/sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts";
         fs::write(parameter, "1").with_context(|| format!("Cannot write {parameter}"))?;
         let group = sysfs::link_name(pci::folder(bdf).join("iommu_group"))
@@ -85,7 +85,7 @@ impl Function {
     /// The kernel's, with the range.
     ///
     /// # Safety
-    /// The device may change the memory at any time from now on: nobody may hold a reference to it while it does.
+    /// The device may change the memory at any time from now on. No reference to the memory may exist while it does.
     pub unsafe fn map(&self, memory: NonNull<u8>, iova: u64, size: u64, access: Access) -> Result<()> {
         let flags = match access {
             Access::Read => VFIO_DMA_MAP_FLAG_READ,
@@ -94,7 +94,7 @@ impl Function {
         };
         let argsz = size_of::<vfio_iommu_type1_dma_map>() as u32;
         let request = vfio_iommu_type1_dma_map { argsz, flags, vaddr: memory.as_ptr().addr() as u64, iova, size };
-        // SAFETY: the request is a live value of the type the ioctl reads; the caller answers for the memory.
+        // SAFETY: the request is a live value of the type the ioctl reads; the caller is responsible for the memory.
         unsafe { vfio_iommu_map_dma(self.container.as_raw_fd(), &request) }
             .with_context(|| format!("VFIO does not map {size:#x} bytes at IOVA {iova:#x} for {access:?}"))?;
         Ok(())
@@ -147,7 +147,7 @@ impl Register for u32 {}
 impl Register for u64 {}
 
 impl Bar {
-    /// Maps `size` bytes of a BAR from `offset` of a file that stands for it.
+    /// Maps `size` bytes of a BAR from `offset` of the file that represents it.
     ///
     /// # Errors
     /// If the size is 0, or the kernel refuses.
@@ -163,7 +163,7 @@ impl Bar {
     /// Reads the register at `offset`.
     ///
     /// # Errors
-    /// If it is not whole in the BAR or not aligned to its size.
+    /// If it does not lie in the BAR or is not aligned to its size.
     pub fn read<T: Register>(&self, offset: usize) -> Result<T> {
         let register: *mut T = self.register(offset)?;
         // SAFETY: aligned and inside the mapping, as `register` checked; every value of an integer is valid.

@@ -1,7 +1,7 @@
 //! Each class of DMA that an IOMMU must refuse, made by a real device: the DMA engine, programmed through VFIO.
 //!
-//! Four pages are mapped, each at an IOVA of its own and with just the rights its use takes. Every case is one
-//! descriptor; afterwards the channel's status and error registers and the memory say what happened.
+//! Four pages are mapped, each at an IOVA of its own and with only the rights that its use needs. Each case is one
+//! descriptor; afterwards the channel's status and error registers and the memory show what happened.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -14,11 +14,11 @@ use crate::results::Results;
 use crate::vfio::{Access, Bar, Function};
 use crate::workload::{Needs, Workload};
 
-/// Where the pages are for the device. Nothing else is mapped.
+/// The pages' addresses for the device. Nothing else is mapped.
 const CONTROL: u64 = 0x1000_0000;
 const SOURCE: u64 = 0x2000_0000;
 const DESTINATION: u64 = 0x3000_0000;
-/// Where nothing is.
+/// An address that is not mapped.
 const NOWHERE: u64 = 0x6000_0000;
 /// Where the completion is written in the control page; the descriptor is at its start.
 const COMPLETION: u64 = CONTROL + 0x100;
@@ -31,7 +31,7 @@ const DESTINATION_PAGE: usize = 2;
 /// Bytes of a copy.
 const SIZE: u32 = 2048;
 
-/// One descriptor, and what must come of it.
+/// One descriptor, and its expected result.
 struct Case {
     name: &'static str,
     source: u64,
@@ -60,10 +60,10 @@ const GOOD: Case = Case {
     fault: None,
 };
 
-/// One whose copy is not made; the refused access is at `fault`.
+/// A case whose copy is not made; the refused access is at `fault`.
 const REFUSED: Case = Case { copied: false, ..GOOD };
 
-/// Rogue ones between good ones: a refused access must not harm what comes after it.
+/// Refused cases between good ones: a refused access must not harm what comes after it.
 const CASES: [Case; 10] = [
     GOOD,
     Case {
@@ -137,7 +137,7 @@ impl Workload for Args {
     /// The workload. Emits one `result` with every case.
     ///
     /// # Errors
-    /// Names the cases that did not come out as they must.
+    /// Names the cases with a wrong result.
     fn run(&self, results: &mut Results) -> Result<()> {
         let bdf = pci::with_id(ioat::VENDOR, ioat::DEVICE).into_iter().next();
         let bdf =
@@ -169,7 +169,7 @@ impl Workload for Args {
     }
 }
 
-/// Carries out one case; what happened, and whether it is what must happen.
+/// Runs one case. Returns what happened, and whether that was right.
 fn run_case(case: &Case, bar: &Bar, pages: &mut Buffers) -> Result<(Value, bool)> {
     let first = ioat::copy(SIZE, case.source, case.destination, case.next.unwrap_or(0));
     let count = if case.next.is_some() { 2 } else { 1 };

@@ -1,4 +1,4 @@
-//! What a workload is to the rest of the program.
+//! The interface of a workload.
 
 use anyhow::Result;
 
@@ -10,13 +10,13 @@ const EVERY: [&str; 2] = ["virtio_iommu", "nvme"];
 
 /// A workload with its arguments.
 pub trait Workload: clap::Args {
-    /// What it needs beside what every guest has.
+    /// What it needs besides what every guest has.
     const NEEDS: Needs = Needs::NOTHING;
 
-    /// Does it.
+    /// Runs the workload.
     ///
     /// # Errors
-    /// Why it failed, and with it the run.
+    /// Why it failed; the whole run fails then.
     fn run(&self, results: &mut Results) -> Result<()>;
 }
 
@@ -25,7 +25,7 @@ pub trait Workload: clap::Args {
 pub struct Needs {
     /// Kernel modules that are loaded before the first workload runs. Some kernels have them built in.
     pub modules: &'static [&'static str],
-    /// The same, of which some kernels have none; loaded before the others.
+    /// The same for modules that some kernels do not have; they are loaded before the others.
     pub optional: &'static [&'static str],
     /// Kernel modules that the workload loads by itself, where the kernel has them.
     pub on_demand: &'static [&'static str],
@@ -43,8 +43,8 @@ pub fn modules(needs: &[Needs]) -> Vec<&'static str> {
     EVERY.iter().chain(of_workloads).copied().collect()
 }
 
-/// Prints what an initramfs for all these has to hold, a line each: what it is (`module`; `optional-module`, which only
-/// some kernels have; `program`) and its name. Some come more than once.
+/// Prints what an initramfs for all these must have, one item on each line: the kind (`module`; `optional-module`,
+/// which only some kernels have; `program`) and the name. Some items come more than once.
 pub fn print(needs: &[Needs]) {
     let say = |what: &str, names: &[&str]| names.iter().for_each(|name| println!("{what} {name}"));
     say("module", &EVERY);

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 /// Fields that are addresses or tags: strings in hexadecimal, as JSON's numbers are exact up to 2^53 only.
 const ADDRESSES: [&str; 8] = ["iova", "phys", "paddr", "tag", "addr", "address", "dma_addr", "phys_addr"];
-/// Members that every event has; a field of that name gets a `_` behind it.
+/// Members that every event has. A field of the same name gets a `_` at its end.
 const MEMBERS: [&str; 8] = ["t", "kind", "event", "cpu", "task", "endpoint", "bdf", "seq"];
 
 /// One event's layout.
@@ -41,7 +41,7 @@ enum Kind {
 }
 
 impl Format {
-    /// Parses a `format` file. `None` if it is none.
+    /// Parses a `format` file. `None` if the text is something else.
     pub fn parse(system: &str, text: &str) -> Option<Self> {
         let value = |key: &str| text.lines().find_map(|line| line.strip_prefix(key)).map(str::trim);
         let fields = text.lines().filter_map(|line| field(line.trim().strip_prefix("field:")?));

@@ -1,4 +1,4 @@
-//! An event as a JSON line, with what the host's trace calls the same things.
+//! An event as a JSON line, with the names that the host's trace uses.
 
 use std::fmt::Write;
 
@@ -27,7 +27,7 @@ struct Function {
 }
 
 impl Function {
-    /// Of a device's name, `0000:00:04.0`. `None` if it is none, or not in segment 0.
+    /// Parses a device's name, `0000:00:04.0`. `None` if the name is no function's, or not in segment 0.
     fn named(name: &str) -> Option<Self> {
         let bdf = name.strip_prefix("0000:")?;
         let (bus, rest) = bdf.split_once(':')?;

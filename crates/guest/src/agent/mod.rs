@@ -1,8 +1,8 @@
 //! The trace agent: sends the guest's own trace events to the host while other workloads run.
 //!
-//! It has an ftrace instance of its own, so that the guest's other traces stay as they are, reads the ring buffer of
-//! each processor in its binary form, and writes a JSON line an event to a virtio-serial port. `docs/trace.md` says what
-//! is in the lines.
+//! It has an ftrace instance of its own, so that the guest's other traces stay as they are. It reads the ring buffer of
+//! each processor in its binary form, and writes a JSON line for each event to a virtio-serial port. `docs/trace.md`
+//! describes the lines.
 
 mod format;
 mod line;
@@ -33,15 +33,15 @@ use page::Page;
 const VERSION: u32 = 1;
 /// The name of the virtio-serial port that takes the lines.
 const PORT: &str = "viommu.guest-trace";
-/// How long the port may take to appear: its driver hears of it from the device.
+/// How long the port may take to appear: the device announces it to its driver.
 const PORT_LIMIT: Duration = Duration::from_secs(300);
 /// Where tracefs is.
 const TRACEFS: &str = "/sys/kernel/tracing";
 /// The agent's instance of ftrace.
 const INSTANCE: &str = "/sys/kernel/tracing/instances/viommu-agent";
-/// How often the ring buffers are looked at.
+/// How often the ring buffers are read.
 const TICK: Duration = Duration::from_millis(20);
-/// More than a page of the ring buffer has.
+/// More bytes than a page of the ring buffer has.
 const PAGE_MAX: usize = 64 << 10;
 
 /// The events that are traced if none are named, as far as the kernel has them.
@@ -58,8 +58,8 @@ const DEFAULT: [&str; 7] = [
 /// Send the guest's trace events to the host, while the workloads after this one run.
 #[derive(clap::Args)]
 pub struct Args {
-    /// An event, SYSTEM:NAME, or all of a SYSTEM; several times. dma_iova, and iommu's, nvme's and block's that belong
-    /// to mapping and I/O, if not given.
+    /// An event, SYSTEM:NAME, or all events of a SYSTEM; may be given several times. The default is dma_iova and the
+    /// events of iommu, nvme and block that belong to mapping and I/O.
     #[arg(long = "event", value_name = "SYSTEM[:NAME]")]
     events: Vec<String>,
     /// The ring buffer of each processor.
@@ -67,7 +67,7 @@ pub struct Args {
     buffer: u64,
 }
 
-/// The agent that runs, if one does.
+/// The running agent, if there is one.
 static AGENT: Mutex<Option<Agent>> = Mutex::new(None);
 
 struct Agent {
@@ -75,7 +75,7 @@ struct Agent {
     thread: JoinHandle<Result<Totals>>,
 }
 
-/// What was sent.
+/// How much was sent.
 #[derive(Clone, Copy, Default)]
 struct Totals {
     events: u64,
@@ -88,7 +88,7 @@ impl Workload for Args {
     /// The workload: events are sent from now on, until [`stop`].
     ///
     /// # Errors
-    /// If QEMU has no port for the events, or the kernel does not trace one that was named.
+    /// If QEMU has no port for the events, or if the kernel cannot trace an event that was named.
     fn run(&self, _results: &mut Results) -> Result<()> {
         let mut agent = AGENT.lock().unwrap_or_else(PoisonError::into_inner);
         ensure!(agent.is_none(), "The guest's events are traced already: give the workload trace once");
@@ -102,7 +102,7 @@ impl Workload for Args {
     }
 }
 
-/// Sends what is left and ends the agent, if one runs. Emits one `result`.
+/// Sends the remaining events and ends the agent, if one runs. Emits one `result`.
 ///
 /// # Errors
 /// Why events could not be sent.
@@ -197,7 +197,7 @@ impl Tracer {
         self.send(now()?, &rest)
     }
 
-    /// Sends a line of the agent's own: the time stands first, as in those of events.
+    /// Sends a line of the agent's own. The time comes first, as in the lines of events.
     fn send(&mut self, time: u64, members: &Value) -> Result<()> {
         let rest = members.to_string();
         let line = format!("{{\"t\":{time},{}\n", rest.trim_start_matches('{'));
@@ -219,12 +219,12 @@ impl Tracer {
         self.send(now()?, &json!({ "kind": "end", "events": events, "lost": lost }))?;
         self.out.flush().context("Cannot write to the port of the trace")?;
         self.processors.clear();
-        // It goes with the guest otherwise.
+        // If this fails, the instance ends with the guest.
         let _ = fs::remove_dir(INSTANCE);
         Ok(self.totals)
     }
 
-    /// Sends what all ring buffers hold now.
+    /// Sends all events that are in the ring buffers now.
     fn drain(&mut self) -> Result<()> {
         self.line.refresh();
         let mut bytes = vec![0; PAGE_MAX];
@@ -251,7 +251,7 @@ impl Tracer {
         for entry in page {
             processor.last = entry.time;
             let Some((id, task)) = format::head(entry.record) else { continue };
-            // The instance has no others, but for markers that somebody writes into it.
+            // The instance has no other events, except for markers that somebody writes into it.
             let Some(format) = self.formats.get(&id) else { continue };
             let line = self.line.event(&entry, format, processor.number, task);
             self.out.write_all(line.as_bytes()).context("Cannot write to the port of the trace")?;
@@ -260,7 +260,7 @@ impl Tracer {
         Ok(())
     }
 
-    /// Reports events of a processor that were overwritten, or not taken, and not reported yet.
+    /// Reports lost events of a processor that were not reported yet: those overwritten or never recorded.
     fn report_loss(&mut self, at: usize, time: u64) -> Result<()> {
         let processor = &mut self.processors[at];
         let text = sysfs::text(&processor.statistics).unwrap_or_default();
@@ -292,7 +292,7 @@ fn set(instance: &Path, name: &str, value: &str) -> Result<()> {
     fs::write(instance.join(name), value).with_context(|| format!("Cannot set {name} to {value} in {INSTANCE}"))
 }
 
-/// Enables an event, or all of a system; their formats. None if the kernel does not have it.
+/// Enables an event, or all events of a system. Returns their formats; none if the kernel does not have it.
 fn enable(instance: &Path, name: &str) -> Result<Vec<Format>> {
     let (system, event) = name.split_once(':').map_or((name, None), |(system, event)| (system, Some(event)));
     let folder = Path::new("events").join(system);

@@ -11,10 +11,10 @@ const LENGTH_MASK: u64 = 0xf_ffff;
 /// Events were overwritten before this page.
 const MISSED: u64 = 1 << 31;
 const TIME_BITS: u32 = 27;
-/// How many low bits of a time an absolute one holds; those above stay as they were.
+/// How many low bits of a time an absolute time stamp has; the bits above stay as they were.
 const ABSOLUTE_BITS: u32 = TIME_BITS + 32;
 
-/// Types above those that are the length in words.
+/// Smaller types are the length in words.
 const PADDING: u32 = 29;
 const TIME_EXTEND: u32 = 30;
 const TIME_STAMP: u32 = 31;
@@ -37,7 +37,7 @@ pub struct Page<'a> {
 }
 
 impl<'a> Page<'a> {
-    /// Takes what one read returned; `None` if that is no page.
+    /// Takes the bytes of one read. `None` if they are no page.
     pub fn new(bytes: &'a [u8]) -> Option<Self> {
         let time = u64::from_le_bytes(*bytes.first_chunk()?);
         let commit = u64::from_le_bytes(*bytes.get(8..)?.first_chunk()?);
@@ -57,7 +57,7 @@ impl<'a> Page<'a> {
         Some(bytes)
     }
 
-    /// The rest of an event whose length is in its next word, which counts itself.
+    /// The rest of an event whose length is in its next word; the length includes that word.
     fn long(&mut self) -> Option<&'a [u8]> {
         let length = self.word()? as usize;
         self.bytes(length.checked_sub(4)?)
@@ -79,7 +79,7 @@ impl<'a> Iterator for Page<'a> {
                 }
                 // Nothing more on this page.
                 PADDING if delta == 0 => return None,
-                // An event that was taken back.
+                // An event that was discarded.
                 PADDING => drop(self.long()?),
                 _ => {
                     self.now += delta;
