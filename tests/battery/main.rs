@@ -19,7 +19,7 @@ use viommu::devices::{Device, MODELS, Model};
 use viommu::topology::Topology;
 use viommu_testkit::function::Served;
 use viommu_testkit::trace::Recorder;
-use viommu_testkit::{Ends, Numbers};
+use viommu_testkit::{Numbers, StopOnDrop};
 use viommu_trace::Kind;
 
 const ENDPOINT: u32 = 0x20;
@@ -84,7 +84,7 @@ fn under_load(machine: Machine, times: u32, mut act: impl FnMut(&Held)) {
             // All the time until the client has left.
             drop(load);
         });
-        let end = Ends(&done);
+        let end = StopOnDrop(&done);
         for _ in 0..times {
             let (before, begun) = (rounds.load(Ordering::Acquire), Instant::now());
             while rounds.load(Ordering::Acquire) == before {

@@ -31,20 +31,20 @@ fn arguments(guest: &Running) -> Value {
     serde_json::from_slice(&arguments.stdout).unwrap()
 }
 
-/// The ends of connections, as they come. QEMU says that a device is gone (DEVICE_DELETED) a moment before it closes the
-/// connection, and while a `device_add` waits for the server, which serves one client after the other, it does not close it.
-struct Ends(Reader<UnixStream>);
+/// The ends of connections, in their order. QEMU says that a device is gone (DEVICE_DELETED) a moment before it closes
+/// the connection. It does not close it while a `device_add` waits for the server, which serves one client at a time.
+struct Disconnects(Reader<UnixStream>);
 
-impl Ends {
-    fn of(guest: &Running) -> Ends {
+impl Disconnects {
+    fn of(guest: &Running) -> Disconnects {
         let subscription = Subscription { kinds: vec![Kind::Session], ..Subscription::default() };
-        Ends(Reader::connect(&guest.path("trace.sock"), &subscription).unwrap())
+        Disconnects(Reader::connect(&guest.path("trace.sock"), &subscription).unwrap())
     }
 
-    /// Waits for the end of the second controller's.
+    /// Waits for the end of the second controller's connection.
     fn wait(&mut self) {
         loop {
-            // The run ends in time, and with it the trace.
+            // This cannot hang: the run has a time limit, and the trace ends with it.
             let record = self.0.next_record().unwrap().expect("the trace ended");
             if let Event::Session { endpoint: Some(0x200), connected: false, .. } = Event::decode(&record).unwrap() {
                 return;
@@ -66,20 +66,20 @@ fn hot_add() {
     assert_second_was_translated(&guest.wait());
 }
 
-/// By the host and by the guest; QEMU, which would abort if the function had MSI-X, and the guest live on.
+/// The host unplugs and then the guest. QEMU, which would abort if the function had MSI-X, and the guest go on.
 #[test]
 fn hot_unplug_and_plug_again() {
     let guest = Guest::new(TOPOLOGY, "hotplug-wait --unplug host --unplug guest").start();
     let mut qmp = guest.qmp();
     let arguments = arguments(&guest);
     wait_for(&guest, "hotplug-ready", 0);
-    let mut ends = Ends::of(&guest);
+    let mut disconnects = Disconnects::of(&guest);
     qmp.execute("device_add", arguments.clone());
     wait_for(&guest, "hotplug-unplug", 1);
     qmp.execute("device_del", json!({ "id": "nvme1" }));
     for round in 1..=2 {
         wait_for(&guest, "hotplug-ready", round);
-        ends.wait();
+        disconnects.wait();
         qmp.execute("device_add", arguments.clone());
     }
     let outcome = guest.wait();

@@ -20,8 +20,8 @@ use viommu::dma::{Dma, DmaContext, DmaError};
 use viommu::iommu::{EndpointSettings, Iommu, Settings};
 use viommu::memory::{Memory, MemoryMap, REGIONS_MAX, RegionError, sigbus};
 use viommu_testkit::frontend::*;
-use viommu_testkit::{Ends, memfd};
 use viommu_testkit::{PATIENCE, wait_until};
+use viommu_testkit::{StopOnDrop, memfd};
 use viommu_trace::Tracer;
 
 const PAGE: u64 = 4096;
@@ -91,7 +91,7 @@ fn accesses_go_on_while_files_are_cut_short_and_regions_come_and_go() {
                 }
             });
         }
-        let _end = Ends(&stop);
+        let _end = StopOnDrop(&stop);
         let wait_for_another = |what: &str, count: &AtomicU64| {
             let before = count.load(Ordering::Relaxed);
             wait_until(PATIENCE, what, || count.load(Ordering::Relaxed) > before);

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use viommu::poller::QueuePoller;
-use viommu_testkit::Ends;
+use viommu_testkit::StopOnDrop;
 use viommu_testkit::frontend::*;
 use viommu_testkit::{PATIENCE, wait_until};
 use viommu_wire::request::RequestType;
@@ -16,7 +16,7 @@ fn idle() -> (Device, Driver, u64) {
     let device = Device::new();
     let mut driver = Driver::new(&device);
     assert_eq!(driver.attach(1, EP), OK);
-    settle(&device, &driver, 1);
+    wait_for_kicks(&device, &driver, 1);
     (device, driver, 1)
 }
 
@@ -45,14 +45,14 @@ fn who_took_the_queue_serves_it_and_its_driver_need_not_kick() {
         let device = Device::new();
         let mut driver = Driver::accepting(&device, features);
         assert_eq!(driver.attach(1, EP), OK);
-        settle(&device, &driver, 1);
+        wait_for_kicks(&device, &driver, 1);
         let served = device.control.count();
         assert!(device.control.acquire());
         assert!(!device.control.poll());
         for page in 0..5 {
             let (writable, kicked) = send(&mut driver, page);
             assert!(!kicked);
-            driver.settle(EVENTS);
+            driver.wait_until_idle(EVENTS);
             assert!(driver.used_is_empty(REQUESTS));
             assert!(device.control.poll());
             assert_eq!(answer(&mut driver, &writable), OK);
@@ -63,7 +63,7 @@ fn who_took_the_queue_serves_it_and_its_driver_need_not_kick() {
         let (writable, kicked) = send(&mut driver, 5);
         assert!(kicked);
         assert_eq!(answer(&mut driver, &writable), OK);
-        settle(&device, &driver, 2);
+        wait_for_kicks(&device, &driver, 2);
     }
 }
 
@@ -81,7 +81,7 @@ fn a_kick_that_nobody_asked_for_is_counted_and_disturbs_nothing() {
         assert_eq!(answer(&mut driver, &writable), OK);
     }
     device.control.release();
-    settle(&device, &driver, kicks + 10);
+    wait_for_kicks(&device, &driver, kicks + 10);
 }
 
 /// After 2^16 requests the index goes past the same avail_event again.
@@ -108,7 +108,7 @@ fn what_nobody_looked_for_wakes_the_worker_when_the_queue_is_given_back() {
         let device = Device::new();
         let mut driver = Driver::accepting(&device, features);
         assert_eq!(driver.attach(1, EP), OK);
-        settle(&device, &driver, 1);
+        wait_for_kicks(&device, &driver, 1);
         for page in 0..50 {
             assert!(device.control.acquire());
             let (writable, kicked) = send(&mut driver, page);
@@ -128,7 +128,7 @@ fn no_request_is_left_and_no_kick_told_twice_while_the_queue_changes_hands() {
         let device = Device::new();
         let mut driver = Driver::accepting(&device, features);
         assert_eq!(driver.attach(1, EP), OK);
-        settle(&device, &driver, 1);
+        wait_for_kicks(&device, &driver, 1);
         let (control, done) = (device.control.clone(), AtomicBool::new(false));
         let mut kicks = 1;
         thread::scope(|scope| {
@@ -149,7 +149,7 @@ fn no_request_is_left_and_no_kick_told_twice_while_the_queue_changes_hands() {
                 }
                 served
             });
-            let end = Ends(&done);
+            let end = StopOnDrop(&done);
             for page in 0..HANDOFFS * HANDOFF {
                 let (writable, kicked) = send(&mut driver, page);
                 kicks += u64::from(kicked);
@@ -226,7 +226,7 @@ fn a_frontend_that_leaves_while_its_queue_is_taken_leaves_it_to_the_next() {
                 control.poll();
             }
         });
-        let end = Ends(&done);
+        let end = StopOnDrop(&done);
         drop(driver);
         let mut next = Driver::new(&device);
         for _ in 0..100 {

@@ -28,11 +28,11 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 pub use wait::{PATIENCE, wait_until};
 
-/// Sets what another thread looks at to end, when it is dropped: also if the thread that has it panics, since a scope waits
-/// for the other one before it lets the panic be told.
-pub struct Ends<'a>(pub &'a AtomicBool);
+/// Sets another thread's flag to stop when this is dropped, also by a panic: a scope waits for its other threads before
+/// it passes the panic on, so they must end.
+pub struct StopOnDrop<'a>(pub &'a AtomicBool);
 
-impl Drop for Ends<'_> {
+impl Drop for StopOnDrop<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Release);
     }

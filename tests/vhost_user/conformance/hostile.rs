@@ -153,7 +153,7 @@ fn a_head_outside_of_the_table() {
         driver.make_available(REQUESTS, head);
         driver.kick(REQUESTS);
     }
-    driver.settle(EVENTS);
+    driver.wait_until_idle(EVENTS);
     assert!(driver.used_is_empty(REQUESTS), "there is no entry to give back");
     assert_eq!(device.control.stats().malformed, 3);
     assert_eq!(driver.attach(1, EP), OK, "the others are served");
@@ -169,7 +169,7 @@ fn an_available_index_that_jumps() {
     for _ in 0..100 {
         driver.kick(REQUESTS);
     }
-    driver.settle(EVENTS);
+    driver.wait_until_idle(EVENTS);
     assert!(driver.used_is_empty(REQUESTS));
     assert_eq!(device.control.stats().malformed, 1, "it is said once");
     // The device is still there for configuration, and after a reset for requests.
@@ -199,7 +199,7 @@ fn the_event_queue_can_be_as_broken() {
     let index = driver.queues[EVENTS].available + 2;
     driver.write_u16(index, 0x8000);
     driver.dma(&device, EP).read(0x67, &mut [0]).unwrap_err();
-    driver.settle(EVENTS);
+    driver.wait_until_idle(EVENTS);
     assert!(driver.used_is_empty(EVENTS));
     assert_eq!(driver.attach(1, EP), OK);
 }
@@ -253,7 +253,7 @@ fn a_queue_size_that_is_no_power_of_two() {
     driver.add(REQUESTS, &[Part::R(attach(1, EP, 0).bytes()), Part::W(4)]);
     driver.kick(REQUESTS);
     wait_until(PATIENCE, "the complaint", || device.control.stats().malformed == 1);
-    driver.settle(REQUESTS);
+    driver.wait_until_idle(REQUESTS);
     assert!(driver.used_is_empty(REQUESTS));
     driver.stop_queues();
     driver.start_over();

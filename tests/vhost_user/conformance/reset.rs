@@ -38,7 +38,7 @@ fn a_pause_keeps_everything() {
         driver.kick(REQUESTS);
         // The other queue goes on first, and with it the device's thread can be seen to have done what it was woken for.
         driver.start_queue(EVENTS, stopped[EVENTS]);
-        driver.settle(EVENTS);
+        driver.wait_until_idle(EVENTS);
         assert!(driver.used_is_empty(REQUESTS));
         driver.start_queue(REQUESTS, stopped[REQUESTS]);
         let (used, len) = driver.wait_used(REQUESTS);
@@ -63,7 +63,7 @@ fn a_fault_in_a_pause_is_delivered_after_it() {
     dma.read(0x9000, &mut [0]).unwrap_err();
     // The other queue goes on first; the fault was told to the device's thread before.
     driver.start_queue(REQUESTS, stopped[REQUESTS]);
-    driver.settle(REQUESTS);
+    driver.wait_until_idle(REQUESTS);
     assert!(driver.used_is_empty(EVENTS));
     driver.start_queue(EVENTS, stopped[EVENTS]);
     assert_eq!(driver.wait_fault(buffers[1]).address.get(), 0x9000);
@@ -77,7 +77,7 @@ fn a_fault_of_before_a_reset_is_not_delivered_after_it() {
     driver.reset();
     driver.add_event_buffers(1, 24);
     driver.kick(EVENTS);
-    driver.settle(EVENTS);
+    driver.wait_until_idle(EVENTS);
     assert!(driver.used_is_empty(EVENTS));
 }
 

@@ -182,7 +182,7 @@ fn row_45_faults_wait_for_buffers_and_then_are_dropped_and_counted() {
     for address in 0..5 {
         dma.read(address, &mut [0]).unwrap_err();
     }
-    driver.settle(EVENTS);
+    driver.wait_until_idle(EVENTS);
     assert!(driver.used_is_empty(EVENTS));
     let stats = device.iommu.stats();
     assert_eq!((stats.faults, stats.faults_dropped), (5, 2));
@@ -196,7 +196,7 @@ fn row_45_faults_wait_for_buffers_and_then_are_dropped_and_counted() {
     assert_eq!(driver.wait_fault(buffers[3]).address.get(), 9);
     // With a kick there is no need for other activity.
     dma.read(10, &mut [0]).unwrap_err();
-    driver.settle(EVENTS);
+    driver.wait_until_idle(EVENTS);
     assert!(driver.used_is_empty(EVENTS));
     let buffers = driver.add_event_buffers(1, 24);
     driver.kick(EVENTS);
@@ -342,7 +342,7 @@ fn row_49_no_notification_that_the_driver_does_not_want() {
         for round in 0..20 {
             driver.map(1, 0x1000 * round, 0x1000 * round + 0xfff, 0, READ);
         }
-        driver.settle(EVENTS);
+        driver.wait_until_idle(EVENTS);
         assert!(driver.queues[REQUESTS].call.read().is_err(), "EVENT_IDX {event_idx}");
         assert_eq!(device.control.stats().notifications, 0);
         // And the one that it does want comes.
@@ -357,7 +357,7 @@ fn row_49_a_batch_has_one_notification() {
     let device = Device::new();
     let mut driver = Driver::new(&device);
     driver.attach(1, EP);
-    settle(&device, &driver, 1);
+    wait_for_kicks(&device, &driver, 1);
     let _ = driver.queues[REQUESTS].call.read();
     ask_for_notification(&driver, true, 30);
     let chains: Vec<_> = (0..60)
@@ -374,7 +374,7 @@ fn row_49_a_batch_has_one_notification() {
         assert_eq!(driver.collect(len, &writable).status(), OK);
     }
     wait_until(PATIENCE, "the notification", || driver.queues[REQUESTS].call.read().is_ok());
-    driver.settle(EVENTS);
+    driver.wait_until_idle(EVENTS);
     let after = device.control.stats();
     assert_eq!(after.notifications - before.notifications, 1);
     assert_eq!(after.kicks - before.kicks, 1);

@@ -6,7 +6,7 @@ use std::thread;
 
 use viommu_testkit::frontend::*;
 use viommu_testkit::trace::Recorder;
-use viommu_testkit::{Ends, Numbers};
+use viommu_testkit::{Numbers, StopOnDrop};
 use viommu_trace::Event;
 use viommu_trace::Kind;
 use viommu_trace::event::ResetKind;
@@ -64,7 +64,7 @@ fn a_queue_that_is_stopped_while_its_start_is_seen_is_known_to_be_stopped() {
         let kicks: Vec<_> = driver.queues.iter().map(|queue| queue.kick.try_clone().unwrap()).collect();
         let done = AtomicBool::new(false);
         thread::scope(|scope| {
-            let _end = Ends(&done);
+            let _end = StopOnDrop(&done);
             scope.spawn(|| kick(&kicks, &done));
             for _ in 0..numbers.below(4) {
                 driver.resume_queues(stopped);

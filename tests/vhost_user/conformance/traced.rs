@@ -109,7 +109,7 @@ fn a_kick_and_the_requests_that_it_brings() {
         let mut driver = Driver::new(device);
         let chain = |request: Vec<u8>| [Part::R(request), Part::W(4)];
         // That the queue was enabled makes the device look into it too, and it would find these requests then.
-        driver.settle(EVENTS);
+        driver.wait_until_idle(EVENTS);
         driver.add(REQUESTS, &chain(attach(1, EP, 0).bytes()));
         driver.add(REQUESTS, &chain(map(1, 0x1000, 0x2fff, 0x5000, READ).bytes()));
         driver.add(REQUESTS, &chain(unmap(1, 0x1000, 0x2fff).bytes()));
@@ -122,7 +122,7 @@ fn a_kick_and_the_requests_that_it_brings() {
         driver.resume_queues(stopped);
         driver.kick(REQUESTS);
         driver.kick(EVENTS);
-        driver.settle(EVENTS);
+        driver.wait_until_idle(EVENTS);
         driver.transact(&chain(detach(1, EP).bytes()));
     });
     let kicks: Vec<Event> = events.iter().filter(|event| matches!(event, Event::Kick { .. })).copied().collect();

@@ -76,7 +76,7 @@ fn a_request_that_is_never_answered_keeps_those_behind_it_until_a_reset() {
             driver.add(REQUESTS, request);
             driver.kick(REQUESTS);
         }
-        driver.settle(EVENTS);
+        driver.wait_until_idle(EVENTS);
         assert!(driver.used_is_empty(REQUESTS));
         assert_eq!(device.iommu.stats().reservations_live, 1);
         driver.reset();

@@ -5,7 +5,7 @@ use std::thread;
 use std::time::Instant;
 
 use viommu::iommu::Request;
-use viommu_testkit::Ends;
+use viommu_testkit::StopOnDrop;
 use viommu_testkit::frontend::split::*;
 use viommu_testkit::frontend::*;
 use viommu_wire::split::request_type;
@@ -72,7 +72,7 @@ fn others_go_on() -> bool {
             }
             (freeing, steps)
         });
-        let end = Ends(&ended);
+        let end = StopOnDrop(&ended);
         let asked = Instant::now();
         let status = execute(&device, &detach(1, EP).bytes());
         let answered = Instant::now();

@@ -107,7 +107,7 @@ fn what_512_pages_cost() {
     let events = record(|device, _| {
         let (device, mut driver) = (device, Driver::new(device));
         driver.attach(1, EP);
-        settle(device, &driver, 1);
+        wait_for_kicks(device, &driver, 1);
         let pages: Vec<(u64, u64)> = (0..512).map(|page| (0x200_0000 + (page * 7 % 512) * 2 * PAGE, 1)).collect();
         let reserve = range(request_type::RESERVE, 1, START, end, ALLOCATION).bytes();
         let link = link_bytes(1, START, &pages, READ | WRITE, FIRST);
@@ -120,7 +120,7 @@ fn what_512_pages_cost() {
             assert_eq!(used, head, "in order");
             assert_eq!(driver.collect(len, &writable).status(), OK);
         }
-        settle(device, &driver, 2);
+        wait_for_kicks(device, &driver, 2);
         assert_eq!(device.iommu.stats().linked_bytes, 512 * PAGE);
         let mut dma = driver.dma(device, EP);
         dma.write(START, &vec![7; 512 * PAGE as usize]).unwrap();

@@ -337,9 +337,9 @@ impl Driver {
     }
 }
 
-/// Waits until the device has seen `kicks` kicks and looks into the queue no more. A request may be answered before its kick
-/// is seen: that the queue was enabled, or the look after the last batch, found it first.
-pub fn settle(device: &Device, driver: &Driver, kicks: u64) {
+/// Waits until the device has seen `kicks` kicks and no longer looks into the queue. A request may be answered before
+/// its kick is seen, if the device found it when the queue was enabled or after its last batch.
+pub fn wait_for_kicks(device: &Device, driver: &Driver, kicks: u64) {
     wait_until(PATIENCE, "the kick", || device.control.stats().kicks == kicks);
-    driver.settle(EVENTS);
+    driver.wait_until_idle(EVENTS);
 }

@@ -181,10 +181,10 @@ impl Driver {
         self.queues[index].kick.write(1).unwrap();
     }
 
-    /// Waits until the device has done all that it was woken for, by a queue that runs. It takes a kick of the queue when it
-    /// has done with what it took before; that may wake it once more, and of what wakes it at the same time the kick may
-    /// come first. A kick of a queue in which nothing is and nothing was does not count as one.
-    pub fn settle(&self, index: usize) {
+    /// Waits until the device has done everything that it was woken for, with the help of a running queue. The device
+    /// takes a kick of that queue only after all that it took before. That may wake it once more, and if several things
+    /// wake it at once the kick may come first, so this kicks three times. A kick of an empty queue does not count.
+    pub fn wait_until_idle(&self, index: usize) {
         for _ in 0..3 {
             self.kick(index);
             wait_until(PATIENCE, "a kick is taken", || self.queues[index].kick_is_taken());
