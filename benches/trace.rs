@@ -1,7 +1,7 @@
-//! What tracing one event costs the thread that does it, and what it costs the collector to serve clients with it.
+//! The cost of an event: for the thread that emits it, and for the collector that sends it to clients.
 //!
-//! Events come in bursts, as they do from a device; between bursts the collector catches up, outside the measured time,
-//! so that no event is lost: a lost one would cost less and spoil the number.
+//! Events come in bursts, as they do from a device. Between bursts the collector catches up, outside of the measured
+//! time, so that no event is lost: a lost event would cost less and spoil the result.
 
 #![allow(clippy::expect_used, reason = "a benchmark that cannot start has nothing to measure")]
 
@@ -86,7 +86,7 @@ fn collector_time() -> u64 {
     times.split(' ').next().and_then(|time| time.parse().ok()).expect("the first is a number")
 }
 
-/// What the collector does for an event, with some clients that read all.
+/// The collector's time for an event, with some clients that read all events.
 fn collector(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("collector");
     group.throughput(Throughput::Elements(1)).measurement_time(Duration::from_secs(3)).sample_size(20);

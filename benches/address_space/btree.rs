@@ -1,5 +1,5 @@
-//! The same job as `viommu::iommu::address_space`, done by a `BTreeMap`: what the radix table is compared with, for
-//! speed in the benchmark and for its answers in `tests/address_space.rs`.
+//! The same job as `viommu::iommu::address_space`, done by a `BTreeMap`. The benchmark compares the speed of the radix
+//! table with it, and `tests/plain/address_space.rs` the answers.
 
 use std::collections::BTreeMap;
 
@@ -48,7 +48,7 @@ impl BTree {
         Ok(Removed { mappings: inside.len() as u64 })
     }
 
-    /// As `AddressSpace::lookup`, but the length is all that is left of the mapping.
+    /// As `AddressSpace::lookup`, but the length reaches to the end of the mapping.
     pub fn lookup(&self, iova: u64) -> Option<Mapping> {
         let (start, &(end, phys, flags)) = self.mappings.range(..=iova).next_back()?;
         (end >= iova).then(|| Mapping {

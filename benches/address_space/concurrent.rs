@@ -16,11 +16,11 @@ const COUNT: u64 = 100_000;
 pub struct Beside {
     /// Nanoseconds a translation, the reader alone.
     pub alone: f64,
-    /// The same beside the writer.
+    /// The same while the writer runs.
     pub beside: f64,
-    /// Median of the rounds' ratios of the two, which follow each other at once.
+    /// The median of the ratios of the two in adjacent rounds.
     pub ratio: f64,
-    /// Pairs a second that the writer really did.
+    /// How many pairs a second the writer really did.
     pub pairs: f64,
 }
 
@@ -49,7 +49,7 @@ fn read(radix: &Radix, set: Set) -> f64 {
     }
 }
 
-/// Removes and makes mappings at the rate until told to stop; each removal waits for its grace period.
+/// Removes and makes mappings at the rate until it is stopped; each removal waits for its grace period.
 fn write(radix: &Radix, set: Set, stop: &AtomicBool, pairs: &AtomicU64) {
     let begin = Instant::now();
     let mut done = 0;

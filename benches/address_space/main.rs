@@ -1,10 +1,10 @@
 //! The address space against a `BTreeMap` that does the same job, side by side.
 //!
 //! `cargo bench --bench address_space` measures map+unmap pairs and dependent translations (the address of each depends
-//! on the result of the one before) at 10^3, 10^5 and 10^6 live mappings of 4 KiB, in random order: *dense*, one behind the
-//! other; *sparse*, one in every 2 MiB; and two in every 2 MiB. Then a reader beside a writer. It ends with a table, and writes the numbers to
-//! `target/bench/address_space.json`; it fails if a goal is missed. A translation includes entering and leaving the read-side section; the `BTreeMap` is
-//! used without any lock.
+//! on the result of the one before) at 10^3, 10^5 and 10^6 live mappings of 4 KiB, in random order: *dense*, one after
+//! the other; *sparse*, one in every 2 MiB; and two in every 2 MiB. Then it measures a reader beside a writer. It ends
+//! with a table, and writes the numbers to `target/bench/address_space.json`; it fails if a goal is missed. A translation
+//! includes entering and leaving the read-side section; the `BTreeMap` is used without any lock.
 
 #[path = "btree.rs"]
 mod btree;
@@ -31,8 +31,7 @@ struct Layout {
     stride: u64,
 }
 
-/// The address space stores a page that is alone in its 2 MiB in a way of its own, so there is also the case in which it
-/// cannot.
+/// The address space stores a single page in 2 MiB in a special way, so there is also a case in which it cannot.
 const LAYOUTS: [Layout; 3] = [
     Layout { name: "dense", stride: PAGE },
     Layout { name: "sparse", stride: 2 << 20 },
@@ -63,7 +62,7 @@ impl Set {
         0x1_0000_0000 + index * self.layout.stride
     }
 
-    /// Where mapping `index` leads: scattered, so that the next address can be made of it.
+    /// The target of mapping `index`. Targets are scattered, so that the next address can be computed from one.
     fn phys(index: u64) -> u64 {
         (mix(index + 1) >> 12) & !(PAGE - 1)
     }
@@ -78,7 +77,7 @@ impl Set {
     }
 }
 
-/// One of the two that are compared, by one thread.
+/// One of the two that are compared, used by one thread.
 trait Subject {
     const NAME: &'static str;
     fn new() -> Self;
@@ -182,7 +181,7 @@ fn measure<S: Subject>(criterion: &mut Criterion, set: Set, report: &mut report:
     black_box(last);
 }
 
-/// What an UNMAP costs with its grace period, when no reader is inside a section.
+/// The cost of an UNMAP with its grace period, when no reader is inside a section.
 fn measure_grace(criterion: &mut Criterion) {
     let set = Set { layout: LAYOUTS[0], count: 100_000 };
     let mut subject = Radix::new();
@@ -220,7 +219,7 @@ fn main() -> ExitCode {
         .measurement_time(std::time::Duration::from_secs(2))
         .sample_size(40)
         .configure_from_args();
-    // `cargo test --benches` runs every benchmark once, to see that it runs.
+    // `cargo test --benches` runs every benchmark once, to check that it runs.
     let test = std::env::args().any(|argument| argument == "--test");
     let mut report = report::Report::new();
     for layout in LAYOUTS {
@@ -236,9 +235,7 @@ fn main() -> ExitCode {
         report.beside(concurrent::measure());
         let missed = report.finish(&data, &target.join("bench"));
         if missed > 0 {
-            println!(
-                "Of the goals, {missed} were not reached; on a machine that does something else they are no measure"
-            );
+            println!("{missed} goals were missed; on a machine that has other work to do that means nothing");
             return ExitCode::FAILURE;
         }
     }

@@ -15,11 +15,11 @@ pub struct Report {
     /// Resident bytes a mapping, by layout, count and subject.
     memory: BTreeMap<(&'static str, u64, &'static str), f64>,
     beside: Option<Beside>,
-    /// Goals that were missed, or that nothing can be said of.
+    /// Goals that were missed, or for which there is no result.
     missed: u32,
 }
 
-/// What is compared: the layout, the operation, and what part of the `BTreeMap`'s time has to be reached.
+/// The comparisons: the layout, the operation, and the part of the `BTreeMap`'s time that is the goal.
 const ROWS: [(&str, &str, Option<f64>); 6] = [
     ("dense", "pair", Some(0.2)),
     ("dense", "translate", Some(1.0 / 3.0)),
@@ -45,7 +45,7 @@ impl Report {
         self.beside = Some(beside);
     }
 
-    /// Prints the table of what criterion left in `data`, and writes it below `bench`. Returns how many goals were
+    /// Prints the table of criterion's results in `data`, and writes it below `bench`. Returns how many goals were
     /// missed.
     pub fn finish(mut self, data: &Path, bench: &Path) -> u32 {
         let mut rows = Vec::new();

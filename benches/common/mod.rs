@@ -1,4 +1,4 @@
-//! What the benchmarks that boot guests share: who runs where, guests by turns, and medians.
+//! What the benchmarks that boot guests share: which core runs what, guests in interleaved time slices, and medians.
 
 use std::fs;
 
@@ -7,17 +7,17 @@ use nix::unistd::Pid;
 use viommu_testkit::guest::{Folder, Guest, Running};
 use viommu_testkit::{PATIENCE, wait_until};
 
-pub mod tandem;
+pub mod interleaved;
 
-/// Who runs on which of the machine's cores. Where threads land by chance, the daemon shares a core with the guest's
-/// processor in some boots and not in others, and that alone makes throughput differ by a factor of three.
+/// Which threads run on which of the machine's cores. If that is left to chance, the daemon shares a core with the
+/// guest's processor in some boots and not in others, which alone changes the throughput by a factor of three.
 pub struct Cores {
     /// The guest's processor has a core of its own.
     processor: CpuSet,
 }
 
 impl Cores {
-    /// Moves this process, and so all that it starts from now on, to the other cores.
+    /// Moves this process, and so every process that it starts from now on, to the other cores.
     pub fn divide() -> Cores {
         let this = Pid::from_raw(0);
         let all = sched_getaffinity(this).unwrap();
@@ -29,7 +29,7 @@ impl Cores {
         Cores { processor }
     }
 
-    /// Boots a guest whose processor has its core. QEMU names the thread, not long after it was started.
+    /// Boots a guest whose processor has its own core. QEMU names the processor's thread shortly after its start.
     pub fn start(&self, guest: Guest) -> Running {
         let running = guest.start();
         let mut thread = None;
@@ -51,7 +51,7 @@ pub fn write_image(folder: &Folder) {
     folder.write("disk.img", vec![0x5a; 256 << 20]);
 }
 
-/// The median of values, of which there is at least one.
+/// The median of one or more values.
 pub fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -59,7 +59,7 @@ pub fn median(values: &[f64]) -> f64 {
     if sorted.len() % 2 == 1 { sorted[middle] } else { (sorted[middle - 1] + sorted[middle]) / 2.0 }
 }
 
-/// A median, and the range that encloses that of the whole population with a confidence of at least 95 %.
+/// A median, and the range that contains the median of the whole population with a confidence of at least 95 %.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Median {
     pub median: f64,
@@ -68,11 +68,12 @@ pub struct Median {
 }
 
 impl Median {
-    /// Of values in any order. Of fewer than 6 none has that confidence: the range is 0 to infinity then.
+    /// Of values in any order. Fewer than 6 values give no range with that confidence: it is 0 to infinity then.
     pub fn of(mut values: Vec<f64>) -> Median {
         values.sort_by(f64::total_cmp);
         let count = values.len() as i32;
-        // How many values may be left out at each end: half of all the rest lie below the median by chance.
+        // How many values may be left out at each end: each value lies below the true median with a probability of a
+        // half.
         let (mut left_out, mut tail, mut ways) = (None, 0.0, 1.0);
         for at in 0..count / 2 {
             tail += ways / 2_f64.powi(count);
@@ -92,7 +93,7 @@ pub const REACHED: &str = "reached";
 /// A verdict: the goal is missed.
 pub const MISSED: &str = "MISSED";
 
-/// Whether a ratio is at least `least`, as far as the spread lets one say.
+/// Whether a ratio is at least `least`, as far as the spread allows to say.
 pub fn verdict(ratio: Median, least: f64) -> &'static str {
     if ratio.high < least {
         MISSED

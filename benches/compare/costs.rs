@@ -1,5 +1,5 @@
-//! What mapping costs the guest: its workload map-cost, once timed by the clock, and once in a guest whose clock counts
-//! instructions.
+//! The cost of mapping in the guest: its workload map-cost, once timed by the clock, and once in a guest whose clock
+//! counts instructions.
 
 use serde_json::{Value, json};
 use viommu_testkit::guest::{Folder, Guest, Serve};
@@ -7,13 +7,13 @@ use viommu_testkit::guest::{Folder, Guest, Serve};
 use super::common::Cores;
 use super::{SIZES, Setup};
 
-/// One tick of the time stamp counter is one instruction of the guest, so that a time is the same in each run. It is not
-/// while the guest waits for the device, which does not care about the guest's clock.
+/// One tick of the time stamp counter is one instruction of the guest, so that a time is the same in each run. That
+/// does not hold while the guest waits for the device, which does not follow the guest's clock.
 fn count_instructions(guest: Guest) -> Guest {
     guest.accel("tcg,thread=single").qemu(&["-icount", "shift=0"])
 }
 
-/// Boots two guests, and adds to each size in `all` what they say.
+/// Boots two guests, and adds their results to each size in `all`.
 pub fn measure(setup: Setup, cores: &Cores, all: &mut Value) {
     let boot = |ios, change: fn(Guest) -> Guest| {
         let folder = Folder::new();
@@ -27,7 +27,7 @@ pub fn measure(setup: Setup, cores: &Cores, all: &mut Value) {
         outcome.results_of("map-cost").cloned().collect::<Vec<_>>()
     };
     let timed = boot(512, |guest| guest);
-    // All are the same, so a few do.
+    // All I/Os take the same number of instructions, so a few suffice.
     let counted = boot(64, count_instructions);
     for (size, (timed, counted)) in SIZES.iter().zip(timed.iter().zip(&counted)) {
         let of = &mut all[size.name];
@@ -38,7 +38,7 @@ pub fn measure(setup: Setup, cores: &Cores, all: &mut Value) {
         of["mapping_cpu_us_per_io"] = json!((sum(timed, "own") + sum(timed, "waiting")) / ticks_per_us);
         of["of_it_waiting_us_per_io"] = json!(sum(timed, "waiting") / ticks_per_us);
         of["mapping_instructions_per_io"] = json!(sum(counted, "own"));
-        // Of the calls whose time is in the median, how many are not.
+        // How many calls the median lacks.
         let missed = timed["ticks"]["missed_calls"].as_u64().unwrap();
         if missed > 0 {
             eprintln!("{setup}, {}: {missed} calls went unseen by the guest's probes, and are left out", size.name);

@@ -1,7 +1,7 @@
 //! Requests and kicks of an I/O, from the trace of a boot.
 //!
-//! Set-up must not be counted, nor what stands at the edges of a phase. So N I/Os run, then 2N, between single I/Os of a
-//! size that nothing else has; the difference is what N I/Os cost.
+//! Set-up must not be counted, nor requests at the edges of a phase. So N I/Os run, then 2N, between single I/Os of a
+//! size that nothing else has; the difference is the cost of N I/Os.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use viommu_testkit::guest::{Folder, Guest, InProcess};
 use super::common::median;
 use super::{SIZES, Setup, Size};
 
-/// The size of the I/Os that part the phases, in bytes.
+/// The size of the I/Os that separate the phases, in bytes.
 const MARK: u64 = 1536;
 
 /// Boots whose device polls. It polls only while it finds a processor for that, so that some boots have more kicks.
@@ -73,7 +73,7 @@ impl Size {
     }
 }
 
-/// What happened in a part of a trace.
+/// The events in a part of a trace.
 struct Counts {
     requests: BTreeMap<String, u64>,
     queue_bytes: u64,
@@ -99,7 +99,7 @@ impl Counts {
         counts
     }
 
-    /// What `ios` I/Os cost, if `other` has that many more than this one.
+    /// The cost of `ios` I/Os, if `other` has that many more than this one.
     fn until(&self, other: &Counts, ios: u64) -> Value {
         assert_eq!(other.ios - self.ios, ios, "the trace shows other I/Os than were asked for");
         let each = |one: u64, other: u64| (other as f64 - one as f64) / ios as f64;

@@ -1,8 +1,8 @@
 //! The same NVMe workloads on Linux 6.12 without the series, and with it on a device without and with the split protocol:
 //! `make compare`. Prints a table, and writes target/compare/compare.json and the table in docs/results.md.
 //!
-//! Three kinds of boots: some are traced, and requests and kicks are counted in the trace; in some the guest measures
-//! what mapping costs it; and in some nothing is measured but throughput.
+//! There are three kinds of boots: some are traced, to count requests and kicks; in some the guest measures the cost of
+//! mapping; and in some only throughput is measured.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
@@ -18,11 +18,11 @@ mod throughput;
 #[path = "../common/mod.rs"]
 mod common;
 
-/// Rounds for throughput, at least 6: of 9, the second lowest and the second highest value enclose the median
-/// with a confidence of 96 %.
+/// Rounds for throughput, at least 6. With 9, the true median lies between the second lowest and the second highest
+/// value with a confidence of 96 %.
 const ROUNDS: usize = 9;
 
-/// The sizes whose requests and costs are looked at.
+/// The sizes whose requests and costs are measured.
 pub const SIZES: [Size; 2] = [
     Size { name: "128k", scatter: true, pages: 32, ios: 256, depth: 8 },
     Size { name: "4k", scatter: false, pages: 1, ios: 1024, depth: 1 },
@@ -38,18 +38,18 @@ pub struct Size {
     pub pages: u32,
     /// I/Os that are counted.
     pub ios: u64,
-    /// I/Os in flight while they are.
+    /// I/Os in flight while they are counted.
     pub depth: u32,
 }
 
 impl Size {
-    /// The options that say so to a workload.
+    /// The options that give this size to a workload.
     pub fn options(&self) -> String {
         format!("--bs {}{}", self.name, if self.scatter { " --scatter" } else { "" })
     }
 }
 
-/// What is compared.
+/// One of the things that are compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Variant {
     /// Its name in compare.json.
@@ -71,9 +71,9 @@ pub const VARIANTS: [Variant; 3] = [
 pub struct Mode {
     /// Its name in compare.json.
     pub name: &'static str,
-    /// What chooses it on the kernel's command line.
+    /// The option for it on the kernel's command line.
     pub append: &'static str,
-    /// How sysfs names such a domain.
+    /// The type of such a domain in sysfs.
     pub domain: &'static str,
 }
 
@@ -95,7 +95,8 @@ impl Setup {
         MODES.iter().flat_map(|&mode| VARIANTS.iter().map(move |&variant| Setup { variant, mode })).collect()
     }
 
-    /// With `polling` the device looks for requests while it is awake, as it does by itself; else it waits for kicks.
+    /// With `polling` the device polls for requests while it is awake, which is the default; without it, it waits for
+    /// kicks.
     pub fn topology(self, polling: bool) -> String {
         format!(
             "[machine]\nmemory = \"512M\"\nvcpus = 1\n[iommu]\nsplit = {}\npolling = {polling}\n[[nvme]]\n\
@@ -104,7 +105,7 @@ impl Setup {
         )
     }
 
-    /// Makes sure that a guest is what was meant, and returns its kernel's release.
+    /// Checks that a guest has the mode and the buffers that were meant, and returns its kernel's release.
     pub fn check(self, results: &[Value]) -> String {
         let boot = results.iter().find(|value| value["event"] == "boot").expect("a guest says what it is");
         let functions = boot["pci"].as_array().into_iter().flatten();
@@ -126,13 +127,13 @@ impl std::fmt::Display for Setup {
 }
 
 fn main() -> ExitCode {
-    // `cargo bench` passes --bench; `cargo test --benches` runs the file too, and is to do nothing.
+    // `cargo bench` passes --bench. `cargo test --benches` runs the file too, and must do nothing.
     if !std::env::args().any(|arg| arg == "--bench") {
         return ExitCode::SUCCESS;
     }
     let rounds =
         std::env::var("VIOMMU_COMPARE_ROUNDS").map_or(ROUNDS, |text| text.parse().expect("a number of rounds"));
-    // Before they are divided: then there are fewer for this process.
+    // Counted before the cores are divided: afterwards this process has fewer.
     let count = std::thread::available_parallelism().unwrap().get();
     let mut all = json!({});
     for setup in Setup::all() {

@@ -1,4 +1,4 @@
-//! The tables, and what they have to show.
+//! The tables, and the targets.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -12,22 +12,25 @@ use super::common::{MISSED, Median, REACHED, verdict};
 use super::throughput::CASES;
 use super::{SIZES, Setup};
 
-/// Where docs/results.md has the tables.
+/// The marks around the tables in docs/results.md.
 const BEGIN: &str = "<!-- make compare writes from here -->";
 const END: &str = "<!-- to here -->";
 
-/// The I/O that the series is for, as compare.json names it: 128 KiB of 32 scattered pages.
+/// The I/O that the series is made for, as compare.json names it: 128 KiB of 32 scattered pages.
 const LARGE: &str = "128k";
-/// One that the series must not make slower: 4 KiB.
+/// An I/O that the series must not make slower: 4 KiB.
 const SMALL: &str = "4k";
-/// What part of the speed of unpatched Linux small I/Os have to have with the protocol, and without it.
+/// The least speed of small I/Os with the protocol, and without it, as a part of the speed of unpatched Linux.
 const ON_TO_UNPATCHED: f64 = 1.0;
 const OFF_TO_UNPATCHED: f64 = 0.97;
 
-/// With fewer rounds the ratios say nothing, and docs/results.md stays as it is.
+/// Columns of a line in docs/results.md, which `tests/plain/documents.rs` checks.
+const WIDTH: usize = 100;
+
+/// With fewer rounds the ratios mean nothing, and docs/results.md stays as it is.
 const ENOUGH_ROUNDS: usize = 6;
 
-/// The rows about one I/O size: title, member, digits behind the point.
+/// The rows about one I/O size: title, member, digits after the point.
 const ROWS: [(&str, &str, usize); 8] = [
     ("requests", "requests_per_io", 3),
     ("kicks, where the device waits for them", "kicks_per_io", 3),
@@ -59,7 +62,7 @@ pub fn finish(measured: &Value, rounds: usize, cores: usize) -> ExitCode {
         let (_, after) = rest.split_once(END).expect("docs/results.md has lost the mark at the end of its table");
         fs::write(&page, format!("{before}{BEGIN}\n\n{text}\n{END}{after}")).unwrap();
     } else {
-        println!("docs/results.md is as it was: it takes {ENOUGH_ROUNDS} rounds.");
+        println!("docs/results.md was left as it is: it takes {ENOUGH_ROUNDS} rounds.");
     }
     if targets.iter().any(|target| target.exact && target.verdict == MISSED) {
         return ExitCode::FAILURE;
@@ -67,7 +70,7 @@ pub fn finish(measured: &Value, rounds: usize, cores: usize) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// What the large I/O costs stands in each mode itself too, as that is what is asked for most:
+/// Puts the costs of the large I/O into each mode itself too, since they are the most interesting:
 /// `jq .patched_on.strict.requests_per_io`.
 fn large_io_in_front(all: &mut Value) {
     for setup in Setup::all() {
@@ -101,8 +104,8 @@ fn about(measured: &Value, rounds: usize, cores: usize) -> Value {
 
 fn text(all: &Value, targets: &[Target]) -> String {
     let about = &all["about"];
-    let mut text = format!(
-        "{}, `{}`: Linux {} and {}, {}, accelerator {}, {} cores ({}).\n",
+    let run = format!(
+        "{}, `{}`: Linux {} and {}, {}, accelerator {}, {} cores ({}).",
         plain(&about["date"]),
         plain(&about["command"]),
         plain(&about["kernels"]["unpatched"]),
@@ -112,6 +115,7 @@ fn text(all: &Value, targets: &[Target]) -> String {
         about["cores"],
         plain(&about["processor"])
     );
+    let mut text = wrapped(&run, "");
     for size in &SIZES {
         let _ = writeln!(text, "\nOne read of {} KiB, {} physically contiguous:\n", size.pages * 4, size.runs());
         let mut table = Table::new(all, "each I/O");
@@ -129,7 +133,7 @@ fn text(all: &Value, targets: &[Target]) -> String {
         let rounds = &about["rounds"];
         let _ = writeln!(
             text,
-            "\nThroughput, I/Os per second: median of {rounds} rounds of boots, in each of which the three run by turns.\n"
+            "\nThroughput, I/Os per second: median of {rounds} rounds, each of interleaved time slices of the three.\n"
         );
         let mut table = Table::new(all, "reads");
         for (name, ..) in CASES {
@@ -143,9 +147,27 @@ fn text(all: &Value, targets: &[Target]) -> String {
     }
     text += "\nTargets:\n\n";
     for target in targets {
-        let _ = writeln!(text, "- {}: {}", target.what, target.verdict);
+        text += &wrapped(&format!("- {}: {}", target.what, target.verdict), "  ");
     }
     text
+}
+
+/// A line of prose, broken at [`WIDTH`]; the lines after the first begin with `indent`.
+fn wrapped(line: &str, indent: &str) -> String {
+    let (mut text, mut column) = (String::new(), 0);
+    for word in line.split(' ') {
+        if column > 0 && column + 1 + word.len() > WIDTH {
+            text += "\n";
+            text += indent;
+            column = indent.len();
+        } else if column > 0 {
+            text += " ";
+            column += 1;
+        }
+        text += word;
+        column += word.len();
+    }
+    text + "\n"
 }
 
 /// A string of JSON without its quotes.
@@ -225,16 +247,16 @@ impl Table<'_> {
     }
 }
 
-/// Something that the series and the protocol are to achieve.
+/// A goal of the series and the protocol.
 struct Target {
     what: String,
     verdict: &'static str,
-    /// A count, which depends on nothing but the code: missing it is a failure.
+    /// Whether it is a count, which depends on nothing but the code: missing it is a failure.
     exact: bool,
 }
 
 impl Target {
-    /// Of what is counted, at most so much.
+    /// A count that may be at most `most`.
     fn counted(what: String, found: f64, most: f64) -> Target {
         Target { what, verdict: if found <= most { REACHED } else { MISSED }, exact: true }
     }
@@ -248,8 +270,8 @@ fn targets(all: &Value) -> Vec<Target> {
             format!("128 KiB of 32 scattered pages, {mode}: {what} {found:.3}, wanted {most} (unpatched {base:.3})");
         Target::counted(what, found, most)
     };
-    // Where throughput cannot tell a few per cent, this can: of an I/O's path nothing else is changed but what is done
-    // with an answer, which is inside of the waiting.
+    // Instructions show what throughput cannot, a few per cent. In the path of an I/O nothing else is changed except
+    // the handling of an answer, which is a part of the waiting.
     let instructions = |variant: &str, least: f64| {
         let of = |variant: &str| all[variant]["strict"][SMALL]["mapping_instructions_per_io"].as_f64().unwrap();
         let (found, base) = (of(variant), of("unpatched"));

@@ -1,11 +1,11 @@
-//! Throughput: the variants by turns, in rounds of boots.
+//! Throughput: the variants in interleaved time slices, in rounds of boots.
 
 use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 use viommu_testkit::guest::{Folder, Serve};
 
-use super::common::tandem::{self, Contender, Io, Measured};
+use super::common::interleaved::{self, Contender, Io, Measured};
 use super::common::{self, Cores, median};
 use super::{MODES, Mode, Setup, VARIANTS, Variant};
 
@@ -30,7 +30,7 @@ pub fn measure(rounds: usize, cores: &Cores, all: &mut Value) {
                 let start = |variant, folder: &Folder| {
                     boot(Setup { variant, mode }, cores, folder, &format!("--op randread {workload}"))
                 };
-                tandem::round(&VARIANTS, *io, round, measured.entry((mode, case)).or_default(), start);
+                interleaved::round(&VARIANTS, *io, round, measured.entry((mode, case)).or_default(), start);
             }
         }
     }
@@ -54,7 +54,7 @@ pub fn measure(rounds: usize, cores: &Cores, all: &mut Value) {
 fn boot(setup: Setup, cores: &Cores, folder: &Folder, options: &str) -> Contender {
     common::write_image(folder);
     let daemon = Serve::start(folder, &setup.topology(true), &[]);
-    let workload = format!("nvme-io {options} --seconds {}", tandem::ENDLESS_SECONDS);
+    let workload = format!("nvme-io {options} --seconds {}", interleaved::ENDLESS_SECONDS);
     let guest = daemon.guest(&workload).kernel(setup.variant.kernel).append(setup.mode.append);
     let check = move |results: &[Value]| drop(setup.check(results));
     Contender { guest: cores.start(guest), daemon: Some(daemon), check: Box::new(check) }

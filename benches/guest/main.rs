@@ -1,13 +1,13 @@
 //! The same guest workload on our NVMe controller behind our IOMMU, and on QEMU's own behind QEMU's own, alternating in
 //! one run: `make bench-guest`. Prints the ratios and writes target/bench/guest.json; it fails if a goal is missed.
 //!
-//! Both boot the same kernel with the same initial RAM file system on the same QEMU; ours has a trace socket. They run by
-//! turns ([`common::tandem`]), in rounds of boots; what is given is the median of all rounds with the range that encloses
-//! the true median with a confidence of 95 %. What tracing costs is less than boots differ: it is measured within a boot
-//! ([`trace_overhead`]).
+//! Both boot the same kernel with the same initial RAM file system on the same QEMU; ours has a trace socket. They run
+//! in interleaved time slices ([`common::interleaved`]), in rounds of boots. The result is the median of all rounds,
+//! with the range that contains the true median with a confidence of 95 %. The cost of tracing is less than the
+//! difference between boots, so it is measured within a boot ([`trace_overhead`]).
 //!
-//! A buffer of 128 KiB is one run of physical memory or 32, which makes 1 MAP or 32 for each I/O. Both are measured: the
-//! guest has enough memory for Linux to use huge pages, so that a boot does not decide it.
+//! A buffer of 128 KiB is one run of physical memory or 32, which takes 1 MAP or 32 for each I/O. Both are measured:
+//! the guest has enough memory for Linux to use huge pages, so that it is not left to chance.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
@@ -24,7 +24,7 @@ use viommu_testkit::guest::{Folder, Guest, Serve};
 mod common;
 mod trace_overhead;
 
-use common::tandem::{self, Contender, Io, Measured};
+use common::interleaved::{self, Contender, Io, Measured};
 use common::{Cores, MISSED, Median, median, verdict};
 use trace_overhead::Reader;
 
@@ -40,16 +40,17 @@ const CASES: [(&str, &str, Io); 8] = [
     ("- of 32 scattered pages", "--op randwrite --bs 128k --depth 8 --scatter", Io { write: true, bytes: 128 << 10 }),
 ];
 
-/// Rounds, at least 6: of 9, the second lowest and the second highest value enclose the median with a confidence of 96 %.
+/// Rounds, at least 6. With 9, the true median lies between the second lowest and the second highest value with a
+/// confidence of 96 %.
 const ROUNDS: usize = 9;
-/// Boots in which tracing is switched, without a client and with one; at least 6 too.
+/// Boots in which tracing is switched on and off, without a client and with one; at least 6 too.
 const OVERHEAD_BOOTS: usize = 6;
 
-/// What part of QEMU's throughput ours has to be at least, in each case.
+/// The least part of QEMU's throughput that ours must reach in each case.
 const OURS_TO_QEMU: f64 = 1.0;
-/// What part of the throughput has to be left with a trace that nobody reads.
+/// The least part of the throughput that must be left with a trace that nobody reads.
 const TRACED: f64 = 0.97;
-/// What part of it has to be left with one client.
+/// The least part that must be left with one client.
 const WATCHED: f64 = 0.9;
 
 const TOPOLOGY: &str = "[machine]\nmemory = \"768M\"\nvcpus = 1\n[[nvme]]\naddress = \"04.0\"\nimage = \"disk.img\"\n";
@@ -67,7 +68,7 @@ impl Variant {
 }
 
 fn main() -> ExitCode {
-    // `cargo bench` passes --bench; `cargo test --benches` runs the file too, and is to do nothing.
+    // `cargo bench` passes --bench. `cargo test --benches` runs the file too, and must do nothing.
     if !std::env::args().any(|arg| arg == "--bench") {
         return ExitCode::SUCCESS;
     }
@@ -85,7 +86,7 @@ fn main() -> ExitCode {
     for round in 0..rounds {
         for ((name, options, io), measured) in CASES.iter().zip(&mut measured) {
             eprintln!("round {} of {rounds}: {name}", round + 1);
-            tandem::round(&Variant::ALL, *io, round, measured, |variant, folder| {
+            interleaved::round(&Variant::ALL, *io, round, measured, |variant, folder| {
                 start(variant, &cores, folder, options)
             });
         }
@@ -111,10 +112,10 @@ const QEMUS_OWN: [&str; 14] = [
     "nvme,drive=d,serial=bench,addr=04.0",
 ];
 
-/// Boots a guest that does this I/O without end.
+/// Boots a guest that does this I/O and never stops.
 fn start(variant: Variant, cores: &Cores, folder: &Folder, options: &str) -> Contender {
     common::write_image(folder);
-    let workload = format!("nvme-io {options} --seconds {}", tandem::ENDLESS_SECONDS);
+    let workload = format!("nvme-io {options} --seconds {}", interleaved::ENDLESS_SECONDS);
     let daemon = (variant == Variant::Ours).then(|| Serve::start(folder, TOPOLOGY, &["--trace-socket", "trace.sock"]));
     let guest = match &daemon {
         None => Guest::plain(QEMUS_OWN, &workload).folder(folder),
@@ -123,7 +124,7 @@ fn start(variant: Variant, cores: &Cores, folder: &Folder, options: &str) -> Con
     Contender { guest: cores.start(guest), daemon, check: Box::new(check_buffers) }
 }
 
-/// Makes sure that buffers lay in memory as their case wants it.
+/// Checks that buffers were scattered or contiguous in memory, as their case wants.
 fn check_buffers(results: &[Value]) {
     for result in results.iter().filter(|result| result["physical_runs_per_io"].is_number()) {
         let (runs, scatter) = (result["physical_runs_per_io"].as_f64().unwrap(), result["scatter"] == true);
@@ -135,8 +136,8 @@ fn show(ratio: Median) -> String {
     format!("{:.3} ({:.3} to {:.3})", ratio.median, ratio.low, ratio.high)
 }
 
-/// Prints and writes everything. `traced` and `watched` are the ratios of traced slices to untraced ones: of each case,
-/// those of all boots, without a client and with one.
+/// Prints and writes everything. `traced` and `watched` are the ratios of traced slices to untraced ones, without a
+/// client and with one; each case has those of all boots.
 fn report(
     measured: &[BTreeMap<Variant, Measured>],
     traced: &[Vec<f64>],

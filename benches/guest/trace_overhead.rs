@@ -1,6 +1,6 @@
-//! What tracing costs: it is switched on and off in time slices while a guest runs.
+//! The cost of tracing: it is switched on and off in time slices while a guest runs.
 //!
-//! Two boots differ by more than tracing costs. So each ratio compares slices of one boot that follow each other.
+//! Two boots differ by more than the cost of tracing. So each ratio compares adjacent slices of one boot.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -24,7 +24,7 @@ const SLICE_MS: u64 = 100;
 /// Seconds of each case in each boot.
 pub const SECONDS: f64 = 3.0;
 
-/// What is not looked at, at both ends of a case.
+/// The time at both ends of a case that is not measured.
 const EDGE: Duration = Duration::from_millis(50);
 
 /// Who reads the trace.

@@ -1,9 +1,9 @@
-//! Guests that run by turns, to be compared with each other.
+//! Guests that run in interleaved time slices, to be compared with each other.
 //!
-//! A machine that is shared is slower in one second than in the next, by more than what is to be told apart. So all guests
-//! are booted, with I/O that never ends; then each runs for a moment while the others and their daemons are stopped, over
-//! and over, and what is compared are moments that follow each other. What is left is that boots differ, by how their
-//! memory lies: so there are several rounds.
+//! The speed of a shared machine changes from second to second by more than the difference to be measured. So all
+//! guests are booted, with I/O that never ends. Then each in turn runs for a time slice while the others and their
+//! daemons are stopped, repeatedly, and adjacent slices are compared. Boots still differ, by the layout of their
+//! memory: so there are several rounds.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -18,16 +18,16 @@ use viommu_testkit::wait_until;
 use super::{Median, median};
 
 /// How long a guest runs at a time, after [`WARM_UP`].
-const TURN: Duration = Duration::from_millis(100);
-/// How long it runs first without being looked at: caches are the others'.
+const SLICE: Duration = Duration::from_millis(100);
+/// How long it runs first without being measured, while the caches still hold the others' data.
 const WARM_UP: Duration = Duration::from_millis(10);
-/// Turns of each guest in a round.
-const TURNS: usize = 24;
+/// Time slices of each guest in a round.
+const SLICES: usize = 24;
 
-/// Seconds that no round takes.
+/// More seconds than a round takes.
 pub const ENDLESS_SECONDS: u32 = 100_000;
 
-/// The one kind of I/O that goes on in all guests.
+/// The kind of I/O that all guests do.
 #[derive(Clone, Copy)]
 pub struct Io {
     /// Whether the host's file is written.
@@ -36,7 +36,7 @@ pub struct Io {
     pub bytes: u64,
 }
 
-/// Looks at what a guest has said by the time its I/O goes on, and panics if it is not as it should be.
+/// Checks the results that a guest has reported when its I/O has begun, and panics if they are not as they should be.
 pub type Check = Box<dyn Fn(&[Value])>;
 
 /// A guest and the daemon of its devices, if it has one.
@@ -54,9 +54,9 @@ impl Contender {
         self.guest.signal(signal);
     }
 
-    /// I/Os so far, from the bytes that the process that has the image open has read or written: see proc_pid_io(5).
-    /// Events make it some ten bytes more for each, in our daemon as in QEMU. They cannot be told from the number of calls:
-    /// our daemon reads in vain very often.
+    /// I/Os so far, from the bytes that the process with the open image has read or written: see proc_pid_io(5).
+    /// Eventfds add some ten bytes to each I/O, in our daemon as in QEMU. The number of calls cannot be used: our
+    /// daemon very often reads without getting anything.
     fn ios(&self, io: Io) -> f64 {
         let id = self.daemon.as_ref().map_or_else(|| self.guest.pid(), |daemon| daemon.process().id());
         let text = fs::read_to_string(format!("/proc/{id}/io")).unwrap();
@@ -65,7 +65,7 @@ impl Contender {
         bytes / io.bytes as f64
     }
 
-    /// Waits until its I/O goes on, and checks what it said.
+    /// Waits until its I/O has begun, and checks its results.
     fn wait_for_io(&self, io: Io) {
         self.guest.wait_for_result("the beginning of the I/O", |result| result["event"] == "begin");
         let begun = self.ios(io);
@@ -76,12 +76,12 @@ impl Contender {
         (self.check)(&self.guest.results());
     }
 
-    /// Lets it run for a while, and returns its I/Os per second.
-    fn turn(&self, io: Io) -> f64 {
+    /// Lets it run for a time slice, and returns its I/Os per second.
+    fn run_slice(&self, io: Io) -> f64 {
         self.signal(Signal::SIGCONT);
         sleep(WARM_UP);
         let (begun, before) = (Instant::now(), self.ios(io));
-        sleep(TURN);
+        sleep(SLICE);
         let (time, ios) = (begun.elapsed(), self.ios(io) - before);
         assert!(!self.guest.ended() && ios > 0.0, "the guest does no I/O any more");
         self.signal(Signal::SIGSTOP);
@@ -89,7 +89,7 @@ impl Contender {
     }
 }
 
-/// What was measured of a variant: a value for each round.
+/// The measurements of a variant: a value for each round.
 #[derive(Clone, Default)]
 pub struct Measured {
     /// I/Os per second.
@@ -114,12 +114,12 @@ pub fn round<V: Copy + Ord>(
     measured: &mut BTreeMap<V, Measured>,
     start: impl Fn(V, &Folder) -> Contender,
 ) {
-    // Another order each time, and backwards every other time: who is first finds other memory than who is last, and who
-    // follows whom other caches.
-    let order = |turn: usize| {
+    // The order changes each time, and is reversed every other time: the first guest gets other memory than the last,
+    // and each guest finds the caches of the one before it.
+    let order = |nth: usize| {
         let count = variants.len();
         (0..count)
-            .map(move |at| if turn.is_multiple_of(2) { (at + turn) % count } else { (count - 1 - at + turn) % count })
+            .map(move |at| if nth.is_multiple_of(2) { (at + nth) % count } else { (count - 1 - at + nth) % count })
     };
     let mut guests: BTreeMap<usize, Contender> = BTreeMap::new();
     for at in order(round) {
@@ -128,9 +128,9 @@ pub fn round<V: Copy + Ord>(
     guests.values().for_each(|guest| guest.wait_for_io(io));
     guests.values().for_each(|guest| guest.signal(Signal::SIGSTOP));
     let mut iops = vec![Vec::new(); variants.len()];
-    for turn in 0..TURNS {
-        for at in order(turn) {
-            iops[at].push(guests[&at].turn(io));
+    for nth in 0..SLICES {
+        for at in order(nth) {
+            iops[at].push(guests[&at].run_slice(io));
         }
     }
     for (of, variant) in iops.iter().zip(variants) {
