@@ -1,4 +1,4 @@
-//! A model that a client drives over a socket, and that the test has in its hands at the same time.
+//! A model that a client drives over a socket, while the test can quiesce, save and load it.
 
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -61,18 +61,18 @@ impl Held {
         self.with(|model| serde_json::to_value(model.save()).unwrap())
     }
 
-    /// Has a model at rest take a state over; why not, if it does not.
+    /// Loads a state into a model at rest. The error says why that is refused.
     pub fn load(&self, state: Value) -> Result<(), String> {
         let state = serde_json::from_value(state).unwrap();
         self.with(|model| model.load(&state)).map_err(|error| error.to_string())
     }
 
-    /// Saves the model's state and has another one go on from it, which takes its place.
+    /// Saves the model's state and loads it into a new model, which takes its place.
     pub fn migrate(&self) {
         let mut model = self.lock();
         let Model { lifecycle, context } = model.as_mut().expect("a client is connected");
         lifecycle.quiesce();
-        // As it is kept, or sent to another host.
+        // In the form in which it is kept, or sent to another host.
         let kept = serde_json::to_string(&lifecycle.save()).unwrap();
         let state = serde_json::from_str(&kept).unwrap();
         let mut other = self.device.make(context.clone());
@@ -82,7 +82,7 @@ impl Held {
         lifecycle.resume();
     }
 
-    /// Bytes that the endpoint moved so far.
+    /// Bytes that the endpoint has moved so far.
     pub fn traffic(&self) -> u64 {
         let model = self.lock();
         let counters = model.as_ref().expect("a client is connected").context.dma.counters();
@@ -90,7 +90,7 @@ impl Held {
     }
 }
 
-/// What the client finds.
+/// The function that the client sees.
 struct Client(Held);
 
 impl Function for Client {

@@ -1,4 +1,4 @@
-//! What every model in MODELS must stand. Nothing here names one: a driver for each is in `drivers`.
+//! Tests that every model in MODELS must pass. Nothing here names a model: `drivers` has a driver for each.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
@@ -26,12 +26,12 @@ const ENDPOINT: u32 = 0x20;
 /// How long anything may take: only a hang takes longer.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// What an endpoint of a model has, opened in a folder of its own: the example in MODELS is enough.
+/// Opens an endpoint of a model in a folder of its own, configured as the example in MODELS.
 fn open(model: &Model) -> (Arc<dyn Device>, TempDir) {
     static FOLDER: Mutex<()> = Mutex::new(());
     let dir = tempfile::tempdir().unwrap();
     let topology = Topology::of_endpoint(&format!("{},address=04.0,{}", model.name, model.example)).unwrap();
-    // Files are relative to the working directory, which all tests have in common.
+    // File names are relative to the working directory, which all tests share.
     let folder = FOLDER.lock().unwrap();
     std::env::set_current_dir(dir.path()).unwrap();
     let device = topology.endpoints[0].configuration.open(Some(16 << 20)).unwrap();
@@ -39,7 +39,7 @@ fn open(model: &Model) -> (Arc<dyn Device>, TempDir) {
     (device, dir)
 }
 
-/// A model on a socket, its driver, and the test's hold of it.
+/// A model on a socket, its driver, and the test's access to it.
 struct Machine {
     load: Box<dyn Load>,
     held: Held,
@@ -48,7 +48,7 @@ struct Machine {
 }
 
 impl Machine {
-    /// Has the model do its work from the beginning to the end, as one that is in order does.
+    /// Lets the model work from beginning to end, to show that it is in order.
     fn work(&mut self) {
         self.load.begin();
         self.load.submit();
@@ -56,7 +56,7 @@ impl Machine {
     }
 }
 
-/// Does the same with each model; none of its threads may panic.
+/// Runs a test with each model; none of its threads may panic.
 fn on_each(test: impl Fn(Machine)) {
     for model in MODELS {
         eprintln!("{}", model.name);
@@ -69,7 +69,7 @@ fn on_each(test: impl Fn(Machine)) {
     }
 }
 
-/// Keeps a model busy, and does something again and again meanwhile. Whatever the driver did must have come out right.
+/// Keeps a model busy, and does something repeatedly meanwhile. All of the driver's work must end correctly.
 fn under_load(machine: Machine, times: u32, mut act: impl FnMut(&Held)) {
     let Machine { mut load, held, _served, _dir } = machine;
     let (done, rounds) = (AtomicBool::new(false), AtomicU64::new(0));
@@ -81,7 +81,7 @@ fn under_load(machine: Machine, times: u32, mut act: impl FnMut(&Held)) {
                 load.finish();
                 rounds.fetch_add(1, Ordering::AcqRel);
             }
-            // All the time until the client has left.
+            // Repeated until the client has left.
             drop(load);
         });
         let end = StopOnDrop(&done);
@@ -98,7 +98,7 @@ fn under_load(machine: Machine, times: u32, mut act: impl FnMut(&Held)) {
     });
 }
 
-/// Nothing is moved for a while: as long as a driver that goes on takes for many accesses.
+/// Checks that nothing is moved for a while: as long as a running device takes for many accesses.
 fn assert_no_traffic(held: &Held) {
     let before = held.traffic();
     for _ in 0..200 {
@@ -165,7 +165,7 @@ fn without_bus_mastering_nothing_is_moved_and_a_reset_makes_it_good() {
             } else {
                 machine.load.submit();
                 set_bus_master(machine.load.client(), false);
-                // What was in progress is over when the model has come to rest.
+                // Accesses that were in progress are over when the model is at rest.
                 machine.held.quiesce();
                 machine.held.resume();
                 assert_no_traffic(&machine.held);
@@ -215,7 +215,7 @@ fn a_state_of_another_version_is_refused_and_leaves_a_device_that_works() {
             let before = state[key].take();
             state[key] = value.clone();
             let refused = machine.held.load(state).unwrap_err();
-            // What was found, and what was expected.
+            // The message has what was found and what was expected.
             let told = if key == "value" { [json!("cannot"), json!("be read")] } else { [value, before] };
             for told in told.map(|told| told.to_string()) {
                 assert!(refused.contains(told.trim_matches('"')), "{told} is not told: {refused}");

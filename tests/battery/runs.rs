@@ -1,4 +1,5 @@
-//! Random runs of each model: with the state moved into another one at any point, each comes out as it does without.
+//! Random runs of each model: a run in which the state is moved into another model at some points has the same results
+//! as a run without that.
 
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
@@ -14,7 +15,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     prop::collection::vec(step, 1..25)
 }
 
-/// What a driver sees of a model that does these steps, moved as they say or not.
+/// Does these steps, and moves the state as they say or not at all. Returns what the driver sees.
 fn run(model: &Model, steps: &[Step], is_moved: bool) -> Vec<Seen> {
     let (device, _dir) = open(model);
     let (held, served) = Held::serve(device, ENDPOINT, Tracer::default());

@@ -1,4 +1,4 @@
-//! Connections that are of no use, which whoever comes after them has to wait for.
+//! Useless connections, for which a later connection has to wait.
 
 use std::io::{ErrorKind, Write};
 use std::os::fd::AsRawFd;
@@ -15,12 +15,12 @@ use viommu_trace::event::Channel;
 use viommu_trace::{Event, Reader, Subscription};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-/// How many come before the one that is of use.
+/// How many useless connections there are.
 const COUNT: usize = 400;
-/// What each may cost at most. Waiting 50 ms after each that ends with an error, as the server once did, cost more.
+/// How long each may take at most. The server once waited 50 ms after each that ended with an error, which took longer.
 const EACH: Duration = Duration::from_millis(20);
 
-/// Connects, and does something of this kind before it leaves.
+/// Connects, and does something useless of this kind before it leaves.
 fn disturb(socket: &Path, kind: usize) {
     let mut stream = UnixStream::connect(socket).unwrap();
     let sent = match kind % 5 {
@@ -41,8 +41,8 @@ fn disturb(socket: &Path, kind: usize) {
     }
 }
 
-/// While `first` is served, the others queue up, and then comes who is of use, whom `serve` waits for. Returns how long that was
-/// after `first` had left.
+/// While `first` is served, the useless connections queue up, and then a useful one, for which `serve` waits. Returns
+/// how long that took after `first` had left.
 fn wait_behind<T>(socket: &Path, first: T, serve: impl FnOnce()) -> Duration {
     (0..COUNT).for_each(|kind| disturb(socket, kind));
     let begun = Instant::now();
@@ -85,7 +85,7 @@ fn who_comes_after_many_useless_connections_is_served_soon() {
     let said = end(daemon);
     let sessions = sessions.join().unwrap();
     for (channel, waited) in [(Channel::VhostUser, frontend), (Channel::VfioUser, client)] {
-        // Each had its turn: those before, and the two that were of use.
+        // All were served: the useless ones, and the two useful ones.
         assert_eq!(sessions.iter().filter(|begun| **begun == channel).count(), COUNT + 2);
         assert!(waited < EACH * COUNT as u32, "{channel:?}: {waited:?}");
     }

@@ -1,4 +1,4 @@
-//! Images that the file system does not take more for.
+//! Images for which the file system has no more room.
 
 use std::path::{Path, PathBuf};
 
@@ -13,17 +13,17 @@ const WRITE_ZEROES: u8 = 8;
 /// Write Fault: the namespace is not thinly provisioned, so that its capacity cannot be exceeded.
 const WRITE_FAULT: u16 = 0x280;
 
-/// What each command is about: two pages.
+/// The length of each command's data: two pages.
 const LEN: usize = 2 * PAGE as usize;
 
-/// Bytes from which on the image cannot be written.
+/// The offset from which on the image cannot be written.
 const ROOM: u64 = 1 << 20;
 
-/// The longest file that a process may write. What is beyond is refused with EFBIG, as a full file system does with ENOSPC,
-/// and with a signal.
+/// Limits the length of the files that the process may write. A write beyond fails with EFBIG, as one on a full file
+/// system fails with ENOSPC, and raises a signal.
 fn limit_files(process: u32, bytes: u64) {
     let limit = libc::rlimit { rlim_cur: bytes, rlim_max: libc::RLIM_INFINITY };
-    // SAFETY: the limit is a live local one for the length of the call, and the old one is not asked for.
+    // SAFETY: the limit is a local that lives through the call, and the old one is not asked for.
     let result =
         unsafe { libc::prlimit(process as libc::pid_t, libc::RLIMIT_FSIZE, &raw const limit, std::ptr::null_mut()) };
     assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
@@ -64,7 +64,7 @@ fn without_room(parent: &Path) {
         assert_eq!(command(READ, 8 << 20, target), (0, vec![0; LEN]));
         assert_eq!(command(WRITE, ROOM / 2, source).0, 0);
     }
-    // There is room again, without a reset or anything else.
+    // There is room again, and no reset is needed.
     limit_files(daemon.id(), libc::RLIM_INFINITY);
     assert_eq!(command(WRITE, 8 << 20, source).0, 0);
     assert_eq!(command(READ, 8 << 20, target), (0, data));

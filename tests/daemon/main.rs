@@ -1,4 +1,5 @@
-//! The `viommu` command as a user starts it: what it says when it cannot, and how much when a peer misbehaves.
+//! The `viommu` command as a user starts it: its messages when it cannot start, and how many it writes when a peer
+//! misbehaves.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
@@ -24,14 +25,14 @@ use viommu_testkit::process::viommu;
 use viommu_testkit::{PATIENCE, wait_until};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-/// Runs the command in `folder` until it fails; what it said.
+/// Runs the command in `folder`, which must fail. Returns its messages.
 fn fails(folder: &Path, arguments: &[&str]) -> String {
     let output = viommu().args(arguments).current_dir(folder).output().unwrap();
     assert!(!output.status.success(), "{arguments:?}");
     String::from_utf8([output.stdout, output.stderr].concat()).unwrap()
 }
 
-/// The command fails, and says all of this.
+/// Checks that the command fails, and that its messages have all these parts.
 fn says(folder: &Path, arguments: &[&str], wanted: &[&str]) {
     let said = fails(folder, arguments);
     for part in wanted {
@@ -47,12 +48,12 @@ fn serve(folder: &Path) -> Child {
     child
 }
 
-/// The same with more arguments; also what it prints after it has begun.
+/// The same with more arguments. Also returns its output after it has begun to serve.
 fn serve_with(folder: &Path, arguments: &[&str]) -> (Child, BufReader<ChildStdout>) {
     serve_on("viommu.sock", folder, &[&ENGINE, arguments].concat())
 }
 
-/// `viommu serve` on this socket of what the arguments say; also what it prints after it has begun.
+/// `viommu serve` on this socket, with these arguments. Also returns its output after it has begun to serve.
 fn serve_on(socket: &str, folder: &Path, arguments: &[&str]) -> (Child, BufReader<ChildStdout>) {
     let mut child = viommu()
         .args(["serve", "--socket-path", socket])
@@ -70,7 +71,7 @@ fn serve_on(socket: &str, folder: &Path, arguments: &[&str]) -> (Child, BufReade
     (child, printed)
 }
 
-/// Asks it to end; what it said on the standard error output.
+/// Asks it to end. Returns its standard error output.
 fn end(mut child: Child) -> String {
     kill(Pid::from_raw(child.id() as i32), Signal::SIGTERM).unwrap();
     let mut said = String::new();
@@ -116,7 +117,7 @@ fn a_socket_that_is_alive_and_one_that_is_stale() {
     assert!(!folder.path().join("viommu.sock").exists());
 }
 
-/// What benchmarks use to see what tracing costs.
+/// The option with which benchmarks measure the cost of tracing.
 #[test]
 fn tracing_in_time_slices() {
     let folder = folder();
@@ -128,7 +129,7 @@ fn tracing_in_time_slices() {
         printed.read_to_string(&mut text).unwrap();
         text
     };
-    // They are told at the end only, and on a slow machine there are fewer.
+    // The slices are printed at the end only, and on a slow machine there are fewer.
     let texts = [800, 8_000, 80_000].map(Duration::from_millis).into_iter().map(slices_of);
     let text = texts.into_iter().find(|text| text.lines().count() >= 4).expect("at least four slices");
     let slices: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
@@ -190,7 +191,7 @@ fn an_image_and_a_topology_that_cannot_be_used() {
     says(folder.path(), &missing, &["Cannot read the topology none.toml", "No such file"]);
 }
 
-/// `docs/topology.md` shows what is said of a wrong topology.
+/// `docs/topology.md` shows the message about a wrong topology.
 #[test]
 fn the_documentation_shows_an_error_as_it_is() {
     let folder = folder();
@@ -220,7 +221,7 @@ fn a_qemu_that_is_too_old_or_none() {
     }
 }
 
-/// A program in `folder` that says it is a QEMU, and then does this.
+/// A program in `folder` that claims to be QEMU, and then does this.
 fn pretended_qemu(folder: &Path, script: &str) {
     let qemu = folder.join("qemu");
     let version = "[ \"$1\" != --version ] || { echo QEMU emulator version 11.0.0; exit; }";
@@ -295,12 +296,12 @@ fn a_summary_is_of_this_run_and_is_printed_in_any_case() {
     {
         assert_eq!(summary["requests"][name], 0, "{name}");
     }
-    // One that cannot be written is no reason to run in vain.
+    // If the summary cannot be written, there is no run at all.
     let said = fails(folder.path(), &[&run[..], &["none/summary.json"], &ENGINE].concat());
     assert!(!said.contains("requests: ATTACH") && said.contains("Cannot write the summary to none/"), "{said}");
 }
 
-/// The probe of KVM, where there is a /dev/kvm; else a run.
+/// It ends the probe of KVM if there is a /dev/kvm, else the run.
 #[test]
 fn a_signal_ends_a_run_that_has_not_begun_and_nothing_is_remembered() {
     let folder = folder();
@@ -325,7 +326,7 @@ fn a_signal_ends_a_run_that_has_not_begun_and_nothing_is_remembered() {
     let asked = Instant::now();
     kill(Pid::from_raw(child.id() as i32), Signal::SIGTERM).unwrap();
     child.wait().unwrap();
-    // A probe that is not ended gives up, and the run begins.
+    // If the probe were not ended, it would give up, and the run would begin.
     assert_eq!(fs::read_to_string(folder.path().join("pids")).unwrap(), format!("{pid}\n"));
     let ended = |pid: &str| {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
@@ -360,7 +361,7 @@ fn what_the_other_commands_print() {
     }
 }
 
-/// A reader that has read enough, as `head` does.
+/// The reader stops when it has read enough, as `head` does.
 #[test]
 fn an_output_that_nobody_reads_is_no_error() {
     let folder = folder();
@@ -376,7 +377,7 @@ fn an_output_that_nobody_reads_is_no_error() {
     assert!(output.status.success() && output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// REGION_READ past the end of the configuration space, which is refused and logged.
+/// Sends a REGION_READ past the end of the configuration space, which is refused and logged.
 fn refused_read(client: &mut UnixStream) {
     let body = [&4096u64.to_le_bytes()[..], &7u32.to_le_bytes(), &4u32.to_le_bytes()].concat();
     client.write_all(&[&[1, 0, 9, 0, 32, 0, 0, 0][..], &[0; 8], &body].concat()).unwrap();
@@ -426,7 +427,7 @@ fn what_the_log_leaves_out_is_counted_though_nothing_more_happens() {
     );
 }
 
-/// VERSION with a wrong type of a megabyte, which the error repeats.
+/// A VERSION with a wrong type whose name has a megabyte, which the error repeats.
 #[test]
 fn what_the_log_repeats_of_a_message_is_cut() {
     const LENGTH: usize = 1 << 20;
@@ -446,7 +447,7 @@ fn what_the_log_repeats_of_a_message_is_cut() {
     assert!((LENGTH - 1024..LENGTH + 1024).contains(&cut), "{said}");
 }
 
-/// DMA_MAP of a page of a file that is open for reading only, to be written.
+/// A writable DMA_MAP of a page of a file that is open for reading only.
 #[test]
 fn a_refusal_is_logged_with_its_causes() {
     let folder = folder();
@@ -464,7 +465,7 @@ fn a_refusal_is_logged_with_its_causes() {
     assert!(said.contains("The file cannot be mapped: Permission denied"), "{said}");
 }
 
-/// A request that takes long stands for an access to memory that does not end: either keeps the thread of the virtqueues.
+/// A request that takes long stands for an access to memory that never ends: both block the thread of the virtqueues.
 #[test]
 fn sigterm_ends_it_though_the_virtqueues_are_stuck() {
     use viommu_testkit::frontend::{Driver, EP2, Part, REQUESTS, attach};
@@ -474,7 +475,7 @@ fn sigterm_ends_it_though_the_virtqueues_are_stuck() {
     let mut trace = UnixStream::connect(folder.path().join("trace.sock")).unwrap();
     trace.write_all(b"{\"format\":\"json\"}\n").unwrap();
     trace.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-    // It gets what happens from its hello on.
+    // It gets all events from its hello on.
     let mut lines = BufReader::new(trace).lines();
     assert!(lines.next().unwrap().unwrap().contains("\"hello\""));
     let mut driver = Driver::connect(&folder.path().join("viommu.sock"));
@@ -504,7 +505,7 @@ fn memory_that_is_not_shared_is_said_once() {
         let size = u32::from_le_bytes(header[4..8].try_into().unwrap());
         client.read_exact(&mut vec![0; size as usize - 16]).unwrap();
     };
-    // DMA_MAP without a descriptor: what QEMU sends of `memory-backend-ram` without share=on.
+    // DMA_MAP without a descriptor: QEMU sends that for `memory-backend-ram` without share=on.
     let words = [0_u64, 0, 1 << 30].map(u64::to_le_bytes).concat();
     call(2, &[&32_u32.to_le_bytes()[..], &3_u32.to_le_bytes(), &words].concat());
     // REGION_WRITE of the command register: memory space and bus mastering, twice.

@@ -1,5 +1,5 @@
-//! The sandbox, on by default: what the kernel says of a daemon's threads, that memory which is not mapped can be accessed
-//! from within, and what a QEMU inherits that is started outside.
+//! The sandbox, which is on by default: the kernel's view of a daemon's threads, access to unmapped memory from inside,
+//! and what QEMU, which is started outside, inherits.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -28,7 +28,7 @@ fn threads(process: u32, field: &str) -> Vec<(String, String)> {
     status.map(|status| (value(&status, "Name"), value(&status, field))).collect()
 }
 
-/// A client of each kind, so that there are the threads that a connection has.
+/// Connects a client of each kind, so that the threads of connections exist.
 fn clients(folder: &Path) -> [UnixStream; 3] {
     ["viommu.sock", "dma0.sock", "trace.sock"].map(|socket| {
         let mut client = UnixStream::connect(folder.join(socket)).unwrap();
@@ -60,7 +60,7 @@ fn every_thread_is_in_the_sandbox_unless_it_is_switched_off() {
         assert!(privileges.iter().all(|(_, value)| value == no_new), "{privileges:?}");
         drop(clients);
         end(child);
-        // Which takes a right to remove files, and that alone.
+        // Ending takes only a right to remove files.
         assert_eq!(names(folder.path()), [""; 0]);
     }
 }
@@ -73,7 +73,7 @@ fn the_environment_switches_it_off_too() {
         daemon.args(["serve", "--socket-path", "viommu.sock"]).args(ENGINE).current_dir(folder.path());
         daemon.env("VIOMMU_NO_SANDBOX", value).env_remove("RUST_LOG").stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = daemon.spawn().unwrap();
-        // It prints that it serves when it is in the sandbox.
+        // It prints that it serves once it is in the sandbox.
         let mut line = String::new();
         BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
         let filter = if inside { "2" } else { "0" };
@@ -82,13 +82,13 @@ fn the_environment_switches_it_off_too() {
     }
 }
 
-/// The engine's memory: a descriptor, and what it copies from one place to another.
+/// The engine's memory: a descriptor, and the data that it copies.
 const RAM: u64 = 16 << 10;
 const SOURCE: u64 = 0x1000;
 const DESTINATION: u64 = 0x2000;
 const COPIED: std::ops::Range<usize> = 0x2000..0x2300;
 
-/// Such memory before the copy, with the engine's only descriptor at 0.
+/// That memory before the copy, with the engine's only descriptor at 0.
 fn memory() -> Vec<u8> {
     let mut ram = vec![0; RAM as usize];
     let copy = Descriptor { size: 0x300, source: SOURCE, destination: DESTINATION, ..Descriptor::default() };
@@ -104,7 +104,7 @@ fn client(folder: &Path, json: &str) -> (RawClient, Option<UnixStream>) {
     (client, twin.map(UnixStream::from))
 }
 
-/// Has the engine do its descriptor, and does not wait for the end.
+/// Starts the engine's descriptor, and does not wait for its end.
 fn start_copy(daemon: &Child, client: &mut RawClient) {
     assert!(threads(daemon.id(), "Seccomp").iter().all(|(_, filter)| filter == "2"));
     client.region_write(7, 4, &[6, 0]).unwrap();
@@ -136,7 +136,7 @@ fn files_are_read_and_written_from_within() {
     client.dma_map(READ | WRITE | FILE_IO, 0, 0, RAM, &[file.as_raw_fd()]).unwrap();
     let open = || fs::read_dir(format!("/proc/{}/fd", daemon.id())).unwrap().count();
     let before = open();
-    // A descriptor that is known by what the sandbox lets the daemon ask of it.
+    // The daemon can identify this descriptor with the calls that the sandbox allows.
     client.dma_map(READ | WRITE | FILE_IO, 0, RAM, RAM, &[file.as_raw_fd()]).unwrap();
     assert_eq!(open(), before);
     copy(&daemon, &mut client);
@@ -179,12 +179,12 @@ fn writes_that_are_not_answered_are_taken_back_from_within() {
         twin::answer_read(&mut twin, &asked, 0, &ram);
     }
     let mut rest = Vec::new();
-    // Both the session and this end.
+    // Both the session and this thread end.
     for stream in [&mut client.stream, &mut twin] {
         stream.read_to_end(&mut rest).unwrap();
         assert!(rest.is_empty(), "{rest:x?}");
     }
-    // And nothing but the session.
+    // Nothing but the session ends.
     let (mut next, _) = self::client(folder.path(), "");
     assert_eq!(next.region_read(7, 0, 2).unwrap(), [0x86, 0x80]);
     drop(next);
@@ -192,7 +192,7 @@ fn writes_that_are_not_answered_are_taken_back_from_within() {
     assert!(said.contains("does not answer DmaWrite"), "{said}");
 }
 
-/// What `viommu run` starts: its status, and the descriptors that it has.
+/// The status and the descriptors of the process that `viommu run` starts.
 fn started(folder: &Path, arguments: &[&str]) -> (String, String) {
     pretended_qemu(folder, "cat /proc/self/status > status\nls -l /proc/self/fd > fds");
     let output = viommu()
@@ -203,7 +203,7 @@ fn started(folder: &Path, arguments: &[&str]) -> (String, String) {
         .output()
         .unwrap();
     assert!(output.status.success() && output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
-    // Written from within.
+    // Written from inside the sandbox.
     assert!(fs::read_to_string(folder.join("trace.jsonl")).unwrap().contains("\"hello\""));
     assert!(fs::read_to_string(folder.join("summary.json")).unwrap().contains("\"requests\""));
     assert_eq!(names(&folder.join("dir")), ["guest.log", "results.jsonl"]);
@@ -216,7 +216,7 @@ fn a_qemu_is_started_outside_and_inherits_no_descriptor() {
     let folder = folder();
     let (status, descriptors) = started(folder.path(), &[]);
     assert!(status.contains("Seccomp:\t0") && status.contains("NoNewPrivs:\t0"), "{status}");
-    // What whoever started the tests left open is inherited by all that they start.
+    // Descriptors that were left open for the tests themselves are inherited by every process that they start.
     let mut list = Command::new("ls");
     let inherited = list.args(["-l", "/proc/self/fd"]).stdin(Stdio::null()).output().unwrap().stdout;
     let count = |list: &str| list.lines().skip(1).filter(|line| !line.contains("/proc/")).count();

@@ -1,5 +1,4 @@
-//! A start in a folder that others can write to: no link is followed, nobody is waited for, and of what others have
-//! nothing is lost.
+//! A start in a folder that others can write to: it follows no link, waits for nobody, and destroys no file of others.
 
 use std::fs;
 use std::io::Read;
@@ -37,7 +36,7 @@ fn the_table_replaces_a_link_and_a_fifo() {
     let daemon = serve(folder.path());
     assert_eq!(fs::read(&viot).unwrap(), table(folder.path()));
     assert!(fs::symlink_metadata(&viot).unwrap().is_file());
-    // Readable for the QEMU of somebody else, if the umask allows that.
+    // Another user's QEMU can read it, if the umask allows that.
     assert_eq!(fs::metadata(&viot).unwrap().permissions().mode(), fs::metadata(&victim).unwrap().permissions().mode());
     assert_eq!(end(daemon), "");
     assert_eq!(names(folder.path()), ["victim"]);
@@ -129,21 +128,21 @@ fn two_daemons_in_one_folder() {
     let (first, _) = serve_with(folder.path(), &[]);
     let second = begin();
     let table = fs::read(&viot).unwrap();
-    // What is the second's stays when the first ends.
+    // The second daemon's files stay when the first ends.
     assert_eq!(end(first), "");
     assert_eq!(fs::read(&viot).unwrap(), table);
     assert_eq!(names(folder.path()), ["other.sock", "second.sock", "viot.bin"]);
     let said = end(second);
     assert!(said.contains("viot.bin was the table of another viommu") && said.contains("its own folder"), "{said}");
     assert_eq!(names(folder.path()), [""; 0]);
-    // One that was killed leaves nothing to be told of.
+    // After a daemon that was killed there is nothing to warn of.
     let mut killed = serve(folder.path());
     killed.kill().unwrap();
     killed.wait().unwrap();
     assert_eq!(end(begin()), "");
 }
 
-/// A signal that comes while a daemon begins ends it as one that comes later does.
+/// A signal during the start ends a daemon in the same way as a later one.
 #[test]
 fn a_signal_during_the_start() {
     for _ in 0..20 {

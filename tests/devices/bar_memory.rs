@@ -37,7 +37,7 @@ fn a_client_maps_the_memory_and_shares_it_with_the_device() {
     let mut seen = [0; 2];
     file.read_exact_at(&mut seen, 0x6ffe).unwrap();
     assert_eq!((seen, sum(&mut client)), ([7; 2], 7 * 0x6000));
-    // By message too, where it is mapped and where it is not.
+    // By messages too, in the mapped part and outside of it.
     client.region_write(2, 0x7ff0, &[9; 16]).unwrap();
     let mut data = [0; 16];
     client.region_read(2, 0x7ff0, &mut data).unwrap();
@@ -73,7 +73,7 @@ fn a_client_is_told_how_much_room_it_needs() {
     assert_eq!((&payload[..16], has_fd), (&words(&[needed, MMAP_AND_CAPS, 2, 32])[..], true));
     let areas = MAPPED.iter().flat_map(|area| [area.start, area.end - area.start]).flat_map(u64::to_le_bytes);
     assert_eq!(payload[32..], [words(&[1 << 16 | 1, 0, 2, 0]), areas.collect()].concat());
-    // One that has no memory.
+    // A BAR without memory.
     let (payload, has_fd) = info(needed, 0);
     assert_eq!((&payload[..16], has_fd), (&words(&[32, 0b11, 0, 0])[..], false));
 }

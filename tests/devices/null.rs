@@ -65,7 +65,7 @@ impl Setup {
         self.client().region_write(0, offset, data).unwrap();
     }
 
-    /// Has the device write `number` at `address`; STATUS after the interrupt.
+    /// Makes the device write `number` to `address`. Returns STATUS after the interrupt.
     fn have_written(&mut self, address: u64, number: u32) -> u32 {
         self.write(ADDRESS, &address.to_le_bytes());
         self.write(DOORBELL, &number.to_le_bytes());
@@ -73,7 +73,7 @@ impl Setup {
         self.read(STATUS)
     }
 
-    /// Waits for one interrupt. Whoever sends them has made the descriptor one that is not waited for.
+    /// Waits for one interrupt. The sender has made the descriptor non-blocking.
     fn wait_for_interrupt(&self) {
         let mut count = None;
         wait_until(PATIENCE, "the interrupt", || {
@@ -149,6 +149,6 @@ fn the_pin_is_asserted_until_it_is_acknowledged() {
     setup.write(ADDRESS, &RAM.to_le_bytes());
     setup.write(DOORBELL, &[1, 0, 0, 0]);
     wait_until(PATIENCE, "the end of the write", || setup.read(STATUS) != BUSY);
-    // Once, and not for what was acknowledged.
+    // It is sent once, and not for the completion that was acknowledged.
     setup.wait_for_interrupt();
 }

@@ -74,7 +74,7 @@ fn enable(client: &mut Client) {
     client.region_write(CONFIG, 4, &[6, 0]).unwrap();
 }
 
-/// Has the device read 8 bytes at `address`.
+/// Makes the device read 8 bytes at `address`.
 fn dma_read(client: &mut Client, address: u64) -> u64 {
     write(client, ADDRESS, address);
     write(client, DO_READ, 0);
@@ -142,7 +142,7 @@ fn memory_is_reached_only_while_mapped_and_with_bus_mastering() {
     assert_eq!(dma_read(&mut client, 0x4000_0000 + RAM - 4), u64::MAX, "half of it is outside");
     client.dma_unmap(0x4000_0000, RAM).unwrap();
     assert_eq!(dma_read(&mut client, 0x4000_0000), u64::MAX);
-    // The firmware's shadowing: the same again, and again.
+    // As firmware does for shadowing: the same region is mapped repeatedly.
     for _ in 0..100 {
         client.dma_map(0, 0, RAM, ram.as_raw_fd()).unwrap();
         assert_eq!(dma_read(&mut client, RAM - 8), 42);
@@ -179,7 +179,7 @@ fn interrupts_reach_their_descriptors() {
     let events: Vec<EventFd> = (0..3).map(|_| EventFd::new(libc::EFD_NONBLOCK).unwrap()).collect();
     let set = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER;
     write(&mut client, DO_INTERRUPT, 1);
-    // One by one, as QEMU does; then one without a descriptor, which takes it away.
+    // One by one, as QEMU does; then one without a descriptor, which removes the old one.
     for (vector, event) in events.iter().enumerate() {
         client.set_irqs(VFIO_PCI_MSIX_IRQ_INDEX, set, vector as u32, 1, &[event.as_raw_fd()]).unwrap();
     }
@@ -238,7 +238,7 @@ fn the_next_client_finds_a_new_function_and_none_of_the_memory() {
         assert_eq!(dma_read(&mut client, 0), u64::MAX);
         client.dma_map(0, 0, RAM, ram.as_raw_fd()).unwrap();
         assert_eq!(dma_read(&mut client, 0), 0);
-        // It vanishes without a word.
+        // It disconnects without a message.
     }
 }
 
@@ -283,7 +283,7 @@ fn garbage_ends_at_most_its_own_connection() {
         message(9, 32, &region_access(0, u64::MAX, 8)),
         message(9, 32, &region_access(0, 0, 1 << 30)),
         message(9, 32, &region_access(CONFIG, u64::MAX, 8)),
-        // As long as a reply can say; that much memory must not become resident, see below.
+        // As long as a reply can be; that much memory must not become resident, see below.
         message(9, 32, &region_access(CONFIG, 0, 0xffff_ffb0)),
         message(9, 32, &region_access(77, 0, 8)),
         message(10, 40, &[region_access(0, u64::MAX - 3, 8), vec![0; 8]].concat()),
@@ -294,7 +294,7 @@ fn garbage_ends_at_most_its_own_connection() {
         let mut stream = UnixStream::connect(setup.path()).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.write_all(bytes).unwrap();
-        // What is less than a message is known to be when no more can come.
+        // That a message is incomplete is known once the client cannot send more.
         stream.shutdown(Shutdown::Write).unwrap();
         let answer = stream.read(&mut [0; 64]).map_err(|error| error.kind());
         assert_ne!(answer, Err(ErrorKind::WouldBlock), "nothing comes of {bytes:x?}");

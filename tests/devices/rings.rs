@@ -1,5 +1,5 @@
-//! Command rings of the kit, in a model of this test's own that a driver has over a vfio-user socket: it copies 8 bytes
-//! for each command, and completes it with a phase bit and MSI-X.
+//! Command rings of the kit, in a model of this test that a driver uses over a vfio-user socket. It copies 8 bytes for
+//! each command, and completes it with a phase bit and MSI-X.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -22,7 +22,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 const ENDPOINT: u32 = 0x20;
 const RAM: u64 = 1 << 20;
-/// Commands that are fetched at once.
+/// How many commands are fetched at once.
 const BATCH: usize = 8;
 
 const COMMANDS: u64 = 0x00;
@@ -57,7 +57,7 @@ struct Copier {
     completions: u64,
     rings: Option<(CommandRing, CompletionRing)>,
     broken: bool,
-    /// What is to be posted.
+    /// Completions that are to be posted.
     done: VecDeque<Completion>,
     interrupt: bool,
 }
@@ -113,7 +113,7 @@ impl StateMachine for Copier {
         match write.id() {
             Id::Commands => self.commands = write.over(self.commands),
             Id::Completions => self.completions = write.over(self.completions),
-            // Rings can be given once, until a reset.
+            // Rings can be set once, until a reset.
             Id::Sizes if self.rings.is_none() => {
                 let sizes = write.over(0);
                 let commands = CommandRing::new(self.commands, sizes as u32);
@@ -132,7 +132,7 @@ impl StateMachine for Copier {
         }
     }
 
-    /// All that is done is posted before more is fetched, so that there is never more of it than one batch.
+    /// All completions are posted before more commands are fetched, so that there is never more than one batch of them.
     fn take_job(&mut self) -> Option<Job> {
         let (commands, completions) = self.rings.as_ref().filter(|_| !self.broken)?;
         if self.done.is_empty() {
@@ -234,7 +234,7 @@ const COMMANDS_AT: u64 = 0x1000;
 const COMPLETIONS_AT: u64 = 0x8000;
 const SOURCE: u64 = 0x1_0000;
 const DESTINATION: u64 = 0x2_0000;
-/// A destination that the model cannot stand.
+/// A destination that makes the model panic.
 const PANICS: u64 = 0xdead_0000;
 
 impl Driver {
@@ -286,7 +286,7 @@ impl Driver {
         self.write(TAIL, &tail);
     }
 
-    /// The next completion, if there is one, without acknowledging it: its id, and whether it failed.
+    /// The next completion, if there is one, without an acknowledgement: its id, and whether it failed.
     fn reap(&mut self) -> Option<(u16, bool)> {
         let mut entry = [0; COMPLETION as usize];
         self.ram.read_exact_at(&mut entry, COMPLETIONS_AT + u64::from(self.head) * COMPLETION).unwrap();
@@ -341,7 +341,7 @@ fn commands_are_done_in_order_and_completed_with_an_interrupt() {
     driver.wait_for_interrupt();
     driver.begin(64, 64);
     for id in 0..40 {
-        // Some lead nowhere.
+        // Some addresses have no memory.
         driver.put(id, SOURCE, if id % 3 == 0 { RAM } else { DESTINATION });
     }
     driver.ring();
@@ -364,7 +364,7 @@ fn completions_that_find_no_room_wait_for_some() {
         assert_eq!(driver.reap(), None, "there is room for three");
         driver.acknowledge();
     }
-    // One that never acknowledges any can still reset it.
+    // A driver that never acknowledges any can still reset the device.
     driver.begin(64, 4);
     (0..30).for_each(|id| driver.put(id, SOURCE, DESTINATION));
     driver.ring();
@@ -389,12 +389,12 @@ fn hostile_rings_break_the_device_until_a_reset_and_no_more() {
         driver.write(register, &value.to_le_bytes());
         assert_eq!(driver.status(), BROKEN, "{register:#x}, {value:#x}");
     }
-    // Doorbells of rings that are not there.
+    // Doorbells of rings that do not exist.
     driver.client.reset().unwrap();
     assert_eq!(driver.status(), OFF);
     driver.write(TAIL, &[0; 4]);
     assert_eq!(driver.status(), BROKEN);
-    // Rings that lead nowhere, or round the end of the address space, or without bus mastering.
+    // Rings without memory, rings that wrap around the end of the address space, and rings without bus mastering.
     for (at, completions_at) in [(RAM, COMPLETIONS_AT), (u64::MAX - 63, COMPLETIONS_AT), (COMMANDS_AT, u64::MAX - 15)] {
         driver.begin(4, 4);
         driver.client.reset().unwrap();
@@ -428,7 +428,7 @@ fn any_rings_and_doorbells_are_survived() {
             let value = numbers.below(u64::MAX) & u64::MAX >> (64 - bits);
             let len = if register == TAIL || register == HEAD { 4 } else { 8 };
             driver.write(register, &value.to_le_bytes()[..len]);
-            // The rings themselves are anything, too; commands overwrite them.
+            // The contents of the rings are random too; commands overwrite them.
             let junk = numbers.below(u64::MAX) % RAM;
             driver.ram.write_all_at(&junk.to_le_bytes(), numbers.below(RAM - 8)).unwrap();
         }

@@ -1,4 +1,4 @@
-//! A DMA engine's.
+//! The driver of the DMA engine.
 
 use std::os::unix::fs::FileExt;
 use std::time::Instant;
@@ -71,7 +71,7 @@ impl Load for Copies {
 const RING: u64 = 64;
 const STATUS: u64 = 0x2000;
 
-/// Descriptors, good ones and bad ones, and writes of registers.
+/// Good and bad descriptors, and writes of registers.
 struct AnyDescriptors {
     engine: Engine,
     count: u16,
@@ -91,7 +91,8 @@ impl AnyDescriptors {
         self.engine.write(register::CHANCMP, &STATUS.to_le_bytes());
     }
 
-    /// Up to a quarter of the ring, of which some are wrong if so wished: their size, or where they copy to.
+    /// Puts up to a quarter of the ring. Some descriptors are wrong if the step asks for that: in size or in
+    /// destination.
     fn put(&mut self, value: u16, some_wrong: bool) {
         for n in 0..value % 16 {
             let at = u64::from(self.count.wrapping_add(n)) % RING;
@@ -111,7 +112,7 @@ impl AnyDescriptors {
 }
 
 impl Run for AnyDescriptors {
-    /// All registers of a channel that is not active, and what it wrote.
+    /// Returns all registers of a channel that is not active, and the memory that it wrote.
     fn step(&mut self, step: &Step, moves: &Moves<'_>) -> Seen {
         let (value, count) = (step.value, self.count);
         let engine = &mut self.engine;
@@ -141,7 +142,7 @@ impl Run for AnyDescriptors {
             assert!(started.elapsed() < PATIENCE, "the channel is active still");
         }
         moves.at(step, 2);
-        // Those that change when they are read, too.
+        // Including those that change when they are read.
         let registers = self.engine.read::<0xb0>(0);
         let mut memory = vec![0; 0x8_0000];
         self.engine.ram.read_exact_at(&mut memory, 0).unwrap();

@@ -1,4 +1,4 @@
-//! A driver for each model, in the place of a guest's.
+//! A driver for each model, in place of the guest's driver.
 
 mod ioat;
 mod null;
@@ -19,7 +19,7 @@ pub struct Driver {
     pub model: &'static str,
     /// A driver that keeps the device busy.
     pub load: fn(Client) -> Box<dyn Load>,
-    /// A driver that does anything with it.
+    /// A driver that does random things with it.
     pub run: fn(Client) -> Box<dyn Run>,
 }
 
@@ -31,10 +31,10 @@ pub fn of(model: &str) -> Driver {
 
 /// Keeps a device busy, and checks what it did.
 pub trait Load: Send {
-    /// Sets the device up, which is as after a reset.
+    /// Sets up the device, which is in its state after a reset.
     fn begin(&mut self);
 
-    /// Gives it work to do; all of the work before is done.
+    /// Gives it work. All earlier work is done.
     fn submit(&mut self);
 
     /// Waits until the work is done, and checks it.
@@ -43,22 +43,22 @@ pub trait Load: Send {
     fn client(&mut self) -> &mut Client;
 }
 
-/// Does anything with a device, which must come out the same whenever it is done again.
+/// Does random things with a device. The same steps must give the same results each time.
 pub trait Run {
-    /// Does something: what the driver sees of it.
+    /// Does a step. Returns what the driver sees.
     fn step(&mut self, step: &Step, moves: &Moves<'_>) -> Seen;
 }
 
-/// Something to do.
+/// A step of a run.
 #[derive(Clone, Copy, Debug)]
 pub struct Step {
     pub what: u8,
     pub value: u16,
-    /// When the state is moved into another model, a bit each: before, in the middle of it, after it.
+    /// When the state is moved into another model. Bits: before the step, in the middle of it, after it.
     pub moved: u8,
 }
 
-/// Moves the state into another model, or does not.
+/// Moves the state into another model, or does nothing.
 pub struct Moves<'a>(pub Option<&'a Held>);
 
 impl Moves<'_> {

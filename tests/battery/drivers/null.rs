@@ -1,4 +1,4 @@
-//! The null device's.
+//! The driver of the null device.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -25,7 +25,7 @@ const RAM: u64 = 0x1_0000;
 const BUSY: u8 = 1;
 const DONE: u8 = 2;
 
-/// Has numbers written.
+/// Makes the device write numbers.
 struct Numbers {
     client: Client,
     ram: File,
@@ -43,7 +43,7 @@ impl Numbers {
         self.round % 1000 * 64
     }
 
-    /// STATUS when it is not busy.
+    /// Waits until the device is not busy, and returns STATUS.
     fn wait(&mut self) -> u8 {
         let (mut status, begun) = ([BUSY], Instant::now());
         while status == [BUSY] {
@@ -81,7 +81,7 @@ impl Load for Numbers {
 impl Run for Numbers {
     fn step(&mut self, step: &Step, moves: &Moves<'_>) -> Seen {
         match step.what % 3 {
-            // Half of them where there is no memory.
+            // Half of the addresses have no memory.
             0 => self.client.region_write(0, 0, &(u64::from(step.value) * 2).to_le_bytes()).unwrap(),
             1 => self.client.region_write(0, 0xc, &u32::from(step.value).to_le_bytes()).unwrap(),
             _ => self.client.region_write(0, 8, &step.value.to_le_bytes()).unwrap(),

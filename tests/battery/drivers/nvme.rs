@@ -1,4 +1,4 @@
-//! An NVMe controller's.
+//! The driver of the NVMe controller.
 
 use vfio_user::Client;
 
@@ -23,7 +23,7 @@ fn driver(client: Client) -> Driver {
 /// Writes blocks and reads them back.
 struct Blocks {
     driver: Driver,
-    /// Where the data is in guest memory.
+    /// The data's address in guest memory.
     data: u64,
     round: u64,
 }
@@ -77,7 +77,7 @@ impl Load for Blocks {
     }
 }
 
-/// Commands on two queue pairs, of which the second has room for three completions only.
+/// Commands on two queue pairs. The second has room for only three completions.
 struct AnyCommands {
     driver: Driver,
     data: u64,
@@ -92,7 +92,7 @@ impl AnyCommands {
         self.data = self.driver.pages(16);
     }
 
-    /// Gives a queue these commands at once, and waits for all.
+    /// Gives a queue these commands at once, and waits for all of them.
     fn commands(&mut self, step: &Step, moves: &Moves<'_>, queue: u16, commands: &[Sqe]) -> Vec<Done> {
         for sqe in commands {
             self.driver.put(queue, *sqe);
@@ -116,7 +116,7 @@ impl Run for AnyCommands {
                 (1, vec![io(WRITE, lba, blocks.min(8), page(0))])
             }
             1 => (2, vec![io(READ, lba, blocks.min(8), page(1))]),
-            // Some are past the end of the disk, some of no known operation.
+            // Some are past the end of the disk, some have an unknown opcode.
             2 => (2, (0..12).map(|n| io(if n == 5 { 0x33 } else { READ }, lba << (n % 3 * 12), 8, page(n))).collect()),
             3 => (1, (0..40).map(|n| io(if n % 2 == 0 { READ } else { 0 }, lba + n, 1, page(n % 16))).collect()),
             4 => {
@@ -126,7 +126,7 @@ impl Run for AnyCommands {
             5 => (0, vec![Sqe { opcode: 10, cdw10: value % 12, ..Sqe::default() }]),
             6 => (0, vec![Sqe { opcode: 6, nsid: 1, data: page(2), cdw10: value % 4, ..Sqe::default() }]),
             7 => (0, vec![error_log]),
-            // A request for an event, which a wrong doorbell then is; its log page is to be read after it.
+            // An asynchronous event request, which a wrong doorbell completes. Its log page must be read afterwards.
             8 => {
                 self.driver.put(0, Sqe { opcode: 12, ..Sqe::default() });
                 self.driver.ring(0);
@@ -167,7 +167,7 @@ impl Run for AnyCommands {
     }
 }
 
-/// The completions, without what depends on how the controller was scheduled, and data.
+/// The completions, without anything that depends on how the controller was scheduled, and the data.
 fn seen(done: impl IntoIterator<Item = Done>, data: Vec<u8>) -> Seen {
     let numbers = |done: Done| [done.cid.into(), done.status.into(), done.result.into(), done.sq_id.into()];
     Seen(done.into_iter().flat_map(numbers).collect(), data)

@@ -1,4 +1,4 @@
-//! What drivers look for, and what they have copied.
+//! The identity that drivers look for, and copies.
 
 use crate::ioat::setup::*;
 use vfio_bindings::bindings::vfio::*;
@@ -40,7 +40,7 @@ fn registers_can_be_accessed_in_parts() {
     engine.write(register::CHANERR_MASK, &0x3_0000u32.to_le_bytes());
     engine.write(register::CHANERR_MASK, &[0x0f]);
     assert_eq!(engine.read32(register::CHANERR_MASK), 0x3_000f);
-    // All of the channel's first quadword at once: control, no command, count.
+    // The channel's first quadword at once: control, no command, count.
     engine.write(register::CHAINADDR, &RING.to_le_bytes());
     setup.ring(&engine, 1, |_| Descriptor { control: NULL, size: 1, ..Descriptor::default() });
     engine.write(register::CHANCTRL, &[0x10, 0, 0, 0, 0, 0, 1, 0]);
@@ -107,7 +107,7 @@ fn a_chain_gathers_and_goes_on_where_it_ended() {
     assert_eq!(setup.bytes(0x400008, 20), [0; 20]);
 }
 
-/// What Linux's `ioatdma` does when it binds: `ioat_alloc_chan_resources` and `ioat_dma_self_test`.
+/// The steps of Linux's `ioatdma` when it binds: `ioat_alloc_chan_resources` and `ioat_dma_self_test`.
 #[test]
 fn it_does_what_the_linux_driver_expects() {
     let setup = Setup::new();
@@ -156,7 +156,7 @@ fn copies_go_through_the_iommu() {
     let (descriptor, source, destination) = (0x7000_0000_0000, 0xffff_f000, 1 << 63);
     engine.descriptor.1 = descriptor;
     setup.map(descriptor, 0x1000, RING, MapFlags::READ);
-    // Two pages that do not lie one behind the other in guest memory.
+    // Two pages that are not adjacent in guest memory.
     setup.map(source, 0x1000, 0x500000, MapFlags::READ);
     setup.map(source + 0x1000, 0x1000, 0x400000, MapFlags::READ);
     setup.map(destination, 0x2000, 0x600000, MapFlags::WRITE);
@@ -164,7 +164,7 @@ fn copies_go_through_the_iommu() {
     let second = setup.fill(0x400000, 0x1000, 2);
     assert_eq!(engine.copy(source, destination, 0x2000), Ok(()));
     assert_eq!(setup.bytes(0x600000, 0x2000), [first, second].concat());
-    // Neither the wrong direction nor anything that is not there any more.
+    // An access in the wrong direction and one to a removed mapping fail.
     assert_eq!(engine.copy(destination, destination, 8), Err(chanerr::SOURCE));
     assert_eq!(engine.copy(source, source + 8, 8), Err(chanerr::DESTINATION));
     setup.unmap(destination, 0x2000);
@@ -174,7 +174,7 @@ fn copies_go_through_the_iommu() {
     assert_eq!(setup.faults(), expected);
 }
 
-/// What the kernel's VFIO selftests do in `memcpy_storm`, with less to copy.
+/// The steps of `memcpy_storm` in the kernel's VFIO selftests, with less to copy.
 #[test]
 fn a_descriptor_that_is_its_own_next_runs_65535_times() {
     let setup = Setup::new();

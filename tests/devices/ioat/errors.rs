@@ -1,4 +1,4 @@
-//! What cannot be done halts the channel and says why.
+//! A descriptor that cannot be done halts the channel and says why.
 
 use crate::ioat::setup::*;
 use vfio_bindings::bindings::vfio::*;
@@ -54,7 +54,7 @@ fn each_kind_of_error_halts_with_its_bit() {
         let write = matches!(errors, chanerr::DESTINATION | chanerr::COMPLETION);
         let expected = [(FaultReason::Mapping as u8, write, bad)];
         assert_eq!(faults, if faulted { &expected[..] } else { &[] }, "{what}");
-        // And it can go on.
+        // The channel can be used again.
         assert_eq!(engine.copy(0x8000, 0x9000, 64), Ok(()), "{what}");
     }
     for address in [RING + 8, bad, u64::MAX - 63] {
@@ -95,7 +95,7 @@ fn an_error_is_completed_and_interrupts_as_chanctrl_says() {
         destination: 0x9000,
         ..Descriptor::default()
     });
-    // Neither, the completion, the interrupt, and an interrupt that CHANERRMSK masks.
+    // In turn: neither of the two, the completion, the interrupt, and an interrupt that CHANERRMSK masks.
     for (control, mask, value, sent) in
         [(0x01, 0, RING, 0), (0x05, 0, RING | HALTED, 0), (0x11, 0, RING, 1), (0x11, chanerr::SOURCE, RING, 0)]
     {

@@ -1,4 +1,4 @@
-//! Software that does what none should: whatever it writes, the engine lives, and is whole after a reset.
+//! Hostile software: no matter what it writes, the engine survives, and works after a reset.
 
 use crate::ioat::setup::*;
 use viommu_testkit::engine::*;
@@ -17,11 +17,11 @@ fn random_registers_and_descriptors_do_no_harm() {
         (state.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 20) % below
     };
     let mut round = 0;
-    // Until it has reached enough: how much of a round is executed before its end is the scheduler's to say.
+    // Until it has done enough: the scheduler decides how much of a round is executed before its end.
     while round < 100 || tracer.stats().of(Kind::Command) < 1000 {
         round += 1;
         let mut engine = setup.engine();
-        // Descriptors that lead to each other, and some that lead elsewhere.
+        // Descriptors that name each other as next, and some that name anything.
         for slot in 0..64 {
             let mut address = |aligned: u64| match random(16) {
                 0 => u64::MAX - random(0x2000),

@@ -64,7 +64,7 @@ fn no_interrupt_of_before_comes_after_a_reset() {
     }
 }
 
-/// A guest without MSI: the handler's read of INTRCTRL lowers the pin, and its write lets the next interrupt through.
+/// In a guest without MSI, the handler's read of INTRCTRL lowers the pin, and its write allows the next interrupt.
 #[test]
 fn the_pin_is_asserted_until_the_handler_reads_what_it_is() {
     let setup = Setup::new();

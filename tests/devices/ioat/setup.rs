@@ -19,7 +19,7 @@ use zerocopy::{Immutable, IntoBytes};
 
 pub const ENDPOINT: u32 = 0x30;
 pub const RAM: u64 = 16 << 20;
-/// What long work copies, from here to there.
+/// The source and destination of long work.
 pub const SOURCE: u64 = 0x100000;
 pub const DESTINATION: u64 = 0x200000;
 /// Where the tests have their descriptors, in guest memory.
@@ -85,13 +85,13 @@ impl Setup {
         });
     }
 
-    /// Attaches the endpoint to a domain where the first pages are where they are in guest memory.
+    /// Attaches the endpoint to a domain in which the first pages have their guest-physical addresses.
     pub fn attach_with_low_pages(&self) {
         self.attach();
         self.map(0, 0x10000, 0, MapFlags::READ | MapFlags::WRITE);
     }
 
-    /// The faults that the driver would be told: reason, whether it was a write, address.
+    /// The faults for the driver: reason, whether it was a write, address.
     pub fn faults(&self) -> Vec<(u8, bool, u64)> {
         std::iter::from_fn(|| self.served.iommu.next_fault())
             .map(|fault| {
@@ -118,7 +118,7 @@ impl Setup {
         u64::from_le_bytes(self.bytes(at, 8).try_into().unwrap())
     }
 
-    /// A ring of `count` descriptors at RING; `make` says what the nth does.
+    /// Makes a ring of `count` descriptors at RING; `make` returns the nth one.
     pub fn ring(&self, engine: &Engine, count: u64, make: impl Fn(u64) -> Descriptor) {
         for n in 0..count {
             let next = RING + (n + 1) % count * 64;
@@ -146,7 +146,7 @@ pub fn interrupt(engine: &mut Engine) -> EventFd {
     event
 }
 
-/// Waits for interrupts; how many there were.
+/// Waits for interrupts, and returns how many there were.
 pub fn interrupts(event: &EventFd) -> u64 {
     let begun = Instant::now();
     loop {

@@ -7,31 +7,32 @@ use crate::ioat::setup::*;
 use vfio_bindings::bindings::vfio::*;
 use viommu_testkit::engine::*;
 
-/// Where the test itself copies to.
+/// The destination of the test's own copies.
 const ELSEWHERE: u64 = 0x300000;
 
-/// Changes the source; what it is now.
+/// Changes the source, and returns its new contents.
 fn change(setup: &Setup) -> [u8; 1] {
     let marker = [setup.bytes(DESTINATION, 1)[0].wrapping_add(1)];
     setup.ram.write_all_at(&marker, SOURCE).unwrap();
     marker
 }
 
-/// The engine is at work: what changes at its source is copied.
+/// Checks that the engine is at work: a change of its source is copied.
 fn assert_copying(setup: &Setup, engine: &mut Engine) {
     let marker = change(setup);
     let begun = Instant::now();
     while setup.bytes(DESTINATION, 1) != marker {
         assert!(begun.elapsed() < Duration::from_secs(60), "the engine does not copy");
         if engine.status() & 7 == DONE {
-            // It was done with all of it while this thread waited for a processor.
+            // The engine finished all its work while this thread waited for a processor.
             engine.reset_channel();
             setup.start_long_work(engine);
         }
     }
 }
 
-/// The engine is not at work: while as much is copied as takes it many descriptors, what changes at its source is not.
+/// Checks that the engine is not at work: the test copies as much as the engine does in many descriptors, and a change
+/// of the engine's source is not copied.
 fn assert_still(setup: &Setup) {
     let marker = change(setup);
     for _ in 0..200 {
@@ -76,7 +77,7 @@ fn a_reset_ends_work_for_good() {
         setup.start_long_work(&mut engine);
         assert_copying(&setup, &mut engine);
         reset(&mut engine);
-        // Bus mastering is off after a reset of the function; with it on, an access would be seen.
+        // Bus mastering is off after a reset of the function. It is switched on, so that an access would be noticed.
         engine.enable();
         assert_still(&setup);
         assert_eq!(engine.status(), HALTED);

@@ -1,4 +1,4 @@
-//! What of all this is on the trace.
+//! The engine's events in the trace.
 
 use crate::ioat::setup::*;
 use viommu_testkit::engine::*;
@@ -62,7 +62,7 @@ fn descriptors_accesses_and_states_are_traced() {
     let events: Vec<Event> = events
         .into_iter()
         .map(|event| match event {
-            // However long it took.
+            // The duration may be anything.
             Event::Command { endpoint, model, queue, opcode, id, status, len, duration, part } => {
                 assert!(duration > 0);
                 Event::Command { endpoint, model, queue, opcode, id, status, len, duration: 0, part }

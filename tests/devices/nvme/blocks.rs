@@ -39,7 +39,7 @@ fn blocks_can_be_compared_zeroed_and_deallocated() {
         assert_eq!(stored[64 << 10..512 << 10], vec![0; 448 << 10]);
         assert!(image.metadata().unwrap().blocks() < before, "the space is given back");
     }
-    // A range past the end, and the same without the attribute, which makes it a hint.
+    // A range past the end, with the attribute and without it; without it the command is a hint.
     driver.write_words(ranges, &[8 << 32, 1 << 40]);
     assert_eq!(driver.command(1, Sqe { cdw10: 0, ..deallocate }).status, 0x80);
     assert_eq!(driver.command(1, Sqe { cdw10: 0, cdw11: 0, ..deallocate }).status, 0);

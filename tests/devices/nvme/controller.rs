@@ -1,4 +1,4 @@
-//! What the controller says of itself, its registers, its features, and how it is enabled.
+//! How the controller identifies itself, its registers, its features, and how it is enabled.
 
 use std::os::unix::fs::FileExt;
 
@@ -33,7 +33,7 @@ fn the_controller_says_what_it_is() {
     assert_eq!(descriptors[4..20], namespace[104..120]);
     assert_eq!(driver.identify(6, 0, 0).unwrap(), [0; 4096]);
     assert_eq!(driver.identify(5, 1, 0).unwrap(), [0; 4096]);
-    // A namespace that is not there, structures and a command set that are not either.
+    // A namespace, structures and a command set that do not exist.
     assert_eq!(driver.identify(0, 2, 0), Err(0x0b));
     assert_eq!(driver.identify(2, u32::MAX, 0), Err(0x0b));
     assert_eq!(driver.identify(0x10, 0, 0), Err(0x02));
@@ -45,7 +45,7 @@ fn the_controller_says_what_it_is() {
 fn what_cannot_be_enabled_is_fatal_until_it_is_reset() {
     let setup = Setup::new();
     let mut driver = setup.driver();
-    // No admin queue; a page size, a command set and an arbitration that are not supported.
+    // No admin queue; an unsupported page size, command set and arbitration.
     for cc in [CC_ENABLED, CC_ENABLED | 5 << 7, CC_ENABLED | 1 << 4, CC_ENABLED | 1 << 11] {
         driver.write32(register::CC, cc);
         assert_eq!(driver.csts(), 2, "CC {cc:#x}");
@@ -65,7 +65,7 @@ fn the_page_size_is_that_of_the_enabling() {
     driver.write32(register::CC, CC_ENABLED | 2 << 7 | 1 << 4 | 1 << 11);
     assert_eq!(driver.read32(register::CC), CC_ENABLED);
     assert_eq!(driver.csts(), 1);
-    // Two entries for two pages of 4 KiB; with larger pages the second one would not be looked at.
+    // Two entries for two pages of 4 KiB; with larger pages the second one would not be read.
     let (first, second) = (driver.pages(2), driver.pages(2));
     let data = pattern(2 * PAGE as usize, 3);
     std::fs::OpenOptions::new().write(true).open(setup.image()).unwrap().write_all_at(&data, 0).unwrap();
@@ -114,7 +114,7 @@ fn registers_take_any_access() {
     let mut driver = setup.ready();
     for len in [1, 2, 3, 4, 8, 16, 64, 0x1000] {
         for offset in [0, 1, 7, 0x13, 0x1000, 0x1ff8, 0x2000, u64::MAX] {
-            // What is outside has no data in its answer, which the crate's client would wait for.
+            // An access outside of the BAR is answered without data, for which the crate's client would wait.
             if offset <= 0x2000 - len as u64 {
                 let mut data = vec![0; len];
                 driver.client.region_read(0, offset, &mut data).unwrap();

@@ -1,4 +1,4 @@
-//! Where data is, and what becomes of a command whose data is nowhere.
+//! Data in all places, and commands whose data is nowhere.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -34,7 +34,7 @@ fn wherever_the_image_is(test: impl Fn(&Setup)) {
     }
 }
 
-/// Writes through one way and reads through another; both must be what the image has.
+/// Writes in one way and reads in another; both must match the image.
 #[test]
 fn data_goes_through_prps_wherever_it_begins() {
     wherever_the_image_is(through_prps);
@@ -57,7 +57,7 @@ fn through_prps(setup: &Setup) {
         (0, 16384),
     ]) {
         let len = blocks as usize * 512;
-        // Every other page, and backwards, so that no two are neighbours.
+        // Every other page, in descending order, so that no two are adjacent.
         let base = driver.pages(0);
         let count = (offset + len as u64).div_ceil(PAGE);
         let pages: Vec<u64> = (0..count).rev().map(|i| base + 2 * i * PAGE).collect();
@@ -112,7 +112,7 @@ fn through_sgls(setup: &Setup) {
     let sgl = |sqe: Sqe| Sqe { flags: 1 << 6, ..sqe };
     // One descriptor in the command.
     assert_eq!(driver.command(1, sgl(io(WRITE, 0, 16, [buffer + 3, 8192]))).status, 0);
-    // A segment and a last segment; part of it goes into a bit bucket.
+    // A segment and a last segment; a part of the data goes into a bit bucket.
     let target = buffer + 8 * PAGE;
     driver.write_words(list, &[target, 1000, 0, 0x10 << 56 | 500, list + PAGE, 0x30 << 56 | 32]);
     driver.write_words(list + PAGE, &[target + 1500, 5000, target + 6500, 1692]);
@@ -121,7 +121,7 @@ fn through_sgls(setup: &Setup) {
     assert_eq!(read[..1000], data[..1000]);
     assert_eq!(read[1000..1500], [0; 500], "the bucket keeps nothing");
     assert_eq!(read[1500..], data[1500..]);
-    // More descriptors than a system call takes parts, of 4 bytes each.
+    // More descriptors, of 4 bytes each, than a system call takes parts.
     let many = driver.pages(8);
     let words: Vec<u64> = (0..2048).flat_map(|at| [target + 8192 - 4 * (at + 1), 4]).collect();
     driver.write_words(many, &words);

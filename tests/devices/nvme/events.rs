@@ -10,7 +10,7 @@ fn events_are_told_once_until_their_log_is_read() {
     let mut driver = setup.ready();
     let requests: Vec<u16> = (0..4).map(|_| driver.put(0, AER)).collect();
     assert_eq!(driver.admin(AER).status, 0x105, "no more than four");
-    // A doorbell of a queue that is not there, and then a value that is too large: one event.
+    // A doorbell of a queue that does not exist, and then a value that is too large: one event.
     driver.write32(0x1000 + 8 * 5, 1);
     let done = driver.wait(0);
     assert_eq!((done.cid, done.status, done.result), (requests[0], 0, 0x01_00_00));
@@ -19,7 +19,7 @@ fn events_are_told_once_until_their_log_is_read() {
     driver.log_page(1, 0, 64).unwrap();
     let done = driver.wait(0);
     assert_eq!((done.cid, done.status, done.result), (requests[1], 0, 0x01_01_00));
-    // A threshold below the temperature, once it is to be an event.
+    // A threshold below the temperature, after that event was enabled.
     driver.set_feature(4, 300);
     driver.set_feature(0x0b, 0b10);
     let done = driver.wait(0);

@@ -1,4 +1,4 @@
-//! Drivers that do what none should: whatever they write, the controller lives, and is whole after a reset.
+//! Hostile drivers: no matter what they write, the controller survives, and works after a reset.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -25,7 +25,7 @@ impl Random {
         some[self.next() as usize % some.len()]
     }
 
-    /// An address: a page's, one in a page, around the end of memory, or anything.
+    /// An address: of a page, inside a page, near the end of memory, or anything.
     fn address(&mut self) -> u64 {
         let anything = self.next() << 17 ^ self.next();
         match self.next() % 8 {
@@ -37,7 +37,7 @@ impl Random {
         }
     }
 
-    /// A command's number: mostly small, so that it passes the first checks.
+    /// A number for a command: mostly small, so that it passes the first checks.
     fn number(&mut self) -> u32 {
         let anything = self.next() as u32;
         match self.next() % 8 {
@@ -69,7 +69,7 @@ impl Random {
 const ADMIN: [u8; 11] = [0, 1, 2, 4, 5, 6, 8, 9, 10, 0x0c, 0x7c];
 const IO: [u8; 6] = [0, 1, 2, 5, 8, 9];
 
-/// What a guest's processors can do to a controller, in some order.
+/// Everything that a guest's processors can do to a controller, in some order.
 fn torment(driver: &mut Driver, random: &mut Random) {
     let [admin, queue] = [0, 1].map(|id| (driver.queues[&id].sq, u64::from(driver.queues[&id].sq_size)));
     for (opcodes, (at, size)) in [(&ADMIN[..], admin), (&IO, queue)] {
@@ -84,7 +84,7 @@ fn torment(driver: &mut Driver, random: &mut Random) {
                 tails[index] = (tails[index] + random.next() % 4) % size;
                 driver.write32(0x1000 + 8 * index as u64, tails[index] as u32);
             }
-            // The host consumes what it is given, or says so.
+            // The host consumes completions, or claims to.
             160..200 => driver.write32(0x1004 + 8 * (random.next() % 2), random.next() as u32 % 32),
             200..210 => driver.write32(0x1000 + 4 * (random.next() % 0x400), random.number()),
             210..220 => driver.write32(random.of(&[0x0c, 0x10, 0x24, 0x28, 0x2c, 0x30, 0x34, 0x100]), random.number()),
@@ -107,7 +107,7 @@ fn random_commands_and_registers_do_no_harm() {
     let setup = Setup::traced(64 << 20, tracer.clone(), |_| {});
     let mut random = Random(0x9e37_79b9_7f4a_7c15);
     let count = |of: fn(&DiskCounters) -> &AtomicU64| of(&setup.disk.counters).load(Ordering::Relaxed);
-    // Until it has reached enough: how much of a round is executed before its end is the scheduler's to say.
+    // Until it has done enough: the scheduler decides how much of a round is executed before its end.
     let is_enough = || {
         let (all, bad) = (count(|c| &c.io_count) + count(|c| &c.admin_count), count(|c| &c.errors));
         bad > 1000 && all - bad > 500
@@ -116,7 +116,7 @@ fn random_commands_and_registers_do_no_harm() {
     while round < 40 || !is_enough() {
         round += 1;
         let mut driver = setup.ready();
-        // Lists and segments are found anywhere.
+        // Lists and segments can be anywhere.
         let words: Vec<u64> = (0..RAM / 64).map(|_| random.address()).collect();
         driver.write_words(RAM / 2, &words);
         torment(&mut driver, &mut random);

@@ -1,4 +1,4 @@
-//! Interrupt Mask Set and Interrupt Mask Clear: what they do with MSI, and do not with MSI-X.
+//! Interrupt Mask Set and Interrupt Mask Clear, which work with MSI and do nothing with MSI-X.
 
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
@@ -22,7 +22,7 @@ fn driver_with_msi(setup: &Setup) -> Driver {
     driver
 }
 
-/// Whether this vector came since it was last asked.
+/// Whether this vector came since the last call.
 fn came(driver: &Driver, vector: usize) -> bool {
     driver.events[vector].read().is_ok()
 }
@@ -36,7 +36,7 @@ fn wait_for(driver: &Driver, vector: usize) {
     }
 }
 
-/// Has a command completed, and does not acknowledge it.
+/// Executes a command, and does not acknowledge its completion.
 fn complete(driver: &mut Driver, queue: u16, sqe: Sqe) {
     driver.put(queue, sqe);
     driver.ring(queue);
@@ -46,14 +46,14 @@ fn complete(driver: &mut Driver, queue: u16, sqe: Sqe) {
     }
 }
 
-/// The same with a read; and ends the queue's thread, so that no interrupt of its is on the way.
+/// The same with a read. Also ends the queue's thread, so that none of its interrupts can be on the way.
 fn complete_last(driver: &mut Driver, queue: u16) {
     let page = driver.pages(1);
     complete(driver, queue, io(READ, 0, 1, [page, 0]));
     assert_eq!(driver.delete_sq(queue), 0);
 }
 
-/// A masked vector is silent, and comes with the unmasking as long as there are entries that were not acknowledged.
+/// A masked vector is silent. It comes at the unmasking as long as there are entries that were not acknowledged.
 fn check_masks(driver: &mut Driver) {
     driver.write32(INTMS, 1 << 1);
     driver.write32(INTMS, 1 << 31);
@@ -96,7 +96,7 @@ fn shadow_doorbells_acknowledge_too() {
     let shadow = (driver.pages(1), driver.pages(1));
     assert_eq!(driver.admin(Sqe { opcode: 0x7c, data: [shadow.0, shadow.1], ..Sqe::default() }).status, 0);
     driver.shadow = Some(shadow);
-    // As if the controller did not want the head's register written for now.
+    // As if the controller did not ask for a write of the head's register for now.
     driver.write_ram(shadow.1 + 4 * 3, &100u32.to_le_bytes());
     check_masks(&mut driver);
 }
@@ -108,7 +108,7 @@ fn the_admin_queue_has_a_vector_too_and_a_queue_without_has_none() {
     driver.enable();
     let (sq, cq) = (driver.pages(1), driver.pages(1));
     driver.add_pair(1, sq, 16, cq, 16);
-    // Of vector 3, but with interrupts disabled.
+    // It has vector 3, but interrupts are disabled.
     assert_eq!(driver.create_cq(1, 16, cq, 3 << 16 | 1), 0);
     assert_eq!(driver.create_sq(1, 16, sq, 1 << 16 | 1), 0);
     driver.write32(INTMS, u32::MAX);
@@ -142,7 +142,7 @@ fn a_reset_unmasks_all() {
         match end {
             0 => driver.disable(),
             1 => driver.client.reset().unwrap(),
-            // The next one's controller is another one.
+            // The next client gets a new controller.
             _ => {
                 drop(driver);
                 driver = driver_with_msi(&setup);
@@ -157,7 +157,7 @@ fn a_reset_unmasks_all() {
     }
 }
 
-/// A driver that looks at its queue only when it is interrupted, and not before it has unmasked the vector.
+/// The driver looks at its queue only after an interrupt, and only after it has unmasked the vector.
 #[test]
 fn an_entry_that_is_posted_at_the_unmasking_interrupts() {
     let setup = Setup::new();
@@ -171,7 +171,7 @@ fn an_entry_that_is_posted_at_the_unmasking_interrupts() {
         driver.ring(1);
         driver.write32(INTMC, 1 << 1);
         loop {
-            // One may come twice.
+            // An interrupt may come twice.
             wait_for(&driver, 1);
             if driver.reap(1).is_some() {
                 break;

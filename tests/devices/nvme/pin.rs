@@ -1,5 +1,5 @@
-//! Interrupts through the pin, as a guest without MSI takes them, and what VFIO makes of them: the pin masks itself with
-//! each event, and whether there is another one is decided when it is unmasked.
+//! Interrupts through the pin, as a guest without MSI takes them, with VFIO's rules: each event masks the pin, and the
+//! unmasking decides whether there is another one.
 
 use std::os::fd::AsRawFd;
 use std::time::Instant;
@@ -26,7 +26,7 @@ fn driver_with_pin(setup: &Setup) -> Driver {
     driver
 }
 
-/// The same with an enabled controller and an I/O queue pair, and nothing to acknowledge.
+/// The same with an enabled controller and an I/O queue pair. There is nothing to acknowledge.
 fn ready(setup: &Setup) -> Driver {
     let mut driver = driver_with_pin(setup);
     driver.enable();
@@ -35,7 +35,7 @@ fn ready(setup: &Setup) -> Driver {
     driver
 }
 
-/// Adds a queue pair of vector 0, the only one there is.
+/// Adds a queue pair of vector 0, the only vector.
 fn add_pair(driver: &mut Driver, id: u16, entries: u32) {
     let (sq, cq) = (driver.pages(1), driver.pages(1));
     driver.add_pair(id, sq, entries, cq, entries);
@@ -43,7 +43,7 @@ fn add_pair(driver: &mut Driver, id: u16, entries: u32) {
     assert_eq!(driver.create_sq(id, entries, sq, u32::from(id) << 16 | 1), 0);
 }
 
-/// All completions are acknowledged: after the next unmasking, there is no event.
+/// Checks that all completions are acknowledged: there is no event after the next unmasking.
 fn acknowledged(driver: &mut Driver) {
     came(driver);
     unmask(driver);
@@ -51,7 +51,7 @@ fn acknowledged(driver: &mut Driver) {
     assert!(!is_asserted(driver));
 }
 
-/// Whether an event came since that was last asked.
+/// Whether an event came since the last call.
 fn came(driver: &Driver) -> bool {
     driver.events[0].read().is_ok()
 }
@@ -84,7 +84,7 @@ fn disable(driver: &mut Driver, disabled: bool) {
     driver.client.region_write(CONFIG, 4, &[6, u8::from(disabled) << 2]).unwrap();
 }
 
-/// Has a read completed, and does not acknowledge it.
+/// Executes a read, and does not acknowledge its completion.
 fn complete(driver: &mut Driver) {
     let page = driver.pages(1);
     driver.put(1, io(READ, 0, 1, [page, 0]));
@@ -198,7 +198,7 @@ fn a_queue_without_interrupts_does_not_assert_it() {
     acknowledged(&mut driver);
 }
 
-/// The pin is lowered when the host acknowledges by the register; by memory the controller would not see it.
+/// The pin is lowered when the host writes the register; the controller would not notice an acknowledgement in memory.
 #[test]
 fn shadow_doorbells_are_for_messages_only() {
     let setup = Setup::new();
@@ -219,7 +219,7 @@ fn shadow_doorbells_are_for_messages_only() {
     assert_eq!(shadow(&mut driver), (true, 0));
 }
 
-/// Serves `total` reads on a driver that looks at its queue after an event only. Returns the events.
+/// Does `total` reads with a driver that looks at its queue only after an event. Returns the number of events.
 fn interrupt_driven(driver: &mut Driver, total: u32, unmask: impl Fn(&mut Driver)) -> u32 {
     let page = driver.pages(1);
     let (mut begun, mut done, mut events) = (0, 0, 0);
@@ -253,7 +253,7 @@ fn no_interrupt_is_lost_and_none_comes_in_vain() {
     acknowledged(&mut driver);
 }
 
-/// As KVM does it: not by a message, but by a descriptor.
+/// As KVM does it: with a descriptor instead of a message.
 #[test]
 fn a_descriptor_unmasks_it_too() {
     let setup = Setup::new();
@@ -272,7 +272,7 @@ fn a_descriptor_unmasks_it_too() {
     complete(&mut driver);
     assert_eq!(driver.delete_sq(1), 0);
     assert!(!came(&driver));
-    // What cannot be waited for is refused, which this client does not look at.
+    // A descriptor that cannot be waited for is refused; this client ignores the answer.
     let file = std::fs::File::open("/dev/zero").unwrap();
     driver.client.set_irqs(VFIO_PCI_INTX_IRQ_INDEX, set, 0, 1, &[file.as_raw_fd()]).unwrap();
     unmask(&mut driver);
@@ -281,7 +281,8 @@ fn a_descriptor_unmasks_it_too() {
     setup.ready();
 }
 
-/// A counting descriptor stays readable when it was read. Each read takes 1 of it, so what is left tells of each.
+/// A semaphore descriptor stays readable after a read. Each read takes 1 of it, so its remaining value counts the
+/// reads.
 #[test]
 fn a_descriptor_that_is_always_readable_unmasks_once_for_each_time_it_is_signalled() {
     const MANY: u64 = 1 << 40;
@@ -317,7 +318,7 @@ fn the_next_client_has_a_pin_that_is_not_masked_and_sends_to_nobody() {
     wait_for_event(&third);
 }
 
-/// As drivers do that try one after the other.
+/// Some drivers try one kind of interrupt after the other.
 #[test]
 fn what_the_client_gave_last_counts() {
     let setup = Setup::new();

@@ -1,4 +1,4 @@
-//! What a worker does beside its queue.
+//! How a worker polls another queue beside its own.
 
 use std::collections::BTreeSet;
 use std::fs::OpenOptions;
@@ -17,16 +17,16 @@ use viommu_testkit::folders;
 use viommu_testkit::nvme::{Driver, Setup, Sqe, io};
 use viommu_trace::Tracer;
 
-/// A queue that notes who has it.
+/// A queue that records who has it.
 #[derive(Default)]
 struct Noted {
     taken: AtomicBool,
-    /// Times that there is something to do yet.
+    /// How many times there will still be something to do.
     work: AtomicU64,
     done: AtomicU64,
-    /// Times that it was given back.
+    /// How many times it was released.
     returned: AtomicU64,
-    /// How many commands were done whenever it was looked after.
+    /// How many commands were done at each poll.
     seen: Mutex<BTreeSet<u64>>,
     disk: OnceLock<Arc<Disk>>,
 }
@@ -57,7 +57,7 @@ impl QueuePoller for Noted {
     }
 }
 
-/// Has commands executed until the work is done; the worker may rest for a while if the machine is busy.
+/// Executes commands until the work is done. The worker may rest for a while if the machine is busy.
 fn work_until(driver: &mut Driver, what: &str, done: impl Fn() -> bool) {
     let begun = Instant::now();
     while !done() {
@@ -86,22 +86,22 @@ fn a_worker_that_looks_for_commands_polls_and_releases_the_queue() {
     assert!(!poller.taken.load(Ordering::SeqCst));
 }
 
-/// A controller with an image in this folder, whose worker polls and stays awake, since there is always something
-/// to do; and a page of the host's.
+/// A controller with an image in this folder, whose worker polls and stays awake, since there is always something to
+/// do. Also returns a page of the host.
 fn polling(poller: &Arc<Noted>, folder: &Path) -> (Setup, Driver, u64) {
     let image = folder.join("disk.img");
     let setup = Setup::polling(64 << 20, Tracer::default(), Some(poller.clone()), |config| config.image = image);
     assert!(poller.disk.set(setup.disk.clone()).is_ok());
     let mut driver = setup.ready();
     poller.work.store(u64::MAX, Ordering::SeqCst);
-    // Who has found something looks on.
+    // A worker that has found something keeps polling.
     work_until(&mut driver, "the polling", || poller.count() > 0 && poller.taken.load(Ordering::SeqCst));
     let data = driver.pages(1);
     (setup, driver, data)
 }
 
-/// Has many commands executed, with what `status` says of it, and looks whether the worker polled at each. A worker that
-/// loses its processor for long releases the queue, as it should: that is tried again.
+/// Executes many commands, which must end with `status`, and checks that the worker polled at each. If a worker loses
+/// its processor for long, it rightly releases the queue; then this tries again.
 fn assert_polling(poller: &Noted, setup: &Setup, driver: &mut Driver, commands: &[Sqe], status: impl Fn(u16) -> bool) {
     const COMMANDS: u64 = 40;
     let begun = Instant::now();
@@ -135,7 +135,7 @@ fn a_worker_goes_on_polling_while_it_reads_and_writes_what_is_in_memory() {
     assert_polling(&poller, &setup, &mut driver, &commands, |status| status == 0);
 }
 
-/// A guest may have nothing but failing commands, and always more of them: the IOMMU's requests are served all the same.
+/// A guest may send nothing but failing commands, without end: the IOMMU's requests are still served.
 #[test]
 fn a_worker_looks_after_the_duty_whatever_becomes_of_its_commands() {
     let (poller, folder) = (Arc::new(Noted::default()), tempfile::tempdir_in(&folders()[0]).unwrap());
@@ -154,7 +154,7 @@ fn a_worker_looks_after_the_duty_whatever_becomes_of_its_commands() {
     }
 }
 
-/// A flush, and a write that is to be durable, may take long wherever the image is.
+/// A flush, and a write that must be durable, may take long on any file system.
 #[test]
 fn a_worker_gives_the_duty_back_before_it_flushes() {
     let (poller, folder) = (Arc::new(Noted::default()), tempfile::tempdir_in(&folders()[0]).unwrap());
@@ -168,7 +168,7 @@ fn a_worker_gives_the_duty_back_before_it_flushes() {
     }
 }
 
-/// How often the queue was released, counted while the worker has it: each later time is a release by this worker.
+/// How often the queue was released, read while the worker has it: each further release is by this worker.
 fn releases_while_held(poller: &Noted, driver: &mut Driver) -> u64 {
     loop {
         work_until(driver, "the polling", || poller.taken.load(Ordering::SeqCst));
@@ -183,7 +183,7 @@ fn releases_while_held(poller: &Noted, driver: &mut Driver) -> u64 {
 fn a_worker_gives_the_duty_back_before_it_waits_for_the_disk() {
     let (poller, folder) = (Arc::new(Noted::default()), tempfile::tempdir_in(&folders()[1]).unwrap());
     let (_setup, mut driver, data) = polling(&poller, folder.path());
-    // What is on the disk, and not in memory any more.
+    // The data is on the disk, and not in memory any more.
     let image = OpenOptions::new().write(true).open(folder.path().join("disk.img")).unwrap();
     image.write_all_at(&[0x5a; 1 << 20], 32 << 20).unwrap();
     image.sync_all().unwrap();
@@ -193,13 +193,13 @@ fn a_worker_gives_the_duty_back_before_it_waits_for_the_disk() {
     assert_eq!(driver.command(1, io(READ, 64 << 10, 8, [data, 0])).status, 0);
     assert_eq!(driver.read_ram(data, 4096), [0x5a; 4096]);
     assert!(!waits || poller.returned.load(Ordering::SeqCst) > returned);
-    // To write may wait in any case.
+    // A write may always wait.
     let returned = releases_while_held(&poller, &mut driver);
     assert_eq!(driver.command(1, io(WRITE, 64 << 10, 8, [data, 0])).status, 0);
     assert!(!waits || poller.returned.load(Ordering::SeqCst) > returned);
 }
 
-/// The host may wait for an answer of the IOMMU before it consumes completions.
+/// The host may wait for an answer from the IOMMU before it consumes completions.
 #[test]
 fn a_worker_without_room_for_completions_does_not_poll() {
     let (poller, folder) = (Arc::new(Noted::default()), tempfile::tempdir_in(&folders()[0]).unwrap());
@@ -208,7 +208,7 @@ fn a_worker_without_room_for_completions_does_not_poll() {
         (0..count).for_each(|_| _ = driver.put(1, io(READ, 0, 8, [data, 0])));
         driver.ring(1);
     };
-    // There is room for 63, and the host does not tell that it has consumed any.
+    // There is room for 63, and the host acknowledges none.
     submit(&mut driver, 60);
     let begun = Instant::now();
     let mut reaped = 0;

@@ -105,7 +105,7 @@ fn a_full_completion_queue_loses_nothing() {
     driver.create_pair(1, 64, 4);
     let page = driver.pages(1);
     saturate(&mut driver, &[1], 500, io(READ, 0, 1, [page, 0]));
-    // Left full, the queue pair can still be deleted.
+    // The queue pair can be deleted even while it is full.
     for _ in 0..20 {
         driver.put(1, io(READ, 0, 1, [page, 0]));
     }
@@ -139,7 +139,7 @@ fn shadow_doorbells_replace_registers() {
     for _ in 0..200 {
         assert_eq!(driver.command(1, io(READ, 0, 1, [page, 0])).status, 0);
     }
-    // A queue pair that comes later has shadows too.
+    // A queue pair that is created later has shadows too.
     driver.create_pair(2, 1024, 16);
     saturate(&mut driver, &[1, 2], 5000, io(READ, 0, 1, [page, 0]));
     // A wrong value is an event, and the queue goes on.
@@ -168,7 +168,7 @@ fn shadow_doorbells_that_move_begin_with_what_was_told_before() {
     let page = driver.pages(1);
     let read = io(READ, 0, 1, [page, 0]);
     for round in 1..=3 {
-        // The first of them is where the registers leave off.
+        // The shadows begin with the values of the registers.
         let shadow = (driver.pages(1), driver.pages(1));
         let config = Sqe { opcode: 0x7c, data: [shadow.0, shadow.1], ..Sqe::default() };
         assert_eq!(driver.admin(config).status, 0);
@@ -180,7 +180,7 @@ fn shadow_doorbells_that_move_begin_with_what_was_told_before() {
             assert_eq!(driver.command(1, read).status, 0);
         }
     }
-    // They may move while completions wait for room: what acknowledges some is seen in the new place.
+    // They may move while completions wait for room: an acknowledgement is seen in the new place.
     let pair = &driver.queues[&1];
     let last = pair.cq + u64::from((pair.head + 2) % 4) * 16 + 14;
     let phase = |driver: &Driver| driver.read_ram(last, 1)[0] & 1;

@@ -1,4 +1,4 @@
-//! Resets, deletions and other ends while commands are in flight: nothing of before is left behind.
+//! Resets, deletions and other ends while commands are in flight: nothing is left of them.
 
 use std::sync::atomic::Ordering;
 
@@ -20,7 +20,7 @@ fn begin_reads(driver: &mut Driver, count: u64) -> (u64, usize) {
     (base, (count << 20) as usize)
 }
 
-/// What an old life must not touch any more: this memory, its completion queue, and its interrupt.
+/// What the controller must not touch after its reset: this memory, its old completion queue, and its old interrupt.
 struct Dead {
     base: u64,
     len: usize,
@@ -37,8 +37,8 @@ impl Dead {
         dead
     }
 
-    /// Has the controller do as much with another queue as was left for the old one to do. Nothing of what that would have
-    /// done has happened then.
+    /// Makes the controller do as much work with another queue as was left in the old one, and checks that none of the
+    /// old work was done meanwhile.
     fn assert(&self, driver: &mut Driver) {
         driver.create_pair(2, 64, 64);
         let (buffer, list) = (driver.pages(256), driver.pages(1));
@@ -81,7 +81,7 @@ fn a_queue_is_deleted_with_commands_in_flight() {
     let mut driver = setup.ready();
     let (base, len) = begin_reads(&mut driver, 40);
     assert_eq!(driver.delete_sq(1), 0);
-    // What was fetched is complete, with success or as aborted.
+    // Commands that were fetched are complete, with success or as aborted.
     while let Some(done) = driver.reap(1) {
         assert!(matches!(done.status, 0 | 0x08), "{done:?}");
     }
@@ -89,8 +89,8 @@ fn a_queue_is_deleted_with_commands_in_flight() {
     assert_eq!(driver.delete_cq(1), 0);
 }
 
-/// Ends a queue while it is in a command over this many blocks of 4096 bytes: how that completed, or `None` if it had not
-/// begun.
+/// Deletes a queue in the middle of a command over this many blocks of 4096 bytes. Returns how the command completed,
+/// or `None` if it had not begun.
 fn end_within(setup: &Setup, opcode: u8, blocks: u32, end: fn(&mut Driver)) -> Option<Done> {
     let executed = || setup.disk.counters.io_count.load(Ordering::Relaxed);
     let before = executed();
@@ -99,7 +99,7 @@ fn end_within(setup: &Setup, opcode: u8, blocks: u32, end: fn(&mut Driver)) -> O
     let put = |driver: &mut Driver, opcode, blocks: u32| {
         driver.put(1, Sqe { flags: 1 << 6, ..io(opcode, 0, blocks, [buffer, u64::from(blocks) * PAGE]) })
     };
-    // As much as completes at once; then the other one begins.
+    // Commands that complete at once come first; then the long one begins.
     put(&mut driver, READ, 16);
     let cid = put(&mut driver, opcode, blocks);
     driver.ring(1);
@@ -118,7 +118,7 @@ fn a_long_command_is_aborted_in_the_middle() {
     let transfer = 2048;
     for (opcode, blocks) in [(READ, transfer), (WRITE, transfer), (COMPARE, transfer), (WRITE_ZEROES, 1 << 16)] {
         for end in ends {
-            // It may be complete, if this thread does not get the processor.
+            // It may be complete already, if this thread did not get a processor.
             let aborted = (0..100).filter_map(|_| end_within(&setup, opcode, blocks, end)).any(|done| {
                 assert!(matches!(done.status, 0 | 0x08), "{done:?}");
                 done.status == 0x08
@@ -144,14 +144,14 @@ fn a_queue_that_cannot_be_accessed_is_fatal() {
     let setup = Setup::new();
     let mut driver = setup.ready();
     let page = driver.pages(1);
-    // A submission queue outside memory.
+    // A submission queue outside of memory.
     assert_eq!(driver.create_cq(2, 16, page, 1), 0);
     assert_eq!(driver.create_sq(2, 16, RAM, 2 << 16 | 1), 0);
     driver.write32(0x1000 + 16, 1);
     driver.wait_csts(2, 2);
     driver.disable();
     driver.enable();
-    // A completion queue outside memory.
+    // A completion queue outside of memory.
     assert_eq!(driver.create_cq(1, 16, RAM, 1), 0);
     let sq = driver.pages(1);
     driver.add_pair(1, sq, 16, page, 16);
@@ -159,7 +159,7 @@ fn a_queue_that_cannot_be_accessed_is_fatal() {
     driver.put(1, io(FLUSH, 0, 0, [0, 0]));
     driver.ring(1);
     driver.wait_csts(2, 2);
-    // The admin queue outside memory.
+    // The admin queue outside of memory.
     driver.disable();
     driver.client.region_write(0, register::ASQ, &RAM.to_le_bytes()).unwrap();
     driver.write32(register::CC, CC_ENABLED);

@@ -1,4 +1,4 @@
-//! What of all this is on the trace.
+//! The controller's events in the trace.
 
 use crate::nvme::{READ, WRITE};
 use viommu::iommu::Request;
@@ -13,7 +13,7 @@ use viommu_wire::nvme::{Command, DataPointer};
 use viommu_wire::virtio_iommu::{Attach, Head, Map, MapFlags, Status, request_type};
 use zerocopy::IntoBytes;
 
-/// Of the events that the trace has of a session, those of a bad read and a good write, and what is around them.
+/// Checks the events of a bad read and a good write in a session, and those around them.
 #[test]
 fn every_step_is_traced() {
     let (recorder, tracer) = Recorder::start(&[]);
@@ -87,14 +87,14 @@ fn every_step_is_traced() {
     assert_eq!(commands.take(expected.len()).collect::<Vec<Event>>(), expected);
 }
 
-/// Has the IOMMU do a request.
+/// Makes the IOMMU execute a request.
 fn request(setup: &Setup, bytes: &[u8]) {
     let iommu = setup.iommu();
     assert_eq!(iommu.execute(&Request::parse(bytes, iommu.features()).unwrap(), &mut []).status, Status::Ok);
 }
 
-/// What a transfer accesses is told page run by page run, in whichever way the controller gets to its image; and so is
-/// what it did not access.
+/// The trace has an event for each contiguous run of pages that a transfer accesses, no matter how the controller
+/// accesses its image, and one for a refused access.
 #[test]
 fn the_pages_of_a_transfer_are_traced_wherever_the_image_is() {
     const DOMAIN: u32 = 3;
@@ -104,7 +104,8 @@ fn the_pages_of_a_transfer_are_traced_wherever_the_image_is() {
         let setup = Setup::traced(1 << 20, tracer, |config| config.image = folder.path().join("disk.img"));
         let mut driver = setup.ready();
         let (list, base) = (driver.pages(1), driver.pages(8));
-        // Queues and lists are where they were; data is above all memory, two of its pages one behind the other.
+        // Queues and lists stay where they are. The data's addresses are above all memory, and two of its pages are
+        // adjacent.
         let data = [base, base + PAGE, base + 5 * PAGE, base + 3 * PAGE];
         let at = |page: u64| RAM + page * PAGE;
         let attach = Attach {
@@ -156,7 +157,8 @@ fn head(kind: u8) -> Head {
     Head { kind, ..Head::default() }
 }
 
-/// A request for an event is a command like another, however long it waits, and so is one that is aborted.
+/// An asynchronous event request is traced like any other command, no matter how long it waits, and so is an aborted
+/// one.
 #[test]
 fn event_requests_are_traced_when_they_are_completed() {
     const AER: Sqe = Sqe { opcode: 0x0c, flags: 0, nsid: 0, data: [0; 2], cdw10: 0, cdw11: 0, cdw12: 0, cdw13: 0 };
@@ -166,7 +168,7 @@ fn event_requests_are_traced_when_they_are_completed() {
     let (first, second) = (driver.put(0, AER), driver.put(0, AER));
     driver.ring(0);
     driver.identify(1, 0, 0).unwrap();
-    // A doorbell of a queue that is not there.
+    // A doorbell of a queue that does not exist.
     driver.write32(0x1000 + 8 * 5, 1);
     assert_eq!(driver.wait(0).cid, first);
     let abort = driver.put(0, Sqe { opcode: 8, cdw10: u32::from(second) << 16, ..Sqe::default() });
@@ -183,7 +185,7 @@ fn event_requests_are_traced_when_they_are_completed() {
     });
     let nothing = DataPointer::None;
     let mut commands: Vec<_> = commands.collect();
-    // What made the controller ready is not of interest.
+    // The commands that made the controller ready are not checked.
     assert_eq!(
         commands.split_off(commands.len() - 4),
         [

@@ -1,4 +1,4 @@
-//! Commands of all kinds, while what they and their queues use is mapped and unmapped beside them.
+//! Commands of all kinds, while the pages of their data and queues are mapped and unmapped.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -15,21 +15,21 @@ use viommu_testkit::frontend::{IntoBytesRequest, READ as MAP_READ, WRITE as MAP_
 use viommu_testkit::nvme::{Driver, ENDPOINT, PAGE, Setup, Sqe, io};
 use viommu_wire::virtio_iommu::Status;
 
-/// What is always mapped: the admin queue.
+/// The pages that are always mapped: the admin queue.
 const FIXED: u64 = 4;
-/// I/O queue pairs, of a page for each submission queue and each completion queue.
+/// The number of I/O queue pairs. Each submission queue and each completion queue has a page.
 const PAIRS: u16 = 2;
 const ENTRIES: u32 = 64;
-/// The pages that come and go: those of submission queues, those of completion queues, and those for data.
+/// The pages that are mapped and unmapped: those of submission queues, of completion queues, and for data.
 const SUBMISSION: u64 = FIXED;
 const COMPLETION: u64 = SUBMISSION + PAIRS as u64;
 const DATA: u64 = COMPLETION + PAIRS as u64;
 const END: u64 = DATA + 96;
-/// How many of them are unmapped at a time, each for as many requests.
+/// How many of them are unmapped at a time, each for this many requests.
 const UNMAPPED: usize = 2;
-/// Pages with data that are to be taken away, and how long that may take at most.
+/// How many pages with data must be unmapped, and how long that may take at most.
 const WRITTEN: u64 = 4000;
-/// Does a request; it is answered when this returns.
+/// Does a request, and returns when it is answered.
 fn answer(iommu: &Iommu, request: &impl IntoBytesRequest) {
     let bytes = request.bytes();
     let request = Request::parse(&bytes, iommu.features()).unwrap();
@@ -37,24 +37,24 @@ fn answer(iommu: &Iommu, request: &impl IntoBytesRequest) {
     iommu.synchronize();
 }
 
-/// Pages are where they are in memory, so that there is but one kind of address.
+/// Maps pages at their guest-physical addresses, so that there is only one kind of address.
 fn map_pages(iommu: &Iommu, first: u64, count: u64) {
     let (start, end) = (first * PAGE, (first + count) * PAGE - 1);
     answer(iommu, &map(1, start, end, start, MAP_READ | MAP_WRITE));
 }
 
-/// What was seen while the pages came and went.
+/// What was seen while pages were mapped and unmapped.
 #[derive(Debug, Default)]
 struct Seen {
     unmapped: u64,
-    /// Of those: with data of the controller's.
+    /// Those with data that the controller wrote.
     written: u64,
-    /// Of those: pages of queues.
+    /// Those of queues.
     queues: u64,
 }
 
-/// Takes pages away and gives them back until enough was seen, and the controller has `lost` a queue by it, or until that
-/// takes too long. Nothing is to be written to one between.
+/// Unmaps pages and maps them again until enough was seen and the controller has `lost` a queue by that, or until it
+/// takes too long. Nothing may be written to a page while it is unmapped.
 fn change_mappings(iommu: &Iommu, ram: &File, mut numbers: Numbers, lost: &AtomicU64) -> Seen {
     const ZEROS: [u8; PAGE as usize] = [0; PAGE as usize];
     let page_is_zeros = |page: u64| {
@@ -66,7 +66,7 @@ fn change_mappings(iommu: &Iommu, ram: &File, mut numbers: Numbers, lost: &Atomi
     let mut away = VecDeque::new();
     let is_enough = |seen: &Seen| seen.written >= WRITTEN && lost.load(Ordering::Relaxed) > 0;
     while !is_enough(&seen) && begun.elapsed() < PATIENCE {
-        // Without its queues a controller does nothing.
+        // A controller without its queues does nothing.
         let (from, to) = if numbers.below(64) == 0 { (SUBMISSION, DATA) } else { (DATA, END) };
         let page = from + numbers.below(to - from);
         if away.contains(&page) {
@@ -91,7 +91,7 @@ fn change_mappings(iommu: &Iommu, ram: &File, mut numbers: Numbers, lost: &Atomi
     seen
 }
 
-/// Enables the controller anew, with all its queues, in the same pages as ever.
+/// Enables the controller again, with all its queues in the same pages.
 fn restart(driver: &mut Driver) {
     driver.disable();
     driver.free = PAGE;
@@ -105,12 +105,12 @@ fn restart(driver: &mut Driver) {
     }
 }
 
-/// A command whose data is anywhere in the pages that come and go.
+/// A command whose data is anywhere in the changing pages.
 fn any_command(numbers: &mut Numbers) -> Sqe {
     let mut address = || (COMPLETION + numbers.below(END - COMPLETION)) * PAGE;
     let data = [address(), address()];
     let blocks = 1 + numbers.below(16) as u32;
-    // What is read is not written, so that it stays what the test knows.
+    // Blocks that are read are never written, so that the test knows their contents.
     let (read, written) = (numbers.below(64), 4096 + numbers.below(64));
     match numbers.below(16) {
         0 => io(WRITE, written, blocks, data),
@@ -118,14 +118,15 @@ fn any_command(numbers: &mut Numbers) -> Sqe {
         2 => io(WRITE_ZEROES, written, blocks, data),
         3 => Sqe { cdw10: numbers.below(4) as u32, ..io(DATASET_MANAGEMENT, 0, 0, data) },
         4 => io(FLUSH, 0, 0, data),
-        // A data block of an SGL, of many pages; a list of PRPs, wherever that may be.
+        // A data block of an SGL with many pages, or a list of PRPs at any address.
         5..12 => Sqe { flags: 1 << 6, ..io(READ, read, 8 * blocks, [data[0], u64::from(blocks) * PAGE]) },
         12 => io(READ, read, 8 * 3, data),
         _ => io(READ, read, blocks, data),
     }
 }
 
-/// Gives the controller commands until `done`, and counts how often it had to be enabled anew, as it had lost a queue.
+/// Gives the controller commands until `done`, and counts how often it had to be enabled again because it had lost a
+/// queue.
 fn command_all_the_time(driver: &mut Driver, mut numbers: Numbers, lost: &AtomicU64, done: &AtomicBool) {
     while !done.load(Ordering::Relaxed) {
         restart(driver);
@@ -135,13 +136,13 @@ fn command_all_the_time(driver: &mut Driver, mut numbers: Numbers, lost: &Atomic
                 driver.put(queue, any_command(&mut numbers));
             }
             if round < 20 {
-                // Identify Controller; nobody waits for what becomes of it.
+                // Identify Controller; nobody waits for its completion.
                 let data = [(DATA + numbers.below(END - DATA)) * PAGE, 0];
                 driver.put(0, Sqe { opcode: 6, cdw10: 1, data, ..Sqe::default() });
                 driver.ring(0);
             }
             driver.ring(queue);
-            // As if all were done, and looked at.
+            // As if all completions had been read.
             let tail = driver.queues[&queue].tail;
             driver.ring_doorbell(queue, u64::from(queue) * 2 + 1, tail);
             if driver.csts() & 2 != 0 {
@@ -178,7 +179,7 @@ fn nothing_is_written_to_a_page_after_its_unmap_is_answered() {
     let lost = lost.into_inner();
     println!("{seen:?}; {executed} I/O commands, and {lost} times a queue was lost");
     assert!(seen.written >= WRITTEN && lost > 0, "the controller was hardly ever at work");
-    // It is none the worse.
+    // The controller still works.
     restart(&mut driver);
     let target = DATA * PAGE;
     assert_eq!(driver.command(1, io(READ, 0, 8, [target, 0])).status, 0);
