@@ -108,7 +108,7 @@ fn assert_no_traffic(held: &Held) {
 }
 
 #[test]
-fn one_that_is_quiesced_under_load_moves_nothing_until_it_goes_on() {
+fn a_model_quiesced_under_load_moves_nothing_until_it_resumes() {
     on_each(|machine| {
         under_load(machine, 30, |held| {
             held.quiesce();
@@ -121,7 +121,7 @@ fn one_that_is_quiesced_under_load_moves_nothing_until_it_goes_on() {
 }
 
 #[test]
-fn another_one_goes_on_from_its_state_at_any_point_of_a_run() {
+fn another_model_continues_from_a_saved_state_at_any_point_of_a_run() {
     on_each(|machine| {
         let mut numbers = Numbers(1);
         under_load(machine, 50, |held| {
@@ -152,7 +152,7 @@ fn a_reset_at_any_moment_ends_all_work() {
 }
 
 #[test]
-fn without_bus_mastering_nothing_is_moved_and_a_reset_makes_it_good() {
+fn without_bus_mastering_nothing_is_moved_and_a_reset_restores_the_model() {
     on_each(|mut machine| {
         for before_the_work in [true, false] {
             machine.load.begin();
@@ -178,7 +178,7 @@ fn without_bus_mastering_nothing_is_moved_and_a_reset_makes_it_good() {
 }
 
 #[test]
-fn junk_in_every_register_is_survived_and_can_be_saved() {
+fn a_model_survives_junk_in_every_register_and_can_be_saved() {
     on_each(|mut machine| {
         let size = machine.load.client().region(0).unwrap().size;
         for seed in 1..=20 {

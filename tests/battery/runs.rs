@@ -31,7 +31,7 @@ fn run(model: &Model, steps: &[Step], is_moved: bool) -> Vec<Seen> {
 }
 
 #[test]
-fn each_goes_on_from_its_state_as_if_nothing_had_happened() {
+fn each_model_continues_from_a_saved_state_as_if_nothing_had_happened() {
     for model in MODELS {
         let mut runner = TestRunner::new(Config { cases: 24, failure_persistence: None, ..Config::default() });
         let same = runner.run(&steps(), |steps| {

@@ -52,7 +52,7 @@ fn wait_behind<T>(socket: &Path, first: T, serve: impl FnOnce()) -> Duration {
 }
 
 #[test]
-fn who_comes_after_many_useless_connections_is_served_soon() {
+fn a_connection_after_many_useless_ones_is_served_soon() {
     let folder = folder();
     let (daemon, _) = serve_with(folder.path(), &["--trace-socket", "trace.sock"]);
     let socket = |name: &str| folder.path().join(name);

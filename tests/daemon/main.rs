@@ -145,7 +145,7 @@ fn tracing_in_time_slices() {
 }
 
 #[test]
-fn of_many_daemons_that_begin_at_once_one_gets_a_stale_socket() {
+fn only_one_of_many_daemons_that_begin_at_once_gets_a_stale_socket() {
     for round in 0..20 {
         let folder = folder();
         drop(UnixListener::bind(folder.path().join("viommu.sock")).unwrap());
@@ -238,7 +238,7 @@ fn names(folder: &Path) -> Vec<String> {
 }
 
 #[test]
-fn who_cannot_begin_leaves_nothing_behind() {
+fn a_run_that_cannot_begin_leaves_nothing_behind() {
     let folder = folder();
     pretended_qemu(folder.path(), "exit 1");
     let run = ["run", "--qemu", "./qemu", "--dir", "dir", "--trace-file", "none/trace.jsonl"];
@@ -385,7 +385,7 @@ fn refused_read(client: &mut UnixStream) {
 }
 
 #[test]
-fn a_client_that_goes_on_and_on_is_logged_a_few_times_and_counted() {
+fn a_client_that_repeats_itself_is_logged_a_few_times_and_counted() {
     const COUNT: u64 = 1000;
     let folder = folder();
     let daemon = serve(folder.path());
@@ -405,7 +405,7 @@ fn a_client_that_goes_on_and_on_is_logged_a_few_times_and_counted() {
 }
 
 #[test]
-fn what_the_log_leaves_out_is_counted_though_nothing_more_happens() {
+fn messages_that_the_log_leaves_out_are_counted_even_if_no_more_come() {
     let folder = folder();
     let mut daemon = serve(folder.path());
     let mut log = BufReader::new(daemon.stderr.take().unwrap());
@@ -429,7 +429,7 @@ fn what_the_log_leaves_out_is_counted_though_nothing_more_happens() {
 
 /// A VERSION with a wrong type whose name has a megabyte, which the error repeats.
 #[test]
-fn what_the_log_repeats_of_a_message_is_cut() {
+fn a_long_text_of_a_client_is_cut_in_the_log() {
     const LENGTH: usize = 1 << 20;
     let folder = folder();
     let daemon = serve(folder.path());
@@ -492,7 +492,7 @@ fn sigterm_ends_it_though_the_virtqueues_are_stuck() {
 }
 
 #[test]
-fn memory_that_is_not_shared_is_said_once() {
+fn memory_that_is_not_shared_is_reported_once() {
     let folder = folder();
     let (child, _) = serve_with(folder.path(), &[]);
     let mut client = UnixStream::connect(folder.path().join("dma0.sock")).unwrap();

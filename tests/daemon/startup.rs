@@ -76,7 +76,7 @@ fn an_image_may_be_a_link_and_not_a_fifo() {
 }
 
 #[test]
-fn what_a_run_writes_waits_for_no_reader() {
+fn a_run_that_writes_to_a_fifo_waits_for_no_reader() {
     let folder = folder();
     pretended_qemu(folder.path(), "touch started");
     fifo(&folder.path().join("fifo"));

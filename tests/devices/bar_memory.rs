@@ -50,7 +50,7 @@ fn a_client_maps_the_memory_and_shares_it_with_the_device() {
 }
 
 #[test]
-fn a_client_is_told_how_much_room_it_needs() {
+fn a_client_learns_how_much_room_it_needs() {
     let served = serve();
     let mut client = RawClient::connect(&served.path());
     client.version(0, "");

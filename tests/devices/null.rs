@@ -106,7 +106,7 @@ fn a_number_is_written_and_the_interrupt_sent() {
 }
 
 #[test]
-fn what_cannot_be_written_fails() {
+fn a_write_without_memory_or_bus_mastering_fails() {
     let mut setup = Setup::new();
     assert_eq!(setup.have_written(0x1000, 7), FAILED, "bus mastering is off");
     setup.enable();

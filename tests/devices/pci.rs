@@ -90,7 +90,7 @@ fn dma_write(client: &mut Client, address: u64, value: u64) -> bool {
 }
 
 #[test]
-fn regions_and_identity_are_what_qemu_wants() {
+fn regions_and_identity_are_what_qemu_expects() {
     let setup = Setup::new();
     let mut client = setup.client();
     let sizes: Vec<u64> = (0..9).map(|index| client.region(index).unwrap().size).collect();

@@ -414,7 +414,7 @@ fn hostile_rings_break_the_device_until_a_reset_and_no_more() {
 }
 
 #[test]
-fn any_rings_and_doorbells_are_survived() {
+fn a_model_survives_any_rings_and_doorbells() {
     let (recorder, tracer) = Recorder::start(&[Kind::Panic]);
     let served = Served::new(ENDPOINT, tracer, make, || ());
     let mut driver = Driver::new(served.client());

@@ -6,7 +6,7 @@ use viommu_testkit::engine::*;
 use viommu_wire::virtio_iommu::*;
 
 #[test]
-fn it_is_what_drivers_look_for() {
+fn its_identity_is_what_drivers_look_for() {
     let setup = Setup::new();
     let mut engine = setup.engine();
     let mut config = [0; 16];

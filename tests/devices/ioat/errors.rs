@@ -6,7 +6,7 @@ use viommu_testkit::engine::*;
 use viommu_wire::virtio_iommu::*;
 
 #[test]
-fn what_lies_before_the_first_bad_address_is_copied() {
+fn data_before_the_first_bad_address_is_copied() {
     let setup = Setup::new();
     let mut engine = setup.engine();
     setup.attach_with_low_pages();

@@ -46,7 +46,7 @@ fn a_common_handler_finds_the_channel() {
 }
 
 #[test]
-fn no_interrupt_of_before_comes_after_a_reset() {
+fn no_earlier_interrupt_comes_after_a_reset() {
     let setup = Setup::new();
     let mut engine = setup.engine();
     setup.ring(&engine, 1, |_| Descriptor { size: 1, control: NULL | INTERRUPT, ..Descriptor::default() });

@@ -42,7 +42,7 @@ fn the_controller_says_what_it_is() {
 }
 
 #[test]
-fn what_cannot_be_enabled_is_fatal_until_it_is_reset() {
+fn a_wrong_configuration_is_fatal_until_a_reset() {
     let setup = Setup::new();
     let mut driver = setup.driver();
     // No admin queue; an unsupported page size, command set and arbitration.

@@ -4,7 +4,7 @@ use crate::nvme::{READ, WRITE};
 use viommu_testkit::nvme::{Setup, Sqe, io};
 
 #[test]
-fn events_are_told_once_until_their_log_is_read() {
+fn events_are_reported_once_until_their_log_is_read() {
     const AER: Sqe = Sqe { opcode: 0x0c, flags: 0, nsid: 0, data: [0; 2], cdw10: 0, cdw11: 0, cdw12: 0, cdw13: 0 };
     let setup = Setup::new();
     let mut driver = setup.ready();

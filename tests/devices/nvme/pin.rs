@@ -96,7 +96,7 @@ fn complete(driver: &mut Driver) {
 }
 
 #[test]
-fn the_pin_masks_itself_and_is_looked_at_anew_when_it_is_unmasked() {
+fn the_pin_masks_itself_and_is_evaluated_again_when_it_is_unmasked() {
     let setup = Setup::new();
     let mut driver = ready(&setup);
     complete(&mut driver);
@@ -130,7 +130,7 @@ fn what_the_client_masks_waits() {
 }
 
 #[test]
-fn interrupt_disable_holds_the_pin_and_the_status_tells_of_it() {
+fn interrupt_disable_holds_the_pin_and_the_status_shows_it() {
     let setup = Setup::new();
     let mut driver = ready(&setup);
     disable(&mut driver, true);
@@ -169,7 +169,7 @@ fn the_controllers_own_mask_lowers_the_pin() {
 }
 
 #[test]
-fn what_goes_with_a_queue_or_the_controller_does_not_assert_it() {
+fn entries_of_a_deleted_queue_or_a_reset_controller_do_not_assert_it() {
     let setup = Setup::new();
     let mut driver = ready(&setup);
     complete(&mut driver);
@@ -320,7 +320,7 @@ fn the_next_client_has_a_pin_that_is_not_masked_and_sends_to_nobody() {
 
 /// Some drivers try one kind of interrupt after the other.
 #[test]
-fn what_the_client_gave_last_counts() {
+fn the_interrupt_that_the_client_set_last_is_used() {
     let setup = Setup::new();
     let mut driver = ready(&setup);
     let set = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER;

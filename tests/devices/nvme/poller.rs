@@ -128,7 +128,7 @@ fn assert_polling(poller: &Noted, setup: &Setup, driver: &mut Driver, commands: 
 }
 
 #[test]
-fn a_worker_goes_on_polling_while_it_reads_and_writes_what_is_in_memory() {
+fn a_worker_keeps_polling_while_it_reads_and_writes_data_in_memory() {
     let (poller, folder) = (Arc::new(Noted::default()), tempfile::tempdir_in(&folders()[0]).unwrap());
     let (setup, mut driver, data) = polling(&poller, folder.path());
     let commands = [io(READ, 0, 8, [data, 0]), io(WRITE, 0, 8, [data, 0])];
@@ -137,7 +137,7 @@ fn a_worker_goes_on_polling_while_it_reads_and_writes_what_is_in_memory() {
 
 /// A guest may send nothing but failing commands, without end: the IOMMU's requests are still served.
 #[test]
-fn a_worker_looks_after_the_duty_whatever_becomes_of_its_commands() {
+fn a_worker_polls_the_queue_even_if_its_commands_fail() {
     let (poller, folder) = (Arc::new(Noted::default()), tempfile::tempdir_in(&folders()[0]).unwrap());
     let (setup, mut driver, data) = polling(&poller, folder.path());
     let past = setup.disk.blocks();
@@ -156,7 +156,7 @@ fn a_worker_looks_after_the_duty_whatever_becomes_of_its_commands() {
 
 /// A flush, and a write that must be durable, may take long on any file system.
 #[test]
-fn a_worker_gives_the_duty_back_before_it_flushes() {
+fn a_worker_releases_the_queue_before_it_flushes() {
     let (poller, folder) = (Arc::new(Noted::default()), tempfile::tempdir_in(&folders()[0]).unwrap());
     let (_setup, mut driver, data) = polling(&poller, folder.path());
     let write = io(WRITE, 0, 8, [data, 0]);
@@ -180,7 +180,7 @@ fn releases_while_held(poller: &Noted, driver: &mut Driver) -> u64 {
 }
 
 #[test]
-fn a_worker_gives_the_duty_back_before_it_waits_for_the_disk() {
+fn a_worker_releases_the_queue_before_it_waits_for_the_disk() {
     let (poller, folder) = (Arc::new(Noted::default()), tempfile::tempdir_in(&folders()[1]).unwrap());
     let (_setup, mut driver, data) = polling(&poller, folder.path());
     // The data is on the disk, and not in memory any more.

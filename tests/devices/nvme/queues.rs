@@ -160,7 +160,7 @@ fn shadow_doorbells_replace_registers() {
 }
 
 #[test]
-fn shadow_doorbells_that_move_begin_with_what_was_told_before() {
+fn shadow_doorbells_that_move_begin_with_the_old_values() {
     let setup = Setup::new();
     let mut driver = setup.driver();
     driver.enable();

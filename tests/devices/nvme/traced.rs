@@ -198,7 +198,7 @@ fn event_requests_are_traced_when_they_are_completed() {
 }
 
 #[test]
-fn registers_are_traced_for_whoever_asks() {
+fn register_accesses_are_traced_for_clients_that_ask() {
     let (recorder, tracer) = Recorder::start(&[Kind::Mmio]);
     let (other, all) = Recorder::start(&[]);
     for tracer in [tracer, all] {
