@@ -1,4 +1,4 @@
-//! Accesses of an endpoint that are under way while a driver changes what they use.
+//! Accesses of an endpoint that are in progress while a driver changes the mappings that they use.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,17 +10,17 @@ use viommu_trace::event::Access;
 use crate::frontend::*;
 use crate::{PATIENCE, wait_until};
 
-/// What the endpoint reads at an address: a number of 8 bytes.
+/// The 8 bytes that the endpoint reads at an address, as a number.
 pub fn read_at(driver: &Driver, device: &Device, iova: u64) -> Option<u64> {
     let mut data = [0; 8];
     driver.dma(device, EP).read(iova, &mut data).ok().map(|()| u64::from_le_bytes(data))
 }
 
-/// How long the answer to a request that is done would take, if it waited for nobody, and much more.
+/// Much more time than the answer to a request takes that waits for nobody.
 const QUIET: Duration = Duration::from_millis(50);
 
-/// Has the driver do `request`, which takes away what the endpoint's access at `iova` uses: there is no answer before the
-/// access is over.
+/// Makes the driver do `request`, which removes the mapping that the endpoint's access at `iova` uses, and checks that
+/// there is no answer before the access is over.
 pub fn waits_for_access(driver: &mut Driver, device: &Device, iova: u64, request: Vec<u8>) {
     let mut reader = device.iommu.reader();
     let guard = reader.enter();
@@ -36,7 +36,7 @@ pub fn waits_for_access(driver: &mut Driver, device: &Device, iova: u64, request
     assert_eq!(driver.collect(len, &writable).status(), OK);
 }
 
-/// Threads in which the endpoint writes to an address, again and again.
+/// Threads in which the endpoint writes to an address repeatedly.
 pub struct Writers {
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<u32>>,
@@ -58,14 +58,14 @@ impl Writers {
         Writers { threads: (0..2).map(write).collect(), stop }
     }
 
-    /// The driver has taken the memory at `phys` away from them: nothing is written there any more.
+    /// Checks that nothing is written to the memory at `phys`, which the driver has unmapped.
     pub fn assert_gone(&self, driver: &Driver, phys: u64) {
         driver.write(phys, &[0; 512]);
         thread::yield_now();
         assert!(driver.read(phys, 512).iter().all(|&byte| byte == 0), "written after the removal was answered");
     }
 
-    /// Ends them; each must have had its turn.
+    /// Ends them. At least one write must have succeeded.
     pub fn end(self) {
         self.stop.store(true, Ordering::Relaxed);
         let written: u32 = self.threads.into_iter().map(|thread| thread.join().unwrap()).sum();

@@ -1,4 +1,5 @@
-//! A small driver of the DMA engine, over a vfio-user socket: a test's way to have an endpoint read or write any address.
+//! A small driver of the DMA engine, over a vfio-user socket: a test's way to make an endpoint read or write any
+//! address.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -77,12 +78,11 @@ impl Descriptor {
     }
 }
 
-/// A DMA engine whose client has all of a file as guest memory, from guest-physical address 0 on.
+/// A DMA engine whose client has a whole file as guest memory, from guest-physical address 0 on.
 pub struct Engine {
     pub client: Client,
     pub ram: File,
-    /// Where [`Engine::copy`] has its descriptor: 64 bytes of guest memory, and the address at which the endpoint
-    /// finds them.
+    /// The descriptor of [`Engine::copy`]: its place in guest memory, 64 bytes, and its address for the endpoint.
     pub descriptor: (u64, u64),
 }
 
@@ -102,8 +102,8 @@ impl Engine {
         self.client.region_write(VFIO_PCI_CONFIG_REGION_INDEX, 4, &[6, 0]).unwrap();
     }
 
-    /// Has the endpoint read `len` bytes at `source` and write them at `destination`, both I/O virtual addresses.
-    /// It reads the descriptor before, and nothing else is accessed. An error is CHANERR, and the engine can be used
+    /// Makes the endpoint read `len` bytes at `source` and write them to `destination`, both I/O virtual addresses.
+    /// Before that it reads the descriptor; it accesses nothing else. An error is CHANERR, and the engine can be used
     /// again.
     pub fn copy(&mut self, source: u64, destination: u64, len: u32) -> Result<(), u32> {
         let (gpa, iova) = self.descriptor;
@@ -133,7 +133,7 @@ impl Engine {
         self.write(register::CHANCMD, &[command]);
     }
 
-    /// Waits until the channel is done, or until it is halted: then it is reset, and the error is CHANERR.
+    /// Waits until the channel is done. If it halts, this resets it, and the error is CHANERR.
     pub fn wait(&mut self) -> Result<(), u32> {
         match self.wait_while(ACTIVE) {
             DONE => Ok(()),
@@ -146,7 +146,7 @@ impl Engine {
         }
     }
 
-    /// Waits until the channel is not in `state` any more; the state then.
+    /// Waits until the channel is not in `state` any more. Returns its new state.
     pub fn wait_while(&mut self, state: u64) -> u64 {
         let begun = Instant::now();
         loop {
@@ -163,7 +163,7 @@ impl Engine {
         self.read64(register::CHANSTS)
     }
 
-    /// Resets the channel and waits for the reset's end.
+    /// Resets the channel, and waits until that is done.
     pub fn reset_channel(&mut self) {
         self.command(RESET);
         let begun = Instant::now();

@@ -6,10 +6,10 @@ use viommu::pci::{Bar, BarMemory, Capability, CapabilityId, Function, FunctionCo
 
 /// Bytes of BAR 2.
 pub const SIZE: u64 = 0x8000;
-/// What the client maps of it; the last page is registers.
+/// The parts of it that the client maps; the last page has registers.
 pub const MAPPED: [Range<u64>; 2] = [0x0000..0x2000, 0x3000..0x7000];
 
-/// A frame buffer: a read of BAR 0 gives the sum of its mapped bytes, a write fills them.
+/// A frame buffer: a read of BAR 0 returns the sum of its mapped bytes, and a write fills them.
 pub struct Frames {
     memory: BarMemory,
 }

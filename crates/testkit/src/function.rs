@@ -21,7 +21,7 @@ pub struct Served {
 }
 
 impl Served {
-    /// Serves what `make` makes as this endpoint; `on_reset` learns of the client's own resets.
+    /// Serves the function that `make` returns as this endpoint; `on_reset` is called at the client's own resets.
     pub fn new(
         endpoint: u32,
         tracer: Tracer,
@@ -55,7 +55,7 @@ impl Served {
         self.dir.path().join("function.sock")
     }
 
-    /// A client that has not done anything yet.
+    /// A new client, which has not sent anything yet.
     pub fn client(&self) -> Client {
         Client::new(&self.path()).unwrap()
     }

@@ -3,14 +3,14 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Pages of `size` KiB, reserved for a test and given back after it.
+/// Pages of `size` KiB, reserved for a test and released after it.
 pub struct HugePages {
     path: PathBuf,
     before: u64,
 }
 
 impl HugePages {
-    /// Makes sure that `wanted` are free. `None` if they cannot be had and the user said so.
+    /// Makes sure that `wanted` pages are free. `None` if there are not as many and the user allows that.
     pub fn reserve(size: u64, wanted: u64) -> Option<HugePages> {
         let folder = Path::new("/sys/kernel/mm/hugepages").join(format!("hugepages-{size}kB"));
         let read = |name: &str| fs::read_to_string(folder.join(name)).ok().and_then(|text| text.trim().parse().ok());
@@ -21,7 +21,7 @@ impl HugePages {
             if free() >= wanted {
                 return Some(pages);
             }
-            // Only root may; the page cache gives way, and what is left is moved together.
+            // Only root may do this. The page cache gives way, and the remaining memory is compacted.
             let _ = fs::write("/proc/sys/vm/drop_caches", "3");
             let _ = fs::write("/proc/sys/vm/compact_memory", "1");
             let _ = fs::write(&pages.path, (read("nr_hugepages").unwrap_or(0) + wanted - free()).to_string());

@@ -1,5 +1,5 @@
-//! What viommu's tests and benchmarks share, and nobody else uses: a driver with its virtqueues behind a vhost-user
-//! frontend, vfio-user clients, drivers of the device models, and whole guests.
+//! What viommu's tests and benchmarks share, for them alone: a driver with its virtqueues behind a vhost-user frontend,
+//! vfio-user clients, drivers of the device models, and whole guests.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 #![allow(missing_docs, reason = "the names are the specifications'")]
@@ -38,7 +38,7 @@ impl Drop for StopOnDrop<'_> {
     }
 }
 
-/// Numbers that look like random ones; the first of them must not be 0.
+/// Pseudo-random numbers. The seed must not be 0.
 pub struct Numbers(pub u64);
 
 impl Numbers {
@@ -51,22 +51,23 @@ impl Numbers {
     }
 }
 
-/// Memory that can be shared with a device, as a guest's RAM is; `len` bytes of zeros.
+/// `len` bytes of zeros that can be shared with a device, as a guest's RAM is.
 pub fn memfd(len: u64) -> File {
     let file = File::from(memfd_create("guest", MFdFlags::MFD_CLOEXEC).unwrap());
     file.set_len(len).unwrap();
     file
 }
 
-/// A folder in memory, whose files never have to be waited for, and one on the machine's disk: the NVMe controller has
-/// different ways to images there.
+/// A folder in memory, whose files never make anybody wait, and one on the machine's disk. The NVMe controller accesses
+/// images in them in different ways.
 pub fn folders() -> [PathBuf; 2] {
     let on_disk = binaries().join("tmp");
     std::fs::create_dir_all(&on_disk).unwrap();
     ["/dev/shm".into(), on_disk]
 }
 
-/// The folder with what was built together with this program: a binary, or a test or benchmark in `deps/` below it.
+/// The folder of the binaries that were built together with this program, which is in it or, if it is a test or
+/// benchmark, in `deps/` below it.
 pub fn binaries() -> PathBuf {
     let program = std::env::current_exe().unwrap();
     let folder = program.parent().unwrap();

@@ -41,12 +41,12 @@ impl Setup {
         Setup::traced(bytes, Tracer::default(), change)
     }
 
-    /// The same, and what happens is traced.
+    /// The same, with a trace.
     pub fn traced(bytes: u64, tracer: Tracer, change: impl FnOnce(&mut NvmeConfig)) -> Self {
         Setup::polling(bytes, tracer, None, change)
     }
 
-    /// The same, and its threads have a queue to poll.
+    /// The same, with a queue that its threads poll.
     pub fn polling(
         bytes: u64,
         tracer: Tracer,
@@ -128,7 +128,7 @@ pub struct Driver {
     pub ram: File,
     pub events: Vec<EventFd>,
     pub queues: HashMap<u16, Pair>,
-    /// Where fresh pages of guest memory are.
+    /// The next unused page of guest memory.
     pub free: u64,
     cid: u16,
     /// Shadow doorbells and event indexes, once they are configured.
@@ -149,7 +149,7 @@ pub mod register {
 pub const CC_ENABLED: u32 = 4 << 20 | 6 << 16 | 1;
 
 impl Driver {
-    /// A driver that has not touched the controller yet. It has all of `ram` as guest memory, whose pages it takes from
+    /// A driver that has not touched the controller yet. It has all of `ram` as guest memory, and takes pages from
     /// `free` on.
     pub fn new(mut client: Client, ram: File, free: u64) -> Driver {
         client.dma_map(0, 0, RAM, ram.as_raw_fd()).unwrap();
@@ -162,7 +162,7 @@ impl Driver {
         Driver { client, ram, events, queues: HashMap::new(), free, cid: 0, shadow: None }
     }
 
-    /// Fresh pages of guest memory.
+    /// Returns unused pages of guest memory.
     pub fn pages(&mut self, count: u64) -> u64 {
         let at = self.free;
         self.free += count * PAGE;
@@ -234,7 +234,7 @@ impl Driver {
         self.queues.insert(id, Pair { sq, sq_size, tail: 0, cq, cq_size, head: 0, phase: true });
     }
 
-    /// Creates an I/O queue pair whose interrupts are of the vector of the same number.
+    /// Creates an I/O queue pair whose interrupts have the vector of the same number.
     pub fn create_pair(&mut self, id: u16, sq_size: u32, cq_size: u32) {
         let sq = self.pages((u64::from(sq_size) * 64).div_ceil(PAGE));
         let cq = self.pages((u64::from(cq_size) * 16).div_ceil(PAGE));
@@ -261,7 +261,7 @@ impl Driver {
         self.admin(Sqe { opcode: 4, cdw10: u32::from(id), ..Sqe::default() }).status
     }
 
-    /// Puts an entry into a submission queue, without telling the controller.
+    /// Puts an entry into a submission queue, without ringing the doorbell.
     pub fn put(&mut self, queue: u16, sqe: Sqe) -> u16 {
         self.cid = self.cid.wrapping_add(1);
         let mut bytes = [0; 64];
@@ -280,14 +280,14 @@ impl Driver {
         self.cid
     }
 
-    /// Tells the controller of new entries.
+    /// Rings the doorbell for new entries.
     pub fn ring(&mut self, queue: u16) {
         let tail = self.queues[&queue].tail;
         self.ring_doorbell(queue, u64::from(queue) * 2, tail);
     }
 
     /// Writes a doorbell as Linux does: the shadow if there is one, and the register if the event index asks for it.
-    /// Whether the register was written.
+    /// Returns whether the register was written.
     pub fn ring_doorbell(&mut self, queue: u16, index: u64, value: u32) -> bool {
         let rung = match self.shadow.filter(|_| queue != 0) {
             None => true,
@@ -328,7 +328,7 @@ impl Driver {
         })
     }
 
-    /// Tells the controller up to where completions were consumed.
+    /// Acknowledges the completions that were consumed.
     pub fn ring_head(&mut self, queue: u16) {
         let head = self.queues[&queue].head;
         self.ring_doorbell(queue, u64::from(queue) * 2 + 1, head);
@@ -395,7 +395,7 @@ pub fn io(opcode: u8, lba: u64, blocks: u32, data: [u64; 2]) -> Sqe {
     Sqe { opcode, nsid: 1, data, cdw10, cdw11, cdw12: blocks.wrapping_sub(1) & 0xffff, ..Sqe::default() }
 }
 
-/// Bytes that differ from place to place.
+/// Bytes that differ at each place.
 pub fn pattern(len: usize, seed: u64) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut next = || {

@@ -11,7 +11,7 @@ use nix::unistd::Pid;
 
 use crate::{binaries, wait_until};
 
-/// The `viommu` that was built together with the test that runs; it ends with the thread that starts it.
+/// The `viommu` that was built together with the running test. It ends with the thread that starts it.
 pub fn viommu() -> Command {
     let path = binaries().join("viommu");
     assert!(path.exists(), "there is no {path:?}; build the whole package");
@@ -20,15 +20,16 @@ pub fn viommu() -> Command {
     command
 }
 
-/// Has a process killed when the thread that starts it ends, however it does: a test that is killed ends nobody else.
+/// Makes the kernel kill a process when the thread that starts it ends for any reason: a test that is killed could not
+/// end it.
 pub fn end_with_us(command: &mut Command) -> &mut Command {
     // SAFETY: between fork and exec the closure makes one system call and touches no memory that another thread may
     // hold locked.
     unsafe { command.pre_exec(|| set_pdeathsig(Signal::SIGKILL).map_err(std::io::Error::from)) }
 }
 
-/// Runs what `body` tests in a process of its own: limits and descriptors are the process's, and other tests of a binary
-/// have theirs. `test` is the name of the test that calls this, with its modules.
+/// Runs `body` in a process of its own: limits and descriptors belong to a process, which the other tests of a binary
+/// use too. `test` is the name of the calling test, with its modules.
 pub fn alone(test: &str, body: impl FnOnce()) {
     const ALONE: &str = "VIOMMU_TEST_ALONE";
     if std::env::var_os(ALONE).is_some_and(|name| name == test) {
@@ -54,7 +55,7 @@ impl Process {
         self.0.borrow().id()
     }
 
-    /// Whether it is over.
+    /// Whether it has ended.
     pub fn ended(&self) -> bool {
         self.0.borrow_mut().try_wait().unwrap().is_some()
     }
@@ -64,7 +65,7 @@ impl Process {
         kill(Pid::from_raw(self.0.borrow().id() as i32), signal).unwrap();
     }
 
-    /// Kills it, if it is not over.
+    /// Kills it, if it has not ended.
     pub fn kill(&self) {
         // It may have ended.
         let _ = self.0.borrow_mut().kill();
@@ -77,7 +78,7 @@ impl Process {
         self.0.borrow_mut().wait().unwrap()
     }
 
-    /// Its standard output, if that is a pipe and was not taken before.
+    /// Its standard output, if that is a pipe and this is the first call.
     pub fn stdout(&self) -> Option<ChildStdout> {
         self.0.borrow_mut().stdout.take()
     }

@@ -1,11 +1,11 @@
-//! A PCI function with as little as possible in it.
+//! A minimal PCI function.
 
 use viommu::dma::Dma;
 use viommu::pci::{Bar, Function, FunctionContext, Identity};
 
 use super::vfio::RawClient;
 
-/// A device whose registers do one thing each.
+/// A device each of whose registers does one thing.
 pub struct Toy {
     dma: Dma,
     context: FunctionContext,
@@ -15,7 +15,7 @@ pub struct Toy {
 
 pub const ADDRESS: u64 = 0x00;
 pub const RESULT: u64 = 0x08;
-/// Reads 8 bytes at ADDRESS into RESULT; 1 in the next register says that it worked.
+/// Reads 8 bytes at ADDRESS into RESULT. The next register is 1 if that worked.
 pub const DO_READ: u64 = 0x10;
 /// Writes RESULT to ADDRESS.
 pub const DO_WRITE: u64 = 0x18;
@@ -92,7 +92,7 @@ fn result(client: &mut RawClient) -> u64 {
     u64::from_le_bytes(client.region_read(0, RESULT, 8).unwrap().try_into().unwrap())
 }
 
-/// What the function reads at an address; all ones if it cannot.
+/// The number that the function reads at an address, or all ones if it cannot.
 pub fn reads(client: &mut RawClient, address: u64) -> u64 {
     write_register(client, ADDRESS, address);
     write_register(client, DO_READ, 0);

@@ -1,4 +1,4 @@
-//! All that is traced.
+//! A trace, recorded completely.
 
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -7,7 +7,7 @@ use tempfile::TempDir;
 use viommu_trace::Kind;
 use viommu_trace::{self as trace, Event, Options, Reader, Subscription, TraceHandle, Tracer};
 
-/// A client of a trace from its begin to its end.
+/// A client that reads a trace from beginning to end.
 pub struct Recorder {
     handle: TraceHandle,
     client: JoinHandle<Vec<Event>>,
@@ -19,7 +19,7 @@ impl Recorder {
     pub fn start(kinds: &[Kind]) -> (Recorder, Tracer) {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("trace.sock");
-        // Its client reads all the time: the end may wait for it on the slowest machine.
+        // The client always reads, so the end may wait for it, even on the slowest machine.
         let options = Options { socket: Some(socket.clone()), farewell: Duration::from_secs(60), ..Options::default() };
         let (tracer, handle) = trace::start(options).unwrap();
         let subscription = Subscription { kinds: kinds.to_vec(), ..Subscription::default() };
@@ -31,7 +31,7 @@ impl Recorder {
         (Recorder { handle, client, _dir: dir }, tracer)
     }
 
-    /// Ends the trace, of which nothing may be lost: the events.
+    /// Ends the trace and returns its events. None may be lost.
     pub fn end(self) -> Vec<Event> {
         assert_eq!(self.handle.stop().lost, 0);
         self.client.join().unwrap()

@@ -5,18 +5,18 @@ use std::os::unix::net::UnixStream;
 
 use super::vfio::{REPLY, command, words};
 
-/// A command of the server's.
+/// A command from the server.
 #[derive(Debug)]
 pub struct Asked {
     pub id: [u8; 2],
     pub command: u16,
     pub address: u64,
     pub count: u64,
-    /// Of a write.
+    /// The data of a write.
     pub data: Vec<u8>,
 }
 
-/// Takes what a command begins with; `None` if the server has closed the socket.
+/// Reads the beginning of a command. `None` if the server has closed the socket.
 pub fn take_head(socket: &mut UnixStream) -> Option<Asked> {
     let mut head = [0; 32];
     socket.read_exact(&mut head).ok()?;
@@ -30,7 +30,7 @@ pub fn take_head(socket: &mut UnixStream) -> Option<Asked> {
     Some(asked)
 }
 
-/// Takes a command; `None` if the server has closed the socket.
+/// Reads a command. `None` if the server has closed the socket.
 pub fn take(socket: &mut UnixStream) -> Option<Asked> {
     let mut asked = take_head(socket)?;
     if asked.command == command::DMA_WRITE {
@@ -46,7 +46,7 @@ pub fn answer(socket: &mut UnixStream, asked: &Asked, flags: u32, errno: u32, pa
     socket.write_all(&[&header, payload].concat()).unwrap();
 }
 
-/// What an answer begins with.
+/// The beginning of an answer.
 pub fn echo(asked: &Asked) -> Vec<u8> {
     [asked.address, asked.count].map(u64::to_le_bytes).concat()
 }
@@ -58,8 +58,8 @@ pub fn answer_read(socket: &mut UnixStream, asked: &Asked, base: u64, ram: &[u8]
     answer(socket, asked, REPLY, 0, &[&echo(asked), data].concat());
 }
 
-/// Answers all commands from `ram`, which begins at `base`, until the server closes the socket; returns it, and how many
-/// there were.
+/// Answers all commands from `ram`, which begins at `base`, until the server closes the socket. Returns `ram` and the
+/// number of commands.
 pub fn serve(mut socket: UnixStream, base: u64, mut ram: Vec<u8>, max_data: usize) -> (Vec<u8>, usize) {
     let mut count = 0;
     while let Some(asked) = take(&mut socket) {

@@ -1,4 +1,4 @@
-//! A vfio-user client that can say anything.
+//! A vfio-user client that can send anything.
 
 use std::io::Read;
 use std::os::fd::{OwnedFd, RawFd};
@@ -36,13 +36,13 @@ pub const REPLY: u32 = 1 << 0;
 pub const NO_REPLY: u32 = 1 << 4;
 pub const ERROR: u32 = 1 << 5;
 
-/// Where DMA_MAP's flags say how.
+/// The flags of DMA_MAP.
 pub const READ: u32 = 1 << 0;
 pub const WRITE: u32 = 1 << 1;
 pub const MMAP: u32 = 1 << 2;
 pub const FILE_IO: u32 = 1 << 3;
 
-/// What a client says in VERSION that takes commands on a socket of their own.
+/// The VERSION of a client that takes the server's commands on a socket of their own.
 pub const TWIN: &str = "{\"capabilities\":{\"twin_socket\":{\"supported\":true}}}";
 
 pub struct RawClient {
@@ -113,7 +113,7 @@ impl RawClient {
         self.take(command, id)
     }
 
-    /// The answer to a command that was sent: the payload, or the error number.
+    /// Takes the answer to a command that was sent: the payload, or the error number.
     pub fn take(&mut self, command: u16, id: u16) -> Result<Vec<u8>, i32> {
         let reply = self.reply();
         assert_eq!((reply.id, reply.command), (id, command), "{reply:?}");
@@ -188,7 +188,7 @@ pub fn dma_unmap(flags: u32, address: u64, size: u64) -> Vec<u8> {
     [words(&[24, flags]), [address, size].map(u64::to_le_bytes).concat()].concat()
 }
 
-/// What REGION_READ and REGION_WRITE begin with.
+/// The beginning of REGION_READ and REGION_WRITE.
 pub fn access(region: u32, offset: u64, count: u32) -> Vec<u8> {
     [&offset.to_le_bytes()[..], &region.to_le_bytes(), &count.to_le_bytes()].concat()
 }

@@ -1,14 +1,14 @@
-//! Waiting for something that happens by itself.
+//! Waiting for something that another thread or process does.
 
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-/// How long anything may take that no guest does: only a hang takes longer.
+/// How long anything outside of a guest may take: only a hang takes longer.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Waits until `condition` holds, and fails if that takes longer than `limit`.
 ///
-/// It is looked at more and more seldom: what takes long must not be slowed down by looking.
+/// The checks become less and less frequent, so that they do not slow down something that takes long.
 pub fn wait_until(limit: Duration, what: &str, mut condition: impl FnMut() -> bool) {
     let begun = Instant::now();
     while !condition() {

@@ -1,4 +1,4 @@
-//! The NVMe flow from end to end, for `scripts/demo`: `viommu-demo KERNEL`. What it leaves is in `target/demo/`.
+//! The guest's NVMe I/O from end to end, for `scripts/demo`: `viommu-demo KERNEL`. Its files are in `target/demo/`.
 
 use std::fs;
 use std::process::ExitCode;

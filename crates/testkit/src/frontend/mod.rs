@@ -30,11 +30,11 @@ use crate::{PATIENCE, memfd, wait_until};
 
 /// Bytes of guest memory, which begins at 0.
 pub const RAM: u64 = 64 << 20;
-/// What the driver gives as the address of its own mapping of guest address 0.
+/// The address that the driver claims for its own mapping of guest address 0.
 pub const USER_BASE: u64 = 0x7f00_0000_0000;
 /// An endpoint with an MSI region, as x86 has it.
 pub const EP: u32 = 0x20;
-/// One more.
+/// Another one.
 pub const EP2: u32 = 0x28;
 /// An endpoint without reserved regions.
 pub const BARE: u32 = 0x30;
@@ -72,7 +72,7 @@ impl Device {
         Device::traced(change, Tracer::default())
     }
 
-    /// A device whose settings `change` changes, and whose steps `tracer` takes.
+    /// A device whose settings `change` changes, and whose events go to `tracer`.
     pub fn traced(change: impl FnOnce(&mut Settings), tracer: Tracer) -> Device {
         let reserved = |id| match id {
             BARE => vec![],
@@ -131,7 +131,7 @@ impl Driver {
         driver
     }
 
-    /// Connects and asks for the features, no more.
+    /// Connects and gets the features, but does nothing else.
     pub fn connect(path: &Path) -> Driver {
         let mut frontend = Frontend::connect(path, 2).unwrap();
         frontend.set_owner().unwrap();
@@ -142,7 +142,8 @@ impl Driver {
             VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::REPLY_ACK;
         assert!(protocol.contains(wanted), "{protocol:?}");
         frontend.set_protocol_features(wanted).unwrap();
-        // From now on each message is acknowledged: an error shows at once, and what was set has been taken.
+        // From now on each message is acknowledged: an error is seen at once, and a setting is in effect when it is
+        // acknowledged.
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         assert_eq!(frontend.get_queue_num().unwrap(), 2);
         let file = memfd(RAM);
@@ -162,7 +163,7 @@ impl Driver {
         self.frontend.set_features(self.accepted).unwrap();
     }
 
-    /// The guest's memory, to be given to other devices.
+    /// The guest's memory, for other devices.
     pub fn file(&self) -> File {
         self.file.try_clone().unwrap()
     }
@@ -180,7 +181,7 @@ impl Driver {
         self.frontend.set_mem_table(&[region(0, half), region(half, RAM - half)]).unwrap();
     }
 
-    /// Starts a queue as it stands in memory, at the index `base` of its available ring.
+    /// Starts a queue as it is in memory, at the index `base` of its available ring.
     pub fn start_queue(&mut self, index: usize, base: u16) {
         self.set_up_queue(index, base).unwrap();
         let queue = &self.queues[index];
@@ -189,7 +190,7 @@ impl Driver {
         self.frontend.set_vring_enable(index, true).unwrap();
     }
 
-    /// Size, index and addresses of a queue.
+    /// Sends the size, index and addresses of a queue.
     pub fn set_up_queue(&mut self, index: usize, base: u16) -> Result<(), vhost::Error> {
         let queue = &self.queues[index];
         self.frontend.set_vring_num(index, SIZE)?;
@@ -218,7 +219,7 @@ impl Driver {
         }
     }
 
-    /// Stops both queues and starts them empty, as a driver does that resets the device and starts over.
+    /// Stops both queues and starts them empty, as a driver does that resets the device.
     pub fn reset(&mut self) {
         self.stop_queues();
         self.start_over();
@@ -230,7 +231,7 @@ impl Driver {
         self.resume_queues([0; 2]);
     }
 
-    /// Makes both queues new ones, which are stopped.
+    /// Replaces both queues by new ones, which are stopped.
     pub fn clear_queues(&mut self) {
         for (index, base) in QUEUE_BASES.into_iter().enumerate() {
             self.queues[index] = Queue::new(base);
@@ -329,7 +330,7 @@ impl Driver {
         (0..count).flat_map(|_| self.add(EVENTS, &[Part::W(len)]).1).collect()
     }
 
-    /// Waits for the next fault, which is to be in `buffer`.
+    /// Waits for the next fault, which must be in `buffer`.
     pub fn wait_fault(&mut self, buffer: (u64, usize)) -> FaultRecord {
         let (_, len) = self.wait_used(EVENTS);
         assert_eq!(len, 24);

@@ -1,4 +1,4 @@
-//! Requests as a driver makes them, and their answers.
+//! Requests as drivers make them, and their answers.
 
 use viommu_wire::virtio_iommu::*;
 use zerocopy::IntoBytes;

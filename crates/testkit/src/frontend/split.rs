@@ -1,4 +1,4 @@
-//! The split protocol's requests, as a driver makes them.
+//! The split protocol's requests, as drivers make them.
 
 use viommu_wire::split::*;
 use viommu_wire::virtio_iommu::Head;

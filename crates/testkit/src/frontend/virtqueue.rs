@@ -14,7 +14,7 @@ use crate::{PATIENCE, wait_until};
 
 /// Where the queues are.
 pub(super) const QUEUE_BASES: [u64; 2] = [0x1_0000, 0x2_0000];
-/// Where buffers and indirect tables are; what lies before is the test's, but for the queues.
+/// Where buffers and indirect tables are. The memory before that is the test's, except for the queues.
 pub(super) const BUFFERS: std::ops::Range<u64> = 16 << 20..32 << 20;
 /// Entries of each queue.
 pub const SIZE: u16 = 256;
@@ -24,14 +24,14 @@ pub const REQUESTS: usize = 0;
 /// The event queue.
 pub const EVENTS: usize = 1;
 
-/// A part of a request: what the device reads, or how much it may write.
+/// A part of a request: bytes that the device reads, or the number of bytes that it may write.
 #[derive(Clone, Debug)]
 pub enum Part {
     R(Vec<u8>),
     W(usize),
 }
 
-/// What came back in the used ring, and the whole device-writable part.
+/// The length from the used ring, and the whole device-writable part.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Used {
     pub len: u32,
@@ -39,7 +39,7 @@ pub struct Used {
 }
 
 impl Used {
-    /// The status, which the last four bytes are; they must be a proper tail.
+    /// The status. It is in the last four bytes, which must be a proper tail.
     pub fn status(&self) -> u8 {
         assert_eq!(self.len as usize, self.written.len(), "the used length covers the tail");
         let (_, tail) = Tail::read_from_suffix(&self.written).unwrap();
@@ -48,7 +48,7 @@ impl Used {
     }
 }
 
-/// One descriptor, as it stands in memory.
+/// One descriptor, as it is in memory.
 #[derive(Clone, Copy)]
 pub struct Descriptor {
     pub address: u64,
@@ -57,7 +57,7 @@ pub struct Descriptor {
     pub next: u16,
 }
 
-/// In the used ring's flags.
+/// A flag of the used ring.
 const NO_NOTIFY: u16 = 1;
 
 pub const NEXT: u16 = 1;
@@ -100,9 +100,9 @@ impl Queue {
     }
 }
 
-/// What the driver does with its queues.
+/// The driver's use of its queues.
 impl Driver {
-    /// Memory for a buffer; it is used again after a few thousand requests.
+    /// Memory for a buffer. It is used again after a few thousand requests.
     pub fn allocate(&mut self, len: usize) -> u64 {
         if self.next_buffer + len as u64 > BUFFERS.end {
             self.next_buffer = BUFFERS.start;
@@ -126,7 +126,7 @@ impl Driver {
         self.write_u16(address, next);
     }
 
-    /// Adds one chain without a kick. Returns its head, and where its device-writable parts are.
+    /// Adds one chain without a kick. Returns its head and the places of its device-writable parts.
     pub fn add(&mut self, index: usize, parts: &[Part]) -> (u16, Vec<(u64, usize)>) {
         let (descriptors, writable) = self.place(parts);
         let first = self.queues[index].next_descriptor;
@@ -157,7 +157,7 @@ impl Driver {
         (head, writable)
     }
 
-    /// Puts the parts of a chain into memory. Device-writable ones are filled with something that no device writes.
+    /// Puts the parts of a chain into memory. Device-writable parts are filled with bytes that no device writes.
     fn place(&mut self, parts: &[Part]) -> (Vec<Descriptor>, Vec<(u64, usize)>) {
         let mut writable = Vec::new();
         let mut descriptors = Vec::new();
@@ -191,7 +191,7 @@ impl Driver {
         }
     }
 
-    /// Whether the device asks for a kick of a queue to which one chain was added last.
+    /// Whether the device asks for a kick of the queue after one chain was added.
     pub fn is_kick_wanted(&self, index: usize) -> bool {
         fence(Ordering::SeqCst);
         let queue = &self.queues[index];

@@ -1,4 +1,4 @@
-//! Daemons that serve the devices of guests which somebody else starts.
+//! Daemons that serve the devices of guests but do not start them.
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::{ChildStdout, ExitStatus, Stdio};
@@ -20,7 +20,7 @@ pub struct Serve {
 }
 
 impl Serve {
-    /// Starts it with these arguments beside the topology; it serves when this returns.
+    /// Starts it with these arguments besides the topology. It serves when this returns.
     pub fn start(folder: &Folder, topology: &str, arguments: &[&str]) -> Serve {
         folder.write(TOPOLOGY, topology);
         let mut command = viommu();
@@ -37,7 +37,7 @@ impl Serve {
         Serve { process, printed: Some(printed), folder: folder.clone() }
     }
 
-    /// A guest with its devices, by the line that `viommu args` prints, as a user would start it.
+    /// A guest with its devices, started like a user does with the arguments that `viommu args` prints.
     pub fn guest(&self, workload: &str) -> Guest {
         let mut args = viommu();
         args.current_dir(self.folder.path());
@@ -52,7 +52,7 @@ impl Serve {
         &self.process
     }
 
-    /// Asks it to end; its status, and what it printed while it served.
+    /// Asks it to end. Returns its status, and its output while it served.
     pub fn end(mut self) -> (ExitStatus, String) {
         self.process.signal(Signal::SIGTERM);
         let mut text = String::new();
@@ -69,7 +69,7 @@ pub struct InProcess {
 }
 
 impl InProcess {
-    /// Serves a topology, and its trace; images are in the folder, too, and are made.
+    /// Serves a topology and its trace. Images are made, in the folder too.
     pub fn start(folder: &Folder, topology: &str) -> InProcess {
         // A relative path is below the working directory, which all tests share.
         let topology = topology.replace("image = \"", &format!("image = \"{}/", folder.path().display()));
@@ -89,7 +89,7 @@ impl InProcess {
         Guest::with(Devices::Arguments(self.arguments.clone()), workload).folder(&self.folder)
     }
 
-    /// Ends it; what it did.
+    /// Ends it. Returns what it did.
     pub fn end(self) -> DaemonStats {
         self.daemon.end()
     }

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use tempfile::TempDir;
 
-/// Where the sockets, images and logs of a guest and of its daemon are: nothing of it is anywhere else, so that any
-/// number of guests can run at once. Clones are the same folder.
+/// All sockets, images and logs of a guest and of its daemon are in it and nowhere else, so that any number of guests
+/// can run at once. Clones are the same folder.
 #[derive(Clone)]
 pub struct Folder(Arc<Place>);
 
@@ -23,21 +23,21 @@ impl Default for Folder {
 }
 
 impl Folder {
-    /// One that goes with its last user.
+    /// A temporary folder, which is removed with its last user.
     pub fn new() -> Folder {
         Folder(Arc::new(Place::Temporary(tempfile::tempdir().unwrap())))
     }
 
-    /// The same in memory if that can be, so that the disk and what else is written to it play no part.
+    /// The same in memory if possible, so that the disk and other writes to it have no effect.
     pub fn in_memory() -> Folder {
         let folder = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir());
         Folder(Arc::new(Place::Temporary(folder.unwrap())))
     }
 
-    /// One that stays, empty at first; below the checkout.
+    /// A folder below the checkout that is emptied first, and stays.
     pub fn kept(path: impl AsRef<Path>) -> Folder {
         let path = super::root().join(path);
-        // There may be none.
+        // It may not exist.
         let _ = fs::remove_dir_all(&path);
         fs::create_dir_all(&path).unwrap();
         Folder(Arc::new(Place::Kept(path)))
@@ -59,12 +59,12 @@ impl Folder {
         fs::write(self.join(name), contents).unwrap();
     }
 
-    /// What a file has; nothing if there is none.
+    /// The contents of a file, or nothing if there is none.
     pub fn read(&self, name: &str) -> String {
         String::from_utf8_lossy(&fs::read(self.join(name)).unwrap_or_default()).into_owned()
     }
 
-    /// The JSON lines of a file. The last one may not be whole yet: then it is left out.
+    /// The JSON lines of a file. The last line is left out if it is not complete yet.
     pub fn lines(&self, name: &str) -> Vec<serde_json::Value> {
         self.read(name).lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
     }

@@ -22,10 +22,10 @@ pub use self::results::Results;
 pub use self::running::Running;
 use crate::process::viommu;
 
-/// How long one guest may take, from start to power-off; under emulation on a busy machine.
+/// How long one guest may take, from start to power-off, under emulation on a busy machine.
 pub const LIMIT: Duration = Duration::from_secs(600);
 
-/// Emulation, so that results compare between machines, with and without KVM.
+/// Emulation, so that the results of machines with and without KVM can be compared.
 pub const ACCEL: &str = "tcg,thread=multi";
 
 /// The size of images that are made, as `--create-images` takes it.
@@ -77,13 +77,13 @@ pub struct Guest {
     qemu: Vec<String>,
 }
 
-/// Where the machine and its devices come from.
+/// Who provides the machine and its devices.
 enum Devices {
     /// `viommu run` serves those of this topology, and starts QEMU with them.
     Run(String),
-    /// A QEMU is started with these arguments, as a shell takes them.
+    /// QEMU is started with these arguments, in a shell's notation.
     Shell(String),
-    /// A QEMU is started with these arguments.
+    /// QEMU is started with these arguments.
     Arguments(Vec<String>),
 }
 
@@ -93,7 +93,7 @@ impl Guest {
         Guest::with(Devices::Run(topology.into()), workload)
     }
 
-    /// A guest whose machine and devices are QEMU's own: these arguments.
+    /// A guest whose machine and devices are QEMU's own, given by these arguments.
     pub fn plain<'a>(arguments: impl IntoIterator<Item = &'a str>, workload: &str) -> Guest {
         Guest::with(Devices::Arguments(arguments.into_iter().map(String::from).collect()), workload)
     }
@@ -117,86 +117,87 @@ impl Guest {
         }
     }
 
-    /// This folder for all its files, in place of a temporary one.
+    /// Uses this folder for all its files, in place of a temporary one.
     pub fn folder(mut self, folder: &Folder) -> Guest {
         self.folder = folder.clone();
         self
     }
 
-    /// A port for the guest's own trace, which the workload `trace` uses.
+    /// Adds a port for the guest's own trace, which the workload `trace` uses.
     pub fn guest_trace(mut self) -> Guest {
         self.guest_trace = true;
         self
     }
 
-    /// What the first disk begins with.
+    /// Sets the contents at the start of the first disk.
     pub fn disk(mut self, contents: Vec<u8>) -> Guest {
         self.disk = Some(contents);
         self
     }
 
-    /// No kernel: firmware boots this sector of the first disk.
+    /// Boots no kernel: firmware boots this sector of the first disk.
     pub fn boot_from_disk(mut self, sector: &[u8]) -> Guest {
         self.boots_from_disk = true;
         self.disk(sector.to_vec())
     }
 
-    /// This kernel of those that `scripts/prepare-guest` knows, in place of `stock`.
+    /// Boots this one of the kernels that `scripts/prepare-guest` knows, in place of `stock`.
     pub fn kernel(mut self, name: &str) -> Guest {
         self.kernel = name.into();
         self
     }
 
-    /// More words for the kernel's command line.
+    /// Adds words to the kernel's command line.
     pub fn append(mut self, words: &str) -> Guest {
         self.append = words.into();
         self
     }
 
-    /// What makes the processors, as QEMU names it, in place of [`ACCEL`]; `viommu run` knows `auto`, too.
+    /// Sets QEMU's accelerator, in place of [`ACCEL`]; `viommu run` knows `auto` too.
     pub fn accel(mut self, accel: &str) -> Guest {
         self.accel = accel.into();
         self
     }
 
-    /// How long it may take, in place of [`LIMIT`].
+    /// Sets how long it may take, in place of [`LIMIT`].
     pub fn limit(mut self, limit: Duration) -> Guest {
         self.limit = limit;
         self
     }
 
-    /// A QEMU that is started without `viommu run` lets its guest start anew. It ends else, as a guest that panics is to.
+    /// Lets the guest restart, in a QEMU that is started without `viommu run`. Without this, QEMU ends at a restart, so
+    /// that a panic ends it.
     pub fn reboots(mut self) -> Guest {
         self.reboots = true;
         self
     }
 
-    /// Requests that the device answers wrongly, as `--inject` takes them; may be called several times.
+    /// Makes the device answer requests wrongly, as `--inject` says. May be called several times.
     pub fn inject(mut self, injection: &str) -> Guest {
         self.inject.push(injection.into());
         self
     }
 
-    /// These arguments for QEMU make the machine and its memory, in the place of the topology's.
+    /// Sets QEMU's arguments for the machine and its memory, in place of the topology's.
     pub fn machine<'a>(mut self, arguments: impl IntoIterator<Item = &'a str>) -> Guest {
         self.machine.extend(arguments.into_iter().map(String::from));
         self
     }
 
-    /// More arguments for QEMU.
+    /// Adds arguments for QEMU.
     pub fn qemu(mut self, words: &[&str]) -> Guest {
         self.qemu.extend(words.iter().map(ToString::to_string));
         self
     }
 
-    /// Boots it and waits for its end, which must be a good one.
+    /// Boots it and waits for its end, which must be a success.
     pub fn run(self) -> Outcome {
         self.start().wait()
     }
 
     /// Boots it.
     pub fn start(self) -> Running {
-        // What an earlier guest said is not this one's.
+        // Results of an earlier guest must not be taken for this one's.
         for name in [RESULTS, CONSOLE] {
             let _ = std::fs::remove_file(self.folder.join(name));
         }
@@ -227,13 +228,13 @@ impl Guest {
         Running::start(&mut command, self.folder, self.limit)
     }
 
-    /// What is the same for each QEMU: its kernel, unless it boots from its disk.
+    /// The arguments that all guests share: the kernel, unless it boots from its disk.
     fn kernel_arguments(&self, kernel: &str, initrd: &str, append: &str) -> Vec<OsString> {
         if self.boots_from_disk {
             return Vec::new();
         }
         let files = guest_files(&self.kernel);
-        // Commas: one word for the kernel, which takes 32 at most.
+        // With commas, this is one word for the kernel, which takes 32 at most.
         let line = format!("console=ttyS0 panic=-1 {} -- {}", self.append, self.workload.replace(' ', ","));
         let of = |name: &str| files.join(name).into_os_string();
         vec![kernel.into(), of("vmlinuz"), initrd.into(), of("initramfs"), append.into(), line.into()]
@@ -243,7 +244,7 @@ impl Guest {
         ["-qmp".into(), format!("unix:{QMP_SOCKET},server=on,wait=off")]
     }
 
-    /// QEMU and its arguments, but for the machine and its devices.
+    /// QEMU and its arguments, except for the machine and its devices.
     fn qemu_line(&self) -> Vec<OsString> {
         let mut line: Vec<OsString> = vec![guest_files(&self.kernel).join("qemu").into()];
         line.extend(["-accel", &self.accel, "-cpu", "max"].map(OsString::from));

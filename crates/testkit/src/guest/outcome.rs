@@ -1,4 +1,4 @@
-//! What was seen of a guest.
+//! The results of a guest.
 
 use std::process::ExitStatus;
 
@@ -6,25 +6,25 @@ use serde_json::Value;
 
 use super::Results;
 
-/// All that was seen of a guest; shown when the test fails.
+/// Everything that is known of a guest that has ended. It is printed when the test fails.
 pub struct Outcome {
     pub status: ExitStatus,
-    /// The summary of `viommu run`; null of another guest.
+    /// The summary of `viommu run`; null for another guest.
     pub summary: Value,
     pub results: Results,
     /// The trace that `viommu run` wrote.
     pub trace: Vec<Value>,
     /// The guest's own trace.
     pub guest_trace: Vec<Value>,
-    /// Both in one.
+    /// Both, merged.
     pub merged: Vec<Value>,
     pub console: String,
-    /// What the process said.
+    /// The log of the process.
     pub log: String,
 }
 
 impl Outcome {
-    /// The process ended without an error, and the guest reached its last line.
+    /// Checks that the process ended without an error, and that the guest reached its last line.
     pub fn assert_good_end(&self) {
         assert!(self.status.success(), "{}", self.status);
         assert!(self.results.ended_well(), "the guest's workload failed");
@@ -50,12 +50,12 @@ impl Outcome {
         self.summary["requests"][name].as_u64().unwrap_or_else(|| panic!("{name} is not in {}", self.summary))
     }
 
-    /// What the daemon warned of.
+    /// The daemon's warnings.
     pub fn warnings(&self) -> Vec<&str> {
         self.log.lines().filter(|line| line.starts_with("[WARN") || line.starts_with("[ERROR")).collect()
     }
 
-    /// What every healthy run with I/O through translation shows.
+    /// Checks what holds for every run with translated I/O.
     pub fn assert_translated(&self) {
         assert_eq!(self.summary["verified"], true, "{}", self.summary);
         assert!(self.requests("attach") > 0 && self.requests("map") > 0, "{}", self.summary);

@@ -1,4 +1,4 @@
-//! What a guest says of its workloads: a JSON object a line, each with the member `event`.
+//! The results that a guest reports of its workloads: each line is a JSON object with the member `event`.
 
 use std::ops::Deref;
 
@@ -6,11 +6,11 @@ use serde_json::Value;
 
 use super::{Folder, RESULTS};
 
-/// All that was said so far, in its order.
+/// All results so far, in their order.
 pub struct Results(Vec<Value>);
 
 impl Results {
-    /// Of the guest in this folder.
+    /// Reads the results of the guest in this folder.
     pub fn read(folder: &Folder) -> Results {
         Results(folder.lines(RESULTS))
     }
@@ -25,12 +25,12 @@ impl Results {
         self.iter().filter(move |line| line["event"] == event)
     }
 
-    /// What the guest was when it came up first.
+    /// The guest's report of its first boot.
     pub fn boot(&self) -> &Value {
         self.events("boot").next().expect("a report of the boot")
     }
 
-    /// What it found at an address such as `0000:00:04.0` then.
+    /// The function that it found at an address such as `0000:00:04.0`.
     pub fn function(&self, bdf: &str) -> &Value {
         let functions = self.boot()["pci"].as_array().unwrap();
         functions.iter().find(|function| function["bdf"] == bdf).expect("the function")
@@ -41,7 +41,7 @@ impl Results {
         self.events("end").any(|end| end["ok"] == true)
     }
 
-    /// The kernel has found nothing wrong with itself.
+    /// Checks that the kernel has not complained.
     pub fn assert_no_complaint(&self) {
         assert!(self.events("kernel-log").next().is_some(), "no report of the kernel's log");
         for log in self.events("kernel-log") {

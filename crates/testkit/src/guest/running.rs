@@ -1,4 +1,4 @@
-//! A guest that runs.
+//! A running guest.
 
 use std::fs;
 use std::os::unix::fs::FileExt;
@@ -15,13 +15,13 @@ use super::{
 use crate::process::{Process, viommu};
 use crate::wait_until;
 
-/// Its process is that of `viommu run`, with which its QEMU ends, or the QEMU.
+/// Its process is `viommu run`, with which its QEMU ends, or QEMU itself.
 pub struct Running {
     process: Process,
     folder: Folder,
-    /// By then it must be over.
+    /// It must end by then.
     deadline: Instant,
-    /// An [`Outcome`] shows what is to be seen of it.
+    /// Whether an [`Outcome`] will print its logs.
     is_shown: bool,
 }
 
@@ -41,12 +41,12 @@ impl Running {
         self.process.signal(signal);
     }
 
-    /// Whether its process is over.
+    /// Whether its process has ended.
     pub fn ended(&self) -> bool {
         self.process.ended()
     }
 
-    /// Kills it; nothing that it was to write can be relied on.
+    /// Kills it. Its files may be incomplete then.
     pub fn kill(&self) {
         self.process.kill();
     }
@@ -56,7 +56,7 @@ impl Running {
         self.folder.join(name)
     }
 
-    /// What it has said so far.
+    /// Its results so far.
     pub fn results(&self) -> Results {
         Results::read(&self.folder)
     }
@@ -77,14 +77,14 @@ impl Running {
         found.unwrap()
     }
 
-    /// Waits until the trace has more events than now, which are written as they come.
+    /// Waits until the trace has more events than now. Events are written as they come.
     pub fn wait_for_events(&self) {
         let size = || fs::metadata(self.path(TRACE)).map_or(0, |file| file.len());
         let before = size();
         wait_until(self.time_left(), "an event", || size() > before);
     }
 
-    /// Writes the mark for which `nvme-io --until-marked` looks into the first disk.
+    /// Writes the mark into the first disk that ends `nvme-io --until-marked`.
     pub fn mark_disk(&self) {
         let disk = fs::OpenOptions::new().write(true).open(self.path(FIRST_DISK)).unwrap();
         let end = disk.metadata().unwrap().len();
@@ -96,16 +96,16 @@ impl Running {
         Qmp::connect(&self.path(QMP_SOCKET))
     }
 
-    /// Waits for the end, which must be a good one: no error, and a guest that reached its last line.
+    /// Waits for the end, which must be a success: no error, and a guest that reached its last line.
     pub fn wait(self) -> Outcome {
         let outcome = self.end();
         outcome.assert_good_end();
         outcome
     }
 
-    /// Waits for the end, however it is.
+    /// Waits for the end, whether it is a success or not.
     pub fn end(mut self) -> Outcome {
-        // `viommu run` ends its QEMU by itself when it is time, and says so.
+        // `viommu run` ends its QEMU by itself when its time is up, and says so.
         let status = self.process.wait(self.time_left() + crate::PATIENCE);
         self.is_shown = true;
         Outcome {
@@ -120,7 +120,7 @@ impl Running {
         }
     }
 
-    /// The trace and the guest's own in one, as `viommu merge` makes it; empty if there is none of the guest's.
+    /// The trace and the guest's own trace, merged by `viommu merge`; empty if the guest made no trace.
     fn merged(&self) -> Vec<Value> {
         if !self.path(GUEST_TRACE).exists() {
             return Vec::new();
