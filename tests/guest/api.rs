@@ -1,5 +1,5 @@
-//! The two-step DMA API in the guest's kernel, exercised by the series' own tests (the workload `iova-test`), and how
-//! many requests it takes.
+//! The two-step DMA API in the guest's kernel, exercised by the series' own tests (the workload `iova-test`), and the
+//! number of requests that it takes.
 
 use serde_json::Value;
 use viommu_testkit::guest::{Guest, Outcome};
@@ -10,11 +10,12 @@ use crate::nvme_in;
 const PAGES: u64 = 512;
 const BYTES: u64 = PAGES * 4096;
 
-/// What the ordinary kernel cannot do: make memory short. `make check-kernel-debug` boots one that can.
+/// The case that the ordinary kernel skips, since it cannot make memory short. `make check-kernel-debug` boots a kernel
+/// that can.
 const SHORT: &str = "iova_test_memory_short";
 
-/// Runs the series' tests with this IOMMU, and with all that a case may ask for: two processors, bounce buffers, and a
-/// function without a driver. None may fail, and no others than these be skipped.
+/// Runs the series' tests with this IOMMU and everything that a case may need: two processors, bounce buffers, and a
+/// function without a driver. No case may fail, and only these may be skipped.
 fn run(iommu: &str, skipped: &[&str]) -> Outcome {
     let topology = format!("[iommu]\n{iommu}\n{}[[dma-engine]]\naddress = \"05.0\"\n", nvme_in("vcpus = 2"));
     let workload = "set /sys/bus/pci/drivers/nvme/unbind 0000:00:04.0 + iova-test";
@@ -27,7 +28,7 @@ fn run(iommu: &str, skipped: &[&str]) -> Outcome {
     outcome
 }
 
-/// Whether scattered pages, [`PAGES`] of them, make so many runs. A few may be neighbours by chance.
+/// Whether [`PAGES`] scattered pages can make this many runs. A few may be adjacent by chance.
 fn are_scattered(runs: u64) -> bool {
     (PAGES - 8..=PAGES).contains(&runs)
 }
@@ -41,7 +42,7 @@ fn types<'a>(requests: &[&'a Value]) -> Vec<&'a str> {
     requests.iter().filter_map(|request| request["type"].as_str()).collect()
 }
 
-/// A hexadecimal string of the trace as a number; none of a request without it.
+/// A hexadecimal string of the trace as a number, or `None` if the request does not have it.
 fn hex(value: &Value) -> u64 {
     value.as_str().map_or(0, |text| u64::from_str_radix(text.trim_start_matches("0x"), 16).unwrap())
 }
@@ -53,27 +54,27 @@ mod patched {
     fn two_steps_take_as_many_requests_as_they_should() {
         let outcome = run("split = true", &[SHORT]);
 
-        // 512 pages: one RESERVE, one LINK. A page in the middle goes alone.
+        // 512 pages take one RESERVE and one LINK. A page in the middle is unlinked alone.
         let many = tagged(&outcome, "0x1051");
         assert_eq!(types(&many), ["RESERVE", "LINK", "UNLINK", "RELEASE"]);
         assert!(are_scattered(many[1]["extents"].as_u64().unwrap()), "{}", many[1]);
         assert_eq!(many[1]["size"], BYTES);
         assert_eq!((&many[2]["granules"], &many[2]["size"]), (&1.into(), &4096.into()));
         assert_eq!(many[3]["granules"], PAGES - 1);
-        // One kick for both, with both.
+        // One kick announces both.
         let at = |event: &Value| outcome.trace.iter().position(|other| other["seq"] == event["seq"]).unwrap();
         let before = outcome.trace[..at(many[0])].iter().rposition(|event| event["kind"] == "request").unwrap_or(0);
         let kicks: Vec<_> = outcome.trace[before..at(many[1])].iter().filter(|event| event["kind"] == "kick").collect();
         assert_eq!(kicks.len(), 1, "{kicks:?}");
         assert_eq!(kicks[0]["requests"], 2);
 
-        // 512 faults, a page and a wait each; and the same pages with one wait.
+        // 512 faults, with a page and a wait each; then the same pages with one wait.
         let faults = tagged(&outcome, "0x1052");
         assert_eq!(types(&faults).iter().filter(|name| **name == "LINK").count() as u64, PAGES);
         assert_eq!(faults.len() as u64, PAGES + 2);
         assert_eq!(types(&tagged(&outcome, "0x1053")), ["RESERVE", "LINK", "RELEASE"]);
 
-        // dma_map_sg() of 512 scattered pages, by a driver that knows nothing of all this.
+        // dma_map_sg() of 512 scattered pages, by a driver that does not know the new API.
         let untagged = tagged(&outcome, "0x0");
         let full = |request: &&&Value| {
             request["type"] == "RELEASE" && request["size"] == BYTES && request["granules"] == PAGES
@@ -107,7 +108,7 @@ mod patched {
         ];
         let outcome = run("split = false", &skipped);
         assert_eq!((outcome.requests("reserve"), outcome.requests("link")), (0, 0));
-        // The last that is unmapped at this size is dma_map_sg()'s. It was mapped run by run: 513 requests.
+        // The last UNMAP of this size is that of dma_map_sg(). It was mapped run by run: 513 requests.
         let requests: Vec<_> = outcome.events("request").collect();
         let unmap = requests
             .iter()
@@ -118,8 +119,8 @@ mod patched {
         let since = requests[..unmap].iter().rev().filter(inside).take_while(|request| request["type"] == "MAP");
         let maps: Vec<_> = since.collect();
         assert!(are_scattered(maps.len() as u64), "{} MAP", maps.len());
-        // The queue holds 128 of them: then the device is notified, and again with what had to wait, but not at each look
-        // for an answer. A device that is slow answers them in smaller batches.
+        // The queue holds 128 of them. When it is full the device is notified, and again for requests that had to wait,
+        // but not each time that the driver checks for an answer. A slow device answers them in smaller batches.
         let seq = |event: &Value| event["seq"].as_u64().unwrap();
         let between = seq(maps[maps.len() - 1])..seq(requests[unmap]);
         let kicks = outcome.events("kick").filter(|kick| between.contains(&seq(kick))).count();

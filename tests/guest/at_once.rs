@@ -1,4 +1,4 @@
-//! Several guests at once: nothing of one is anybody else's.
+//! Several guests at once, which share nothing.
 
 use viommu_testkit::guest::{Folder, Guest, InProcess, Running};
 

@@ -11,7 +11,7 @@ use viommu_testkit::process::Process;
 use viommu_testkit::{PATIENCE, wait_until};
 use viommu_trace::Tracer;
 
-/// The guest's accesses then go to the memory, and not to QEMU, nor as messages to the device.
+/// The guest's accesses then go directly to the memory, and neither to QEMU nor as messages to the device.
 #[test]
 fn qemu_maps_what_a_function_says_can_be_mapped() {
     let served = Served::new(0x20, Tracer::default(), Frames::make, || ());
@@ -21,7 +21,7 @@ fn qemu_maps_what_a_function_says_can_be_mapped() {
     qemu.args(["-machine", "q35,memory-backend=ram", "-object", "memory-backend-memfd,id=ram,size=64M,share=on"]);
     qemu.args(["-m", "64M", "-nodefaults", "-display", "none", "-S", "-device", &device.to_string()]);
     let qemu = Process::start(&mut qemu);
-    // Where each mapping begins in the memory, and how many bytes it has.
+    // Where each mapping begins in the memory, and its length in bytes.
     let mapped = || -> Vec<(u64, u64)> {
         let maps = fs::read_to_string(format!("/proc/{}/maps", qemu.id())).unwrap_or_default();
         let of_bar = maps.lines().filter(|line| line.contains("memfd:viommu-bar"));

@@ -18,14 +18,14 @@ fn stock_kernel() {
     outcome.assert_translated();
     // Debian's default is the lazy flush queue.
     assert_eq!(endpoint(&outcome, "0000:00:04.0")["iommu_type"], "DMA-FQ");
-    // 10 MiB written, read back once.
+    // 10 MiB are written, and read back once.
     assert!(outcome.count("dma_read_bytes") >= 10 << 20 && outcome.count("dma_write_bytes") >= 10 << 20);
     assert!(
         outcome.count("kicks") > 0
             && outcome.count("kicks") <= outcome.requests("map") + outcome.requests("unmap") + 16
     );
     assert!(outcome.count("mappings_peak") >= 32);
-    // What the summary counts is what the trace shows.
+    // The summary's counts are those of the trace.
     let traced = |name: &str| outcome.events("request").filter(|request| request["type"] == name).count() as u64;
     for (name, traced_name) in [("map", "MAP"), ("unmap", "UNMAP"), ("attach", "ATTACH"), ("probe", "PROBE")] {
         assert_eq!(traced(traced_name), outcome.requests(name), "{name}");

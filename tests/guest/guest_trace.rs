@@ -5,14 +5,15 @@ use viommu_testkit::guest::{Guest, Outcome};
 
 use crate::NVME;
 
-/// Bytes of an I/O: 32 pages, each somewhere else in memory.
+/// Bytes of an I/O: 32 pages that are scattered in memory.
 const BYTES: u64 = 128 << 10;
 
-/// The guest's clock: QEMU's HPET runs as the host's clock does. With the processor's time stamp counter Linux loses up to some
-/// ten microseconds when it has calibrated it, a second or two after it started, and the clocks have to be tied anew.
+/// The guest's clock: QEMU's HPET runs with the host's clock. With the processor's time stamp counter, Linux loses up
+/// to some ten microseconds when it has calibrated it, a second or two after its start, and then the clocks must be
+/// tied again.
 const CLOCK: &str = "clocksource=hpet";
 
-/// What every merged trace has: the order of time, one clock for all of it, and nothing lost.
+/// Checks what holds for every merged trace: it is in the order of time, has one clock throughout, and lost nothing.
 fn assert_on_one_clock(outcome: &Outcome) {
     let end = outcome.guest_trace.iter().find(|line| line["kind"] == "end").expect("the agent's last line");
     assert_eq!(end["lost"], 0, "the guest lost events");
@@ -47,7 +48,7 @@ fn events_of(merged: &[Value], command: usize) -> Vec<&Value> {
         .position(|line| line["type"] == "RELEASE" && line["tag"] == *tag)
         .expect("the RELEASE, after the command");
     let mine = |line: &&Value| line["tag"] == *tag || line["seq"] == merged[command]["seq"];
-    // The reservation is queued inside of the allocation, whose event is written when that is done.
+    // The reservation is queued during the allocation, whose event is written at the end.
     let reserve = merged[..command]
         .iter()
         .rposition(|line| line["type"] == "RESERVE" && line["tag"] == *tag)
@@ -64,7 +65,7 @@ fn a_stock_kernel_s_events_are_on_the_clock_too() {
     for event in ["iommu:map", "iommu:unmap", "nvme:nvme_setup_cmd", "block:block_rq_complete"] {
         assert!(outcome.merged.iter().any(|line| line["event"] == event), "no {event}");
     }
-    // On the one clock each command is inside of what the guest says of it, whether it tied the clocks or not.
+    // On this clock each command lies between the guest's events about it, whether it tied the clocks or not.
     let commands = outcome.merged.iter().filter(|line| line["kind"] == "command" && line["queue"] != 0);
     let mut seen = 0;
     for command in commands {
@@ -80,7 +81,7 @@ fn a_stock_kernel_s_events_are_on_the_clock_too() {
     assert!(seen >= 32, "{seen} commands");
 }
 
-/// A ring buffer that is too small: what it lost is said.
+/// The ring buffer is too small, and the trace says how much it lost.
 #[test]
 fn lost_events_are_counted() {
     let workload = "trace --buffer 4k + nvme-io --op verify --bs 128k --depth 16 --total 16M --scatter";
@@ -96,8 +97,8 @@ fn lost_events_are_counted() {
 mod patched {
     use super::*;
 
-    /// One write, end to end: the guest allocates, links and waits; the device reserves, links, and reads the memory for the
-    /// command; the guest destroys, and the device releases.
+    /// One write from end to end: the guest allocates, links and waits; the device reserves, links, and reads the
+    /// memory for the command; the guest destroys, and the device releases.
     #[test]
     fn a_write_is_followed_from_the_allocation_to_the_release() {
         let workload = "trace + nvme-io --op write --bs 128k --depth 1 --total 2M --scatter";
@@ -140,7 +141,7 @@ mod patched {
             assert!(one("RESERVE") < one("LINK"), "{events:#?}");
             assert!(accesses[accesses.len() - 1] < one("command"), "{events:#?}");
             assert!(one("command") < one("RELEASE"), "{events:#?}");
-            // What was linked is what was accessed, and nothing was left of it.
+            // The linked memory is the memory that was accessed, and none of it was left.
             let size: u64 = links.iter().filter_map(|at| events[*at]["size"].as_u64()).sum();
             assert_eq!((size, &events[one("RELEASE")]["granules"]), (BYTES, &Value::from(32)));
         }

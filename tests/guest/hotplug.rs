@@ -1,4 +1,4 @@
-//! Controllers that come and go while the guest runs.
+//! Controllers that are plugged and unplugged while the guest runs.
 
 use std::os::unix::net::UnixStream;
 
@@ -14,12 +14,12 @@ const TOPOLOGY: &str = "[[root-port]]\nname = \"rp1\"\naddress = \"06.0\"\n\
                         [[nvme]]\naddress = \"00.0\"\nbehind = \"rp1\"\nimage = \"nvme0.img\"\n\
                         [[nvme]]\naddress = \"00.0\"\nbehind = \"rp2\"\nimage = \"nvme1.img\"\nhotplug = true\n";
 
-/// Waits for a marker of the guest's.
+/// Waits for one of the guest's markers.
 fn wait_for(guest: &Running, name: &str, round: u64) {
     guest.wait_for_result(name, |result| result["name"] == name && result["round"] == round);
 }
 
-/// What `viommu args` has for QMP's device_add.
+/// The arguments for QMP's device_add, from `viommu args`.
 fn arguments(guest: &Running) -> Value {
     let arguments = viommu()
         .current_dir(guest.path("."))

@@ -1,15 +1,15 @@
-//! The workloads on a kernel that watches itself: KASAN, lockdep and DMA_API_DEBUG, and allocations that fail when told to.
-//! `scripts/check-kernel-debug` builds it and runs these, which the other guest tests leave out.
+//! The workloads on a kernel with checks: KASAN, lockdep and DMA_API_DEBUG, and allocations that fail on request.
+//! `scripts/check-kernel-debug` builds it and runs these tests, which an ordinary run leaves out.
 
 use std::time::{Duration, Instant};
 
 use viommu_testkit::guest::{Folder, Guest};
 
-/// What each console must say, or the kernel checks less than it should.
+/// Each console must have these, or the kernel checks less than it should.
 const CHECKERS: [&str; 3] =
     ["DMA-API: debugging enabled", "Lock dependency validator:", "KernelAddressSanitizer initialized"];
 
-/// What no console may say.
+/// No console may have these.
 const COMPLAINTS: [&str; 19] = [
     "WARNING:",
     "BUG:",
@@ -32,7 +32,7 @@ const COMPLAINTS: [&str; 19] = [
     "page allocation failure",
 ];
 
-/// What looks like it but is no complaint.
+/// Lines that look like complaints and are none.
 const HARMLESS: [&str; 2] = ["DMA-API: preallocated", "DMA-API: debugging enabled"];
 
 const NVME: &str = "[machine]\nmemory = \"1G\"\nvcpus = 2\n[[nvme]]\naddress = \"04.0\"\nimage = \"nvme0.img\"\n";
@@ -43,20 +43,21 @@ const IO: &str =
     "nvme-io --op verify --bs 4k --depth 8 --total 1M + nvme-io --op verify --bs 128k --depth 4 --total 8M --scatter";
 const REBIND: &str = "rebind nvme 0000:00:04.0 --times 3";
 
-/// Has allocations fail: so many in a hundred of those that cannot wait, of everybody or only of tasks that ask for it.
+/// The workloads that make allocations fail: this percentage of those that cannot wait, of all tasks or only of those
+/// that ask for it.
 fn failing(probability: u32, only_asked: bool) -> String {
     const FAIL: &str = "/sys/kernel/debug/failslab";
     let filter = if only_asked { format!("set {FAIL}/task-filter Y + ") } else { String::new() };
     format!("set {FAIL}/verbose 0 + set {FAIL}/times -1 + {filter}set {FAIL}/probability {probability}")
 }
 
-/// The series' own tests: with a function that has no driver, too.
+/// The workloads for the series' own tests, with a function that has no driver.
 fn tests() -> String {
     let failing = failing(100, true);
     format!("ioat-selftest + set /sys/bus/pci/drivers/nvme/unbind 0000:00:04.0 + {failing} + iova-test")
 }
 
-/// Whether a line of the console is a complaint of the kernel's, or a KUnit case that failed.
+/// Whether a line of the console is a complaint from the kernel, or a failed KUnit case.
 fn is_complaint(line: &str) -> bool {
     let before_comment = line.split('#').next().unwrap_or_default();
     let failed = before_comment.match_indices("not ok ").any(|(at, what)| {
@@ -67,16 +68,16 @@ fn is_complaint(line: &str) -> bool {
     (complains || failed) && !HARMLESS.iter().any(|harmless| line.contains(harmless))
 }
 
-/// A test that could not run is a failure, but for what the device cannot do.
+/// Whether a test was skipped, which is a failure unless the device cannot do what it needs.
 fn is_skipped(line: &str) -> bool {
     line.contains("# SKIP") && !line.contains("not sparse on this IOMMU")
 }
 
-/// Boots; what is wrong. What the boot leaves is in `target/kernel-debug/NAME/`.
+/// Boots, and returns everything that went wrong. The boot's files are in `target/kernel-debug/NAME/`.
 fn boot(name: &str, topology: &str, append: &str, workload: &str) -> Vec<String> {
     let begun = Instant::now();
-    // Five levels of page tables are switched off: while Linux identifies the processor, KASAN takes four for granted for a
-    // moment, and calls what an interrupt touches then wild. A slow machine meets that.
+    // Page tables of five levels are switched off: while Linux identifies the processor, KASAN assumes four for a
+    // moment, and reports accesses of an interrupt as wild. That happens on a slow machine.
     let guest = Guest::new(topology, workload)
         .folder(&Folder::kept(format!("target/kernel-debug/{name}")))
         .kernel("debug")
@@ -97,13 +98,13 @@ fn boot(name: &str, topology: &str, append: &str, workload: &str) -> Vec<String>
     wrong
 }
 
-/// Boots each, of which all must be content.
+/// Boots, and checks that nothing went wrong.
 fn content(name: &str, topology: &str, append: &str, workload: &str) {
     let wrong = boot(name, topology, append, workload);
     assert!(wrong.is_empty(), "{wrong:#?}; the console is in target/kernel-debug/{name}/guest.log");
 }
 
-/// A complaint that is there must be found, or the silence of the others says nothing.
+/// A complaint must be found, or the other tests prove nothing.
 #[test]
 #[ignore = "scripts/check-kernel-debug runs it"]
 fn a_complaint_is_found() {

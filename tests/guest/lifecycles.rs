@@ -1,4 +1,4 @@
-//! What happens to a guest and to the daemon in the course of their lives.
+//! Reboots, pauses and ends of guests and of the daemon.
 
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ fn reboot() {
     assert_eq!(outcome.count("faults"), 0);
     let resets: Vec<_> = outcome.events("reset").map(|reset| reset["reset"].clone()).collect();
     assert!(resets.contains(&json!("system")), "{resets:?}");
-    // Nothing of the first life is in the second: the same domain ids are created anew, and no MAP failed.
+    // Nothing of the first boot is left in the second: the same domain ids are used again, and no MAP failed.
     assert_eq!(outcome.count("requests_failed"), 0);
 }
 
@@ -27,7 +27,7 @@ fn stop_and_cont_under_io() {
     for _ in 0..3 {
         guest.wait_for_events();
         qmp.execute("stop", json!({}));
-        // I/O that is under way ends, or waits.
+        // I/O that is in flight ends, or waits.
         std::thread::sleep(Duration::from_millis(300));
         qmp.execute("cont", json!({}));
     }
@@ -53,7 +53,7 @@ fn the_kernels_driver_of_the_dma_engine_passes_its_self_test() {
     assert!(outcome.events("dma").any(|dma| dma["endpoint"] == 0x28 && dma["route"] == "mapped"));
 }
 
-/// The faults of an endpoint in their order, each as its reason, access and address.
+/// The faults of an endpoint in their order: reason, access and address of each.
 fn faults_of(outcome: &Outcome, endpoint: u32) -> Vec<Value> {
     let faults = outcome.events("fault").filter(|fault| fault["endpoint"] == endpoint);
     let told =
@@ -66,8 +66,8 @@ fn rogue_dma_faults() {
     let topology = format!("{NVME}[[dma-engine]]\naddress = \"05.0\"\n");
     let outcome = Guest::new(&topology, "vfio-dma").run();
     let result = outcome.results_of("vfio-dma").next().expect("a result");
-    // What each case must be refused: an access to an unmapped source, destination, descriptor or completion, past a
-    // mapping's end, a write without permission, a read without.
+    // The accesses that must be refused: to an unmapped source, destination, descriptor or completion, past a mapping's
+    // end, a write and a read without permission.
     let cases = result["cases"].as_array().unwrap().iter().filter(|case| !case["fault_iova"].is_null());
     let expected: Vec<_> = cases
         .map(|case| {
@@ -77,7 +77,7 @@ fn rogue_dma_faults() {
         .collect();
     assert_eq!(expected.len(), 8);
     assert_eq!(faults_of(&outcome, 0x28), expected);
-    // The driver in the guest was told of them.
+    // The driver in the guest has reported them.
     assert!(outcome.console.contains("page fault"), "the guest's virtio-iommu driver reports faults");
 }
 
@@ -92,10 +92,10 @@ fn the_smallest_device_writes_where_it_may() {
     assert_eq!(written.count(), 1);
 }
 
-/// A function without a driver is attached to nothing, so with `bypass` off all its DMA is refused.
+/// A function without a driver is attached to no domain, so with `bypass` off all its DMA is refused.
 ///
-/// The third reason, UNKNOWN, no guest can bring about: it is that of an endpoint which the device does not manage, and
-/// every function that is served is in the topology. `row_44_why_an_access_faults` has it, over the socket.
+/// No guest can cause the third reason, UNKNOWN: it is for endpoints that the device does not manage, and the topology
+/// has every function that is served. `row_44_why_an_access_faults` tests it over the socket.
 #[test]
 fn rogue_dma_without_a_domain_faults() {
     let topology = "[iommu]\nbypass = false\n[[dma-engine]]\naddress = \"05.0\"\n";

@@ -22,7 +22,7 @@ mod sgl;
 /// One NVMe controller.
 const NVME: &str = "[[nvme]]\naddress = \"04.0\"\nimage = \"nvme0.img\"\n";
 
-/// I/O that goes on until the test marks the disk.
+/// I/O that continues until the test marks the disk.
 const BUSY: &str = "nvme-io --op randwrite --bs 16k --depth 8 --until-marked";
 
 /// One NVMe controller in a machine that has these keys.

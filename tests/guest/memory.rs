@@ -1,4 +1,4 @@
-//! Guest memory in other forms than one piece of small pages: a device must reach all of it.
+//! Guest memory that is not one piece of small pages: a device must reach all of it.
 
 use std::collections::BTreeMap;
 
@@ -7,12 +7,12 @@ use serde_json::Value;
 use viommu_testkit::guest::{Guest, Outcome};
 use viommu_testkit::huge::HugePages;
 
-/// The regions of at least `len` bytes that the controller had in the end, each with the numbers of accesses to it: reads and
-/// writes through a mapping.
+/// The regions of at least `len` bytes that the controller had in the end, each with the numbers of its mapped reads
+/// and writes.
 fn regions(outcome: &Outcome, len: u64) -> Vec<(u64, u64, [u32; 2])> {
     let number = |event: &Value, key: &str| u64::from_str_radix(&event[key].as_str().unwrap()[2..], 16).unwrap();
     let is_access = |event: &Value| event["kind"] == "dma" && event["route"] == "mapped" && event["failed"] == false;
-    // Behind the last access QEMU quits and takes all of them away. Before that, firmware has some mapped anew.
+    // After the last access QEMU quits and removes all of them. Before that, firmware causes some to be mapped again.
     let end = outcome.trace.iter().rposition(is_access).expect("an access through a mapping") + 1;
     let mut regions: BTreeMap<u64, (u64, [u32; 2])> = BTreeMap::new();
     for event in &outcome.trace[..end] {
@@ -44,7 +44,8 @@ fn assert_sound(outcome: &Outcome, bytes: u64) {
     assert!(!outcome.log.contains("Refused"), "{}", outcome.log);
 }
 
-/// I/O through all of the machine's parts of memory, of at least `len` bytes each; there are `count` or more.
+/// Checks that I/O reached all parts of the machine's memory, of at least `len` bytes each, and that there are `count`
+/// or more.
 fn assert_all_reached(outcome: &Outcome, count: usize, len: u64) {
     let regions = regions(outcome, len);
     assert!(regions.len() >= count, "{regions:x?}");
@@ -77,7 +78,7 @@ fn virtio_mem() {
     let plugged: Vec<_> =
         regions(&outcome, 2 << 20).into_iter().filter(|region| region.0 >= 1 << 32 && region.1 == 2 << 20).collect();
     assert_eq!(plugged.len(), 2048, "QEMU gives each block by itself");
-    // The kernel keeps some for itself, such as the descriptions of all these pages.
+    // The kernel uses some memory itself, such as for the descriptions of all these pages.
     let reached = plugged.iter().filter(|(_, _, [reads, writes])| *reads > 0 && *writes > 0).count();
     assert!(reached > 2048 * 3 / 4, "{reached} blocks of 2048");
 }

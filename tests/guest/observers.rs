@@ -1,4 +1,4 @@
-//! What one can see of a running guest with ordinary tools.
+//! What ordinary tools show of a running guest.
 
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::net::UnixStream;
@@ -13,7 +13,7 @@ use crate::{BUSY, NVME};
 fn a_plain_client_follows_a_running_guest() {
     let guest = Guest::new(NVME, BUSY).start();
     guest.wait_for_result("the boot report", |result| result["event"] == "boot");
-    // As `nc -U` would: connect and read.
+    // As `nc -U` does: connect and read.
     let stream = UnixStream::connect(guest.path("trace.sock")).unwrap();
     stream.set_read_timeout(Some(LIMIT)).unwrap();
     let mut kinds = std::collections::BTreeSet::new();

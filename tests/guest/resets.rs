@@ -1,5 +1,5 @@
-//! QEMU ends, or resets the machine, while controllers work: they stop before anything else becomes of the addresses that
-//! they use, and nobody is bothered with it.
+//! QEMU ends, or resets the machine, while controllers work: they must stop before their addresses mean anything else,
+//! and nothing may be logged about it.
 
 use serde_json::json;
 use viommu_testkit::guest::{Guest, Outcome, Running};
@@ -7,7 +7,7 @@ use viommu_testkit::guest::{Guest, Outcome, Running};
 const TWO: &str =
     "[[nvme]]\naddress = \"04.0\"\nimage = \"nvme0.img\"\n[[nvme]]\naddress = \"05.0\"\nimage = \"nvme1.img\"\n";
 
-/// I/O on the first controller that goes on for some seconds. The second one looks at its shadow doorbells.
+/// I/O on the first controller that continues for some seconds. The second controller polls its shadow doorbells.
 const BUSY: &str = "nvme-io --dev 0000:00:05.0 --op verify --bs 64k --total 1M + \
                     nvme-io --dev 0000:00:04.0 --op randwrite --bs 16k --depth 8 --seconds 8";
 
@@ -16,7 +16,8 @@ const MEMORY: u64 = 512 << 20;
 
 fn busy() -> Running {
     let guest = Guest::new(TWO, BUSY).start();
-    // A line that a reset cut short would take the next boot's first line with it: the guest says nothing now for long.
+    // A line that a reset cuts off would spoil the first line of the next boot. From here on the guest prints nothing
+    // for long.
     guest.wait_for_result("the beginning of the second workload", |result| {
         result["event"] == "begin" && result["op"] == "randwrite"
     });

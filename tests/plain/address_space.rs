@@ -1,4 +1,4 @@
-//! The address space against a naive one: whatever is mapped and unmapped, both must answer alike.
+//! The address space against a naive one: both must give the same answers after any sequence of maps and unmaps.
 
 #[path = "../../benches/address_space/btree.rs"]
 mod btree;
@@ -12,7 +12,7 @@ use viommu_wire::virtio_iommu::MapFlags;
 
 const PAGE: u64 = 4096;
 
-/// Where things meet: the ends of the space, and borders between tables of every level.
+/// Interesting addresses: the ends of the space, and borders between tables of each level.
 const ANCHORS: [u64; 9] =
     [0, 1 << 21, (1 << 30) - (1 << 21), 1 << 30, 1 << 39, 1 << 48, 1 << 57, 1 << 63, 0u64.wrapping_sub(16 * PAGE)];
 
@@ -39,7 +39,7 @@ enum Step {
     Clear,
 }
 
-/// A page number near an anchor; mostly few, so that the ranges meet.
+/// A page number near an anchor. There are few of them, so that ranges meet.
 fn page() -> impl Strategy<Value = u64> {
     let near = (0..ANCHORS.len(), -8i64..16)
         .prop_map(|(anchor, pages)| (ANCHORS[anchor] >> 12).wrapping_add_signed(pages) & (u64::MAX >> 12));
@@ -95,11 +95,11 @@ struct Pair {
 }
 
 impl Pair {
-    /// Does a step on both sides and compares all that it touched.
+    /// Does a step on both sides and compares everything that it touched.
     fn run(&mut self, step: &Step) -> Result<(), TestCaseError> {
         match *step {
             Step::Map { start, end, phys, flags } => match self.real.map(start, end, phys, flags) {
-                // Only with a small budget. Nothing has changed, which what follows will show.
+                // This happens only with a small budget. Nothing has changed, which the later steps check.
                 Err(MapError::NoMemory) => {}
                 result => prop_assert_eq!(result, self.naive.map(start, end, phys, flags)),
             },
@@ -144,7 +144,7 @@ impl Pair {
         Ok(())
     }
 
-    /// Row 46: first and last byte of every mapping, and their neighbours.
+    /// Row 46: compares the first and last byte of every mapping, and the bytes next to them.
     fn compare_all(&mut self) -> Result<(), TestCaseError> {
         let ranges: Vec<_> = self.naive.ranges().collect();
         for (start, end) in ranges {
@@ -155,7 +155,7 @@ impl Pair {
         Ok(())
     }
 
-    /// What a walk finds is what there is, each mapping whole.
+    /// Checks that a walk finds exactly the mappings, each complete.
     fn compare_walk(&mut self) -> Result<(), TestCaseError> {
         let (mut walk, mut found) = (Walk::default(), Vec::new());
         while walk.step(&self.real, &self.reader.enter(), |mapped| found.push(mapped)) {}

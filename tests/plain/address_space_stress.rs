@@ -15,7 +15,8 @@ use viommu_wire::virtio_iommu::MapFlags;
 
 const READERS: u64 = 4;
 const PAGES: u64 = 256;
-/// Half of the pages share a table. Of the others two lie in each 2 MiB, so that tables come and go, and lone pages too.
+/// Half of the pages share a table. The others are two in each 2 MiB, so that tables are made and removed, and single
+/// pages too.
 fn iova(page: u64) -> u64 {
     let number = page / 2;
     if page.is_multiple_of(2) { number << 12 } else { ((number / 2 + 1) << 21) | ((number % 2) << 12) }
@@ -27,7 +28,7 @@ fn mix(number: u64) -> u64 {
     (number ^ (number >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 32
 }
 
-/// How often what happened.
+/// How often each thing happened.
 #[derive(Debug, Default)]
 struct Counters {
     pairs: AtomicU64,
@@ -56,8 +57,8 @@ fn run(time: Duration, acknowledge: impl Fn(&Grace) + Sync) -> Counters {
                 while !stop.load(SeqCst) {
                     random += READERS;
                     if random % 2048 < READERS {
-                        // Four readers have to share the processors; a reader that is preempted in a section, which
-                        // happens all the same, makes the writer wait for a scheduler's slice.
+                        // Four readers have to share the processors. A reader that is preempted in a section, which
+                        // still happens, makes the writer wait for a time slice of the scheduler.
                         thread::yield_now();
                     }
                     let page = mix(random) % PAGES;
@@ -66,7 +67,7 @@ fn run(time: Duration, acknowledge: impl Fn(&Grace) + Sync) -> Counters {
                         counts.misses.fetch_add(1, SeqCst);
                         continue;
                     };
-                    // What a device does with the translation takes a moment.
+                    // A device uses the translation for a moment.
                     for step in 0..random % 256 {
                         black_box(step);
                     }
@@ -84,7 +85,7 @@ fn run(time: Duration, acknowledge: impl Fn(&Grace) + Sync) -> Counters {
             });
         }
         let end = Instant::now() + time;
-        // The generation of each page's mapping, 0 where there is none.
+        // The generation of each page's mapping, 0 if there is none.
         let mut mapped = [0; PAGES as usize];
         for generation in 1.. {
             let enough = || [&counts.pairs, &counts.hits, &counts.misses].iter().all(|count| count.load(SeqCst) > 100);
@@ -121,7 +122,7 @@ fn no_removed_translation_is_used_after_the_acknowledgement() {
     assert!(counts.pairs.into_inner() > 100 && counts.hits.into_inner() > 100 && counts.misses.into_inner() > 100);
 }
 
-/// The test above can fail: without a grace period it does.
+/// Shows that the test above can fail: without a grace period it does.
 #[test]
 fn the_stress_finds_a_missing_grace_period() {
     let counts = run(Duration::from_secs(60), |_| ());

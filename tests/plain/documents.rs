@@ -23,7 +23,7 @@ fn documents() -> Vec<PathBuf> {
     files
 }
 
-/// What a document's headings are called in links to it, and where its own links lead.
+/// The names of a document's headings in links, and the targets of its own links.
 fn read(file: &Path) -> (HashSet<String>, Vec<String>) {
     let text = fs::read_to_string(file).unwrap();
     let (mut headings, mut links) = (HashSet::new(), Vec::new());
@@ -75,7 +75,7 @@ fn each_link_between_documents_leads_to_what_is_there() {
     assert!(broken.is_empty(), "links that lead nowhere: {broken:#?}");
 }
 
-/// Files and folders are named in code spans, which are no links but age like them.
+/// Documents name files and folders in code spans, which become wrong as easily as links.
 #[test]
 fn each_file_that_a_document_names_is_there() {
     let folders = [
@@ -104,7 +104,7 @@ fn each_file_that_a_document_names_is_there() {
     assert!(missing.is_empty(), "not there: {missing:#?}");
 }
 
-/// Tables, commands and what they print are as wide as they have to be.
+/// Tables, commands and their output may be as wide as they have to be.
 #[test]
 fn prose_is_wrapped() {
     let mut long = Vec::new();

@@ -1,6 +1,6 @@
-//! `scripts/build-guest-kernel` on a source that is not Linux 6.12: it must say what does not fit, and build nothing.
-//! Needs the packages that building a kernel needs, like the guest tests. What is said of the series: it is this one. And
-//! `scripts/series` on a small one: commits become patch files and come back from them.
+//! The kernel series: `scripts/build-guest-kernel` on a source that is not Linux 6.12 must say what does not fit, and
+//! build nothing; the documents describe the series as it is; and `scripts/series` makes patch files of the commits of
+//! a small series, and commits of the files. Needs the packages for building a kernel, like the guest tests.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -9,7 +9,7 @@ use std::process::{Command, Output};
 
 use tempfile::TempDir;
 
-/// A checkout that has just the scripts, the series and a driver, so that no other's kernel tree is touched.
+/// A checkout with only the scripts, the series and a driver, so that no other checkout's kernel tree is touched.
 fn checkout() -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     for part in ["scripts", "guest-kernel-patches/linux-6.12", "guest-kernel-patches/modules/iova_test"] {
@@ -62,7 +62,7 @@ fn edit(checkout: &Path) -> PathBuf {
     PathBuf::from(String::from_utf8(output.stdout).unwrap().trim_end())
 }
 
-/// Writes the commits back, and returns what was said of it.
+/// Writes the commits back, and returns the script's messages.
 fn export(checkout: &Path) -> String {
     let output = series(checkout, &["export", "6.12"]);
     let said = String::from_utf8(output.stderr).unwrap();
@@ -107,7 +107,7 @@ fn commits_become_patch_files_and_come_back() {
          A. Hacker (2):\n  a: First\n  b: Second\n\n \
          a.c | 1 +\n b.c | 1 +\n 2 files changed, 2 insertions(+)\n\n"
     );
-    // Nothing is written where nothing has changed, whether the tree is made anew or not.
+    // Nothing is written if nothing has changed, whether the tree is made again or not.
     fs::remove_dir_all(&tree).unwrap();
     for _ in 0..2 {
         assert_eq!(edit(checkout), tree);
@@ -130,14 +130,15 @@ fn commits_that_move_take_their_numbers_and_rows_along() {
         .replace("b: Second | |", "second | two |")
         .replace("a: Third | |", "third | three |");
     fs::write(&readme, said).unwrap();
-    // The second goes to the front, the first goes, the third has another subject, and there is a new one.
+    // The second commit moves to the front, the first is dropped, the third gets another subject, and there is a new
+    // one.
     git(&tree, &["tag", "old"]);
     git(&tree, &["reset", "-q", "--hard", "origin"]);
     git(&tree, &["cherry-pick", "old~1"]);
     commit(&tree, "b: New", "b.c");
     git(&tree, &["cherry-pick", "--strategy-option=theirs", "old"]);
     git(&tree, &["commit", "-q", "--amend", "-m", "a: Last"]);
-    // What was not exported is not lost.
+    // Work that was not exported is not lost.
     assert_eq!(edit(checkout), tree);
     fs::write(tree.join("b.c"), "").unwrap();
     assert_refused(&series(checkout, &["export", "6.12"]), &["The tree has changes that are not committed."]);
@@ -160,7 +161,7 @@ fn build(checkout: &Path, source: &Path) -> Output {
     Command::new(script).arg("--source").arg(source).env("VIOMMU_CACHE", cache).output().unwrap()
 }
 
-/// Asserts that it failed with these words, and printed no folder.
+/// Checks that it failed with these words, and printed no folder.
 fn assert_refused(output: &Output, words: &[&str]) {
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success() && output.stdout.is_empty(), "{said}");
@@ -175,7 +176,7 @@ fn another_linux_is_refused_with_patch_and_files() {
     let source = checkout.path().join("linux-6.1");
     fs::create_dir_all(source.join("drivers/iommu")).unwrap();
     fs::write(source.join("Makefile"), "VERSION = 6\nPATCHLEVEL = 1\nSUBLEVEL = 192\n").unwrap();
-    // One file that the first patch wants is different, the other is not there.
+    // One of the files that the first patch changes is different, and the other does not exist.
     fs::write(source.join("drivers/iommu/iommu.c"), "int iommu_map(void);\n").unwrap();
     let output = build(checkout.path(), &source);
     assert_refused(
@@ -202,7 +203,7 @@ fn a_source_that_is_not_there_is_refused() {
 /// Lines that a patch adds and removes.
 fn lines_of(patch: &str) -> (usize, usize) {
     let (_, diff) = patch.split_once("\ndiff --git ").unwrap();
-    // Behind the signature's mark there is no diff any more.
+    // The diff ends at the signature's mark.
     let (diff, _) = diff.split_once("\n-- \n").unwrap_or((diff, ""));
     let count = |sign: &str, of_file: &str| {
         diff.lines().filter(|line| line.starts_with(sign) && !line.starts_with(of_file)).count()

@@ -1,4 +1,4 @@
-//! What needs no socket: the address space, and the documents, the source and the kernel series as files.
+//! Tests without a socket: the address space, and the documents, the source and the kernel series as files.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 

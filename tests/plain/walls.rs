@@ -1,9 +1,10 @@
-//! The walls of the house: which module may know which.
+//! The walls between modules: which module may import which.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// What a module may import of the crate besides itself and [`SYNC`], and of the crates in [`CRATES`]. `cli` may all.
+/// The modules of the crate, and the crates of [`CRATES`], that a module may import besides itself and [`SYNC`]. `cli`
+/// may import everything.
 const MAY_IMPORT: [(&str, &[&str]); 11] = [
     ("sandbox", &[]),
     ("poller", &[]),
@@ -18,13 +19,13 @@ const MAY_IMPORT: [(&str, &[&str]); 11] = [
     ("daemon", &["trace", "dma", "devices", "iommu", "pci", "socket", "topology", "vhost"]),
 ];
 
-/// Locks, which know nothing of the house.
+/// Locks, which every module may use.
 const SYNC: &str = "sync";
 
-/// The crates of the workspace that the library is made of: `trace` is `viommu_trace`.
+/// The crates of the workspace that the library uses: `trace` is `viommu_trace`.
 const CRATES: [&str; 4] = ["report", "socket", "trace", "wire"];
 
-/// Crates that one module alone knows.
+/// Crates that only one module may use.
 const ONLY_IN: [(&str, &str); 6] = [
     ("vhost", "vhost"),
     ("vhost_user_backend", "vhost"),
@@ -43,7 +44,7 @@ fn files(path: &Path) -> Vec<PathBuf> {
     entries.flat_map(|entry| files(&entry)).filter(|file| file.extension().is_some_and(|e| e == "rs")).collect()
 }
 
-/// The modules of the library, each with its files' text up to their unit tests, which may import what they like.
+/// The modules of the library, each with the text of its files up to their unit tests, which may import anything.
 fn modules() -> Vec<(String, Vec<(PathBuf, String)>)> {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let library = fs::read_to_string(source.join("lib.rs")).unwrap();
@@ -104,8 +105,8 @@ fn one_module_alone_knows_each_protocol() {
     }
 }
 
-/// Where a model may be named: by itself; with what is on the wire; in the guest and in tests; and where the guest's clock is
-/// tied to the host's by what both say of the same commands.
+/// The files that may name a model: its own; those of the structures on the wire; the guest and tests; and the code
+/// that ties the guest's clock to the host's by the events that both have of the same commands.
 const MAY_NAME_MODELS: [&str; 5] =
     ["src/devices", "crates/wire", "crates/guest", "crates/testkit", "crates/report/src/merge"];
 

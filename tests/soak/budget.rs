@@ -1,4 +1,4 @@
-//! Reservations and tables up to the budget, again and again: the same number each time, and all of it comes back.
+//! Reservations and tables up to the budget, repeatedly: the number is the same each time, and all memory comes back.
 
 use crate::daemon::amount;
 use viommu::iommu::Limits;
@@ -12,7 +12,7 @@ const PAGE: u64 = 4096;
 const STRIDE: u64 = 1 << 21;
 const BATCH: u64 = 100;
 
-/// Sends requests, many at a time, until one is answered NOMEM: how many were good.
+/// Sends requests, many at a time, until one is answered NOMEM. Returns how many succeeded.
 fn until_full(driver: &mut Driver, request: impl Fn(u64) -> Vec<u8>) -> u64 {
     let mut done = 0;
     loop {
@@ -35,7 +35,7 @@ fn until_full(driver: &mut Driver, request: impl Fn(u64) -> Vec<u8>) -> u64 {
     }
 }
 
-/// The ways to end what a domain has.
+/// The ways to end everything in a domain.
 const ENDS: [fn(&Device, Driver) -> Driver; 3] = [
     |_, mut driver| {
         assert_eq!(driver.detach(1, EP), OK);

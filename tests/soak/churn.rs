@@ -16,7 +16,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 const SOCKETS: [&str; 4] = ["viommu.sock", "nvme0.sock", "dma0.sock", "trace.sock"];
 
-/// A connection that is of no use.
+/// Makes a useless connection.
 fn disturb(socket: &Path, kind: u64) {
     let mut stream = UnixStream::connect(socket).unwrap();
     let sent = match kind % 5 {
@@ -40,7 +40,7 @@ fn disturb(socket: &Path, kind: u64) {
 fn connections_without_use_leave_nothing_behind() {
     let daemon = Daemon::start();
     let disturb_all = |count| (0..count).for_each(|n| disturb(&daemon.socket(SOCKETS[n as usize % 4]), n / 4));
-    // Threads and buffers that come with the first of each kind.
+    // The first connection of each kind makes threads and buffers.
     disturb_all(40);
     all_are_served(&daemon);
     let mut before = 0;
@@ -53,12 +53,12 @@ fn connections_without_use_leave_nothing_behind() {
     all_are_served(&daemon);
     wait_until(PATIENCE, "an end of all connections", || daemon.descriptors() <= before);
     let after = daemon.resident();
-    // The history of the trace is in it.
+    // The growth includes the trace's history.
     assert!(after < memory + (24 << 20), "{memory} bytes before, {after} after");
     daemon.end();
 }
 
-/// Whoever is of use is served, at each socket.
+/// Checks that useful clients are served, at each socket.
 fn all_are_served(daemon: &Daemon) {
     let mut driver = frontend::Driver::connect(&daemon.socket("viommu.sock"));
     driver.negotiate(u64::MAX);
@@ -74,7 +74,7 @@ fn all_are_served(daemon: &Daemon) {
     assert!(Reader::connect(&daemon.socket("trace.sock"), &Subscription::default()).is_ok());
 }
 
-/// GET_FEATURES of the vhost-user protocol, and how long its answer is.
+/// GET_FEATURES of the vhost-user protocol, and the length of its answer.
 const GET_FEATURES: [u8; 12] = [1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0];
 const ANSWER: usize = 20;
 
@@ -89,7 +89,7 @@ fn a_second_frontend_waits_until_the_first_one_leaves() {
         first.set_memory();
         first.start_queue(frontend::REQUESTS, 0);
         assert_eq!(first.attach(1, NVME[0]), frontend::OK);
-        // It asked before the first one was served to its end.
+        // It sent its request before the first one had left.
         second.set_nonblocking(true).unwrap();
         let early = second.read(&mut [0; ANSWER]);
         assert_eq!(early.unwrap_err().kind(), ErrorKind::WouldBlock);

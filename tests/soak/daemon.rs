@@ -20,10 +20,10 @@ const TOPOLOGY: &str = "[[nvme]]\naddress = \"04.0\"\nimage = \"nvme0.img\"\n[[d
 /// The endpoints of the topology.
 pub const NVME: [u32; 2] = [0x20, 0x30];
 pub const ENGINE: u32 = 0x28;
-/// These do nothing, but keep a domain each.
+/// These do nothing, but each keeps a domain alive.
 pub const IDLE: [u32; 2] = [0x38, 0x40];
 
-/// How much is done: `long` by `make soak`.
+/// How much to do: `long` in `make soak`.
 pub fn amount(short: u64, long: u64) -> u64 {
     if std::env::var_os("VIOMMU_SOAK").is_some() { long } else { short }
 }
@@ -36,7 +36,7 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// One at a time: two would only slow each other down.
+    /// Starts one at a time: two would only slow each other down.
     pub fn start() -> Daemon {
         static ALONE: Mutex<()> = Mutex::new(());
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
@@ -86,7 +86,7 @@ impl Daemon {
         fs::read_dir(self.proc().join("fd")).unwrap().count()
     }
 
-    /// Asks it to end; what it said.
+    /// Asks it to end. Returns its messages.
     pub fn end(mut self) -> String {
         kill(Pid::from_raw(self.child.id() as i32), Signal::SIGTERM).unwrap();
         let status = self.child.wait().unwrap();

@@ -1,4 +1,4 @@
-//! An image that somebody makes shorter while it is in use.
+//! An image that is truncated while it is in use.
 
 use std::fs::OpenOptions;
 
@@ -23,7 +23,7 @@ fn an_image_that_gets_shorter_fails_reads_and_nothing_else() {
     for _ in 0..amount(3, 300) {
         image.set_len(IMAGE).unwrap();
         assert_eq!(driver.command(1, io(READ, last, 8, [page, 0])).status, 0);
-        // With reads under way.
+        // While reads are in flight.
         (0..40).for_each(|at| _ = driver.put(1, io(READ, last - at * 8, 8, [page, 0])));
         driver.ring(1);
         image.set_len(IMAGE / 2).unwrap();

@@ -1,4 +1,5 @@
-//! What must hold for hours, tried at a real `viommu serve`: in a short form here, and for long by `make soak`.
+//! What must hold for hours, tested with a real `viommu serve`: briefly in an ordinary run, and at length by
+//! `make soak`.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 

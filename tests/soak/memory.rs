@@ -1,4 +1,4 @@
-//! Memory that comes and goes, and does not stay.
+//! Memory that is allocated and freed, and must not grow.
 
 use crate::daemon::*;
 use viommu_testkit::frontend;
@@ -6,10 +6,10 @@ use viommu_testkit::memfd;
 use viommu_testkit::nvme::{self, io};
 use viommu_trace::{Reader, Subscription};
 
-/// What the daemon may grow by once everything has happened often enough.
+/// How much the daemon may grow once everything has happened often enough.
 const GROWTH: u64 = 4 << 20;
 
-/// Does something `count` times, and looks at the memory after `warm` of them and at the end.
+/// Does something `count` times, and compares the memory after `warm` times and at the end.
 fn stays_flat(daemon: &Daemon, warm: u64, count: u64, mut something: impl FnMut()) {
     (0..warm).for_each(|_| something());
     let before = daemon.resident();

@@ -1,4 +1,4 @@
-//! Peers that are killed in the middle of everything.
+//! Peers that are killed while they work.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
@@ -13,7 +13,7 @@ use viommu_testkit::nvme::{self, io};
 const FOLDER: &str = "VIOMMU_SOAK_FOLDER";
 const AT_WORK: &str = "the peer is at work";
 
-/// Copies for seconds: one descriptor that is its own next one, again and again.
+/// Starts copies that take seconds: one descriptor that names itself as next.
 fn keep_busy(engine: &mut Engine) {
     let (at, next) = engine.descriptor;
     let descriptor =
@@ -39,7 +39,7 @@ fn busy_devices(socket: impl Fn(&str) -> vfio_user::Client) -> (Engine, nvme::Dr
     (engine, driver)
 }
 
-/// Not a test: what the test below kills.
+/// No test: the process that the test below kills.
 #[test]
 #[ignore = "it is the peer of another test"]
 fn peer() {

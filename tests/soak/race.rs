@@ -1,4 +1,4 @@
-//! Devices that write without a pause while what they use is taken away.
+//! Devices that write without a pause while the mappings that they use are removed.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,16 +15,17 @@ use viommu_wire::split::request_type::*;
 const PAGE: u64 = 4096;
 const DOMAIN: u32 = 1;
 const ELSEWHERE: u32 = 2;
-/// What the devices write to, outside of memory if it is not translated, and what is there.
+/// The address that the devices write to, which is outside of memory if it is not translated, and the memory that it
+/// leads to.
 const DATA: u64 = 1 << 32;
 const TARGET: u64 = 48 << 20;
 const PAGES: u64 = 2;
 const LEN: u64 = PAGES * PAGE;
-/// What the engine copies, and its descriptor.
+/// The data that the engine copies, and its descriptor.
 const SOURCE: u64 = 50 << 20;
 const DESCRIPTOR: u64 = 51 << 20;
 
-/// A device's thread: how much it has written, and how often it could not.
+/// A device's thread: how often it has written, and how often it was refused.
 type Writer = JoinHandle<[u64; 2]>;
 
 fn repeat(stop: &Arc<AtomicBool>, mut write: impl FnMut() -> bool + Send + 'static) -> Writer {
@@ -38,7 +39,7 @@ fn repeat(stop: &Arc<AtomicBool>, mut write: impl FnMut() -> bool + Send + 'stat
     })
 }
 
-/// A controller reads what the image has into the pages, many commands at a time.
+/// A controller reads the image into the pages, with many commands at a time.
 fn reader(mut driver: nvme::Driver, stop: &Arc<AtomicBool>) -> Writer {
     driver.enable();
     driver.create_pair(1, 64, 64);
@@ -54,7 +55,7 @@ fn reader(mut driver: nvme::Driver, stop: &Arc<AtomicBool>) -> Writer {
     })
 }
 
-/// The ways to give the devices the pages and to take them away.
+/// The ways to map the pages for the devices and to remove them.
 const WAYS: u64 = 6;
 
 fn give(driver: &mut Driver, way: u64) {
@@ -68,7 +69,7 @@ fn give(driver: &mut Driver, way: u64) {
     }
 }
 
-/// Returns when the last answer is there.
+/// Returns when the last answer has come.
 fn take_away(driver: &mut Driver, way: u64) {
     let all = |kind| range(kind, DOMAIN, DATA, DATA + LEN - 1, 0);
     match way {
@@ -85,7 +86,7 @@ fn take_away(driver: &mut Driver, way: u64) {
     }
 }
 
-/// Makes things as they were before.
+/// Restores the state before.
 fn put_back(driver: &mut Driver, way: u64) {
     match way {
         1 | 2 => assert_eq!(driver.request(&range(RELEASE, DOMAIN, DATA, DATA + LEN - 1, 0)), OK),
@@ -113,7 +114,7 @@ fn nothing_is_written_after_a_removal_is_answered() {
     let mut engine = Engine::new(daemon.client("dma0.sock"), &ram, (DESCRIPTOR, DESCRIPTOR));
     let controllers = [("nvme0.sock", 34 << 20), ("nvme1.sock", 40 << 20)]
         .map(|(socket, free)| nvme::Driver::new(daemon.client(socket), driver.file(), free));
-    // In both domains the devices find their queues; each is there for as long as it has an endpoint.
+    // The devices' queues are mapped in both domains. A domain exists as long as it has an endpoint.
     for (domain, endpoint) in [DOMAIN, ELSEWHERE].into_iter().zip(IDLE) {
         assert_eq!(driver.attach(domain, endpoint), OK);
         assert_eq!(driver.map(domain, 0, RAM - 1, 0, READ | WRITE), OK);
@@ -127,7 +128,7 @@ fn nothing_is_written_after_a_removal_is_answered() {
 
     let end = Instant::now() + Duration::from_secs(amount(3, 60));
     let (mut laps, mut seen, mut longest) = (0, 0, Duration::ZERO);
-    // Each way has to meet devices at work, however long it takes.
+    // Each way must hit devices at work, even if that takes long.
     while Instant::now() < end || laps < 20 * WAYS || seen < laps / 4 {
         let way = laps % WAYS;
         laps += 1;

@@ -1,4 +1,4 @@
-//! What clients choose, what they get, and what they cannot do to others.
+//! The choices of clients, what they get, and that they cannot harm others.
 
 use std::io::{BufReader, Read, Write};
 use std::net::Shutdown;
@@ -34,7 +34,7 @@ fn a_silent_client_gets_json_from_now_on() {
         end += 1;
         match hello.recv_timeout(pause) {
             Ok(hello) => break hello,
-            // So that they are enough however long it takes.
+            // Enough for any duration.
             Err(_) => pause += pause / 10,
         }
     };
@@ -61,7 +61,7 @@ fn an_empty_line_and_an_unfinished_one_that_ends_begin_the_stream_too() {
     half.shutdown(Shutdown::Write).unwrap();
     let mut half = JsonClient(BufReader::new(half));
     assert_eq!(half.next().unwrap()["kinds"], serde_json::json!(["interrupt", "lost"]));
-    // A client that will send no more still reads, when one that has sent nothing has been waited for.
+    // A client that has closed its side still reads, and is served before the wait for a silent client would end.
     let silent = JsonClient(BufReader::new(fixture.raw(b""))).next().unwrap();
     assert_eq!(silent["kind"], "hello");
     fixture.interrupts(1, 0..3);
@@ -147,7 +147,7 @@ fn a_bad_first_line_is_answered_and_hurts_nobody() {
     for (line, expected) in lines {
         let mut stream = UnixStream::connect(&fixture.socket).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        // The server may have closed before it was sent all.
+        // The server may have closed the socket before everything was sent.
         let _ = stream.write_all(line);
         let answer = JsonClient(BufReader::new(stream)).rest();
         assert_eq!(answer.len(), 1, "one line, then the end");
@@ -173,7 +173,7 @@ fn clients_that_vanish_hang_or_talk_hurt_nobody() {
         }
     });
     let mut hanging = Vec::new();
-    // No faster than the good one reads.
+    // Events are emitted no faster than the good client reads.
     let emit = |count: u32| {
         let begin = Instant::now();
         for n in 0..count {
@@ -185,22 +185,22 @@ fn clients_that_vanish_hang_or_talk_hurt_nobody() {
         }
     };
     for round in 0..10 {
-        // Gone while its stream is under way, with bytes of it unread.
+        // Leaves in the middle of its stream, with unread bytes.
         let mut leaving = fixture.raw(b"{\"backlog\":\"all\"}\n");
         leaving.read_exact(&mut [0; 100]).unwrap();
         // Connects and never reads.
         hanging.push(fixture.raw(b"\n"));
-        // Talks without end.
+        // Sends without end.
         let mut talking = fixture.raw(b"{}\n");
         talking.set_write_timeout(Some(Duration::from_millis(10))).unwrap();
         let _ = talking.write_all(&vec![b'{'; 1 << 20]);
-        // Half a line, then gone.
+        // Sends half a line, then leaves.
         drop(fixture.raw(b"{\"for"));
         emit(5_000 + round);
         drop(leaving);
         emit(5_000);
     }
-    // Those that hang would hold up the end, which does not wait for ever; so the good one is waited for here.
+    // Clients that hang delay the end, which does not wait for ever. So wait for the good client here.
     let begin = Instant::now();
     while arrived.load(Ordering::Relaxed) < fixture.tracer.stats().emitted() {
         assert!(begin.elapsed() < PATIENCE, "a client that reads does not get what is emitted");

@@ -9,7 +9,7 @@ use viommu_trace::{Event, Reader};
 
 use crate::fixture::*;
 
-/// `viommu trace` on the socket: what it prints, and how it ends.
+/// Runs `viommu trace` on the socket. Returns its output and its status.
 fn viommu_trace(socket: &std::path::Path, arguments: &[&str]) -> std::process::Output {
     viommu().args(["trace", "--socket"]).arg(socket).args(arguments).output().unwrap()
 }

@@ -32,7 +32,7 @@ fn written(put: impl Fn(&mut Vec<u8>)) -> String {
 fn the_documentation_shows_every_kind_as_it_is() {
     let shown = shown();
     for (n, (event, line)) in (0..).zip(&shown) {
-        // By way of the record, which it is made of.
+        // Through the binary record, from which lines are made.
         let event = Stamped::decode(&event.encode()).unwrap();
         assert_eq!(written(|out| event.put_json(out)).trim_end(), *line);
         assert_eq!((event.time_ns, event.seq), (5_000_001_000 + 1_000 * n, 100 + n));

@@ -1,4 +1,4 @@
-//! Traces in files: what `viommu trace` makes of good and of bad ones.
+//! Traces in files: what `viommu trace` prints for good and for bad ones.
 
 use std::fs;
 use std::process::{Command, Output};
@@ -8,7 +8,7 @@ use tempfile::TempDir;
 use viommu_trace::{self as trace, Header, Record};
 use zerocopy::IntoBytes;
 
-/// What version 1 wrote: 182 events.
+/// A trace of version 1 with 182 events.
 const RECORDS: &[u8] = include_bytes!("../../crates/trace/tests/version1.bin");
 const LINES: &[u8] = include_bytes!("../../crates/trace/tests/version1.jsonl");
 
@@ -16,7 +16,7 @@ fn viommu(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_viommu")).arg("trace").args(arguments).output().unwrap()
 }
 
-/// What is printed of a file with these bytes, and what is said of it.
+/// The output and the messages for a file with these bytes.
 fn print(bytes: &[u8], arguments: &[&str]) -> (bool, Vec<u8>, String) {
     let folder = TempDir::new().unwrap();
     let path = folder.path().join("a-trace");
@@ -43,12 +43,12 @@ fn a_file_of_version_1_is_printed_as_this_version_has_it() {
     let of_records: Vec<Value> =
         of_records.split_inclusive(|byte| *byte == b'\n').map(|line| serde_json::from_slice(line).unwrap()).collect();
     assert_eq!((of_records.len(), of_records[0]["version"].as_u64()), (183, Some(2)));
-    // Events are filtered as a socket's are.
+    // Events are filtered as those of a socket are.
     let (_, faults, _) = print(RECORDS, &["--format", "json", "--kind", "fault"]);
     let faults = faults.split_inclusive(|byte| *byte == b'\n').count() - 1;
     assert!(faults > 0);
     assert!(of_records[1..].iter().filter(|line| line["kind"] == "fault" || line["kind"] == "lost").count() == faults);
-    // And lines say the same as records, to people.
+    // Lines and records give the same text.
     let (of_records, of_lines) = (print(RECORDS, &[]), print(LINES, &[]));
     let events = |text: Vec<u8>| {
         let text = String::from_utf8(text).unwrap();
@@ -74,7 +74,7 @@ fn what_cannot_be_read_is_said() {
         let (success, printed, said) = print(bytes, &["--format", "json"]);
         assert!(!success && printed.is_empty() && said.contains(expected), "{said}");
     }
-    // What is whole is printed.
+    // The complete part is printed.
     let (_, whole, _) = print(RECORDS, &["--format", "json"]);
     let (success, printed, said) = print(&RECORDS[..RECORDS.len() - 5], &["--format", "json"]);
     assert!(success && whole.starts_with(&printed));
@@ -85,7 +85,7 @@ fn what_cannot_be_read_is_said() {
     let (_, whole, _) = print(RECORDS, &["--format", "binary"]);
     let (_, printed, _) = print(&RECORDS[..RECORDS.len() - 5], &["--format", "binary"]);
     assert_eq!(printed, whole[..whole.len() - size_of::<Record>()]);
-    // A record in which a byte is wrong is left out, and those behind it are not.
+    // A record with a wrong byte is left out, and the records after it are not.
     let mut flipped = RECORDS.to_vec();
     flipped[64 + 17] = 0xff;
     let (success, printed, said) = print(&flipped, &["--format", "json"]);

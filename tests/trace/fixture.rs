@@ -12,13 +12,14 @@ use viommu_trace::event::LossPlace;
 use viommu_trace::{self as trace, Event, Options, Reader, Subscription, TraceHandle, TraceStats, Tracer};
 use viommu_trace::{Record, StateSource};
 
-/// One at a time: some tests measure time, and the machine may have two processors only.
+/// Runs one test at a time: some tests measure time, and the machine may have only two processors.
 pub fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A trace that waits at its end for whoever reads, however slow the machine is. Not for tests with a client that does not.
+/// A trace that waits at its end for its readers, even on a slow machine. Not for tests with a client that does not
+/// read.
 pub fn patient() -> Options {
     Options { farewell: PATIENCE, ..Options::default() }
 }
@@ -44,7 +45,7 @@ impl Fixture {
         Fixture { tracer, handle, socket, _dir: dir, _alone: alone }
     }
 
-    /// One that tells what is live.
+    /// A trace that can send what is live.
     pub fn with_state(make: impl Fn() -> Box<dyn StateSource> + Send + 'static) -> Self {
         let alone = alone();
         let dir = tempfile::tempdir().unwrap();
@@ -54,7 +55,7 @@ impl Fixture {
         Fixture { tracer, handle: bound.start().unwrap(), socket, _dir: dir, _alone: alone }
     }
 
-    /// A client that sends this and whose reads do not wait for ever.
+    /// A client that sends this. Its reads do not wait for ever.
     pub fn raw(&self, line: &[u8]) -> UnixStream {
         let mut stream = UnixStream::connect(&self.socket).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -114,7 +115,7 @@ pub struct Sum {
     pub client: u64,
 }
 
-/// Adds up a stream; its numbers must ascend.
+/// Adds up a stream, whose numbers must ascend.
 pub fn add_up<'a>(records: impl IntoIterator<Item = &'a Record>) -> Sum {
     let mut sum = Sum::default();
     let mut last = None;

@@ -1,4 +1,4 @@
-//! What is lost is counted.
+//! Lost events are counted.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
@@ -27,7 +27,7 @@ fn a_slow_client_is_told_exactly_what_it_lost() {
                 _ => Event::Bypass { value: 1 },
             });
         }
-        // The fast one keeps up; the others read nothing.
+        // The fast client keeps up; the others read nothing.
         while seen < fixture.tracer.stats().emitted() {
             let record = fast.next_record().unwrap().unwrap();
             let sum = add_up([&record]);
@@ -38,7 +38,7 @@ fn a_slow_client_is_told_exactly_what_it_lost() {
     let total = BATCH * BATCHES;
     assert_eq!(add_up(&of_fast), Sum { received: total, ring: 0, client: 0 });
 
-    // Now the slow ones read, and get on from where there are events again.
+    // Now the slow clients read, and continue where there are events again.
     let first = slow.next_record().unwrap().unwrap();
     fixture.tracer.emit(Event::Interrupt { endpoint: None, vector: 9999 });
     let (got_all, both_got_all) = mpsc::channel();
@@ -109,7 +109,7 @@ fn a_ring_that_overflows_is_told_to_all() {
     }
 }
 
-/// Emits a million events, with at most `ahead` under way. Returns the final counts and what the client got.
+/// Emits a million events, with at most `ahead` not received yet. Returns the final counts, and the sums of the client.
 fn a_million(ahead: u64) -> (TraceStats, Sum) {
     const EVENTS: u64 = 1_000_000;
     let fixture = Fixture::new();
@@ -154,6 +154,6 @@ fn a_million_events_reach_a_binary_client() {
 fn a_million_events_faster_than_they_can_be_collected_add_up() {
     let (stats, sum) = a_million(u64::MAX);
     assert_eq!(sum.received + sum.ring + sum.client, 1_000_000);
-    // News of a ring's loss that the client missed is in the client's count, with the loss's own.
+    // If the client missed a `lost` event of a ring, its count is in the client's count.
     assert!(sum.ring <= stats.lost && stats.lost <= sum.ring + sum.client, "{sum:?}, {}", stats.lost);
 }

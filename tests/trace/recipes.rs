@@ -5,7 +5,7 @@ use std::process::Command;
 
 const DOC: &str = include_str!("../../docs/trace.md");
 
-/// The commands of the chapter that ask a saved trace something, each with the lines that it goes on over.
+/// The commands of the chapter that read a saved trace, each with its further lines.
 fn commands() -> Vec<String> {
     let (_, chapter) = DOC.split_once("## Recipes").unwrap();
     let mut commands: Vec<String> = Vec::new();
@@ -16,7 +16,7 @@ fn commands() -> Vec<String> {
             None if open => *commands.last_mut().unwrap() += &format!("\n{line}"),
             None => continue,
         }
-        // What is in quotes goes on until they end, and a pipe goes on behind it.
+        // A command continues while a quote is open, and after a pipe.
         let command = commands.last().unwrap();
         open = command.matches('\'').count() % 2 == 1 || command.ends_with('|');
     }
@@ -38,7 +38,7 @@ fn every_recipe_finds_something() {
     let commands = commands();
     assert!(commands.len() >= 9, "{commands:#?}");
     for command in commands {
-        // An address that the events have.
+        // Use an address that the events have.
         let command = command.replace("0xfff21000", "0xffffe000");
         let script = format!("set -o pipefail; {command}");
         let output = Command::new("bash").args(["-c", &script]).current_dir(folder.path()).output().unwrap();

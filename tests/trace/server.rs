@@ -1,4 +1,4 @@
-//! Begin, end and idleness of the server.
+//! Start, end and idleness of the server.
 
 use std::io::{BufReader, Read, Write};
 use std::net::Shutdown;
@@ -16,12 +16,12 @@ use crate::fixture::*;
 
 #[test]
 fn at_the_end_clients_get_the_rest_and_the_socket_goes() {
-    // The server gives them half a second. On a busy machine a client may not have run for so long.
+    // The server gives clients half a second. On a busy machine a client may not run for so long.
     let tries = 20;
     assert!((0..tries).any(|_| clients_get_the_rest()), "clients are cut off, even if they read at once");
 }
 
-/// Ends a server. Whether a client that reads got everything: it may be cut off only if it took too long.
+/// Ends a server. Returns whether a client that reads got everything: it may be cut off only if it took too long.
 fn clients_get_the_rest() -> bool {
     let fixture = Fixture::with(Options::default());
     let mut client = fixture.json("\n").0;
@@ -47,7 +47,7 @@ fn clients_get_the_rest() -> bool {
     if is_all {
         assert_eq!(vectors(&lines.collect::<Vec<_>>()), (0..10_000).collect::<Vec<_>>());
     }
-    // Who emits now does so in vain, and harmlessly.
+    // Emitting now does nothing, and no harm.
     (0..100_000).for_each(|_| tracer.emit(Event::Bypass { value: 0 }));
     drop((hanging, undecided));
     is_all
@@ -74,7 +74,7 @@ fn a_live_socket_is_an_error_and_a_stale_one_is_replaced() {
     let fixture = Fixture::new();
     let again = |path: &PathBuf| trace::start(Options { socket: Some(path.clone()), ..Options::default() });
     assert!(matches!(again(&fixture.socket), Err(StartError::Socket(SocketError::InUse(_)))));
-    // The attempt did no harm.
+    // The failed attempt did no harm.
     drop(fixture.json("\n"));
 
     let stale = fixture.socket.with_extension("stale");
@@ -92,7 +92,7 @@ fn a_live_socket_is_an_error_and_a_stale_one_is_replaced() {
     assert!(matches!(Reader::connect(&file, &Subscription::default()), Err(ReadError::NotASocket(_))));
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "precious");
 
-    // A socket that somebody else has put in the place of ours stays.
+    // A socket that another process has put in the place of ours stays.
     std::fs::remove_file(&fixture.socket).unwrap();
     let other = UnixListener::bind(&fixture.socket).unwrap();
     let socket = fixture.socket.clone();
@@ -107,7 +107,7 @@ fn a_watched_event_arrives_soon_and_a_quiet_collector_sleeps() {
     let mut client = fixture.binary(&Subscription::default());
     let mut times: Vec<Duration> = (0..40)
         .map(|n| {
-            // After a pause the collector sleeps until it is woken, else it looks every 2 ms.
+            // After a pause the collector sleeps until it is woken; before, it looks every 2 ms.
             thread::sleep(Duration::from_millis(if n % 2 == 0 { 80 } else { 0 }));
             let begin = Instant::now();
             fixture.tracer.emit(Event::Bypass { value: 0 });
@@ -135,7 +135,7 @@ fn a_watched_event_arrives_soon_and_a_quiet_collector_sleeps() {
     }
 }
 
-/// How long this machine takes now to wake a thread that has slept, and to come back.
+/// How long this machine takes now to wake a sleeping thread and to get its answer.
 fn median_wake_up() -> Duration {
     let ((wake, woken), (answer, answered)) = (mpsc::channel::<()>(), mpsc::channel());
     let echo = thread::spawn(move || woken.iter().for_each(|()| answer.send(()).unwrap()));
@@ -154,8 +154,8 @@ fn median_wake_up() -> Duration {
     times[times.len() / 2]
 }
 
-/// What a client sends, or that it sends no more, when it gets events already: the collector waits for it to hang up, and
-/// for nothing else.
+/// When a client gets events already, the collector ignores what it sends, and that it closes its side: it only waits
+/// until the client hangs up.
 #[test]
 fn a_client_that_talks_or_closes_its_side_keeps_nobody_busy() {
     let fixture = Fixture::new();

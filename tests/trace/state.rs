@@ -10,7 +10,7 @@ use viommu_trace::{Event, Kind, StateSource, Subscription};
 
 use crate::fixture::*;
 
-/// Mappings that a source has, and that it gives in one step.
+/// A source of this many mappings, some in each step.
 struct Mappings {
     next: u64,
     count: u64,
@@ -47,7 +47,7 @@ impl StateSource for Mappings {
     }
 }
 
-/// The pages of the mappings up to the end mark, and the numbers of the events among them.
+/// The pages of the mappings up to the end mark, and the numbers of the events in between.
 fn until_the_end_mark(client: &mut JsonClient) -> (Vec<String>, Vec<u64>) {
     let (mut pages, mut events) = (Vec::new(), Vec::new());
     while let Some(line) = client.next() {
@@ -81,7 +81,7 @@ fn all_that_is_live_comes_once_between_the_marks() {
     });
     assert_eq!(found, pages);
     assert!(events.is_sorted());
-    // To name the kind is to ask; another client gets none.
+    // Naming the kind asks for it too; another client gets none.
     let mut named = fixture.json("{\"kinds\":[\"state\"]}\n");
     let other = fixture.json("\n");
     assert_eq!(until_the_end_mark(&mut named), (pages, Vec::new()));
@@ -90,7 +90,7 @@ fn all_that_is_live_comes_once_between_the_marks() {
     assert!(other.rest().iter().all(|line: &Value| line["kind"] != "state"));
 }
 
-/// Bytes of memory that this process has.
+/// Resident memory of this process, in bytes.
 fn resident() -> u64 {
     let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
     statm.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
@@ -102,12 +102,12 @@ fn clients_that_ask_and_do_not_read_or_leave_cost_little() {
     let line = "{\"state\":true,\"format\":\"binary\"}\n";
     let before = resident();
     let mut silent: Vec<_> = (0..200).map(|_| fixture.raw(line.as_bytes())).collect();
-    // Others begin to read and leave.
+    // Other clients begin to read and leave.
     for _ in 0..50 {
         let mut stream = fixture.raw(line.as_bytes());
         stream.read_exact(&mut [0; 10_000]).unwrap();
     }
-    // One that wants events only gets all of them.
+    // A client that wants only events gets all of them.
     let mut reader = fixture.binary(&Subscription { kinds: vec![Kind::Interrupt], ..Subscription::default() });
     let (sender, received) = mpsc::channel();
     thread::scope(|scope| {
@@ -122,7 +122,7 @@ fn clients_that_ask_and_do_not_read_or_leave_cost_little() {
                 assert_eq!(received.recv_timeout(PATIENCE), Ok(burst * 1_000 + n));
             }
         }
-        // All that do not read have something, and no more than they can take.
+        // Each client that does not read has been sent something, but no more than its buffers take.
         silent.iter_mut().for_each(|stream| stream.read_exact(&mut [0; 100]).unwrap());
         let grown = resident().saturating_sub(before);
         assert!(grown < 200 << 20, "{grown} bytes for {} clients", silent.len());

@@ -1,4 +1,4 @@
-//! Threads that trace and end: what they leave behind, and who gets to see it.
+//! Threads that trace and end: what they leave behind, and which clients see their events.
 
 use std::io::BufReader;
 use std::sync::Barrier;
@@ -9,7 +9,7 @@ use viommu_trace::{Event, Subscription};
 
 use crate::fixture::*;
 
-/// Threads one after the other, each of which emits so many events.
+/// Runs threads one after the other, each of which emits this many events.
 fn in_turn(fixture: &Fixture, threads: usize, events: u32) {
     for _ in 0..threads {
         let tracer = fixture.tracer.clone();
@@ -34,13 +34,13 @@ fn threads_that_come_and_go_leave_no_memory_behind() {
         let reader = client.map(|client| thread::spawn(move || rest(client)));
         in_turn(&fixture, 100, 1);
         let (resident, addresses) = (status_mib("VmRSS"), status_mib("VmSize"));
-        // Few events or many: fewer than make a thread call the collector.
+        // Few events or many: few do not make a thread wake the collector.
         in_turn(&fixture, 400, 1);
         in_turn(&fixture, 100, 8_000);
         let grown = (status_mib("VmRSS").saturating_sub(resident), status_mib("VmSize").saturating_sub(addresses));
         println!("watched: {watched}; MiB more: {grown:?}");
-        // The history is 9 MiB, a ring 1 MiB, of which two threads take one if the collector has no processor all the time;
-        // and some for threads of the test runner.
+        // The history takes 9 MiB, and a ring 1 MiB. There may be several rings if the collector does not always get a
+        // processor. Threads of the test runner take some memory too.
         assert!(grown.0 <= 80 && grown.1 <= 256, "{grown:?}");
         let stats = fixture.stop();
         assert_eq!((stats.emitted(), stats.lost), (100 + 400 + 800_000, 0));
@@ -48,7 +48,7 @@ fn threads_that_come_and_go_leave_no_memory_behind() {
     }
 }
 
-/// What waits in the rings, more than is taken from them at a time, is from before.
+/// The events that wait in the rings, more than are taken at a time, are earlier ones.
 #[test]
 fn a_client_gets_what_happened_since_it_connected_and_no_more_than_it_asked_for() {
     const THREADS: u64 = 24;
@@ -66,7 +66,7 @@ fn a_client_gets_what_happened_since_it_connected_and_no_more_than_it_asked_for(
             });
         }
         emitted.wait();
-        // At once, before the collector has had the time.
+        // Connects at once, before the collector has taken them.
         let lines = [&b""[..], b"{}\n", b"{\"backlog\":5}\n", b"{\"backlog\":\"all\"}\n"];
         let clients = lines.map(|line| JsonClient(BufReader::new(fixture.raw(line))));
         let first = THREADS * EVENTS;

@@ -1,4 +1,4 @@
-//! DMA_READ and DMA_WRITE: the server asks, and the client answers, on a socket of their own.
+//! DMA_READ and DMA_WRITE: the server sends them, and the client answers, on a socket of their own.
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -14,8 +14,7 @@ use viommu_testkit::vfio::*;
 
 const BASE: u64 = 0x10_0000;
 
-/// A client's memory, the client's end of the socket for it, which takes `max_data` bytes at once, and the client, whose
-/// session it is.
+/// A client's memory, the client's end of its socket, which takes `max_data` bytes at once, and the client.
 fn memory(max_data: usize) -> (ClientMemory, UnixStream, RawClient) {
     let (session, mut client) = Session::start();
     let json =
@@ -102,7 +101,7 @@ fn what_is_no_answer_is_not_taken_for_one() {
         |socket, asked| answer(socket, asked, REPLY, 0, &[echo(asked), vec![0; 7]].concat()),
         |socket, asked| answer(socket, asked, REPLY, 0, &[echo(asked), vec![0; 9]].concat()),
         |socket, asked| answer(socket, asked, REPLY | ERROR, 5, &[0; 8]),
-        // As if the count had four bytes: the data begin where its upper half is.
+        // As if the count had four bytes: the data begins in the place of its upper half.
         |socket, asked| answer(socket, asked, REPLY, 0, &[&echo(asked)[..12], &[0x55; 12]].concat()),
         |socket, _| socket.write_all(&[0, 0, 11, 0, 3, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]).unwrap(),
         |socket, _| socket.write_all(&[0, 0, 11, 0, 0xff, 0xff, 0xff, 0xff, 1, 0, 0, 0, 0, 0, 0, 0]).unwrap(),
@@ -136,7 +135,7 @@ fn a_client_that_does_not_answer_is_waited_for_once() {
     assert!(session.region_read(0, 0, 4).is_ok(), "an answer that nobody wants does no harm");
 }
 
-/// What is left in a socket that the server has closed.
+/// The bytes that are left in a socket that the server has closed.
 fn rest(mut socket: &UnixStream) -> Vec<u8> {
     let mut rest = Vec::new();
     socket.read_to_end(&mut rest).unwrap();
@@ -145,7 +144,7 @@ fn rest(mut socket: &UnixStream) -> Vec<u8> {
 
 #[test]
 fn a_write_that_is_not_answered_is_taken_back_and_ends_the_session() {
-    // The client has read all of it, or some, or nothing; or so little that not all could be sent.
+    // The client has read all of it, some of it, or nothing; or so little that not all could be sent.
     let cases = [(8, 40), (8, 39), (8, 16), (8, 0), (1 << 20, 0), (1 << 20, 5000)];
     thread::scope(|scope| {
         for (len, read) in cases {
@@ -155,7 +154,7 @@ fn a_write_that_is_not_answered_is_taken_back_and_ends_the_session() {
                 let write = thread::spawn(move || writer.write(BASE, &vec![7; len], Duration::from_secs(5)));
                 socket.read_exact(&mut vec![0; read]).unwrap();
                 assert_eq!(write.join().unwrap().unwrap_err().kind(), ErrorKind::TimedOut, "{len} {read}");
-                // Whoever waited for the write's end may take the memory away now.
+                // A request that waited for the write's end may remove the memory now.
                 assert!(rest(&socket).is_empty(), "{len} {read}");
                 assert!(rest(&session.stream).is_empty(), "{len} {read}");
                 assert_eq!(memory.write(BASE, &[0; 8], PATIENCE).unwrap_err().kind(), ErrorKind::NotConnected);
@@ -188,7 +187,7 @@ fn an_access_ends_when_the_client_leaves_the_session() {
         });
         let result =
             if is_write { memory.write(BASE, &[7; 64], PATIENCE) } else { memory.read(BASE, &mut [0; 64], PATIENCE) };
-        // It does not wait in vain; the client has not left this socket.
+        // It does not wait for nothing; the client has not left this socket.
         assert_eq!(result.unwrap_err().kind(), ErrorKind::ConnectionReset);
         if is_write {
             assert!(rest(&client.join().unwrap()).is_empty());
@@ -197,9 +196,9 @@ fn an_access_ends_when_the_client_leaves_the_session() {
     }
 }
 
-/// Three read: the first is answered half the limit after the others have come. One of these is asked next, and answered
-/// only when the other has waited in vain. Says whether it was: that one took long is no reason not to wait for the other's
-/// answer for as long again.
+/// Three threads read. The first is answered half the limit after the others have come. One of these is sent next, and
+/// answered only after the other has given up. Returns whether it was answered: after one slow answer the server must
+/// wait for the next for the whole limit again.
 fn one_is_answered_and_one_is_late(limit: Duration) -> bool {
     let (memory, mut socket, session) = memory(4096);
     let (asked, is_asked) = mpsc::channel();
@@ -209,7 +208,7 @@ fn one_is_answered_and_one_is_late(limit: Duration) -> bool {
         asked.send(()).unwrap();
         thread::sleep(limit / 2);
         answer(&mut socket, &first, REPLY, 0, &[echo(&first), vec![7; 8]].concat());
-        // On a machine that is too busy for the limit, both are late already.
+        // On a machine that is too busy for the limit, both are too late already.
         let Some(second) = take(&mut socket) else { return };
         is_late.recv().unwrap();
         answer(&mut socket, &second, REPLY, 0, &[echo(&second), vec![7; 8]].concat());
@@ -238,7 +237,7 @@ fn one_is_answered_and_one_is_late(limit: Duration) -> bool {
 
 #[test]
 fn who_waits_for_others_waits_no_longer_than_for_the_client() {
-    // A busy machine needs longer ones.
+    // A busy machine needs longer limits.
     let mut limits = (0..8).map(|power| Duration::from_millis(250) * 2_u32.pow(power));
     assert!(limits.any(one_is_answered_and_one_is_late));
 }

@@ -1,4 +1,4 @@
-//! What clients send, in their order, at a PCI function.
+//! The messages of real clients, in their order, to a PCI function.
 
 use std::os::fd::{AsRawFd, RawFd};
 
@@ -20,7 +20,7 @@ fn events(count: usize) -> (Vec<EventFd>, Vec<RawFd>) {
     (events, fds)
 }
 
-/// QEMU, as 11.1.3 was seen to send them: minor version 0, DMA_MAPs that are not waited for, the configuration space in one
+/// QEMU, as 11.1.3 sends them: minor version 0, DMA_MAPs without waiting for replies, the configuration space in one
 /// piece, interrupts one by one, a reset, the firmware's shadowing, and the end.
 #[test]
 fn qemu() {
@@ -31,7 +31,7 @@ fn qemu() {
         "migration": {"max_bitmap_size": 256 << 20, "pgsize": 4096}, "write_multiple": true,
     });
     let (said, _) = client.version(0, &json!({ "capabilities": capabilities }).to_string());
-    // It takes no server that can more than this.
+    // It rejects a server with larger limits than these.
     let said = said["capabilities"].as_object().unwrap();
     assert!(said["max_msg_fds"].as_u64().unwrap() <= 16);
     assert!(said["max_data_xfer_size"].as_u64().unwrap() <= 64 << 20);
@@ -84,7 +84,7 @@ fn qemu() {
         client.region_write(CONFIG, 0x10 + 4 * bar, &[0; 4]).unwrap();
     }
 
-    // Firmware shadows what is below 1 MiB: all of it goes and comes again.
+    // Firmware shadows the memory below 1 MiB: all of it is unmapped and mapped again.
     for round in 0..3 {
         for (at, size, _) in pieces {
             client.dma_unmap(0, at, size).unwrap();
@@ -95,8 +95,8 @@ fn qemu() {
         }
     }
 
-    // The driver: command register, vectors, I/O. QEMU gives the first vector, then the others anew in one message,
-    // those that have descriptors apart from those that have none.
+    // The driver: command register, vectors, I/O. QEMU sends the first vector, then the others again in one message for
+    // those with descriptors and one for those without.
     client.region_write(CONFIG, 4, &[6, 4]).unwrap();
     client.set_irqs([VFIO_PCI_INTX_IRQ_INDEX, OFF, 0, 0], &[], &[]).unwrap();
     client.set_irqs([VFIO_PCI_MSIX_IRQ_INDEX, SET, 0, 1], &[], &fds[..1]).unwrap();
@@ -149,7 +149,8 @@ fn spdk() {
     assert_eq!(reads(&mut client, at), u64::MAX);
 }
 
-/// Cloud Hypervisor (`pci/src/vfio_user.rs`), whose client is the crate `vfio_user`: all vectors in one message.
+/// Cloud Hypervisor (`pci/src/vfio_user.rs`), whose client is the crate `vfio_user`. It sends all vectors in one
+/// message.
 #[test]
 fn cloud_hypervisor() {
     let served = served();
@@ -179,7 +180,7 @@ fn cloud_hypervisor() {
     client.shutdown().unwrap();
 }
 
-/// The client of libvfio-user's Python tests (`test/py/`): what they ask, and the error numbers that they want.
+/// The client of libvfio-user's Python tests (`test/py/`): their requests, and the error numbers that they expect.
 #[test]
 fn libvfio_user_tests() {
     let served = served();

@@ -1,4 +1,4 @@
-//! DMA_MAP and DMA_UNMAP, at a PCI function that accesses what is mapped.
+//! DMA_MAP and DMA_UNMAP, with a PCI function that accesses the mapped memory.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -28,7 +28,7 @@ pub fn served() -> Served {
     Served::new(0x20, Tracer::default(), Toy::make, || {})
 }
 
-/// A client whose function is a bus master. It has not said its version.
+/// A client whose function is a bus master. It has not sent VERSION.
 fn client(served: &Served) -> RawClient {
     let mut client = RawClient::connect(&served.path());
     client.region_write(CONFIG, 4, &[6, 0]).unwrap();
@@ -73,12 +73,12 @@ fn a_file_that_is_read_and_written_need_not_be_one_that_can_be_mapped() {
     assert!(client.dma_map(READ | WRITE | MMAP, at, 0x8000, PAGE, &[this.as_raw_fd()]).is_err());
     client.dma_map(READ | WRITE | FILE_IO, at, 0x8000, PAGE, &[this.as_raw_fd()]).unwrap();
     assert_eq!(reads(&mut client, 0x8000), 42);
-    // What is not there fails, as it would in memory that cannot be had.
+    // An access where the file has nothing fails, as in memory that cannot be had.
     let file = memfd(PAGE);
     client.dma_map(READ | WRITE | FILE_IO, 0, 0x10000, 2 * PAGE, &[file.as_raw_fd()]).unwrap();
     assert!(writes(&mut client, 0x10000 + PAGE - 8, 5));
     assert_eq!(reads(&mut client, 0x10000 + PAGE), u64::MAX);
-    // An access over the border of both kinds.
+    // An access across the border between both kinds.
     client.dma_map(READ | WRITE, 0, 0x8000 - PAGE, PAGE, &[file.as_raw_fd()]).unwrap();
     assert_eq!(reads(&mut client, 0x8000 - 4), 42 << 32);
     drop(ram);
@@ -154,7 +154,7 @@ fn what_is_unmapped_must_have_been_mapped() {
         assert_eq!(client.call(command::DMA_UNMAP, &request, &[]), Err(libc::EINVAL), "argsz {argsz}");
     }
     assert_eq!(reads(&mut client, 0x8000 + 4 * PAGE - 8), 0, "all is as it was");
-    // Several at once, as QEMU does when virtio-mem's memory goes.
+    // Several at once, as QEMU does when virtio-mem's memory is unplugged.
     client.dma_unmap(0, 0, 0x8000 + 2 * PAGE).unwrap();
     assert_eq!(client.dma_unmap(0, 0x8000, PAGE), Err(libc::ENOENT));
     assert_eq!(reads(&mut client, 0x8000), u64::MAX);
@@ -187,11 +187,11 @@ fn a_region_of_huge_pages_may_begin_anywhere_in_its_file() {
     ram.set_len(4 << 20).unwrap();
     let served = served();
     let mut client = client(&served);
-    // As QEMU's firmware shadowing cuts it.
+    // In the pieces that firmware's shadowing makes of it.
     for (offset, size) in [(0, 0xa_0000), (0xc_0000, 0x4000), (0xc_4000, (4 << 20) - 0xc_4000)] {
         client.dma_map(READ | WRITE, offset, offset, size, &[ram.as_raw_fd()]).unwrap();
     }
-    // At the borders of both pages, and on either side of where a region ends in one.
+    // At the borders of both pages, and on both sides of a region's end inside a page.
     for address in [0, 0x9_fff8, 0xc_0000, 0xc_3ff8, 0xc_4000, (2 << 20) - 8, 2 << 20, (4 << 20) - 8] {
         assert!(writes(&mut client, address, address + 42), "{address:#x}");
         assert_eq!(reads(&mut client, address), address + 42);
@@ -200,7 +200,7 @@ fn a_region_of_huge_pages_may_begin_anywhere_in_its_file() {
     ram.read_exact_at(&mut across, (2 << 20) - 8).unwrap();
     assert_eq!(across[..8], ((2 << 20) - 8 + 42_u64).to_le_bytes());
     assert_eq!(across[8..], ((2 << 20) + 42_u64).to_le_bytes());
-    // A page that is gone fails the access, and nothing else.
+    // If a page is gone, its access fails and nothing else.
     ram.set_len(2 << 20).unwrap();
     assert_eq!(reads(&mut client, 2 << 20), u64::MAX);
     assert!(!writes(&mut client, 3 << 20, 5) && writes(&mut client, 0xc_4000, 5));
@@ -239,7 +239,7 @@ fn memory_without_a_descriptor_is_reached_by_messages() {
     client.dma_map(READ | WRITE, 0, 0x8000, PAGE, &[]).unwrap();
     client.dma_map(READ, 0, 0x9000, PAGE, &[]).unwrap();
     client.dma_map(READ | WRITE, 0, 0xa000, PAGE, &[ram.as_raw_fd()]).unwrap();
-    // The session's thread itself waits for these answers, and the client for that thread.
+    // The session's thread itself waits for these answers, and the client waits for that thread.
     assert_eq!(reads(&mut client, 0x8010), 0x1111_1111_1111_1111);
     assert!(writes(&mut client, 0x8018, 5));
     assert_eq!(reads(&mut client, 0x9000), 0x1111_1111_1111_1111);
@@ -279,7 +279,7 @@ fn a_write_by_message_that_an_unmap_waited_for_does_not_come_later() {
     client.dma_map(READ | WRITE, 0, 0x8000, PAGE, &[]).unwrap();
     write_register(&mut client, ADDRESS, 0x10);
     client.send(command::REGION_WRITE, 0, &[access(0, DO_WRITE, 8), vec![0; 8]].concat(), &[]);
-    // The write is there for the client to take; it takes its time.
+    // The write waits for the client, which has not read it yet.
     let mut header = [0; 16];
     socket.read_exact(&mut header).unwrap();
     assert_eq!(u16::from_le_bytes([header[2], header[3]]), command::DMA_WRITE);
@@ -296,7 +296,7 @@ fn memory_without_a_descriptor_is_not_reached_without_a_socket_for_it() {
     let mut client = client(&served);
     client.version(1, "{\"capabilities\":{\"max_data_xfer_size\":4096}}");
     client.dma_map(READ | WRITE, 0, 0x8000, PAGE, &[]).unwrap();
-    // There is no message in between, or this client would take it for an answer.
+    // There is no message in between: this client would take it for an answer.
     assert_eq!(reads(&mut client, 0x8000), u64::MAX);
     assert!(!writes(&mut client, 0x8000, 5));
     client.dma_unmap(0, 0x8000, PAGE).unwrap();

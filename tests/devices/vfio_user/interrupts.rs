@@ -51,7 +51,7 @@ fn what_does_not_is_refused() {
         ([MASKABLE, EVENTFD | TRIGGER, 3, u32::MAX], &[], 0),
         ([MASKABLE, EVENTFD | TRIGGER, u32::MAX, 1], &[], 1),
         ([PLAIN, NONE | TRIGGER, 0, 2], &[], 0),
-        // None at all, but not as all are disabled.
+        // No interrupts at all, but not in the form that disables all.
         ([MASKABLE, NONE | TRIGGER, 1, 0], &[], 0),
         ([MASKABLE, NONE | MASK, 0, 0], &[], 0),
         ([MASKABLE, BOOL | TRIGGER, 0, 0], &[], 0),
@@ -64,7 +64,7 @@ fn what_does_not_is_refused() {
         ([MASKABLE, NONE, 0, 1], &[], 0),
         ([MASKABLE, NONE | TRIGGER | 1 << 6, 0, 1], &[], 0),
         ([PLAIN, NONE | MASK, 0, 1], &[], 0),
-        // Data that are not what was said.
+        // Data that does not match the request.
         ([MASKABLE, BOOL | TRIGGER, 0, 2], &[1], 0),
         ([MASKABLE, BOOL | TRIGGER, 0, 2], &[1; 3], 0),
         ([MASKABLE, BOOL | TRIGGER, 0, 1], &[1], 1),

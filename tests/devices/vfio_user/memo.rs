@@ -1,4 +1,4 @@
-//! A device that remembers what it was asked, and a session with it.
+//! A device that records its calls, and a session with it.
 
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -8,21 +8,21 @@ use std::thread::{self, JoinHandle};
 use viommu::vfio_user::{Device, DmaMap, IrqInfo, IrqSet, Refused, Transport, serve};
 use viommu_testkit::vfio::RawClient;
 
-/// Bytes of region 0, the only one that there is of two.
+/// Bytes of region 0. The other of the two regions is empty.
 pub const SIZE: u64 = 2 << 20;
 
 /// Types of interrupts: 4 that can be masked, and 1 that cannot.
 pub const MASKABLE: u32 = 0;
 pub const PLAIN: u32 = 1;
 
-/// What was mapped, while a session goes on and after it.
+/// The mapped memory, during a session and after it.
 pub type Maps = Arc<Mutex<Vec<DmaMap>>>;
 
 #[derive(Default)]
 pub struct Memo {
     pub calls: Vec<String>,
     pub maps: Maps,
-    /// What region 0 begins with.
+    /// The bytes at the start of region 0.
     bytes: [u8; 16],
 }
 
@@ -118,12 +118,12 @@ impl Session {
         (Session::over(theirs), RawClient::over(ours))
     }
 
-    /// What the device was asked in a session whose client has left, and how that ended.
+    /// The device and the session's result, when the client has left.
     pub fn join(self) -> (Memo, io::Result<()>) {
         self.thread.join().unwrap()
     }
 
-    /// The same, when the client leaves.
+    /// Makes the client leave, and does the same.
     pub fn end(self, client: RawClient) -> Memo {
         drop(client);
         let (memo, result) = self.join();

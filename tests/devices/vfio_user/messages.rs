@@ -11,7 +11,7 @@ use crate::vfio_user::memo::{SIZE, Session};
 use viommu::vfio_user::{MAX_DATA, MAX_MESSAGE};
 use viommu_testkit::vfio::*;
 
-/// Commands whose payload has a structure, and the bytes of that.
+/// Commands whose payload is a structure, and its size in bytes.
 const FIXED: [(u16, usize); 10] = [
     (command::DMA_MAP, 32),
     (command::DMA_UNMAP, 24),
@@ -25,7 +25,7 @@ const FIXED: [(u16, usize); 10] = [
     (command::DEVICE_FEATURE, 8),
 ];
 
-/// The next message is understood.
+/// Checks that the next message is understood.
 fn assert_in_step(client: &mut RawClient) {
     assert_eq!(client.region_read(0, 0, 4).unwrap().len(), 4);
 }
@@ -46,7 +46,7 @@ fn a_payload_that_is_too_short_is_refused_and_the_next_message_is_understood() {
 #[test]
 fn a_payload_that_is_longer_is_read_to_its_end() {
     let (session, mut client) = Session::start();
-    // As SPDK asks: with room for capabilities.
+    // As SPDK sends it: with room for capabilities.
     let mut request = words(&[4064, 0, 0, 0]);
     request.resize(4064, 0xff);
     let info = client.call(command::GET_REGION_INFO, &request, &[]).unwrap();
@@ -111,7 +111,7 @@ fn a_message_that_is_too_long_is_refused_before_it_comes_and_skipped() {
     assert_eq!(client.take(command::REGION_WRITE, id), Err(libc::EINVAL));
     client.stream.write_all(&data).unwrap();
     assert_in_step(&mut client);
-    // The longest that there is.
+    // The longest possible message.
     client.region_write(0, 0, &data[..MAX_DATA]).unwrap();
     let memo = session.end(client);
     assert_eq!(memo.calls, ["read 0 0x0 + 4".to_owned(), format!("write 0 0x0 + {MAX_DATA}")]);
@@ -154,7 +154,7 @@ fn no_answer_comes_to_a_command_that_wants_none() {
     client.send(command::SET_IRQS, NO_REPLY, &[], &[]);
     client.send(999, NO_REPLY, &[0; 99], &[]);
     client.send(command::RESET, NO_REPLY, &[], &[]);
-    // What came before is done.
+    // Earlier commands are done.
     assert_eq!(client.region_read(0, 0, 4).unwrap(), [1, 2, 3, 4]);
     let memo = session.end(client);
     assert_eq!(memo.calls, ["write 0 0x0 + 4", "reset", "read 0 0x0 + 4"]);
@@ -185,7 +185,7 @@ fn a_stream_that_ends_inside_of_a_message_is_an_error() {
     }
 }
 
-/// Two sockets that are connected: the second's copies are all closed when the first reads the end.
+/// Two connected sockets: when the first reads the end, all copies of the second are closed.
 fn watched() -> (UnixStream, UnixStream) {
     UnixStream::pair().unwrap()
 }
@@ -208,7 +208,7 @@ fn descriptors_that_no_command_wants_are_closed() {
     for (command, payload, is_good) in calls {
         assert_eq!(client.call(command, &payload, &[fd, fd]).is_ok(), is_good, "{command}");
     }
-    // The first of these is kept, for as long as the device wants it.
+    // The first of these is kept as long as the device wants it.
     client.dma_map(READ | WRITE, 0, 0x1000, 0x1000, &[fd; 16]).unwrap();
     drop(sent);
     let memo = session.end(client);
@@ -275,7 +275,7 @@ fn several_writes_in_a_message_are_done_in_their_order() {
     assert_eq!(call(many(3, &writes)).unwrap(), 3_u64.to_le_bytes());
     assert_eq!(call(many(2, &writes)).unwrap(), 2_u64.to_le_bytes(), "what is behind them does not count");
     assert_eq!(call(many(0, &[])).unwrap(), 0_u64.to_le_bytes());
-    // One that is refused ends it.
+    // A refused write ends the message.
     assert_eq!(call(many(3, &[one(0, 0, &[4]), one(7, 0, &[5]), one(0, 1, &[6])])).unwrap(), 1_u64.to_le_bytes());
     assert_eq!(call(many(1, &[one(7, 0, &[5])])), Err(libc::EINVAL));
     let mut nine = one(0, 0, &[1; 8]);

@@ -1,4 +1,4 @@
-//! vfio-user: messages of any kind over a socket and over pipes, and those that clients send, in their order.
+//! vfio-user: messages of any kind over a socket and over pipes, and the messages of real clients in their order.
 
 mod client_memory;
 mod clients;

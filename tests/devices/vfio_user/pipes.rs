@@ -1,4 +1,4 @@
-//! A session over pipes: another transport than a socket, which carries no descriptors.
+//! A session over pipes, a transport that carries no descriptors.
 
 use std::io::{self, IoSlice, PipeReader, PipeWriter, Read, Write, pipe};
 use std::os::fd::BorrowedFd;

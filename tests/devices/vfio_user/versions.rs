@@ -8,7 +8,7 @@ use viommu_testkit::vfio::*;
 #[test]
 fn the_server_says_what_it_can_whatever_the_client_says() {
     let expected = json!({"max_msg_fds": 16, "max_data_xfer_size": 1 << 20, "max_dma_maps": 77, "pgsizes": 4096});
-    // Nothing, as SPDK's initiator; then more and more.
+    // Nothing, as SPDK's initiator sends; then more and more.
     for json in ["", "{}", "{\"capabilities\":{}}", "{\"capabilities\":{\"max_msg_fds\":8}}", "{\"else\":1}"] {
         let (session, mut client) = Session::start();
         let (said, fd) = client.version(0, json);
@@ -60,7 +60,7 @@ fn a_version_that_cannot_be_is_refused_and_ends_the_session() {
         let (memo, result) = session.join();
         assert!(result.is_err() && memo.calls.is_empty());
     }
-    // Not when it comes again.
+    // A second VERSION is refused too.
     let (session, mut client) = Session::start();
     client.version(0, "{}");
     assert_eq!(client.call(command::VERSION, &[0; 4], &[]), Err(libc::EINVAL));
@@ -73,7 +73,7 @@ fn who_wants_no_answer_gets_no_socket() {
     let (session, mut client) = Session::start();
     let json = b"{\"capabilities\":{\"twin_socket\":{\"supported\":true}}}\0";
     client.send(command::VERSION, NO_REPLY, &[&[0, 0, 1, 0], &json[..]].concat(), &[]);
-    // The version is agreed on all the same.
+    // The version is agreed on nevertheless.
     assert_eq!(client.call(command::VERSION, &[0; 4], &[]), Err(libc::EINVAL));
     client.dma_map(READ | WRITE, 0, 0x1000, 0x1000, &[]).unwrap();
     let map = session.maps.lock().unwrap().pop().unwrap();
