@@ -1,6 +1,6 @@
-//! An input as a supply of numbers.
+//! An input as a source of numbers.
 
-/// What is left of an input. Every method is `None` where it ends.
+/// The rest of an input. Every method returns `None` at its end.
 pub struct Input<'a> {
     rest: &'a [u8],
 }

@@ -1,4 +1,4 @@
-//! What the fuzz targets have in common: an input as a supply of numbers, and a machine for a device model.
+//! What the fuzz targets share: an input as a source of numbers, and a machine for a device model.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read};
@@ -14,10 +14,10 @@ mod machine;
 pub use input::Input;
 pub use machine::{Machine, PAGE, PAGES};
 
-/// Nothing that is sent to a server takes so long.
+/// No message takes a server so long.
 pub const HANG: Duration = Duration::from_secs(60);
 
-/// Leaves a server, and waits until it has done everything, and so ends the connection.
+/// Leaves a server, and waits until it has done everything and ends the connection.
 pub fn leave(mut stream: UnixStream) {
     let _ = stream.shutdown(Shutdown::Write);
     let begun = Instant::now();
@@ -27,12 +27,12 @@ pub fn leave(mut stream: UnixStream) {
             Ok(0) => return,
             Ok(_) => {}
             Err(error) if error.kind() == ErrorKind::ConnectionReset => return,
-            // The server may have been given this very stream, for instance as a kick, and makes sure that it never waits for
-            // one.
+            // The server may have got this very stream as a descriptor, for example as a kick, and has made it
+            // non-blocking.
             Err(error) if error.kind() == ErrorKind::WouldBlock && begun.elapsed() < HANG => {
                 stream.set_nonblocking(false).unwrap();
             }
-            // The fuzzer looks at the clock by a signal.
+            // The fuzzer checks the time in a signal handler.
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(error) => panic!("The server does not end the connection: {error}"),
         }

@@ -16,18 +16,18 @@ use crate::{Input, memfd};
 
 /// Bytes of a page.
 pub const PAGE: u64 = 4096;
-/// Pages of guest memory. All but the last two are mapped, each at its own address, the ones before them for reading
-/// only; the last two are nobody's.
+/// Pages of guest memory. All except the last two are mapped, each at its own address, and the two before those for
+/// reading only.
 pub const PAGES: u64 = 32;
 const READ_ONLY: u64 = PAGES - 4;
 const UNMAPPED: u64 = PAGES - 2;
 
 const ENDPOINT: u32 = 0x20;
 const DOMAIN: u32 = 1;
-/// What memory that no device may write is filled with.
+/// The contents of memory that no device may write.
 const GUARD: u8 = 0xa5;
 
-/// Memory from address 0 on, and an endpoint that may use some of it.
+/// Memory from address 0 on, and an endpoint that may use a part of it.
 pub struct Machine {
     iommu: Arc<Iommu>,
     ram: File,
@@ -73,7 +73,7 @@ impl Machine {
         );
     }
 
-    /// Takes all mappings away. Nothing is written any more when this has returned.
+    /// Removes all mappings. When this returns, nothing is written any more.
     pub fn unmap_all(&self) {
         let head = Head { kind: request_type::UNMAP, reserved: [0; 3] };
         let virt_end = u64::MAX.into();
@@ -87,7 +87,7 @@ impl Machine {
         self.ram.write_all_at(&bytes, first * PAGE).unwrap();
     }
 
-    /// Makes sure that nothing was written where nothing may be: on the pages from `first` on.
+    /// Checks that nothing was written to the pages from `first` on.
     fn check_from(&self, first: u64) {
         let mut bytes = vec![0; ((PAGES - first) * PAGE) as usize];
         self.ram.read_exact_at(&mut bytes, first * PAGE).unwrap();
@@ -95,24 +95,24 @@ impl Machine {
         assert_eq!(wrong.map(|at| first * PAGE + at as u64), None, "written without a mapping");
     }
 
-    /// Makes sure that memory that the device may not write is as it was.
+    /// Checks that memory that the device may not write is unchanged.
     pub fn check_guards(&self) {
         self.check_from(READ_ONLY);
     }
 
-    /// Makes sure that nothing was written since [`Machine::unmap_all`].
+    /// Checks that nothing was written since [`Machine::unmap_all`].
     pub fn check_unmapped(&self) {
         self.check_from(0);
     }
 
-    /// The driver writes; what lies outside of the memory that the device may write is left out.
+    /// A write of the driver. Bytes outside of the memory that the device may write are left out.
     pub fn write(&self, at: u64, bytes: &[u8]) {
         if at.checked_add(bytes.len() as u64).is_some_and(|end| end <= READ_ONLY * PAGE) {
             self.ram.write_all_at(bytes, at).unwrap();
         }
     }
 
-    /// An address: mostly one on a page that there is, sometimes any.
+    /// An address: mostly one in an existing page, sometimes any.
     pub fn address(input: &mut Input) -> Option<u64> {
         let page = input.u8()?;
         if page == 0xff {

@@ -29,9 +29,9 @@ const DMACOUNT: u64 = 0x86;
 const CHANSTS: u64 = 0x88;
 const CHAINADDR: u64 = 0x90;
 const RESET: u8 = 0x20;
-/// What the low bits of CHANSTS say of a channel that has work.
+/// The low bits of CHANSTS while a channel has work.
 const ACTIVE: u8 = 0;
-/// How long to watch a channel at work before the next step; it may have any amount of work.
+/// How long to let a channel work before the next step. It may have any amount of work.
 const A_WHILE: Duration = Duration::from_millis(2);
 
 fuzz_target!(|data: &[u8]| {
@@ -52,7 +52,7 @@ fn step(machine: &Machine, engine: &mut dyn Function, input: &mut Input) -> Opti
     match input.u8()? % 8 {
         0..=2 => put_descriptor(machine, input)?,
         3 => {
-            // Work, as a driver gives it.
+            // Work in the form that a driver gives it.
             engine.bar_write(0, CHAINADDR, &Machine::address(input)?.to_le_bytes());
             engine.bar_write(0, DMACOUNT, &u16::from(input.u8()?).to_le_bytes());
         }
@@ -96,7 +96,7 @@ fn put_descriptor(machine: &Machine, input: &mut Input) -> Option<()> {
     Some(())
 }
 
-/// Waits until the channel has done what it was given, but no longer than it takes to see it at work.
+/// Waits until the channel has done its work, but only as long as it takes to see it at work.
 fn wait(engine: &mut dyn Function) {
     let begun = Instant::now();
     let mut status = [0; 8];

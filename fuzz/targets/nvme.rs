@@ -17,12 +17,13 @@ const ASQ: u64 = 0x28;
 const ACQ: u64 = 0x30;
 /// Enabled, with entries of 64 and 16 bytes.
 const CC_ENABLED: u32 = 4 << 20 | 6 << 16 | 1;
-/// Queue pairs and the admin queue that this driver uses.
+/// How many queues this driver uses: the admin queue, and queue pairs.
 const QUEUES: usize = 4;
 /// Entries of each queue.
 const ENTRIES: u32 = 16;
 const IMAGE: u64 = 1 << 20;
-/// How long to wait for commands before the next step; the controller may ignore those that a wrong doorbell is for.
+/// How long to wait for commands before the next step. The controller may ignore commands that a wrong doorbell
+/// announced.
 const A_WHILE: Duration = Duration::from_millis(2);
 
 fuzz_target!(|data: &[u8]| {
@@ -54,7 +55,7 @@ fn disk() -> Arc<Disk> {
     .clone()
 }
 
-/// Where queue `id` has its submission queue, and on the page behind it its completion queue.
+/// The page of the submission queue of queue `id`; the next page has its completion queue.
 fn queue_page(id: usize) -> u64 {
     2 * id as u64 * PAGE
 }
@@ -64,7 +65,7 @@ struct Driver<'a> {
     controller: Nvme,
     disk: Arc<Disk>,
     tails: [u32; QUEUES],
-    /// How many commands will have been done when all that were given are.
+    /// How many commands will have been done when all submitted ones are done.
     expected: u64,
 }
 
@@ -75,7 +76,7 @@ impl<'a> Driver<'a> {
         Driver { machine, controller, disk, tails: [0; QUEUES], expected: 0 }
     }
 
-    /// Most inputs begin with a controller that is enabled, and has an I/O queue pair.
+    /// Most inputs begin with an enabled controller with an I/O queue pair.
     fn begin(&mut self, input: &mut Input) -> Option<()> {
         let how = input.u8()?;
         if how & 1 == 0 {
@@ -151,7 +152,7 @@ impl<'a> Driver<'a> {
         *tail = (*tail + 1) % ENTRIES;
         let doorbell = 0x1000 + 8 * queue as u64;
         let tail = tail.to_le_bytes();
-        // Its completions are all consumed, as far as the controller knows.
+        // As far as the controller knows, all completions are consumed.
         self.controller.bar_write(0, doorbell + 4, &tail);
         self.controller.bar_write(0, doorbell, &tail);
         self.expected += 1;
@@ -164,7 +165,7 @@ impl<'a> Driver<'a> {
         let nsid = if how & 2 == 0 { 1 } else { input.u32()? };
         let data = [Machine::address(input)?, Machine::address(input)?];
         let mut dwords = [0; 6];
-        // Small numbers are what most fields have; the others are any.
+        // Most fields have small numbers; others have any.
         for (at, dword) in dwords.iter_mut().enumerate() {
             *dword = if how >> (2 + at) & 1 == 0 { input.u8()?.into() } else { input.u32()? };
         }
@@ -172,7 +173,7 @@ impl<'a> Driver<'a> {
         Some(())
     }
 
-    /// A PRP list, an SGL segment, a page of ranges: anything that a data pointer leads to.
+    /// A PRP list, an SGL segment, a page of ranges: anything that a data pointer may point to.
     fn pointers(&mut self, input: &mut Input) -> Option<()> {
         let at = Machine::address(input)?;
         let how = input.u8()?;

@@ -1,4 +1,4 @@
-//! Sequences of requests, each compared with a naive model, and what must be gone at the end.
+//! Sequences of requests, each compared with a naive model. At the end nothing may be left.
 #![no_main]
 
 use std::collections::BTreeMap;
@@ -17,10 +17,10 @@ use viommu_wire::virtio_iommu::{
 use zerocopy::IntoBytes;
 
 const PAGE: u64 = 4096;
-/// The last of them has an MSI region, which is none of the model's business.
+/// The last of them has an MSI region, which the model does not know.
 const ENDPOINTS: [u32; 3] = [0x20, 0x28, 0x30];
 const MSI: std::ops::RangeInclusive<u64> = 0xfee0_0000..=0xfeef_ffff;
-/// Little, so that it is used up.
+/// A small budget, so that it is used up.
 const TABLE_BYTES: u64 = 4 << 20;
 
 fuzz_target!(|data: &[u8]| {
@@ -30,14 +30,14 @@ fuzz_target!(|data: &[u8]| {
     pair.end();
 });
 
-/// The page that a byte of the input names: around borders of tables of several levels.
+/// The page for a byte of the input. Pages are around borders of tables of several levels.
 fn page(number: u8) -> u64 {
     const BASES: [u64; 6] =
         [0, 0x1f_f000, 0x3fff_f000, 0x7f_ffff_f000, 0xffff_ffff_f000, 0xffff_ffff_fff0_0000 - 0x10_0000];
     BASES[usize::from(number >> 5) % BASES.len()].wrapping_add(u64::from(number & 31) * PAGE)
 }
 
-/// Where a mapping, or a page that is linked, leads.
+/// The target of a mapping or of a linked page.
 #[derive(Clone, Copy)]
 struct Target {
     phys: u64,
@@ -48,7 +48,7 @@ struct Target {
 struct Domain {
     bypass: bool,
     endpoints: usize,
-    /// By their first address; with their last.
+    /// By their first address, each with its last.
     mappings: BTreeMap<u64, (u64, Target)>,
     reservations: BTreeMap<u64, u64>,
     links: BTreeMap<u64, Target>,
@@ -67,7 +67,7 @@ impl Domain {
         self.reservations.iter().any(|(first, last)| *first <= start && end <= *last)
     }
 
-    /// Whether a mapping is partly inside of a range.
+    /// Whether a mapping is partly inside a range.
     fn splits(&self, start: u64, end: u64) -> bool {
         self.mappings.iter().any(|(first, (last, _))| {
             let (meets, inside) = (*first <= end && start <= *last, start <= *first && *last <= end);
@@ -125,7 +125,8 @@ impl Pair {
             11 | 12 => self.unlink(domain, start, end),
             13 => self.release(domain, start, end),
             14 => self.iommu.synchronize(),
-            // Bytes that may be any request; all but PROBE would change the device behind the model's back.
+            // Bytes that may be any request. Any request but PROBE would change the device without the model's
+            // knowledge.
             _ => {
                 let bytes = [&[c, a][..], input.bytes(usize::from(b).min(80))].concat();
                 if let Ok(request @ Request::Probe(_)) = Request::parse(&bytes, self.iommu.features()) {
@@ -278,7 +279,7 @@ impl Pair {
         (before - domain.links.len()) as u64
     }
 
-    /// Every endpoint gets to where the model says.
+    /// Checks that every endpoint reaches the targets of the model.
     fn compare(&mut self, iova: u64) {
         let guard = self.reader.enter();
         for endpoint in ENDPOINTS {
@@ -298,7 +299,7 @@ impl Pair {
         }
     }
 
-    /// Counters are what the model counts, and nothing is left of anything after a reset.
+    /// Checks that the counters match the model, and that nothing is left after a reset.
     fn end(self) {
         let sum = |count: fn(&Domain) -> usize| self.domains.values().map(count).sum::<usize>() as u64;
         let stats = self.iommu.stats();
@@ -306,7 +307,7 @@ impl Pair {
         assert_eq!(stats.reservations_live, sum(|domain| domain.reservations.len()));
         assert_eq!(stats.linked_bytes, sum(|domain| domain.links.len()) * PAGE);
         self.iommu.device_reset();
-        // What waits for a grace period goes with one.
+        // Memory that waits for a grace period is freed after one.
         self.iommu.write_bypass(1);
         assert_eq!(self.iommu.stats().table_bytes, 0);
     }

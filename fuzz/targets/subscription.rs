@@ -1,4 +1,4 @@
-//! What a client of the trace asks for: any line is refused or means what it means when it is written anew.
+//! Subscriptions of trace clients: any line is refused, or means the same when it is written and parsed again.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,5 +1,5 @@
-//! vfio-user messages of any kind and size, with descriptors of any kind, at the real socket of a function that accesses
-//! whatever memory it is given; some of that by messages, whose answers are of any kind too.
+//! vfio-user messages of any kind and size, with descriptors of any kind, at the real socket of a function that
+//! accesses any memory that it gets. Some of these accesses are messages, whose answers are of any kind too.
 #![no_main]
 
 use std::fs::File;
@@ -31,7 +31,7 @@ mod command {
     pub const LAST: u16 = 18;
 }
 
-/// Bytes of guest memory, and where most of it is mapped.
+/// Bytes of guest memory, and the address at which most of it is mapped.
 const RAM: u64 = 64 << 10;
 const BASE: u64 = 0x1_0000;
 const CONFIG: u32 = 7;
@@ -49,7 +49,7 @@ fuzz_target!(|data: &[u8]| {
     leave(client.stream);
 });
 
-/// A function whose registers are an address, and an access there for each write to another one.
+/// A function with a register for an address. Each write to another register makes an access there.
 struct Accesses {
     dma: Dma,
     context: FunctionContext,
@@ -97,7 +97,7 @@ impl Function for Accesses {
     }
 }
 
-/// The function, one after the other for all inputs: whoever comes next must find one at its socket.
+/// The socket of the function, which is served for all inputs: each client must find a function there.
 fn socket() -> &'static PathBuf {
     static SOCKET: OnceLock<PathBuf> = OnceLock::new();
     SOCKET.get_or_init(|| {
@@ -120,7 +120,7 @@ fn socket() -> &'static PathBuf {
 
 struct Client {
     stream: UnixStream,
-    /// Where it is asked for its memory.
+    /// The socket on which it gets requests for its memory.
     twin: Option<UnixStream>,
     ram: File,
     short: File,
@@ -136,7 +136,7 @@ impl Client {
         Client { stream, twin: None, ram: memfd(RAM), short: memfd(100), event }
     }
 
-    /// Sends a message. A server that has ended the connection does not get it.
+    /// Sends a message, unless the server has ended the connection.
     fn send(&self, command: u16, flags: u32, size: u32, payload: &[u8], fds: &[RawFd]) {
         let mut message = vec![1, 0];
         message.extend(command.to_le_bytes());
@@ -154,7 +154,7 @@ impl Client {
         let json = format!("{{\"capabilities\":{{{twin}\"max_data_xfer_size\":{}}}}}\0", 1 << (how >> 4));
         self.good(command::VERSION, &[&[0, 0, 1, 0], json.as_bytes()].concat(), &[]);
         let mut reply = [0; 16];
-        // The fuzzer looks at the clock by a signal.
+        // The fuzzer checks the time in a signal handler.
         let (_, fd) = loop {
             match self.stream.recv_with_fd(&mut reply) {
                 Err(error) if error.errno() == libc::EINTR => {}
@@ -165,7 +165,7 @@ impl Client {
         self.stream.read_exact(&mut vec![0; size as usize - 16]).unwrap();
         self.twin = fd.map(|fd| UnixStream::from(std::os::fd::OwnedFd::from(fd)));
         if let Some(twin) = &mut self.twin {
-            // All that it ever answers. Then it is at its end, so that nobody waits.
+            // All of its answers. Then it closes its side, so that the server does not wait.
             let count = usize::from(input.u8().unwrap_or(0));
             let _ = twin.write_all(&answers(count, input));
             let _ = twin.shutdown(Shutdown::Write);
@@ -180,7 +180,7 @@ impl Client {
         match input.u8()? % 8 {
             0 | 1 => self.any_message(input),
             2 => {
-                // An access of the function's.
+                // An access by the function.
                 let at = BASE + u64::from(input.u16()?) * 4;
                 self.write_register(0, at);
                 self.write_register(8 + 8 * u64::from(input.u8()? & 1), input.u16()?.into());
@@ -194,7 +194,7 @@ impl Client {
         self.good(command::REGION_WRITE, &[access(0, register, 8), value.to_le_bytes().to_vec()].concat(), &[]);
     }
 
-    /// A message that is right but for one word.
+    /// A message that is correct except for one word.
     fn near_miss(&mut self, input: &mut Input) -> Option<()> {
         let at = BASE + u64::from(input.u8()?) * 0x1000;
         let (command, mut payload) = match input.u8()? % 9 {
@@ -250,7 +250,7 @@ impl Client {
     }
 }
 
-/// What a client answers to accesses: mostly right but for a byte.
+/// A client's answers to accesses: mostly correct except for a byte.
 fn answers(count: usize, input: &mut Input) -> Vec<u8> {
     let mut bytes = Vec::new();
     for id in 0..count as u16 % 8 {

@@ -35,12 +35,12 @@ mod request {
     pub const LAST: u32 = 44;
 }
 
-/// Bytes of guest memory, which begins at 0, and where the frontend has it.
+/// Bytes of guest memory, which begins at 0, and its address in the frontend.
 const RAM: u64 = 64 << 10;
 const USER: u64 = 0x7f00_0000_0000;
 /// Entries of each queue.
 const ENTRIES: u64 = 16;
-/// VERSION_1, protocol features, indirect descriptors, EVENT_IDX, and what the device type has.
+/// VERSION_1, protocol features, indirect descriptors, EVENT_IDX, and those of the device type.
 const FEATURES: u64 = 1 << 32 | 1 << 30 | 1 << 29 | 1 << 28 | 1 << 23 | 0x7f;
 /// CONFIG, REPLY_ACK and the like.
 const PROTOCOL_FEATURES: u64 = 1 << 9 | 1 << 3 | 1;
@@ -55,7 +55,7 @@ fuzz_target!(|data: &[u8]| {
     leave(frontend.stream);
 });
 
-/// The device, one for all inputs: whoever comes next must find it at its socket.
+/// The socket of the device, which is served for all inputs: each frontend must find it there.
 fn socket() -> &'static PathBuf {
     static SOCKET: OnceLock<PathBuf> = OnceLock::new();
     SOCKET.get_or_init(|| {
@@ -92,7 +92,7 @@ impl Frontend {
         Frontend { stream, ram, short, kicks: [event(), event()], call: event(), available: [0; 2] }
     }
 
-    /// Sends a message. A device that has ended the connection does not get it.
+    /// Sends a message, unless the device has ended the connection.
     fn send(&self, request: u32, flags: u32, size: u32, payload: &[u8], fds: &[RawFd]) {
         let mut message = [request, flags, size].map(u32::to_le_bytes).concat();
         message.extend(payload);
@@ -154,7 +154,7 @@ impl Frontend {
         self.ram.write_all_at(input.bytes(len), at).unwrap();
     }
 
-    /// A chain of descriptors, the first with bytes that may be a request, and a kick.
+    /// A chain of descriptors, the first with bytes that may be a request, then a kick.
     fn chain(&mut self, input: &mut Input) -> Option<()> {
         let how = input.u8()?;
         let queue = usize::from(how & 1);
@@ -165,7 +165,7 @@ impl Frontend {
             let buffer = 0x8000 + 0x800 * u64::from(number);
             let bytes = input.bytes(usize::from(shape & 0x7f));
             self.ram.write_all_at(bytes, buffer).unwrap();
-            // The last is written by the device, as an answer is.
+            // The last is device-writable, as for an answer.
             let last = number + 1 == count;
             let flags = u16::from(!last) | u16::from(last) << 1 ^ if shape & 0x80 == 0 { 0 } else { input.u16()? };
             let length = if last { 4 + u32::from(shape) } else { bytes.len() as u32 };
@@ -183,7 +183,7 @@ impl Frontend {
         Some(())
     }
 
-    /// A message that is right but for one number.
+    /// A message that is correct except for one number.
     fn near_miss(&mut self, input: &mut Input) -> Option<()> {
         const MESSAGES: [(u32, usize); 10] = [
             (request::SET_FEATURES, 1),
@@ -240,7 +240,7 @@ impl Frontend {
     }
 }
 
-/// Where a queue has its descriptors, its available ring and its used ring.
+/// The addresses of a queue's descriptors, available ring and used ring.
 fn rings(queue: usize) -> [u64; 3] {
     let base = 0x1000 * queue as u64;
     [base, base + 0x200, base + 0x400]

@@ -1,5 +1,5 @@
-//! Both kinds of server when the process is out of descriptors, and what descriptors a client's memory costs. The limit and
-//! the count are the process's, so each of these tests has one of its own.
+//! Both kinds of server when the process is out of descriptors, and how many descriptors a client's memory costs. The
+//! limit and the count belong to the process, so each of these tests has a process of its own.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -38,7 +38,7 @@ impl log::Log for Log {
     }
 
     fn log(&self, record: &log::Record<'_>) {
-        // When the test has seen enough, nobody listens.
+        // When the test has seen enough, nobody receives.
         let _ = self.0.lock().unwrap().send(record.args().to_string());
     }
 
@@ -113,7 +113,7 @@ fn connects_without_descriptors() {
     let before = limit_descriptors(3);
     let function = thread::spawn(move || function.serve(&slot, &stopped, |_| Box::new(Idle), || ()));
     let device = thread::spawn(move || device.run());
-    // Each tries, and tries again.
+    // Each server tries repeatedly.
     let (mut connections, mut frontends) = (0, 0);
     let begun = Instant::now();
     while connections < 3 || frontends < 3 {
@@ -158,7 +158,7 @@ fn regions_cost_descriptors() {
     let served = Served::new(ENDPOINT, Tracer::default(), Toy::make, || ());
     let files = [memfd(4 * PAGE), memfd(4 * PAGE)];
     drop(client(&served));
-    // The one before is over when the next one is answered.
+    // The session before has ended when the next one is answered.
     let mut first = client(&served);
     let before = descriptors();
     let mut number = 0;
@@ -184,7 +184,7 @@ fn regions_cost_descriptors() {
     assert_eq!(descriptors(), before + 2, "there is one region left");
     first.dma_unmap(0, 499 * PAGE, PAGE).unwrap();
     assert_eq!(descriptors(), before + 1);
-    // Its own end and the server's are those of the next one.
+    // The descriptors of both ends are those of the next client.
     drop(first);
     let _next = client(&served);
     assert_eq!(descriptors(), before);
@@ -204,7 +204,7 @@ fn descriptors_do_not_come() {
     let fd = [ram.as_raw_fd()];
     client.dma_map(READ | WRITE, 0, 0, PAGE, &fd).unwrap();
     client.dma_map(READ | WRITE | FILE_IO, PAGE, PAGE, PAGE, &fd).unwrap();
-    // The next one that is opened is the lowest that is free.
+    // The next descriptor that is opened is the lowest free one.
     let next = ram.try_clone().unwrap().as_raw_fd() as libc::rlim_t;
     let before = limit_descriptors(next);
     let refused = [
@@ -212,7 +212,7 @@ fn descriptors_do_not_come() {
         client.dma_map(READ | WRITE | FILE_IO, 0, 2 * PAGE, PAGE, &fd),
         client.set_irqs([0, UNMASK_BY, 0, 1], &[], &[event.as_raw_fd()]),
     ];
-    // One comes, but what is to wait for it cannot be made.
+    // The descriptor comes, but the epoll to wait for it cannot be made.
     limit_descriptors(next + 1);
     let one = client.set_irqs([0, UNMASK_BY, 0, 1], &[], &[event.as_raw_fd()]);
     let accesses = [0, PAGE].map(|at| writes(&mut client, at, at + 1) && reads(&mut client, at) == at + 1);
@@ -222,7 +222,7 @@ fn descriptors_do_not_come() {
     assert_eq!((refused, one), ([Err(libc::EMFILE); 3], Err(libc::EMFILE)));
     assert_eq!((accesses, none_wanted, mapped), ([true; 2], Ok(()), Ok(())));
     client.set_irqs([0, UNMASK_BY, 0, 1], &[], &[event.as_raw_fd()]).unwrap();
-    // What cannot be waited for is the client's fault.
+    // A descriptor that cannot be waited for is the client's fault.
     assert_eq!(client.set_irqs([0, UNMASK_BY, 0, 1], &[], &fd), Err(libc::EINVAL));
     client.dma_map(READ | WRITE | FILE_IO, 0, 4 * PAGE, PAGE, &fd).unwrap();
     assert_eq!(reads(&mut client, 4 * PAGE), 1);

@@ -1,5 +1,5 @@
-//! Kick descriptors that the frontend replaces or spoils. What the process waits for is the process's, so the
-//! test has one of its own.
+//! Kick descriptors that the frontend replaces or breaks. The test counts what its process waits for, so it has a
+//! process of its own.
 
 use std::fs;
 use std::os::fd::{FromRawFd, IntoRawFd};
@@ -50,7 +50,7 @@ fn kicks_are_replaced() {
     driver.frontend.set_vring_enable(REQUESTS, true).unwrap();
     assert_eq!((driver.attach(1, EP), registered()), (OK, 1));
 
-    // Something from which no kick can be read is closed, and waited for no more.
+    // A descriptor from which no kick can be read is closed, and no longer waited for.
     let (ours, theirs) = UnixStream::pair().unwrap();
     // SAFETY: the descriptor is taken from its owner, and only ever sent to the device.
     let broken = unsafe { EventFd::from_raw_fd(theirs.into_raw_fd()) };
@@ -59,7 +59,7 @@ fn kicks_are_replaced() {
     drop(ours);
     wait_until(PATIENCE, "the end of the descriptor", || registered() == 0);
 
-    // Stopped and started again, all is well.
+    // After a stop and a start everything works.
     driver.reset();
     assert_eq!((driver.attach(1, EP), registered()), (OK, 1));
     drop((old, broken));

@@ -1,4 +1,4 @@
-//! The IOMMU over a real vhost-user socket, with a test in the driver's place, and the memory of its machine.
+//! The IOMMU over a real vhost-user socket, with a test in place of the driver, and guest memory.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 

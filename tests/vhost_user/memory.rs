@@ -1,4 +1,4 @@
-//! Guest memory that changes, ends, does not come or comes in many pieces, over both kinds of socket.
+//! Guest memory that changes, is cut short, does not arrive or comes in many pieces, over both kinds of socket.
 
 use std::fs::File;
 use std::io;
@@ -26,7 +26,7 @@ use viommu_trace::Tracer;
 
 const PAGE: u64 = 4096;
 
-/// An endpoint's way past the IOMMU to memory that is described with [`MemoryMap`].
+/// An endpoint's access, in bypass, to memory that is described by a [`MemoryMap`].
 fn dma_context(memory: &Memory) -> DmaContext {
     let endpoints = vec![EndpointSettings { id: EP, reserved: Vec::new() }];
     let iommu = Iommu::new(Settings { endpoints, ..Settings::default() }, Tracer::default());
@@ -53,7 +53,7 @@ fn an_access_past_the_end_of_a_file_that_was_cut_short_fails() {
     assert!(dma.write(8 * PAGE - 4, &[7; 8]).is_ok());
     cut.set_len(4 * PAGE).unwrap();
     assert_eq!(dma.read(8 * PAGE, &mut [0; 8]), Err(DmaError::NoMemory { iova: 8 * PAGE, gpa: 8 * PAGE }));
-    // What is there now is not the guest's: it neither reads as if it were nor takes writes. Other pages are as before.
+    // The page that is there now is not the guest's: it can neither be read nor written. Other pages are as before.
     assert!(!reads(&mut dma, 8 * PAGE) && reads(&mut dma, 0));
     assert!(dma.write(8 * PAGE, &[1; 8]).is_err());
     assert!(dma.read(3 * PAGE, &mut [0; 6 * 4096]).is_err());
@@ -61,10 +61,10 @@ fn an_access_past_the_end_of_a_file_that_was_cut_short_fails() {
     let mut exchange = |gpa| dma.transfer_direct(&[(gpa, 4096)], viommu_trace::event::Access::Read, &backing, 0, 0);
     assert!(exchange(0) && !exchange(8 * PAGE) && !exchange(9 * PAGE));
     assert!(dma.write(1 << 20, &[1; 8]).is_ok());
-    // With very many, none is trusted any more.
+    // With very many such pages, the whole file is given up.
     (4..64).for_each(|page| assert!(!reads(&mut dma, page * PAGE)));
     assert!(!reads(&mut dma, 0));
-    // A client that maps it anew has what is left of it back.
+    // A client that maps the file again can use what is left of it.
     map.unmap(0, 64 * PAGE).unwrap();
     map_file(&mut map, 0, 4 * PAGE, &cut);
     assert!(dma.write(PAGE, &[1; 8]).is_ok());
@@ -107,7 +107,7 @@ fn accesses_go_on_while_files_are_cut_short_and_regions_come_and_go() {
     });
 }
 
-/// Runs one of the tests below that end their process.
+/// Runs one of the tests below, which end their process.
 fn ending(test: &str) -> ExitStatus {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", &format!("memory::{test}"), "--ignored"]).output().unwrap().status
@@ -125,7 +125,7 @@ fn touches_what_is_no_guest_memory() {
     let mut map = MemoryMap::new(Memory::default());
     map_file(&mut map, 0, PAGE, &memfd(PAGE));
     let file = memfd(PAGE);
-    // SAFETY: a mapping of our own, at an address that the kernel chooses; to touch it is what the test is about.
+    // SAFETY: a mapping of our own, at an address that the kernel chooses; the test is about touching it.
     unsafe {
         let len = NonZeroUsize::new(4096).unwrap();
         let at = mmap(None, len, ProtFlags::PROT_READ, MapFlags::MAP_SHARED, &file, 0).unwrap();
@@ -167,7 +167,7 @@ fn queues_in_memory_that_is_gone_are_left_alone_until_there_is_new_memory() {
     assert_eq!(driver.attach(1, EP), OK);
     driver.add(REQUESTS, &[Part::R(attach(2, EP, 0).bytes()), Part::W(4)]);
     driver.file.set_len(0).unwrap();
-    // From here on this test must not touch the memory itself.
+    // From here on the test itself must not touch the memory.
     driver.kick(REQUESTS);
     wait_until(PATIENCE, "the end of the queues", || device.control.stats().malformed >= 2);
     assert!(sigbus::any());
@@ -208,7 +208,7 @@ fn memory_is_added_and_removed_region_by_region() {
     driver.frontend.remove_mem_region(&more(7)).unwrap();
     driver.frontend.add_mem_region(&more(7)).unwrap();
     assert_eq!(driver.attach(1, EP), OK);
-    // One too many ends this connection, and nothing else.
+    // One region too many ends this connection, and nothing else.
     assert!(driver.frontend.add_mem_region(&more(509)).is_err());
     drop(driver);
     assert_eq!(Driver::new(&device).attach(1, EP), OK);
@@ -250,7 +250,7 @@ fn a_client_may_have_65_535_regions() {
     println!("added in {added:?}, {looks} reads in {looked:?}, removed in {:?}", begun.elapsed());
 }
 
-/// A file whose pages come only when the test lets them, in a mapping of this process.
+/// A file whose pages arrive only when the test allows it, in a mapping of this process.
 struct Held {
     fault: File,
     start: u64,
@@ -278,7 +278,7 @@ const UFFDIO_ZEROPAGE: u64 = 0xc020_aa04;
 const UFFD_USER_MODE_ONLY: i32 = 1;
 
 impl Held {
-    /// Holds the mapping of `len` bytes of `file` from `offset` on.
+    /// Holds back the pages of the mapping of `len` bytes of `file` from `offset` on.
     fn new(file: &File, offset: u64, len: u64) -> Held {
         use std::os::unix::fs::MetadataExt;
         let inode = file.metadata().unwrap().ino().to_string();
@@ -304,14 +304,14 @@ impl Held {
         }
     }
 
-    /// Waits until somebody waits for a page, and returns where it is in the mapping.
+    /// Waits until a thread waits for a page, and returns the page's place in the mapping.
     fn wait(&self) -> u64 {
         let mut message = [0; 32];
         assert_eq!(io::Read::read(&mut &self.fault, &mut message).unwrap(), 32);
         u64::from_le_bytes(message[16..24].try_into().unwrap()) - self.start
     }
 
-    /// Lets the page at `offset` come, full of zeroes.
+    /// Lets the page at `offset` arrive, full of zeroes.
     fn release(&self, offset: u64) {
         assert!(offset < self.len);
         let mut page = UffdRange { start: self.start + offset / PAGE * PAGE, len: PAGE, mode: 0, ioctls: 0 };
@@ -352,7 +352,7 @@ fn a_memory_table_waits_until_the_one_before_is_used_no_more() {
     let mut driver = Driver::new(&device);
     let half = RAM / 2;
     let held = Held::new(&driver.file, half, half);
-    // A request in a page that does not come.
+    // A request in a page that does not arrive.
     let page = half + 16 * PAGE;
     driver.set_descriptor(REQUESTS, 0, Descriptor { address: page, len: 20, flags: NEXT, next: 1 });
     let tail = driver.allocate(4);

@@ -1,4 +1,4 @@
-//! The request queue as somebody else than its worker serves it, over a real vhost-user socket.
+//! The request queue when another thread than its worker serves it, over a real vhost-user socket.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -11,7 +11,7 @@ use viommu_wire::request::RequestType;
 
 const PAGE: u64 = 4096;
 
-/// A device and a driver, which has attached an endpoint and was seen to be idle: how many kicks that took.
+/// A device that is idle, and a driver that has attached an endpoint. Also returns how many kicks that took.
 fn idle() -> (Device, Driver, u64) {
     let device = Device::new();
     let mut driver = Driver::new(&device);
@@ -20,7 +20,7 @@ fn idle() -> (Device, Driver, u64) {
     (device, driver, 1)
 }
 
-/// Adds a request, and kicks if the device asks for it. Returns where the answer will be, and whether it was kicked.
+/// Adds a request, and kicks if the device asks for it. Returns where the answer will be, and whether it kicked.
 fn send(driver: &mut Driver, page: u64) -> (Vec<(u64, usize)>, bool) {
     let request = map(1, page * PAGE, page * PAGE + PAGE - 1, 0x20_0000, READ);
     let (_, writable) = driver.add(REQUESTS, &[Part::R(request.bytes()), Part::W(4)]);
@@ -67,7 +67,7 @@ fn who_took_the_queue_serves_it_and_its_driver_need_not_kick() {
     }
 }
 
-/// A driver may have decided to kick before the queue was taken, or may not heed what it is asked.
+/// A driver may have decided to kick before the queue was taken, or may ignore the device's wish.
 #[test]
 fn a_kick_that_nobody_asked_for_is_counted_and_disturbs_nothing() {
     let (device, mut driver, kicks) = idle();
@@ -135,7 +135,8 @@ fn no_request_is_left_and_no_kick_told_twice_while_the_queue_changes_hands() {
             let other = scope.spawn(|| {
                 let mut served = 0;
                 while !done.load(Ordering::Relaxed) {
-                    // A time with the queue, released and acquired again now and then, and a time without.
+                    // For some time it has the queue, which it releases and acquires again now and then, and for some
+                    // time not.
                     let until = control.count() + HANDOFF;
                     while control.count() < until && !done.load(Ordering::Relaxed) {
                         assert!(control.acquire());
@@ -159,7 +160,7 @@ fn no_request_is_left_and_no_kick_told_twice_while_the_queue_changes_hands() {
             assert_ne!(other.join().unwrap(), 0);
         });
         assert_eq!(device.iommu.stats().requests[RequestType::Map].total, HANDOFFS * HANDOFF);
-        // Some may have been written while the one before was not read yet.
+        // Several kicks may have been written before the first was read.
         let seen = device.control.stats().kicks;
         assert!(seen <= kicks, "{seen} of {kicks}");
     }
@@ -189,7 +190,7 @@ fn a_queue_that_is_stopped_or_reset_while_taken_is_served_when_it_runs_again() {
     let (device, mut driver, _) = idle();
     assert!(device.control.acquire());
     let bases = driver.stop_queues();
-    // As during a pause: what is added now waits.
+    // As during a pause: requests that are added now wait.
     let (writable, _) = send(&mut driver, 0);
     assert!(!device.control.poll());
     driver.resume_queues(bases);
@@ -204,7 +205,7 @@ fn a_queue_that_is_stopped_or_reset_while_taken_is_served_when_it_runs_again() {
     device.control.release();
     assert_eq!(driver.attach(1, EP), OK);
 
-    // What was the ring is the guest's again once the queue is stopped.
+    // Once the queue is stopped, its ring is ordinary guest memory again.
     assert!(device.control.acquire());
     driver.stop_queues();
     let ring = driver.queues[REQUESTS].used;
@@ -238,7 +239,7 @@ fn a_frontend_that_leaves_while_its_queue_is_taken_leaves_it_to_the_next() {
         assert_eq!(next.attach(1, EP), OK);
         assert!(control.acquire());
         drop(next);
-        // Nobody is connected any more.
+        // No frontend is connected any more.
         wait_until(PATIENCE, "the end of the connection", || {
             control.poll();
             control.release();

@@ -1,4 +1,4 @@
-//! Guests and frontends that do what none should: a bounded cost, and the device goes on.
+//! Hostile guests and frontends: their cost is bounded, and the device goes on.
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;
@@ -10,8 +10,8 @@ use viommu_testkit::frontend::*;
 use viommu_testkit::{PATIENCE, wait_until};
 use viommu_wire::virtio_iommu::request_type;
 
-/// Makes a chain of the given descriptors, numbered from 0, available, and waits until it is given back with nothing
-/// written; then does a request in the usual way.
+/// Makes a chain of the given descriptors, numbered from 0, available, and waits until it is returned with nothing
+/// written. Then does a normal request.
 fn is_given_back(descriptors: &[Descriptor], prepare: impl FnOnce(&mut Driver)) {
     let device = Device::new();
     let mut driver = Driver::new(&device);
@@ -34,7 +34,7 @@ fn writable(address: u64, len: u32) -> Descriptor {
     Descriptor { address, len, flags: DEVICE_WRITES, next: 0 }
 }
 
-/// Where an ATTACH request is.
+/// The address of an ATTACH request.
 const REQUEST: u64 = 0x8_0000;
 const ANSWER: u64 = 0x8_1000;
 
@@ -133,7 +133,7 @@ fn chains_of_absurd_lengths() {
 fn empty_descriptors() {
     is_given_back(&[Descriptor { flags: 0, ..readable(0, 0, 0) }], |_| {});
     is_given_back(&[writable(0, 0)], |_| {});
-    // Those that add up to a request are one: see row 8. An empty one may lie anywhere.
+    // Descriptors that add up to a request are a request: see row 8. An empty one may have any address.
     let device = Device::new();
     let mut driver = Driver::new(&device);
     with_request(&mut driver);
@@ -172,7 +172,7 @@ fn an_available_index_that_jumps() {
     driver.wait_until_idle(EVENTS);
     assert!(driver.used_is_empty(REQUESTS));
     assert_eq!(device.control.stats().malformed, 1, "it is said once");
-    // The device is still there for configuration, and after a reset for requests.
+    // The device still serves its configuration space, and after a reset it serves requests.
     assert_eq!(driver.config().bypass, 1);
     driver.reset();
     assert_eq!(driver.attach(1, EP), OK);
@@ -206,7 +206,7 @@ fn the_event_queue_can_be_as_broken() {
 
 #[test]
 fn rings_outside_of_memory() {
-    // The start of each lies in memory, as the frontend checks; its end does not.
+    // The start of each lies in memory, which the frontend checks; its end does not.
     for which in 0..3 {
         let device = Device::new();
         let mut driver = Driver::connect(&device.path);
@@ -221,14 +221,14 @@ fn rings_outside_of_memory() {
         }
         driver.start_queue(EVENTS, 0);
         wait_until(PATIENCE, "the complaint", || device.control.stats().malformed == 1);
-        // The driver does better after a reset.
+        // The driver does it right after a reset.
         driver.stop_queues();
         driver.start_over();
         assert_eq!(driver.attach(1, EP), OK);
     }
 }
 
-/// The vhost crate takes these for a broken frontend and ends the connection; that is the guest's own loss.
+/// The vhost crate takes these for a broken frontend and ends the connection, which harms only the guest itself.
 #[test]
 fn rings_that_are_not_aligned() {
     for which in 0..3 {
@@ -276,7 +276,7 @@ fn a_frontend_that_breaks_the_protocol_loses_only_its_own_connection() {
     };
     driver.frontend.set_vring_addr(REQUESTS, &nowhere).unwrap_err();
     drop(driver);
-    // No message at all.
+    // Bytes that are no message.
     for garbage in [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0xff; 64], &[]] {
         let mut stream = UnixStream::connect(&device.path).unwrap();
         stream.write_all(garbage).unwrap();
@@ -321,7 +321,7 @@ fn a_flood_of_mappings_endpoints_and_domains_is_bounded() {
         statuses
     };
     let begin = Instant::now();
-    // Scattered, so that each mapping wants a table of its own.
+    // Scattered, so that each mapping needs a table of its own.
     let mapped = flood(20_000, &|number| {
         let start = u64::from(number) << 30;
         map(0, start, start + 0xfff, 0, READ).bytes()
@@ -331,7 +331,7 @@ fn a_flood_of_mappings_endpoints_and_domains_is_bounded() {
     assert!(device.iommu.stats().table_bytes <= 4 << 20);
     let endpoints = flood(20_000, &|number| attach(number, 0x1000 + number, 0).bytes());
     assert_eq!(endpoints[usize::from(NOENT)], 20_000);
-    // Each moves the one endpoint on, so each domain ends with the next.
+    // Each moves the only endpoint, so each domain ends when the next begins.
     let domains = flood(20_000, &|number| attach(number, EP, 0).bytes());
     assert_eq!(domains[usize::from(OK)], 20_000);
     assert_eq!(device.iommu.stats().mappings_live, 0);

@@ -1,4 +1,4 @@
-//! What the virtio-iommu device must do, row by row of `docs/conformance.md`, over a real vhost-user socket.
+//! The requirements for the virtio-iommu device, row by row of `docs/conformance.md`, over a real vhost-user socket.
 
 mod coverage;
 

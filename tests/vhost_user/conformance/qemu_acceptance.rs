@@ -1,5 +1,5 @@
-//! The requests that QEMU's own test of its own device sends, with every byte of its ranges scaled to a granule where
-//! it maps single bytes, and the statuses that it expects.
+//! The requests that QEMU's test of its own device sends, and the statuses that it expects. Where it maps single bytes,
+//! each byte of its ranges is a granule here.
 
 use viommu_testkit::frontend::*;
 use zerocopy::little_endian::U32;
@@ -38,7 +38,7 @@ fn qemu_acceptance_sequence() {
     assert_eq!(driver.unmap(1, 0x10, PAGE - 1), RANGE);
     assert_eq!(driver.unmap(1, 0, PAGE), OK);
 
-    // The specification's seven examples; a range of theirs, both ends inclusive, in granules.
+    // The specification's seven examples. Their ranges, both ends inclusive, are in granules.
     let map = |driver: &mut Driver, start: u64, end: u64, phys: u64| {
         driver.map(1, start * PAGE, (end + 1) * PAGE - 1, phys, READ)
     };

@@ -1,4 +1,4 @@
-//! What of the state survives what: see `src/vhost/reset.rs`.
+//! Which state survives resets, pauses and disconnects: see `src/vhost/reset.rs`.
 
 use std::os::unix::net::UnixListener;
 use std::sync::mpsc;
@@ -33,10 +33,10 @@ fn a_pause_keeps_everything() {
         let stopped = driver.stop_queues();
         assert_eq!(stopped[EVENTS], 0, "the event queue has not moved");
         dma.read(0x1000, &mut [0]).unwrap();
-        // What comes in the pause waits.
+        // Requests during the pause wait.
         let (head, writable) = driver.add(REQUESTS, &[Part::R(attach(1, EP2, 0).bytes()), Part::W(4)]);
         driver.kick(REQUESTS);
-        // The other queue goes on first, and with it the device's thread can be seen to have done what it was woken for.
+        // The other queue resumes first. It shows when the device's thread has done everything that it was woken for.
         driver.start_queue(EVENTS, stopped[EVENTS]);
         driver.wait_until_idle(EVENTS);
         assert!(driver.used_is_empty(REQUESTS));
@@ -61,7 +61,7 @@ fn a_fault_in_a_pause_is_delivered_after_it() {
     let stopped = driver.stop_queues();
     assert_eq!(stopped[EVENTS], 1);
     dma.read(0x9000, &mut [0]).unwrap_err();
-    // The other queue goes on first; the fault was told to the device's thread before.
+    // The other queue resumes first; the device's thread learned of the fault before.
     driver.start_queue(REQUESTS, stopped[REQUESTS]);
     driver.wait_until_idle(REQUESTS);
     assert!(driver.used_is_empty(EVENTS));
@@ -112,13 +112,13 @@ fn a_reset_of_the_machine_is_seen_before_the_next_driver_comes() {
     let device = Device::new();
     let mut driver = busy(&device);
     let mut dma = driver.dma(&device, EP);
-    // A function's reset alone is nothing, as when a guest resets it.
+    // The reset of a function alone has no effect, as when a guest resets it.
     device.control.function_reset();
     dma.read(0x1000, &mut [0]).unwrap();
-    // The machine's: the functions, the queues, the functions.
+    // A reset of the machine: the functions, the queues, the functions.
     driver.stop_queues();
     device.control.function_reset();
-    // Firmware now drives the function with addresses of memory.
+    // Firmware now uses the function with guest-physical addresses.
     driver.write(0x1000, b"boot");
     let mut data = [0; 4];
     driver.dma(&device, EP).read(0x1000, &mut data).unwrap();
@@ -139,7 +139,7 @@ fn qmp_tells_of_a_reset_of_the_machine() {
     driver.start_over();
     driver.write_bypass(0);
     assert_eq!(driver.attach(1, EP), OK);
-    // Told once more, and late: the driver that runs by now keeps its state.
+    // RESET comes once more, and late: the driver that runs by now keeps its state.
     device.control.machine_reset();
     assert_eq!(driver.config().bypass, 0);
     assert_eq!(driver.detach(1, EP), OK);
@@ -173,7 +173,7 @@ fn sessions_come_and_go() {
         drop(busy(&device));
     }
     wait_until(PATIENCE, "the end of the sessions", || device.iommu.stats().mappings_live == 0);
-    // The last session may still be closing its own.
+    // The last session may still be closing its descriptors.
     wait_until(PATIENCE, "all descriptors closed", || count() <= before);
 }
 
@@ -189,11 +189,11 @@ fn a_live_socket_is_an_error_and_a_stale_one_is_replaced() {
     assert!(error.to_string().contains("viommu.sock"), "{error}");
     drop(first);
     assert!(!path.exists(), "a server takes its socket away");
-    // What a process leaves that was killed.
+    // The socket of a process that was killed.
     drop(UnixListener::bind(&path).unwrap());
     assert!(path.exists());
     drop(bind().unwrap());
-    // Never somebody's file.
+    // A file is never removed.
     std::fs::write(&path, b"precious").unwrap();
     assert!(matches!(bind().map(|_| ()).unwrap_err(), ServerError::Socket(SocketError::NotASocket(_))));
     assert_eq!(std::fs::read(&path).unwrap(), b"precious");
@@ -208,7 +208,7 @@ fn a_server_stops_with_and_without_a_frontend() {
     drop(driver);
 }
 
-/// A function that is not reset yet goes on with I/O virtual addresses when the IOMMU is in bypass again.
+/// A function that is not reset yet still uses I/O virtual addresses when the IOMMU is in bypass again.
 #[test]
 fn who_was_attached_when_the_machine_is_reset_reaches_nothing() {
     let device = Device::new();
@@ -226,10 +226,10 @@ fn who_was_attached_when_the_machine_is_reset_reaches_nothing() {
     driver.stop_queues();
     assert_eq!(contexts.each_ref().map(read), [Ok(()); 3], "it may be a pause");
     device.control.function_reset();
-    // For the others addresses are what they were.
+    // The other endpoints' accesses work as before.
     assert_eq!(contexts.each_ref().map(read), [Err(DmaError::BusMasterOff), Ok(()), Ok(())]);
     assert_eq!(contexts.each_ref().map(DmaContext::is_bus_master), [false, true, true]);
-    // Firmware sets Bus Master Enable anew.
+    // Firmware sets Bus Master Enable again.
     contexts[0].set_bus_master(true);
     assert_eq!(read(&contexts[0]), Ok(()));
 }
@@ -238,7 +238,7 @@ fn who_was_attached_when_the_machine_is_reset_reaches_nothing() {
 fn who_is_attached_when_the_frontend_leaves_reaches_nothing() {
     let (recorder, tracer) = Recorder::start(&[Kind::Dma, Kind::Fault]);
     let device = Device::traced(|_| {}, tracer.clone());
-    // Far above the memory, so that what goes past the IOMMU shows.
+    // Far above the memory, so that an access in bypass is noticed.
     const IOVA: u64 = 0xffff_f000;
     for _ in 0..100 {
         let mut driver = Driver::new(&device);

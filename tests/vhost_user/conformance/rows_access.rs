@@ -79,14 +79,14 @@ fn row_43_msi_accesses_are_not_translated_and_reserved_ones_fault() {
     let mut driver = Driver::new(&device);
     driver.write_bypass(0);
     let mut dma = driver.dma(&device, HOLED);
-    // Attached to nothing, to an empty domain, to a bypass domain.
+    // Attached to no domain, to an empty domain, and to a bypass domain.
     for attach in [0, 1, 2] {
         match attach {
             0 => {}
             1 => assert_eq!(driver.attach(1, HOLED), OK),
             _ => assert_eq!(driver.attach_bypass(2, HOLED), OK),
         }
-        // It gets through to the address itself, where this machine has no memory.
+        // It reaches the address itself, where this machine has no memory.
         for address in [MSI.start, 0xfee0_1004, MSI.end - 3] {
             let through = DmaError::NoMemory { iova: address, gpa: address };
             assert_eq!(dma.write(address, &[0; 4]), Err(through));
@@ -143,7 +143,8 @@ fn row_45_the_fault_record() {
     let device = Device::new();
     let mut driver = Driver::new(&device);
     driver.write_bypass(0);
-    // One record a buffer, in order; a longer buffer is as good, and what is behind the record is left alone.
+    // Each buffer gets one record, in order. A longer buffer works too, and the bytes after the record stay as they
+    // are.
     let buffers = driver.add_event_buffers(3, 40);
     let mut dma = driver.dma(&device, EP);
     for address in [0x1_0000_0000, 2, 3] {
@@ -186,7 +187,7 @@ fn row_45_faults_wait_for_buffers_and_then_are_dropped_and_counted() {
     assert!(driver.used_is_empty(EVENTS));
     let stats = device.iommu.stats();
     assert_eq!((stats.faults, stats.faults_dropped), (5, 2));
-    // The oldest three are delivered when there are buffers, which the driver need not say: any activity will do.
+    // The oldest three are delivered when there are buffers. The driver need not kick: any activity suffices.
     let buffers = driver.add_event_buffers(4, 24);
     driver.attach(1, EP2);
     for (address, &buffer) in buffers[..3].iter().enumerate() {
@@ -194,7 +195,7 @@ fn row_45_faults_wait_for_buffers_and_then_are_dropped_and_counted() {
     }
     dma.read(9, &mut [0]).unwrap_err();
     assert_eq!(driver.wait_fault(buffers[3]).address.get(), 9);
-    // With a kick there is no need for other activity.
+    // With a kick no other activity is needed.
     dma.read(10, &mut [0]).unwrap_err();
     driver.wait_until_idle(EVENTS);
     assert!(driver.used_is_empty(EVENTS));
@@ -220,7 +221,7 @@ fn row_46_the_last_byte_of_a_mapping() {
     }
     dma.write(0x1fff, b"x").unwrap();
     assert_eq!((driver.read(0xafff, 1), driver.read(0xefff, 1)), (b"x".to_vec(), vec![0]));
-    // At the very ends of the table's pages, of whatever size.
+    // At the ends of the table's pages, of each size.
     driver.map(1, 0x20_0000, 0x3f_ffff, 0x40_0000, READ);
     driver.map(1, 0x40_0000, 0x40_0fff, 0x1_0000, READ);
     driver.write(0x5f_ffff, b"e");
@@ -251,7 +252,7 @@ fn row_47_an_access_that_crosses_mappings() {
     let mut back = vec![0; 0x2000];
     dma.read(0x1800, &mut back).unwrap();
     assert_eq!(back, data);
-    // The fault names the first address that is not mapped, and what lies before it was accessed.
+    // The fault names the first address that is not mapped, and everything before it was accessed.
     let refused = dma.write(0x3800, &[7; 0x1000]).unwrap_err();
     assert_eq!(refused, DmaError::Fault { address: 0x4000, access: Access::Write });
     assert_eq!(driver.read(0x40_0800, 0x800), [7; 0x800]);
@@ -275,7 +276,7 @@ fn row_48_a_request_is_in_effect_before_its_used_entry() {
     }
 }
 
-/// A reader in the middle of an access holds the answer back; that is what makes the used entry mean something.
+/// A reader in the middle of an access delays the answer; otherwise the used entry would mean nothing.
 #[test]
 fn row_48_a_removal_waits_for_the_accesses_that_use_it() {
     let device = Device::new();
@@ -285,7 +286,7 @@ fn row_48_a_removal_waits_for_the_accesses_that_use_it() {
     for removal in [unmap(1, 0x1000, 0x1fff).bytes(), attach(2, EP, 0).bytes(), detach(2, EP).bytes()] {
         waits_for_access(&mut driver, &device, 0x1000, removal);
     }
-    // What removes nothing does not wait.
+    // A request that removes nothing does not wait.
     let mut reader = device.iommu.reader();
     let guard = reader.enter();
     assert_eq!(driver.attach(1, EP), OK);
@@ -294,7 +295,7 @@ fn row_48_a_removal_waits_for_the_accesses_that_use_it() {
     drop(guard);
 }
 
-/// The page is given to the next user as soon as its UNMAP is answered; the endpoint must never write into it then.
+/// The page gets a new user as soon as its UNMAP is answered. The endpoint must never write into it from then on.
 #[test]
 fn row_48_a_page_is_free_when_its_unmap_is_answered() {
     let device = Device::new();
@@ -314,7 +315,7 @@ fn row_48_a_page_is_free_when_its_unmap_is_answered() {
     writers.end();
 }
 
-/// Sets the index up to which the driver does not want to be told (2.7.7), or the flag where it cannot.
+/// Sets the index up to which the driver wants no notification (2.7.7), or the flag without EVENT_IDX.
 fn suppress_notifications(driver: &Driver, event_idx: bool) {
     let queue = &driver.queues[REQUESTS];
     if event_idx {
@@ -345,7 +346,7 @@ fn row_49_no_notification_that_the_driver_does_not_want() {
         driver.wait_until_idle(EVENTS);
         assert!(driver.queues[REQUESTS].call.read().is_err(), "EVENT_IDX {event_idx}");
         assert_eq!(device.control.stats().notifications, 0);
-        // And the one that it does want comes.
+        // The notification that it does want comes.
         ask_for_notification(&driver, event_idx, 0);
         driver.attach(1, EP);
         wait_until(PATIENCE, "the notification", || driver.queues[REQUESTS].call.read().is_ok());
@@ -399,7 +400,7 @@ fn row_50_failures_are_counted() {
     assert_eq!((stats.mappings_live, stats.mappings_peak), (0, 1));
 }
 
-/// Linux gives the identity domain the first id on attach and 0 on detach, so the first id is to be 0.
+/// Linux gives the identity domain the first id on attach and 0 on detach, so the first id must be 0.
 #[test]
 fn row_51_domain_0_is_a_domain() {
     let device = Device::new();

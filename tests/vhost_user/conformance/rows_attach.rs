@@ -26,7 +26,7 @@ fn row_14_attach_with_reserved_bytes() {
         assert_eq!(driver.request(&request), INVAL);
     }
     assert_eq!(driver.detach(1, EP), INVAL, "nothing was attached");
-    // The reserved bytes of the head are another matter: a device ignores them.
+    // The reserved bytes of the head are different: a device ignores them.
     let mut request = attach(1, EP, 0);
     request.head.reserved = [0xff; 3];
     assert_eq!(driver.request(&request), OK);
@@ -40,7 +40,7 @@ fn row_15_attach_of_an_unknown_endpoint() {
         assert_eq!(driver.attach(1, endpoint), NOENT);
     }
     assert_eq!(driver.map(1, 0, 0xfff, 0, READ), NOENT, "and it made no domain");
-    // An id that is unknown stays so: its accesses fault, and a million of them cost nothing.
+    // An unknown id stays unknown: its accesses fault, and a million of them cost nothing.
     driver.dma(&device, NOBODY).read(0, &mut [0]).unwrap_err();
 }
 
@@ -156,8 +156,8 @@ fn row_19_bypass_domains_need_bypass_config() {
     assert_eq!(driver.attach(1, EP), OK);
 }
 
-/// Every combination is possible here, so none is UNSUPP: endpoints with different reserved regions share a domain,
-/// and each keeps its own.
+/// Every combination is possible here, so none is answered UNSUPP: endpoints with different reserved regions share a
+/// domain, and each keeps its own.
 #[test]
 fn row_20_endpoints_with_different_properties_share_a_domain() {
     let device = Device::new();
@@ -167,7 +167,7 @@ fn row_20_endpoints_with_different_properties_share_a_domain() {
     assert_eq!(driver.attach(1, HOLED), OK);
     driver.dma(&device, BARE).read(HOLE.start, &mut [0]).unwrap();
     driver.dma(&device, HOLED).read(HOLE.start, &mut [0]).unwrap_err();
-    // From now on, nothing that any of them cannot use is mapped.
+    // From now on, an address that any of them cannot use cannot be mapped.
     assert_eq!(driver.unmap(1, HOLE.start, HOLE.end), OK);
     assert_eq!(driver.map(1, HOLE.start, HOLE.end, 0x10_0000, READ), INVAL);
 }

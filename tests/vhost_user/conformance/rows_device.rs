@@ -62,7 +62,7 @@ fn row_03_a_write_of_the_whole_configuration_counts_for_bypass_alone() {
     assert_eq!(after.domain_range, before.domain_range);
     assert_eq!(after.probe_size, before.probe_size);
     assert_eq!(after.reserved, [0; 3]);
-    // A write of the one byte is as good.
+    // A write of only that byte works too.
     driver.frontend.set_config(36, VhostUserConfigFlags::WRITABLE, &[1]).unwrap();
     assert_eq!(driver.config().bypass, 1);
 }
@@ -112,7 +112,7 @@ fn row_06_bypass_outlives_a_device_reset_and_not_a_system_reset() {
     driver.reset();
     assert_eq!(driver.config().bypass, 0);
     driver.attach(1, EP);
-    // What a reset of the machine is: the queues stop, and the functions are reset.
+    // In a reset of the machine the queues stop, and the functions are reset.
     driver.stop_queues();
     assert_eq!(driver.config().bypass, 0);
     device.control.function_reset();
@@ -137,7 +137,7 @@ fn row_07_a_device_reset_leaves_no_endpoint_attached_and_no_domain() {
     for endpoint in [EP, EP2, BARE] {
         driver.dma(&device, endpoint).read(0, &mut [0]).unwrap_err();
     }
-    // The ids are free for anything, and what comes is empty.
+    // The ids can be used for any kind of domain, and new domains are empty.
     assert_eq!(driver.attach(2, EP), OK);
     assert_eq!(driver.attach_bypass(1, EP2), OK);
     driver.dma(&device, EP).read(0, &mut [0]).unwrap_err();
@@ -218,7 +218,7 @@ fn row_11_too_short_to_be_a_request() {
     let mut driver = Driver::new(&device);
     driver.attach(1, EP);
     let request = map(1, 0x1000, 0x1fff, 0x5000, READ).bytes();
-    // A head that is cut off, bodies that are, and no tail or not all of it.
+    // Cut-off heads and bodies, and a missing or incomplete tail.
     for len in [0, 1, 3, 4, 20, 35] {
         let used = driver.transact(&[Part::R(request[..len].to_vec()), Part::W(4)]);
         assert_eq!(used, Used { len: 0, written: vec![0xa5; 4] }, "{len} bytes");
@@ -237,14 +237,14 @@ fn row_11_too_short_to_be_a_request() {
 fn row_12_the_tail_is_the_end_of_the_writable_part() {
     let device = Device::new();
     let mut driver = Driver::new(&device);
-    // Longer than needed: the tail stays at the end, and what lies before it is cleared, not leaked.
+    // Longer than needed: the tail is at the end, and the bytes before it are cleared, so that nothing leaks.
     let used = driver.transact(&[Part::R(attach(1, EP, 0).bytes()), Part::W(6), Part::W(14)]);
     assert_eq!(used, Used { len: 20, written: vec![0; 20] });
     let used = driver.transact(&[Part::R(attach(1, NOBODY, 0).bytes()), Part::W(30), Part::W(2)]);
     let mut expected = vec![0; 32];
     expected[28] = NOENT;
     assert_eq!(used, Used { len: 32, written: expected });
-    // More to read than the request has is no error either.
+    // More device-readable bytes than the request has are no error either.
     let mut long = attach(1, EP2, 0).bytes();
     long.extend([0xff; 40]);
     assert_eq!(driver.transact(&[Part::R(long), Part::W(4)]).status(), OK);

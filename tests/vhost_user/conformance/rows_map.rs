@@ -59,7 +59,7 @@ fn row_29_map_over_a_mapping() {
     let (device, mut driver) = attached();
     driver.write(0x5000, b"old");
     assert_eq!(driver.map(1, 0x2000, 0x3fff, 0x5000, READ), OK);
-    // The same, a part, around, over either end.
+    // The same range, a part of it, a larger one, and one over each end.
     for (start, end) in [(0x2000, 0x3fff), (0x3000, 0x3fff), (0, 0xffff), (0x1000, 0x2fff), (0x3000, 0x4fff)] {
         assert_eq!(driver.map(1, start, end, 0x10_0000, READ | WRITE), INVAL);
     }
@@ -230,7 +230,7 @@ fn row_37_unmap_removes_whatever_is_fully_inside() {
         dma.read(0x1000, &mut [0]).unwrap_err();
         dma.read(0x4fff, &mut [0]).unwrap_err();
     }
-    // What is outside stays.
+    // Mappings outside stay.
     driver.map(1, 0x1000, 0x1fff, 0x10_0000, READ);
     driver.map(1, 0x2000, 0x2fff, 0x10_0000, READ);
     driver.map(1, 0x3000, 0x3fff, 0x10_0000, READ);
@@ -302,7 +302,7 @@ fn row_40_reserved_bytes() {
 fn tables_are_limited() {
     let limits = Limits { table_bytes: 1 << 20, ..Limits::default() };
     let (device, mut driver) = attached_with(Device::with(|settings| settings.limits = limits));
-    // One page in each GiB takes a table of its own.
+    // One page in each GiB needs a table of its own.
     let page = |count: u64| (count << 30, (count << 30) + 0xfff);
     let fitting = (0..4096).take_while(|&count| driver.map(1, page(count).0, page(count).1, 0, READ) == OK).count();
     assert!((32..4096).contains(&fitting), "{fitting}");
@@ -310,7 +310,7 @@ fn tables_are_limited() {
     assert!(full.table_bytes <= 1 << 20, "{full:?}");
     assert_eq!(full.mappings_live, fitting as u64);
     assert_eq!(driver.map(1, page(4095).0, page(4095).1, 0, READ), NOMEM);
-    // What there is works on, and room that is made is room.
+    // Existing mappings still work, and freed room can be used again.
     driver.dma(&device, EP).read(0, &mut [0]).unwrap();
     assert_eq!(driver.unmap(1, 0, u64::MAX), OK);
     assert_eq!(driver.map(1, page(4095).0, page(4095).1, 0, READ), OK);

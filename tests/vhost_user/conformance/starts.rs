@@ -1,4 +1,4 @@
-//! Queues that start and stop all the time, while kicks are on their way to the thread that is to see them start.
+//! Queues that start and stop all the time, while kicks are on their way to the thread that has to notice the starts.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,7 +22,7 @@ fn kick(kicks: &[EventFd], done: &AtomicBool) {
     }
 }
 
-/// What each queue was told to do: its starts and stops alternate, and it goes on where it stopped or begins anew.
+/// Checks the events of each queue: its starts and stops alternate, and it starts where it stopped or at 0.
 fn check_queues(events: &[Event]) -> HashMap<(u8, bool), u64> {
     let mut counts = HashMap::new();
     let mut last = [None; 2];
@@ -49,7 +49,7 @@ fn a_queue_that_is_stopped_while_its_start_is_seen_is_known_to_be_stopped() {
     let mut numbers = Numbers(0x9e37_79b9_7f4a_7c15);
     let (mut resets, mut answered) = (0, 0);
     for round in 0..ROUNDS {
-        // The state to be kept, or to be dropped.
+        // A state that is to be kept, or to be dropped.
         assert_eq!(driver.attach(1, EP), OK, "round {round}");
         answered += 1;
         let reset = numbers.below(3) == 0;
@@ -59,7 +59,7 @@ fn a_queue_that_is_stopped_while_its_start_is_seen_is_known_to_be_stopped() {
             stopped = [0; 2];
             resets += 1;
         }
-        // This one is done once, in whichever of the starts it is seen.
+        // This request is done once, no matter in which start it is seen.
         let (head, writable) = driver.add(REQUESTS, &[Part::R(detach(1, EP).bytes()), Part::W(4)]);
         let kicks: Vec<_> = driver.queues.iter().map(|queue| queue.kick.try_clone().unwrap()).collect();
         let done = AtomicBool::new(false);
@@ -68,7 +68,7 @@ fn a_queue_that_is_stopped_while_its_start_is_seen_is_known_to_be_stopped() {
             scope.spawn(|| kick(&kicks, &done));
             for _ in 0..numbers.below(4) {
                 driver.resume_queues(stopped);
-                // At once, or some steps of the other thread later.
+                // At once, or after some steps of the other thread.
                 (0..numbers.below(20)).for_each(|_| thread::yield_now());
                 stopped = driver.stop_queues();
             }
@@ -81,7 +81,7 @@ fn a_queue_that_is_stopped_while_its_start_is_seen_is_known_to_be_stopped() {
         answered += 1;
     }
     driver.stop_queues();
-    // A machine that is reset now is known to have stopped.
+    // A reset of the machine now is recognized, since the queues are known to be stopped.
     device.control.function_reset();
     drop(driver);
     drop(device);
@@ -93,7 +93,7 @@ fn a_queue_that_is_stopped_while_its_start_is_seen_is_known_to_be_stopped() {
     }
     let kinds = |wanted| events.iter().filter(|e| matches!(e, Event::Reset { reset, .. } if *reset == wanted)).count();
     println!("{counts:?}; {} resets, {} pauses", kinds(ResetKind::Device), kinds(ResetKind::Resume));
-    // Some resets are told twice: a queue that stopped at 0 and starts there may have been reset.
+    // Some resets are reported twice: a queue that stopped at 0 and starts there may have been reset.
     assert!(kinds(ResetKind::Device) >= resets && kinds(ResetKind::Resume) > 0);
     assert_eq!(kinds(ResetKind::System), 1);
     assert_eq!(events.iter().filter(|event| matches!(event, Event::Request { .. })).count(), answered);

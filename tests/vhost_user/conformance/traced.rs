@@ -1,4 +1,4 @@
-//! What of all this is on the trace.
+//! The device's events in the trace.
 
 use viommu::iommu::{Limits, Settings};
 use viommu_testkit::frontend::*;
@@ -9,12 +9,12 @@ use viommu_trace::event::{Channel, ResetKind};
 use viommu_wire::request::RequestType;
 use viommu_wire::virtio_iommu::{FaultReason, MapFlags, Status, request_type};
 
-/// Everything that is traced while `act` uses a device, and when the device ends after it.
+/// All events while `act` uses a device, and when the device ends afterwards.
 fn record(act: impl FnOnce(&Device)) -> Vec<Event> {
     record_with(|_| {}, act)
 }
 
-/// The same of a device whose settings `change` changes.
+/// The same for a device whose settings `change` changes.
 fn record_with(change: impl FnOnce(&mut Settings), act: impl FnOnce(&Device)) -> Vec<Event> {
     let (recorder, tracer) = Recorder::start(&[]);
     let device = Device::traced(change, tracer);
@@ -49,7 +49,7 @@ fn a_session_from_its_first_step_to_its_last() {
         driver.attach(1, EP);
         driver.stop_queues();
         device.control.function_reset();
-        // One that ends in the middle; its one request is still there, and is done again.
+        // A session that ends in the middle. Its request is still in the queue, and is done again.
         driver.start_queue(REQUESTS, 0);
         wait_until(PATIENCE, "the request", || device.iommu.stats().requests[RequestType::Attach].total == 4);
         device.control.machine_paused();
@@ -66,7 +66,7 @@ fn a_session_from_its_first_step_to_its_last() {
         len: half,
         writable: true,
     };
-    // Requests and their kicks and interrupts are the next test's.
+    // The next test checks requests, kicks and interrupts.
     let shown = |event: &&Event| {
         !matches!(event, Event::Request { .. } | Event::Kick { .. } | Event::Interrupt { .. } | Event::Features { .. })
     };
@@ -108,7 +108,7 @@ fn a_kick_and_the_requests_that_it_brings() {
     let events = record(|device| {
         let mut driver = Driver::new(device);
         let chain = |request: Vec<u8>| [Part::R(request), Part::W(4)];
-        // That the queue was enabled makes the device look into it too, and it would find these requests then.
+        // Enabling the queue makes the device look into it too, and it might find these requests then.
         driver.wait_until_idle(EVENTS);
         driver.add(REQUESTS, &chain(attach(1, EP, 0).bytes()));
         driver.add(REQUESTS, &chain(map(1, 0x1000, 0x2fff, 0x5000, READ).bytes()));
@@ -117,7 +117,7 @@ fn a_kick_and_the_requests_that_it_brings() {
         for _ in 0..3 {
             driver.wait_used(REQUESTS);
         }
-        // What enables a queue is no kick, and neither is QEMU's own when it hands a queue over.
+        // Enabling a queue is no kick, and neither is QEMU's own when it hands a queue over.
         let stopped = driver.stop_queues();
         driver.resume_queues(stopped);
         driver.kick(REQUESTS);

@@ -1,4 +1,4 @@
-//! Drivers that do what none should, and drivers without the feature.
+//! Hostile drivers, and drivers without the feature.
 
 use vhost::VhostBackend;
 use viommu_testkit::frontend::split::*;
@@ -8,7 +8,7 @@ use viommu_wire::virtio_iommu::{Head, feature};
 
 const TYPES: [u8; 4] = [request_type::RESERVE, request_type::LINK, request_type::UNLINK, request_type::RELEASE];
 
-/// Requests that are unknown: nothing is written.
+/// Checks that the requests are unknown: nothing is written.
 fn are_unknown(driver: &mut Driver) {
     for kind in TYPES {
         let bytes = Range { head: Head { kind, reserved: [0; 3] }, ..range(kind, 1, 0, 0xfff, 0) }.bytes();
@@ -67,7 +67,7 @@ fn requests_that_are_too_short() {
         }
     }
     assert_eq!(device.control.stats().malformed, 12);
-    // Room for the tail is missing: it is not done.
+    // Without room for the tail the request is not done.
     let reserve = range(request_type::RESERVE, 1, 0, 0xfff, 0).bytes();
     assert_eq!(driver.transact(&[Part::R(reserve), Part::W(3)]).len, 0);
     assert_eq!(device.iommu.stats().reservations_live, 0);
@@ -81,13 +81,13 @@ fn what_lies_behind_a_request_is_ignored() {
     assert_eq!(driver.transact(&[Part::R(reserve), Part::W(4)]).status(), OK);
     let mut link = link_bytes(1, 0, &[(0x5000, 1)], READ, 0);
     link.resize(20_000, 0xff);
-    // And a device-writable part that is longer than the tail: the tail comes last, all of it is written.
+    // A device-writable part that is longer than the tail: the tail comes last, and all of the part is written.
     let used = driver.transact(&[Part::R(link), Part::W(9)]);
     assert_eq!(used, Used { len: 9, written: [[0; 5].as_slice(), &[OK, 0, 0, 0]].concat() });
     assert_eq!(device.iommu.stats().linked_bytes, PAGE);
 }
 
-/// The largest LINK there is: 512 extents of 4096 granules, 8 GiB.
+/// The largest possible LINK: 512 extents of 4096 granules, 8 GiB.
 #[test]
 fn the_largest_link() {
     let (device, mut driver) = attached();
@@ -102,7 +102,7 @@ fn the_largest_link() {
     assert_eq!(device.iommu.stats().linked_bytes, 0);
 }
 
-/// A queue full of the largest LINKs is work for seconds. Who waits for something else waits for one of them or two.
+/// A queue full of the largest LINKs is work for seconds. Everything else waits for only one or two of them.
 #[test]
 fn large_links_do_not_hold_up_faults_and_the_end() {
     const COUNT: u16 = 80;
@@ -124,7 +124,7 @@ fn large_links_do_not_hold_up_faults_and_the_end() {
     assert!(answered < COUNT, "the fault was told after {answered} of {COUNT} requests");
     let stopped = driver.frontend.get_vring_base(REQUESTS).unwrap() as u16 - first;
     assert!(stopped < COUNT, "the queue was stopped after all requests");
-    // What was not done is done when the queue goes on.
+    // The remaining requests are done when the queue resumes.
     driver.start_queue(REQUESTS, first + stopped);
     while driver.queues[REQUESTS].next_used != first + COUNT {
         driver.wait_used(REQUESTS);
@@ -146,7 +146,7 @@ fn random_requests_do_no_harm() {
         if let Some(kind) = bytes.first_mut() {
             *kind = TYPES[round % 4];
         }
-        // Half of them name the domain that is there.
+        // Half of them name the existing domain.
         if round % 8 < 4 && bytes.len() >= 8 {
             bytes[4..8].copy_from_slice(&[1, 0, 0, 0]);
         }

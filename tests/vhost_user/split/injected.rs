@@ -1,4 +1,4 @@
-//! Answers that are wrong on purpose, as tests of drivers want them.
+//! Answers that are wrong on purpose, for tests of drivers.
 
 use std::time::{Duration, Instant};
 
@@ -40,11 +40,11 @@ fn a_status_is_given_to_each_request_that_is_meant_and_nothing_is_done() {
         let mut dma = driver.dma(device, EP);
         dma.read(0, &mut [0]).unwrap();
         dma.read(2 * PAGE, &mut [0]).unwrap_err();
-        // Linked to nothing, it can be linked now.
+        // The page is not linked, so it can be linked now.
         assert_eq!(link_page(&mut driver, 2), OK);
         dma.read(2 * PAGE, &mut [0]).unwrap();
     });
-    // Each is said to be wrong, just before its request.
+    // An event says that each is wrong, just before the event of the request.
     let injected: Vec<_> = events
         .windows(2)
         .filter_map(|pair| match *pair {

@@ -1,4 +1,4 @@
-//! As many reservations as there is room for.
+//! Very many reservations.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -11,16 +11,16 @@ use viommu_testkit::frontend::*;
 use viommu_wire::split::request_type;
 use viommu_wire::virtio_iommu::Status;
 
-/// A tenth of what there is room for: a debug build needs a second or two for them.
+/// A tenth of the number for which there is room: a debug build needs a second or two for them.
 const COUNT: u64 = 400_000;
-/// How many are made at once.
+/// How many are made in one batch.
 const BATCH: u64 = 100;
 /// Above what is reserved for MSIs.
 const START: u64 = 1 << 32;
 /// [`EP2`]'s domain.
 const OTHER: u32 = 2;
 
-/// RESERVE of a page each, every other page of domain 1 from [`START`] on.
+/// Sends a RESERVE for every other page of domain 1 from [`START`] on.
 fn reserve_all(driver: &mut Driver) {
     for first in (0..COUNT).step_by(BATCH as usize) {
         let chains: Vec<_> = (first..first + BATCH)
@@ -44,9 +44,9 @@ fn execute(device: &Device, request: &[u8]) -> Status {
     device.iommu.execute(&request, &mut []).status
 }
 
-/// Whether accesses of another endpoint, and requests for its domain, were done in the first half of the time for which DETACH
-/// frees reservations. All but the RESERVEs are done here and not by the queue's thread: there is one request queue, and a
-/// thread that waits for its answer would take a processor from those that are looked at.
+/// Whether accesses of another endpoint, and requests for its domain, were done in the first half of the time in which
+/// DETACH frees reservations. Everything except the RESERVEs is done here and not by the queue's thread: there is one
+/// request queue, and a thread that waits for its answer would take a processor from the threads under test.
 fn others_go_on() -> bool {
     let (device, mut driver) = attached();
     assert_eq!(driver.attach(OTHER, EP2), OK);
@@ -66,7 +66,7 @@ fn others_go_on() -> bool {
                 dma.read(0, &mut [0; 8]).unwrap();
                 let start = START + steps.len() as u64 * PAGE;
                 let status = execute(&device, &map(OTHER, start, start + PAGE - 1, 0x20_0000, READ).bytes());
-                // No room is an answer too.
+                // NOMEM is an answer too.
                 assert!(matches!(status, Status::Ok | Status::NoMem), "{status:?}");
                 steps.push((begun, Instant::now()));
             }
@@ -93,11 +93,11 @@ fn others_go_on() -> bool {
     done > 10
 }
 
-/// They are freed for as long as DETACH takes, and nobody else waits for that: neither accesses nor requests.
+/// DETACH takes long to free them, and nothing else waits for that: neither accesses nor requests.
 #[test]
 fn a_detach_that_ends_very_many_reservations_holds_up_nobody_else() {
-    // A thread that shares a busy processor may not get it meanwhile, so that a round may show nothing; but who has to wait
-    // shows it never.
+    // A thread that shares a busy processor may not run meanwhile, so a round may show nothing. But if the others had
+    // to wait, no round would.
     let rounds = (1..=20).scan(0, |shown, _| {
         *shown += u32::from(others_go_on());
         Some(*shown)

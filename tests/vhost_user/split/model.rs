@@ -1,5 +1,5 @@
-//! The device against a naive model, page by page: whatever is requested, both must give the same status and lead the
-//! same addresses to the same places.
+//! The device against a naive model, page by page: after any requests, both must give the same statuses and translate
+//! the same addresses in the same way.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use viommu_trace::event::Access;
 use viommu_wire::split::request_type::*;
 use viommu_wire::virtio_iommu::Status;
 
-/// The pages that are used, around the border of a GiB: so there are several tables.
+/// The pages that are used. They are around the border of a GiB, so there are several tables.
 const PAGES: u64 = 1100;
 const BASE: u64 = (1 << 30) - 560 * PAGE;
 
@@ -25,7 +25,7 @@ enum Step {
     Map(u64, u64, u64),
     Unmap(u64, u64),
     Reserve(u64, u64),
-    /// Extents of so many granules from this page on.
+    /// Extents of this many granules from this page on.
     Link {
         start: u64,
         extents: Vec<(u64, u64)>,
@@ -33,7 +33,7 @@ enum Step {
         tag: u64,
     },
     Unlink(u64, u64),
-    /// RELEASE of the n-th reservation, its end off by as many pages.
+    /// RELEASE of the n-th reservation, with its end off by this many pages.
     Release(usize, i64),
     /// The same for the n-th mapping.
     UnmapExactly(usize),
@@ -65,10 +65,10 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// Where a page leads, with what permissions and which tag.
+/// A page's target, permissions and tag.
 type Page = (u64, u32, u64);
 
-/// Ranges of pages, both ends inclusive, and where each page leads.
+/// Ranges of pages, both ends inclusive, and the target of each page.
 #[derive(Default)]
 struct Model {
     mappings: Vec<(u64, u64)>,
@@ -241,7 +241,7 @@ impl Pair {
         Ok(())
     }
 
-    /// Every page, at its first and its last byte.
+    /// Compares every page, at its first and its last byte.
     fn compare(&mut self) -> Result<(), TestCaseError> {
         for page in 0..PAGES {
             let expected = self.model.pages.get(&page);

@@ -1,4 +1,4 @@
-//! Which rule comes first where several are broken, and in which order requests are answered.
+//! Which rule comes first if several are broken, and in which order requests are answered.
 
 use crate::split::rules::{END, KINDS, START};
 use viommu::iommu::Limits;
@@ -29,7 +29,7 @@ fn the_first_rule_that_is_broken_gives_the_status() {
     assert_eq!(link(1, START + 1, 2, &[(0x5000, 1)]), INVAL, "the count of S6 before S3");
     assert_eq!(link(1, 0x80_0000, 2, &[(0x5000, 1)]), INVAL, "the count of S6 before S5");
     assert_eq!(link(1, END + 1 - PAGE, 1, &[(0x5000, 2)]), RANGE, "S5 before S6");
-    // Nothing is left, and still the other rules come first.
+    // There is no memory left, and still the other rules come first.
     let page = |count: u64| (8 << 30) + 2 * count * PAGE;
     assert!((0..10_000).any(|count| driver.reserve(page(count), page(count) + PAGE - 1) == NOMEM));
     assert_eq!(driver.reserve(START, END), INVAL, "S4 before S11");

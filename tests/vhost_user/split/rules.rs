@@ -22,7 +22,7 @@ fn reserved() -> (Device, Driver) {
     (device, driver)
 }
 
-/// Fills memory so that [`read_at`] shows that it was reached.
+/// Marks memory, so that [`read_at`] shows that it was reached.
 fn mark(driver: &Driver, phys: u64) -> u64 {
     driver.write(phys, &phys.to_le_bytes());
     phys
@@ -38,7 +38,7 @@ fn rule_s01_the_domain_exists() {
         let link = link_bytes(domain, START, &[(0x5000, 1)], READ, 0);
         assert_eq!(driver.transact(&[Part::R(link), Part::W(4)]).status(), NOENT);
     }
-    // Before it looks at anything else.
+    // This is checked before anything else.
     let all_wrong = Range { flags: 7.into(), ..range(request_type::RESERVE, 2, 5, 1, 0) };
     assert_eq!(driver.request(&all_wrong), NOENT);
 }
@@ -109,7 +109,7 @@ fn rule_s03_aligned_ranges_inside_the_input_range() {
     for start in [START + 1, START + 0x800, 0, 0x1_0000_0000, u64::MAX - 0xfff, u64::MAX] {
         assert_eq!(driver.link(start, &[(0x5000, 1)], READ), RANGE, "{start:#x}");
     }
-    // The range ends beyond the last address; and so does an extent.
+    // The range ends beyond the last address, and so does an extent.
     assert_eq!(driver.link(u64::MAX - 0xfff, &[(0x5000, 2)], READ), RANGE);
     assert_eq!(driver.link(START, &[(u64::MAX - 0xfff, 2)], READ), RANGE);
     assert_eq!(device.iommu.stats().linked_bytes, 0);
@@ -165,7 +165,7 @@ fn rule_s04_a_reservation_overlaps_nothing() {
     assert_eq!(driver.release(HOLE.start, HOLE.end), OK);
     assert_eq!(driver.attach(1, HOLED), OK);
     assert_eq!(driver.reserve(HOLE.start, HOLE.end), INVAL);
-    // What was unmapped or released is free.
+    // Addresses that were unmapped or released are free.
     assert_eq!(driver.unmap(1, 0x60_0000, 0x7f_ffff), OK);
     assert_eq!(driver.reserve(0x60_0000, 0x7f_ffff), OK);
     assert_eq!(driver.release(START, END), OK);
@@ -177,7 +177,7 @@ fn rule_s04_looks_at_who_is_attached_at_the_time() {
     let (device, mut driver) = attached();
     assert_eq!(driver.reserve(HOLE.start, HOLE.end), OK);
     assert_eq!(driver.link(HOLE.start, &[(mark(&driver, 0x5000), 1)], READ), OK);
-    // One whose region this is joins: its own accesses do not get there.
+    // An endpoint with this region is attached: its own accesses do not reach the memory.
     assert_eq!(driver.attach(1, HOLED), OK);
     assert_eq!(device.iommu.stats().reservations_live, 1);
     assert_eq!(read_at(&driver, &device, HOLE.start), Some(0x5000));
@@ -229,7 +229,7 @@ fn rule_s06_count_and_granules_that_are_not_linked_yet() {
         assert_eq!(driver.transact(&[Part::R(bytes), Part::W(4)]).status(), INVAL, "{count} in {len}");
     }
     assert_eq!(device.iommu.stats().linked_bytes, 0);
-    // Fewer than they hold is fine.
+    // Fewer than they hold are allowed.
     let mut bytes = link_bytes(1, START, &many[..2], READ, 0);
     bytes[28..32].copy_from_slice(&1u32.to_le_bytes());
     assert_eq!(driver.transact(&[Part::R(bytes), Part::W(4)]).status(), OK);
@@ -307,14 +307,14 @@ fn rule_s08_unlink_splits_and_skips_holes() {
     assert_eq!(linked(&driver), expected);
     assert_eq!(read_at(&driver, &device, page(15)), Some(0x20_f000));
     assert_eq!(read_at(&driver, &device, page(17)), Some(0x21_1000));
-    // Nothing but holes is fine.
+    // A range of only holes is allowed.
     assert_eq!(driver.unlink(page(16), page(17) - 1), OK);
     assert_eq!(driver.unlink(page(41), page(63) - 1), OK);
     // The end of a link, a hole, a link.
     assert_eq!(driver.unlink(page(30), page(41) - 1), OK);
     let expected: Vec<u64> = (0..16).chain(17..30).chain([63]).collect();
     assert_eq!(linked(&driver), expected);
-    // What was unlinked can be linked anew.
+    // Unlinked granules can be linked again.
     assert_eq!(driver.link(page(16), &[(0x21_0000, 1)], READ), OK);
     assert_eq!(driver.unlink(START, END), OK);
     assert_eq!(linked(&driver), [0; 0]);
@@ -335,7 +335,7 @@ fn rule_s08_unlink_lies_inside_one_reservation() {
 
 #[test]
 fn rule_s08_unlink_takes_no_memory() {
-    // As much as there is: links over large aligned stretches, until nothing more fits.
+    // All the memory is used: links over large aligned stretches, until nothing more fits.
     let limits = Limits { table_bytes: 200_000, ..Limits::default() };
     let (device, mut driver) = attached_to(Device::with(|settings| settings.limits = limits));
     let (start, end) = (1 << 30, (2 << 30) - 1);
@@ -400,7 +400,7 @@ fn rule_s10_map_and_unmap_leave_reservations_alone() {
     assert_eq!((stats.mappings_live, stats.linked_bytes), (2, PAGE));
     assert!(read_at(&driver, &device, START).is_some());
     assert!(read_at(&driver, &device, START - PAGE).is_some());
-    // Beside it all is as ever.
+    // Beside it everything works as usual.
     assert_eq!(driver.unmap(1, START - PAGE, START - 1), OK);
     assert_eq!(driver.unmap(1, END + 1, u64::MAX), OK);
     assert_eq!(driver.unlink(START, END), OK);
@@ -413,7 +413,7 @@ fn rule_s10_comes_before_the_mappings_that_are_there() {
     assert_eq!(driver.map(1, END + 1, END + 2 * PAGE, 0x6000, READ), OK);
     assert_eq!(driver.unmap(1, END + 1, END + PAGE), RANGE, "it would split the mapping");
     assert_eq!(driver.unmap(1, START, END + PAGE), INVAL);
-    // And after what is wrong with the request by itself.
+    // It comes after errors of the request alone.
     assert_eq!(driver.unmap(1, END, START), RANGE);
     assert_eq!(driver.map(1, START + 1, END, 0, READ), RANGE);
     assert_eq!(device.iommu.stats().mappings_live, 1);
@@ -432,7 +432,7 @@ fn rule_s11_no_resources_nothing_changed() {
     assert_eq!(read_at(&driver, &device, start), None);
     assert_eq!(read_at(&driver, &device, start + (4096 << 12)), None);
     assert_eq!(driver.link(start, &[(0x10_0000, 512)], READ), OK, "what fits is taken");
-    // Reservations take of the same budget.
+    // Reservations use the same budget.
     let page = |count: u64| (8 << 30) + 2 * count * PAGE;
     let fitting = (0..10_000).take_while(|&count| driver.reserve(page(count), page(count) + PAGE - 1) == OK).count();
     assert!((100..10_000).contains(&fitting), "{fitting}");
@@ -440,7 +440,7 @@ fn rule_s11_no_resources_nothing_changed() {
     assert!(device.iommu.stats().table_bytes <= 100_000);
     assert_eq!(device.iommu.stats().reservations_live, fitting as u64 + 1);
     assert_eq!(driver.link(start + (1 << 21), &[(0x10_0000, 512)], READ), NOMEM);
-    // Room that is made is room.
+    // Freed room can be used again.
     assert_eq!(driver.unlink(start, end), OK);
     for count in 0..fitting as u64 {
         assert_eq!(driver.release(page(count), page(count) + PAGE - 1), OK);
@@ -497,7 +497,7 @@ fn rule_s13_an_access_to_a_granule_that_is_not_linked_faults() {
     let accesses = [(START, Access::Read), (START + PAGE, Access::Write), (START + 2 * PAGE, Access::Read)];
     for ((address, access), buffer) in accesses.into_iter().zip(buffers) {
         let result = match access {
-            // Over the border of what is linked: up to the border it is done.
+            // Across the border of the linked pages: up to the border the access is done.
             Access::Read if address > START => dma.read(address - 8, &mut [0; 16]),
             Access::Read => dma.read(address, &mut [0; 16]),
             Access::Write => dma.write(address, &[0]),
@@ -510,7 +510,7 @@ fn rule_s13_an_access_to_a_granule_that_is_not_linked_faults() {
     assert_eq!(driver.read(0x30_0000, 6), b"linked");
 }
 
-/// A reader in the middle of an access holds the answer back.
+/// A reader in the middle of an access delays the answer.
 #[test]
 fn rule_s14_a_removal_waits_for_the_accesses_that_use_it() {
     let (device, mut driver) = reserved();
@@ -524,7 +524,7 @@ fn rule_s14_a_removal_waits_for_the_accesses_that_use_it() {
         assert_eq!(driver.link(START, &[(0x5000, 2)], READ) | driver.unlink(START + PAGE, START + 2 * PAGE - 1), OK);
         waits_for_access(&mut driver, &device, START, removal);
     }
-    // What removes nothing does not wait.
+    // A request that removes nothing does not wait.
     assert_eq!(driver.attach(1, EP), OK);
     let mut reader = device.iommu.reader();
     let guard = reader.enter();
@@ -536,7 +536,7 @@ fn rule_s14_a_removal_waits_for_the_accesses_that_use_it() {
     drop(guard);
 }
 
-/// A page is given to the next user as soon as its UNLINK is answered; the endpoint must never write into it then.
+/// A page gets a new user as soon as its UNLINK is answered. The endpoint must never write into it from then on.
 #[test]
 fn rule_s14_a_page_is_free_when_its_unlink_is_answered() {
     let (device, mut driver) = reserved();

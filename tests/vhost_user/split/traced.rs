@@ -1,4 +1,4 @@
-//! What the trace says of a reservation, from RESERVE to RELEASE, and what the requests cost.
+//! The trace of a reservation, from RESERVE to RELEASE, and the cost of the requests.
 
 use viommu::dma::DmaContext;
 use viommu_testkit::frontend::split::*;
@@ -9,7 +9,7 @@ use viommu_trace::{Event, Tracer};
 use viommu_wire::request::RequestType;
 use viommu_wire::split::*;
 
-/// Everything that is traced while `act` uses a device.
+/// All events while `act` uses a device.
 pub fn record(act: impl FnOnce(&Device, Tracer)) -> Vec<Event> {
     let (recorder, tracer) = Recorder::start(&[]);
     let device = Device::traced(|_| {}, tracer.clone());
@@ -46,7 +46,7 @@ fn a_reservation_from_its_first_step_to_its_last() {
         driver.request(&range(request_type::RESERVE, 1, START, end, ALLOCATION));
         let link = |start, extents: &[(u64, u64)], tag| [Part::R(link_bytes(1, start, extents, READ, tag)), Part::W(4)];
         driver.transact(&link(START, &[(0x20_0000, 2)], FIRST));
-        // It goes on in memory where the first ends, but is another operation.
+        // Its memory continues where the first ends, but it is another operation.
         driver.transact(&link(page(2), &[(0x20_2000, 1), (0x30_0000, 1)], SECOND));
         driver.map(1, 0, 0xfff, 0x20_0000, READ);
         let dma = DmaContext::new(&device.iommu, EP, driver.memory.clone(), tracer);
@@ -56,12 +56,12 @@ fn a_reservation_from_its_first_step_to_its_last() {
         dma.read(0, &mut [0; 8]).unwrap();
         driver.request(&range(request_type::UNLINK, 1, page(1), page(3) - 1, FIRST));
         dma.read(page(1) + 8, &mut [0; 8]).unwrap_err();
-        // The lone page that takes its place has the tag of its own link.
+        // The single page that takes its place has the tag of its own link.
         driver.transact(&link(page(1), &[(0x40_0000, 1)], SECOND));
         dma.read(page(1), &mut [0; 8]).unwrap();
         driver.request(&range(request_type::RELEASE, 1, START, end, ALLOCATION));
         driver.request(&range(request_type::RELEASE, 1, START, end, ALLOCATION));
-        // One of two extents is there.
+        // One of two extents is missing.
         let mut short = link_bytes(1, START, &[(0x20_0000, 4)], READ, FIRST);
         short[28] = 2;
         driver.transact(&[Part::R(short), Part::W(4)]);
@@ -99,7 +99,8 @@ fn a_reservation_from_its_first_step_to_its_last() {
     assert!(matches!(faults[..], [Event::Fault { address, .. }] if *address == page(1) + 8), "{faults:?}");
 }
 
-/// 512 scattered pages into one reservation: RESERVE and LINK, and one kick for both; a middle page unlinked alone; RELEASE.
+/// 512 scattered pages in one reservation: RESERVE and LINK, with one kick for both; a page in the middle is unlinked
+/// alone; RELEASE.
 #[test]
 fn what_512_pages_cost() {
     let end = START + 512 * PAGE - 1;
