@@ -75,7 +75,7 @@ fn without_msi() {
 
 /// Its driver takes the functions of the root bus before ours is asked.
 #[test]
-fn an_iommu_beside_ours_is_told_of() {
+fn an_iommu_beside_ours_causes_a_warning() {
     let outcome = Guest::new(NVME, &verify("0000:00:04.0"))
         .append("intel_iommu=on")
         .qemu(&["-device", "intel-iommu,caching-mode=on"])

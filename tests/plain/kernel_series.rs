@@ -212,7 +212,7 @@ fn lines_of(patch: &str) -> (usize, usize) {
 }
 
 #[test]
-fn what_is_said_of_the_series_is_so() {
+fn the_documents_describe_the_series_as_it_is() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest-kernel-patches/linux-6.12");
     let read = |name: &str| fs::read_to_string(folder.join(name)).unwrap();
     let names = fs::read_dir(&folder).unwrap().map(|file| file.unwrap().file_name().into_string().unwrap());

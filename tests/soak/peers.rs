@@ -51,7 +51,7 @@ fn peer() {
 }
 
 #[test]
-fn who_comes_after_a_killed_peer_is_served() {
+fn the_next_peer_is_served_after_one_is_killed() {
     let daemon = Daemon::start();
     let mut longest = Duration::ZERO;
     for _ in 0..amount(3, 30) {

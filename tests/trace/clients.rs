@@ -262,7 +262,7 @@ fn connecting_again_and_again_stops_neither_the_trace_nor_its_end() {
 }
 
 #[test]
-fn one_client_too_many_is_told_and_the_place_is_free_when_one_goes() {
+fn one_client_too_many_gets_an_error_until_another_leaves() {
     let fixture = Fixture::new();
     let mut clients = Vec::new();
     let error = loop {

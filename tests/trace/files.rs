@@ -59,7 +59,7 @@ fn a_file_of_version_1_is_printed_as_this_version_has_it() {
 }
 
 #[test]
-fn what_cannot_be_read_is_said() {
+fn unreadable_parts_of_a_file_are_reported() {
     let mut version_3 = RECORDS.to_vec();
     version_3[8] = 3;
     let wrong_size = [&RECORDS[..12], 72u32.as_bytes(), &RECORDS[16..]].concat();

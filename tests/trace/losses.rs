@@ -11,7 +11,7 @@ use viommu_trace::{Event, Options, Subscription, TraceStats};
 use crate::fixture::*;
 
 #[test]
-fn a_slow_client_is_told_exactly_what_it_lost() {
+fn a_slow_client_learns_exactly_what_it_lost() {
     let fixture = Fixture::with(Options { history: 1024, ..patient() });
     let mut slow = fixture.binary(&Subscription { kinds: vec![Kind::Interrupt], ..Subscription::default() });
     let mut slow_json = fixture.json("{}\n");
@@ -84,7 +84,7 @@ fn a_slow_client_is_told_exactly_what_it_lost() {
 }
 
 #[test]
-fn a_ring_that_overflows_is_told_to_all() {
+fn the_overflow_of_a_ring_is_reported_to_all() {
     let fixture = Fixture::with(Options { ring: 64, ..patient() });
     let clients: Vec<_> = (0..2)
         .map(|_| {

@@ -54,7 +54,7 @@ fn clients_get_the_rest() -> bool {
 }
 
 #[test]
-fn what_is_not_recorded_leaves_no_gap() {
+fn events_that_are_not_recorded_leave_no_gap() {
     let fixture = Fixture::new();
     let client = fixture.json("\n");
     fixture.interrupts(1, 0..10);

@@ -83,9 +83,9 @@ fn limit_descriptors(limit: libc::rlim_t) -> libc::rlim_t {
 }
 
 #[test]
-fn who_connects_while_there_are_no_descriptors_is_served_when_there_are() {
+fn a_connection_without_free_descriptors_is_served_when_there_are_some() {
     alone(
-        "descriptors::who_connects_while_there_are_no_descriptors_is_served_when_there_are",
+        "descriptors::a_connection_without_free_descriptors_is_served_when_there_are_some",
         connects_without_descriptors,
     );
 }
@@ -191,8 +191,11 @@ fn regions_cost_descriptors() {
 }
 
 #[test]
-fn a_client_is_told_when_its_descriptors_do_not_come_and_loses_nothing() {
-    alone("descriptors::a_client_is_told_when_its_descriptors_do_not_come_and_loses_nothing", descriptors_do_not_come);
+fn a_client_gets_an_error_if_its_descriptors_do_not_arrive_and_loses_nothing() {
+    alone(
+        "descriptors::a_client_gets_an_error_if_its_descriptors_do_not_arrive_and_loses_nothing",
+        descriptors_do_not_come,
+    );
 }
 
 fn descriptors_do_not_come() {

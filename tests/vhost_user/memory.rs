@@ -114,13 +114,13 @@ fn ending(test: &str) -> ExitStatus {
 }
 
 #[test]
-fn a_bus_error_outside_of_guest_memory_ends_the_process_as_ever() {
+fn a_bus_error_outside_of_guest_memory_still_ends_the_process() {
     assert_eq!(ending("touches_what_is_no_guest_memory").signal(), Some(libc::SIGBUS));
     assert_eq!(ending("is_sent_a_bus_error").signal(), Some(libc::SIGBUS));
 }
 
 #[test]
-#[ignore = "ends its process: for a_bus_error_outside_of_guest_memory_ends_the_process_as_ever"]
+#[ignore = "ends its process: for a_bus_error_outside_of_guest_memory_still_ends_the_process"]
 fn touches_what_is_no_guest_memory() {
     let mut map = MemoryMap::new(Memory::default());
     map_file(&mut map, 0, PAGE, &memfd(PAGE));
@@ -135,7 +135,7 @@ fn touches_what_is_no_guest_memory() {
 }
 
 #[test]
-#[ignore = "ends its process: for a_bus_error_outside_of_guest_memory_ends_the_process_as_ever"]
+#[ignore = "ends its process: for a_bus_error_outside_of_guest_memory_still_ends_the_process"]
 fn is_sent_a_bus_error() {
     let mut map = MemoryMap::new(Memory::default());
     map_file(&mut map, 0, PAGE, &memfd(PAGE));
@@ -347,7 +347,7 @@ fn an_unmap_waits_for_as_long_as_a_page_takes_to_come() {
 }
 
 #[test]
-fn a_memory_table_waits_until_the_one_before_is_used_no_more() {
+fn a_memory_table_waits_until_the_one_before_is_no_longer_used() {
     let device = Device::new();
     let mut driver = Driver::new(&device);
     let half = RAM / 2;

@@ -40,7 +40,7 @@ fn answer(driver: &mut Driver, writable: &[(u64, usize)]) -> u8 {
 const KINDS: [u64; 2] = [u64::MAX, !EVENT_IDX];
 
 #[test]
-fn who_took_the_queue_serves_it_and_its_driver_need_not_kick() {
+fn a_poller_serves_the_queue_and_the_driver_need_not_kick() {
     for features in KINDS {
         let device = Device::new();
         let mut driver = Driver::accepting(&device, features);
@@ -103,7 +103,7 @@ fn a_queue_that_is_polled_for_long_is_hardly_ever_kicked() {
 }
 
 #[test]
-fn what_nobody_looked_for_wakes_the_worker_when_the_queue_is_given_back() {
+fn unpolled_requests_wake_the_worker_when_the_queue_is_released() {
     for features in KINDS {
         let device = Device::new();
         let mut driver = Driver::accepting(&device, features);
@@ -121,7 +121,7 @@ fn what_nobody_looked_for_wakes_the_worker_when_the_queue_is_given_back() {
 }
 
 #[test]
-fn no_request_is_left_and_no_kick_told_twice_while_the_queue_changes_hands() {
+fn no_request_is_lost_and_no_kick_counted_twice_while_the_queue_changes_hands() {
     const HANDOFF: u64 = 40;
     const HANDOFFS: u64 = 100;
     for features in KINDS {
@@ -167,7 +167,7 @@ fn no_request_is_left_and_no_kick_told_twice_while_the_queue_changes_hands() {
 }
 
 #[test]
-fn one_at_a_time_takes_a_queue_that_runs() {
+fn only_one_poller_at_a_time_acquires_a_running_queue() {
     let device = Device::new();
     assert!(!device.control.acquire(), "there is no driver");
     let mut driver = Driver::new(&device);
@@ -249,7 +249,7 @@ fn a_frontend_that_leaves_while_its_queue_is_taken_leaves_it_to_the_next() {
 }
 
 #[test]
-fn who_serves_an_unmap_may_have_used_the_mapping_itself() {
+fn a_poller_that_serves_an_unmap_may_have_used_the_mapping() {
     let (device, mut driver, _) = idle();
     let mut dma = driver.dma(&device, EP);
     for _ in 0..100 {

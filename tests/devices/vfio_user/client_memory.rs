@@ -88,7 +88,7 @@ fn an_error_of_the_clients_fails_the_access_and_no_other() {
 }
 
 #[test]
-fn what_is_no_answer_is_not_taken_for_one() {
+fn a_wrong_answer_is_not_taken_for_one() {
     type Wrong = fn(&mut UnixStream, &Asked);
     let wrong: [Wrong; 11] = [
         |socket, asked| answer(socket, &Asked { id: [0x99, 0x99], data: Vec::new(), ..*asked }, REPLY, 0, &[0; 24]),
@@ -236,7 +236,7 @@ fn one_is_answered_and_one_is_late(limit: Duration) -> bool {
 }
 
 #[test]
-fn who_waits_for_others_waits_no_longer_than_for_the_client() {
+fn an_access_waits_for_others_no_longer_than_for_the_client() {
     // A busy machine needs longer limits.
     let mut limits = (0..8).map(|power| Duration::from_millis(250) * 2_u32.pow(power));
     assert!(limits.any(one_is_answered_and_one_is_late));

@@ -62,7 +62,7 @@ fn a_region_allows_what_its_flags_say() {
 }
 
 #[test]
-fn a_file_that_is_read_and_written_need_not_be_one_that_can_be_mapped() {
+fn a_file_for_reads_and_writes_need_not_support_mmap() {
     let served = served();
     let mut client = client(&served);
     // The memory of this process: a file without a length, which mmap(2) refuses.
@@ -123,7 +123,7 @@ fn odd_regions_are_refused_with_an_error_number_that_says_why() {
 }
 
 #[test]
-fn what_is_unmapped_must_have_been_mapped() {
+fn only_mapped_regions_can_be_unmapped() {
     let served = served();
     let mut client = client(&served);
     let ram = memfd(4 * PAGE);

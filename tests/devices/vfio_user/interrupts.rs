@@ -14,7 +14,7 @@ const UNMASK: u32 = 1 << 4;
 const TRIGGER: u32 = 1 << 5;
 
 #[test]
-fn what_makes_sense_reaches_the_device() {
+fn valid_requests_reach_the_device() {
     let event = EventFd::new(0).unwrap();
     let fds: Vec<RawFd> = vec![event.as_raw_fd(); 4];
     let (session, mut client) = Session::start();
@@ -38,7 +38,7 @@ fn what_makes_sense_reaches_the_device() {
 }
 
 #[test]
-fn what_does_not_is_refused() {
+fn invalid_requests_are_refused() {
     let event = EventFd::new(0).unwrap();
     let fds: Vec<RawFd> = vec![event.as_raw_fd(); 5];
     let (session, mut client) = Session::start();

@@ -67,7 +67,7 @@ fn a_payload_that_is_longer_is_read_to_its_end() {
 }
 
 #[test]
-fn what_is_no_command_is_refused() {
+fn malformed_commands_are_refused() {
     let (session, mut client) = Session::start();
     for size in [0, 1, 15] {
         let id = client.send_sized(command::SET_IRQS, 0, size, &[], &[]);

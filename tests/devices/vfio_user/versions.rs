@@ -24,7 +24,7 @@ fn the_server_says_what_it_can_whatever_the_client_says() {
 }
 
 #[test]
-fn what_is_optional_is_offered_only_to_those_who_know_it() {
+fn options_are_offered_only_to_clients_that_know_them() {
     let (session, mut client) = Session::start();
     let (said, fd) =
         client.version(1, "{\"capabilities\":{\"write_multiple\":true,\"twin_socket\":{\"supported\":true}}}");
@@ -69,7 +69,7 @@ fn a_version_that_cannot_be_is_refused_and_ends_the_session() {
 }
 
 #[test]
-fn who_wants_no_answer_gets_no_socket() {
+fn a_version_without_a_reply_gets_no_socket() {
     let (session, mut client) = Session::start();
     let json = b"{\"capabilities\":{\"twin_socket\":{\"supported\":true}}}\0";
     client.send(command::VERSION, NO_REPLY, &[&[0, 0, 1, 0], &json[..]].concat(), &[]);

@@ -180,7 +180,7 @@ fn an_available_index_that_jumps() {
 }
 
 #[test]
-fn the_event_queue_can_be_as_broken() {
+fn a_broken_event_queue_is_ignored_too() {
     let device = Device::new();
     let mut driver = Driver::new(&device);
     driver.write_bypass(0);

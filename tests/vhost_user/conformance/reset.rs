@@ -70,7 +70,7 @@ fn a_fault_in_a_pause_is_delivered_after_it() {
 }
 
 #[test]
-fn a_fault_of_before_a_reset_is_not_delivered_after_it() {
+fn a_fault_before_a_reset_is_not_delivered_after_it() {
     let device = Device::new();
     let mut driver = busy(&device);
     driver.dma(&device, EP).read(0x8000, &mut [0]).unwrap_err();
@@ -82,7 +82,7 @@ fn a_fault_of_before_a_reset_is_not_delivered_after_it() {
 }
 
 #[test]
-fn a_pause_is_told_from_a_reset_by_qmp_where_the_index_does_not() {
+fn qmp_tells_a_pause_from_a_reset_if_the_index_does_not() {
     for paused in [false, true] {
         let device = Device::new();
         let mut driver = Driver::new(&device);
@@ -129,7 +129,7 @@ fn a_reset_of_the_machine_is_seen_before_the_next_driver_comes() {
 }
 
 #[test]
-fn qmp_tells_of_a_reset_of_the_machine() {
+fn qmp_reports_a_reset_of_the_machine() {
     let device = Device::new();
     let mut driver = busy(&device);
     driver.stop_queues();
@@ -210,7 +210,7 @@ fn a_server_stops_with_and_without_a_frontend() {
 
 /// A function that is not reset yet still uses I/O virtual addresses when the IOMMU is in bypass again.
 #[test]
-fn who_was_attached_when_the_machine_is_reset_reaches_nothing() {
+fn an_endpoint_attached_at_a_machine_reset_reaches_nothing() {
     let device = Device::new();
     let mut driver = Driver::new(&device);
     assert_eq!(driver.attach(1, EP), OK);
@@ -235,7 +235,7 @@ fn who_was_attached_when_the_machine_is_reset_reaches_nothing() {
 }
 
 #[test]
-fn who_is_attached_when_the_frontend_leaves_reaches_nothing() {
+fn an_endpoint_attached_when_the_frontend_leaves_reaches_nothing() {
     let (recorder, tracer) = Recorder::start(&[Kind::Dma, Kind::Fault]);
     let device = Device::traced(|_| {}, tracer.clone());
     // Far above the memory, so that an access in bypass is noticed.

@@ -162,7 +162,7 @@ fn row_50_failures_are_traced() {
 }
 
 #[test]
-fn faults_bypass_and_what_is_malformed() {
+fn faults_bypass_and_malformed_chains() {
     let events = record(|device| {
         let mut driver = Driver::new(device);
         driver.write_bypass(1);

@@ -29,7 +29,7 @@ fn without_the_feature_the_types_are_unknown() {
 }
 
 #[test]
-fn a_device_that_is_told_so_does_not_offer_it() {
+fn the_feature_is_not_offered_if_it_is_switched_off() {
     let device = Device::with(|settings| settings.split = false);
     let mut driver = Driver::new(&device);
     assert_eq!(driver.offered & F_SPLIT_MAP, 0);
@@ -74,7 +74,7 @@ fn requests_that_are_too_short() {
 }
 
 #[test]
-fn what_lies_behind_a_request_is_ignored() {
+fn bytes_after_a_request_are_ignored() {
     let (device, mut driver) = attached();
     let mut reserve = range(request_type::RESERVE, 1, 0, 0xff_ffff, 0).bytes();
     reserve.resize(5000, 0xff);
@@ -104,7 +104,7 @@ fn the_largest_link() {
 
 /// A queue full of the largest LINKs is work for seconds. Everything else waits for only one or two of them.
 #[test]
-fn large_links_do_not_hold_up_faults_and_the_end() {
+fn large_links_do_not_delay_faults_and_the_end() {
     const COUNT: u16 = 80;
     let (device, mut driver) = attached();
     let (start, end) = (1 << 33, (1 << 34) - 1);

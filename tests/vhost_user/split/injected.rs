@@ -23,7 +23,7 @@ fn link_page(driver: &mut Driver, page: u64) -> u8 {
 }
 
 #[test]
-fn a_status_is_given_to_each_request_that_is_meant_and_nothing_is_done() {
+fn each_chosen_request_gets_the_status_and_is_not_done() {
     let events = record(|device, _| {
         inject(device, &["link=nomem:after=1:every=2:until=5", "unlink=ioerr"]);
         let mut driver = Driver::new(device);

@@ -95,7 +95,7 @@ fn others_go_on() -> bool {
 
 /// DETACH takes long to free them, and nothing else waits for that: neither accesses nor requests.
 #[test]
-fn a_detach_that_ends_very_many_reservations_holds_up_nobody_else() {
+fn a_detach_that_ends_very_many_reservations_delays_nobody_else() {
     // A thread that shares a busy processor may not run meanwhile, so a round may show nothing. But if the others had
     // to wait, no round would.
     let rounds = (1..=20).scan(0, |shown, _| {

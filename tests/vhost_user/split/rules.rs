@@ -173,7 +173,7 @@ fn rule_s04_a_reservation_overlaps_nothing() {
 }
 
 #[test]
-fn rule_s04_looks_at_who_is_attached_at_the_time() {
+fn rule_s04_is_about_the_endpoints_attached_at_the_time() {
     let (device, mut driver) = attached();
     assert_eq!(driver.reserve(HOLE.start, HOLE.end), OK);
     assert_eq!(driver.link(HOLE.start, &[(mark(&driver, 0x5000), 1)], READ), OK);
@@ -408,7 +408,7 @@ fn rule_s10_map_and_unmap_leave_reservations_alone() {
 }
 
 #[test]
-fn rule_s10_comes_before_the_mappings_that_are_there() {
+fn rule_s10_is_checked_before_existing_mappings() {
     let (device, mut driver) = reserved();
     assert_eq!(driver.map(1, END + 1, END + 2 * PAGE, 0x6000, READ), OK);
     assert_eq!(driver.unmap(1, END + 1, END + PAGE), RANGE, "it would split the mapping");
@@ -449,7 +449,7 @@ fn rule_s11_no_resources_nothing_changed() {
 }
 
 #[test]
-fn rule_s12_reservations_die_with_their_domain() {
+fn rule_s12_reservations_end_with_their_domain() {
     let (device, mut driver) = reserved();
     let live = || {
         let stats = device.iommu.stats();
