@@ -1,4 +1,4 @@
-//! Configurations in which it must come up, and what its I/O costs there.
+//! Configurations in which a guest with the series must boot, and the cost of its I/O.
 
 use serde_json::Value;
 use viommu_testkit::guest::Outcome;
@@ -10,7 +10,8 @@ use crate::{NVME, nvme_in};
 const IOS: u64 = 512;
 const SIZE: u64 = 128 << 10;
 
-/// Scattered I/O, written and read back. The device waits for kicks: how many are left when it polls depends on the machine.
+/// Scattered I/O, written and read back. The device waits for kicks: if it polled, their number would depend on the
+/// machine.
 fn large_io(append: &str) -> Outcome {
     let workload = "nvme-io --op verify --bs 128k --depth 8 --total 32M --scatter";
     let outcome = guest(&format!("[iommu]\npolling = false\n{NVME}"), workload).append(append).run();
@@ -20,17 +21,17 @@ fn large_io(append: &str) -> Outcome {
     outcome
 }
 
-/// The kicks of the workload's I/O, without those that set the devices up.
+/// The kicks of the workload's I/O, without those of the devices' set-up.
 fn kicks_of_the_io(outcome: &Outcome) -> u64 {
     let first = requests_of_io(outcome, "RESERVE").next().expect("a RESERVE")["seq"].as_u64().unwrap();
     let last = requests_of_io(outcome, "RELEASE").last().expect("a RELEASE")["seq"].as_u64().unwrap();
     let kicks = outcome.events("kick").filter(|kick| (first..=last).contains(&kick["seq"].as_u64().unwrap()));
-    // The first one stands before the request that it is for.
+    // The first kick comes before its request.
     kicks.count() as u64 + 1
 }
 
-/// RESERVE, one LINK of all pages and RELEASE for each I/O, and hardly a MAP: what sets the controller up, what is
-/// contiguous, and the memory of PRP lists.
+/// Checks that each I/O takes RESERVE, one LINK of all pages and RELEASE, and that there is hardly a MAP: those are for
+/// the controller's set-up, for contiguous pages, and for PRP lists.
 fn assert_three_requests_an_io(outcome: &Outcome) {
     let ios = outcome.events("command").filter(|command| command["len"] == SIZE).count() as u64;
     assert_eq!(ios, IOS);
@@ -56,8 +57,8 @@ fn lazy_takes_three_requests_and_little_more_than_a_kick_an_io() {
     let outcome = large_io("iommu.strict=0");
     assert_three_requests_an_io(&outcome);
     let kicks = kicks_of_the_io(&outcome);
-    // One for each I/O; and one for each flush of the queue of IOVA to be freed: when it is full, each 256 I/Os, and
-    // each 10 ms, so that a slow machine has more of them.
+    // One for each I/O, and one for each flush of the queue of IOVAs to be freed: every 256 I/Os, when it is full, and
+    // every 10 ms, so that a slow machine has more of them.
     let seconds = outcome.results_of("nvme-io").next().expect("a result")["seconds"].as_f64().unwrap();
     let flushes = IOS / 256 + (seconds * 100.0) as u64 + 2;
     assert!(kicks <= IOS + flushes, "{kicks} kicks for {IOS} I/Os and at most {flushes} flushes");
@@ -133,7 +134,7 @@ fn a_function_that_vfio_owns_is_mapped_by_its_program_alone() {
     let outcome = guest(&topology, "vfio-dma").run();
     let result = outcome.results_of("vfio-dma").next().expect("a result");
     assert_no_complaint(&outcome);
-    // Each refused access is one that the program made.
+    // The program made each refused access.
     let expected = result["cases"].as_array().unwrap().iter().filter(|case| !case["fault_iova"].is_null()).count();
     assert_eq!(outcome.events("fault").count(), expected);
     assert!(expected > 0);

@@ -1,5 +1,5 @@
-//! A device that refuses requests, or does not answer them: the application's I/O fails, the kernel says so once, and
-//! nothing is kept of it. What the device does to which request is [`viommu run --inject`](viommu::vhost::Injection).
+//! A device that refuses requests, or does not answer them: the application's I/O fails, the kernel reports that once,
+//! and leaks nothing. [`viommu run --inject`](viommu::vhost::Injection) says what the device does to which request.
 
 use serde_json::{Value, json};
 use viommu_testkit::guest::Outcome;
@@ -7,25 +7,25 @@ use viommu_testkit::guest::Outcome;
 use super::{assert_no_complaint, assert_nothing_left, guest, requests_of, requests_of_io};
 use crate::NVME;
 
-/// The one result of the reads that may fail.
+/// The result of the reads that may fail.
 fn reads(outcome: &Outcome) -> &Value {
     outcome.results_of("io-errors").next().expect("a result of io-errors")
 }
 
-/// A device that holds its answer until the driver, which waits for it, has given up and has so many requests more. The
-/// time is longer than a guest may take.
+/// The injection with which a device holds an answer back until the driver, which waits for it, has given up and added
+/// this many more requests. The time is longer than a guest may take.
 fn held_until_behind(requests: u64) -> String {
     format!("late:ms=3600000:behind={requests}")
 }
 
-/// Reads that wait for an answer which never comes: one of them waits so long, or a few that are under way; the others
-/// fail at once.
+/// Checks reads that wait for an answer which never comes: one of them, or a few that are in flight, waits for the
+/// timeout; the others fail at once.
 fn assert_one_wait(result: &Value, timeout_ms: u64) {
     let time = |name: &str| result[name].as_u64().unwrap();
     assert!(time("slowest_ms") >= timeout_ms && time("median_failed_ms") < timeout_ms, "{result}");
 }
 
-/// How many lines of the guest's console say this.
+/// How many lines of the guest's console contain this.
 fn said(outcome: &Outcome, what: &str) -> usize {
     outcome.console.lines().filter(|line| line.contains(what)).count()
 }
@@ -35,12 +35,13 @@ fn address(request: &Value, name: &str) -> u64 {
     u64::from_str_radix(request[name].as_str().unwrap().trim_start_matches("0x"), 16).unwrap()
 }
 
-/// Which read has the 11th request of a type, counted from 0. Memory that drivers keep took the first ones, if any.
+/// Which read has the 11th request of a type, counted from 0. Memory that drivers keep may have taken the first
+/// requests.
 fn eleventh(outcome: &Outcome, name: &str) -> u64 {
     10 - (requests_of(outcome, name).count() - requests_of_io(outcome, name).count()) as u64
 }
 
-/// The 11th LINK is refused with this status; the others, and what comes after, work.
+/// The 11th LINK is refused with this status. The others, and later I/O, work.
 fn one_refused_link(status: &str) {
     let workload = "io-errors --ios 30 + nvme-io --op verify --bs 128k --depth 4 --total 4M --scatter";
     let outcome = guest(NVME, workload).inject(&format!("link={status}:after=10:until=11")).run();
@@ -80,8 +81,8 @@ fn a_reservation_that_is_refused_fails_one_read() {
     assert_eq!(outcome.summary["verified"], true);
 }
 
-/// Of 400 reads of one page, which is mapped in one step, all fail from that on which has the 201st MAP. Memory that
-/// drivers keep took some of those before.
+/// Checks 400 reads of one page, which is mapped in one step: the read with the 201st MAP fails, and all later ones.
+/// Memory that drivers keep took some of the earlier MAPs.
 fn assert_all_fail_after_200_maps(result: &Value) {
     let (first, failed) = (result["first_failed"].as_u64().unwrap(), result["failed"].as_u64().unwrap());
     assert!((100..=200).contains(&first), "{result}");
@@ -97,7 +98,8 @@ fn mappings_in_one_step_that_are_refused_fail_the_reads() {
     assert_no_complaint(&outcome);
 }
 
-/// The device refuses to move an endpoint to another domain. Linux goes back to the old one, and must map there again.
+/// The device refuses to move an endpoint to another domain. Linux goes back to the old domain, and must be able to map
+/// there.
 #[test]
 fn an_attach_that_is_refused_leaves_the_endpoint_where_it_was() {
     let workload = "set /sys/bus/pci/drivers/nvme/unbind 0000:00:04.0 \
@@ -110,8 +112,8 @@ fn an_attach_that_is_refused_leaves_the_endpoint_where_it_was() {
     assert_nothing_left(&outcome);
 }
 
-/// A leak of 128 KiB of IOVA in each of 10,000 failures would be 1.2 GiB of addresses, which are given out from 4 GiB
-/// downwards; one of a reservation's memory about 10 MiB of the kernel's.
+/// A leak of 128 KiB of IOVAs in each of 10,000 failures would be 1.2 GiB of addresses, which are allocated from 4 GiB
+/// downwards. A leak of a reservation's memory would be about 10 MiB of kernel memory.
 #[test]
 fn ten_thousand_refused_links_leak_nothing() {
     const FAILURES: u64 = 10_000;
@@ -121,14 +123,14 @@ fn ten_thousand_refused_links_leak_nothing() {
     let injection = format!("link=ioerr:after=100:until={}", 100 + FAILURES);
     let outcome = guest(NVME, &workload).inject(&injection).run();
     let results: Vec<_> = outcome.results_of("io-errors").collect();
-    // The first 100 LINKs are spared; a few of them may be for memory that drivers keep.
+    // The first 100 LINKs succeed; a few of them may be for memory that drivers keep.
     let failed = |index: usize| results[index]["errors"]["EIO"].as_u64().unwrap_or(0);
     assert_eq!((failed(0) + failed(1), failed(0) < 10), (FAILURES, true));
     assert_eq!(outcome.count("requests_failed"), FAILURES);
     assert_no_complaint(&outcome);
 
-    // The IOVA: as many are given back as were taken, but for memory that drivers keep, and the same few are used from
-    // the first to the last. The trace is long: what is counted is not counted there, where events may be lost.
+    // IOVAs: as many are freed as were allocated, except for memory that drivers keep, and the same few are used from
+    // first to last. The trace is so long that events may be lost, so nothing is counted in it.
     let ios = 100 + FAILURES + 128;
     let [reserved, linked, released] = ["reserve", "link", "release"].map(|name| outcome.requests(name));
     assert_eq!((linked, released), (reserved, ios));
@@ -155,7 +157,7 @@ fn ten_thousand_refused_links_leak_nothing() {
         distinct.len(),
         lowest(&starts)
     );
-    // The last workload is after the injection's end.
+    // The last workload runs after the injection has ended.
     assert_eq!(outcome.summary["verified"], true);
 }
 
@@ -167,7 +169,7 @@ fn a_link_that_is_never_answered_fails_the_reads_after_a_bounded_wait() {
         .inject("link=silent:after=10")
         .run();
     let result = reads(&outcome);
-    // From then on the device is lost: all other reads fail, too, without another wait.
+    // From then on the device is lost: all other reads fail too, without another wait.
     let first = eleventh(&outcome, "LINK");
     assert_eq!((&result["first_failed"], &result["errors"]), (&json!(first), &json!({ "EIO": 30 - first })));
     assert_one_wait(result, TIMEOUT_MS);
@@ -176,7 +178,7 @@ fn a_link_that_is_never_answered_fails_the_reads_after_a_bounded_wait() {
     assert_no_complaint(&outcome);
 }
 
-/// Without memory of its own the device cannot be helped by trying again, as the kernel can.
+/// If the device has no memory, trying again does not help, as it does when the kernel has none.
 #[test]
 fn a_mapping_in_one_step_for_which_the_device_has_no_memory_fails_the_reads() {
     let outcome = guest(NVME, "io-errors --ios 400 --bs 4k").inject("map=nomem:after=200").run();
@@ -211,7 +213,7 @@ fn a_mapping_in_one_step_that_is_never_answered_fails_the_reads_too() {
 
 #[test]
 fn a_device_that_answers_too_late_is_used_again() {
-    // It is away from the 11th LINK until the driver has undone what it waited for.
+    // The device is away from the 11th LINK until the driver has undone the mapping that it waited for.
     let workload = "io-errors --ios 30 --recover + nvme-io --op verify --bs 128k --depth 4 --total 4M --scatter";
     let injection = format!("link={}:after=10:until=11", held_until_behind(1));
     let outcome = guest(NVME, workload).append("virtio_iommu.timeout_ms=500").inject(&injection).run();
@@ -224,9 +226,10 @@ fn a_device_that_answers_too_late_is_used_again() {
     assert_eq!(outcome.summary["verified"], true);
 }
 
-/// Sixteen reads are made at once, and small enough for Linux to map them all before it starts the first. The device is
-/// away from the first RELEASE of the second sixteen on (or one soon after it, if drivers have released memory of their
-/// own): the others are unmapped meanwhile, which the driver cannot wait for. All of it reaches the device when it is back.
+/// Sixteen reads are made at once, small enough for Linux to map all of them before it starts the first. The device is
+/// away from the first RELEASE of the second sixteen on (or from one a little later, if drivers have released memory of
+/// their own). The others are unmapped meanwhile, and the driver cannot wait for that. All their RELEASEs reach the
+/// device when it is back.
 #[test]
 fn what_is_unmapped_while_the_device_is_away_is_undone_later() {
     const DEPTH: u64 = 16;
@@ -248,7 +251,7 @@ fn what_is_unmapped_while_the_device_is_away_is_undone_later() {
     assert!(requests.iter().all(|request| request["type"] == "RELEASE"), "{requests:?}");
 }
 
-/// The first LINK that the device gets after it was away is refused: whoever sent it is told.
+/// The first LINK that the device gets after it was away is refused, and its sender gets the error.
 #[test]
 fn the_first_link_after_the_device_was_away_is_waited_for() {
     let outcome = guest(NVME, "io-errors --ios 30 --recover")
@@ -262,7 +265,7 @@ fn the_first_link_after_the_device_was_away_is_waited_for() {
     let number = |name: &str| result[name].as_u64().unwrap();
     let failed = number("last_failed") - number("first_failed") + 1;
     assert_eq!((&result["failed"], &result["errors"]), (&json!(failed), &json!({ "EIO": failed })));
-    // The controller got no command whose data had no mapping.
+    // The controller got no command whose data was not mapped.
     let commands = outcome.events("command").filter(|command| command["len"] == 128 << 10).count() as u64;
     assert_eq!((commands, outcome.count("faults")), (number("ios") - failed, 0));
     assert_no_complaint(&outcome);

@@ -1,5 +1,5 @@
-//! Linux 6.12 with the series in `guest-kernel-patches/`: the two-step DMA API, here and on devices that know nothing of
-//! it. `scripts/prepare-guest patched` gets what these tests need.
+//! Linux 6.12 with the series in `guest-kernel-patches/`: the two-step DMA API, on our device and on devices without
+//! the protocol. `scripts/prepare-guest patched` gets what these tests need.
 
 mod boots;
 mod failures;
@@ -9,7 +9,7 @@ mod qemu;
 use serde_json::Value;
 use viommu_testkit::guest::{Guest, Outcome};
 
-/// What a guest does to show that it works: small I/O, and large I/O on scattered pages.
+/// I/O that shows that a guest works: small I/O, and large I/O on scattered pages.
 const IO: &str =
     "nvme-io --op verify --bs 4k --depth 8 --total 1M + nvme-io --op verify --bs 128k --depth 4 --total 8M --scatter";
 
@@ -18,7 +18,7 @@ fn guest(topology: &str, workload: &str) -> Guest {
     Guest::new(topology, workload).kernel("patched")
 }
 
-/// The kernel has found nothing wrong with itself.
+/// Checks that the kernel has not complained.
 fn assert_no_complaint(outcome: &Outcome) {
     outcome.results.assert_no_complaint();
 }
@@ -28,18 +28,18 @@ fn requests_of<'a>(outcome: &'a Outcome, name: &'a str) -> impl Iterator<Item = 
     outcome.events("request").filter(move |request| request["type"] == name)
 }
 
-/// Those of them that are for a driver's operation, which has a tag. The others are for memory that drivers keep: a
-/// queue of a controller takes several pages, and LINKs them if no piece of memory is large enough at the moment.
+/// Those of them that belong to an operation of a driver, which has a tag. The others are for memory that drivers keep:
+/// a queue of a controller takes several pages, which are LINKed if no contiguous piece of memory is large enough.
 fn requests_of_io<'a>(outcome: &'a Outcome, name: &'a str) -> impl Iterator<Item = &'a Value> {
     requests_of(outcome, name).filter(|request| request["tag"].as_str().is_some_and(|tag| tag != "0x0"))
 }
 
-/// How many [`requests_of_io`] there are of each.
+/// How many [`requests_of_io`] there are of each type.
 fn count_of_io<const N: usize>(outcome: &Outcome, names: [&str; N]) -> [u64; N] {
     names.map(|name| requests_of_io(outcome, name).count() as u64)
 }
 
-/// Every reservation for I/O was released, and nothing is linked.
+/// Checks that every reservation for I/O was released, and that nothing is linked.
 fn assert_nothing_left(outcome: &Outcome) {
     let [reserved, released] = count_of_io(outcome, ["RESERVE", "RELEASE"]);
     assert_eq!(reserved, released);

@@ -1,6 +1,6 @@
-//! The virtio-iommu is reset, or its queues are broken, while functions behind it are in use: power-off, reboot, another
-//! kernel, suspend. A driver that waits for an answer then waits for ever, so the driver's patience is longer here than
-//! a guest may take, and a test that ends has waited for nothing.
+//! The virtio-iommu is reset, or its queues are broken, while functions behind it are in use: power-off, reboot,
+//! another kernel, suspend. A driver that waits for an answer then waits for ever. Here the driver's timeout is longer
+//! than a guest may take, so a test that ends has shown that the driver did not wait.
 
 use std::fs;
 
@@ -10,24 +10,24 @@ use viommu_testkit::guest::{Guest, Outcome, guest_files};
 use super::{IO, assert_no_complaint, assert_nothing_left, guest, requests_of};
 use crate::{NVME, nvme_in};
 
-/// An hour.
+/// The driver's timeout: an hour.
 const PATIENCE: &str = "virtio_iommu.timeout_ms=3600000";
-/// How the driver undoes mappings.
+/// The ways in which the driver undoes mappings.
 const MODES: [&str; 2] = ["iommu.strict=0", "iommu.strict=1"];
 
-/// A guest whose second processor reads on while the first does this.
+/// A guest whose second processor keeps reading while the first does this.
 fn busy(workload: &str, mode: &str) -> Guest {
     guest(&nvme_in("vcpus = 2"), &format!("busy-end + {workload}")).append(&format!("{mode} {PATIENCE}"))
 }
 
-/// Linux stopped the controller before the IOMMU: nobody mapped anything after that. In lazy mode what was unmapped before
-/// may be flushed then.
+/// Checks that Linux stopped the controller before the IOMMU: nothing was mapped after that. In lazy mode earlier
+/// unmaps may be flushed then.
 fn assert_stopped_first(outcome: &Outcome, mode: &str) {
     let lost = outcome.console.matches("device does not answer").count();
     assert!(lost == 0 || (lost == 1 && mode == MODES[0]), "{mode}: {lost} times");
 }
 
-/// The controller did no DMA but through mappings, from its first access that had one to the end.
+/// Checks that all of the controller's DMA went through mappings, from its first mapped access to the end.
 fn assert_always_translated(outcome: &Outcome) {
     assert_eq!(outcome.count("faults"), 0);
     let astray: Vec<&Value> = outcome
@@ -87,7 +87,7 @@ fn another_kernel_takes_over_while_io_goes_on() {
     }
 }
 
-/// The workload checks the data of reads that go on from before to after, and writes.
+/// The workload checks the data of reads that continue over the suspends, and of writes.
 fn suspends(topology: &str, mode: &str) -> Outcome {
     const TIMES: u64 = 3;
     let outcome = guest(topology, &format!("suspend --times {TIMES} + {IO}"))
@@ -115,14 +115,14 @@ fn devices_are_suspended_between_io_without_the_protocol() {
     suspends(&topology, "iommu.strict=0");
 }
 
-/// Of two functions in a slot, and so in one domain, the device refuses the first when the guest resumes. The domain's
-/// mappings come back with the second, the first must not be bypassed, and the next resume attaches both.
+/// Two functions share a slot, and so a domain. When the guest resumes, the device refuses the first. The domain's
+/// mappings come back with the second, the first must not be in bypass, and the next resume attaches both.
 #[test]
 fn an_endpoint_that_is_refused_at_resume_leaves_the_mappings_to_the_next() {
     let [first, second] = [0x20, 0x21];
     let nvme = |function| format!("[[nvme]]\naddress = \"04.{function}\"\nimage = \"nvme{function}.img\"\n");
-    // Endpoints are attached again in the order in which the driver met them. The first has no driver of its own, and so
-    // misses nothing; the other is taken out and found anew, to be the second for sure.
+    // Endpoints are attached again in the order in which the driver found them. The first has no driver of its own, so
+    // nothing needs it. The other is removed and found again, so that it is certainly the second.
     let workload = format!(
         "set /sys/bus/pci/drivers/nvme/unbind 0000:00:04.0 + set /sys/bus/pci/devices/0000:00:04.1/remove 1 \
          + set /sys/bus/pci/rescan 1 + suspend --times 2 + {IO}"
@@ -146,26 +146,25 @@ fn an_endpoint_that_is_refused_at_resume_leaves_the_mappings_to_the_next() {
     assert_eq!(outcome.events("bypass").map(|bypass| &bypass["value"]).collect::<Vec<_>>(), [0]);
 }
 
-/// The domain in which the driver maps nothing: the last one.
+/// The domain in which nothing is mapped: the last one.
 const BLOCKED: u64 = u32::MAX as u64;
 
-/// Of two functions in a slot, and so in one domain, the device takes the first when the guest resumes, but not the first
-/// of its mappings. They come back with the second. The first must not be bypassed: its controller reaches nothing, until
-/// the next resume gives it everything back.
+/// Two functions share a slot, and so a domain. When the guest resumes, the device attaches the first, but refuses its
+/// first mapping. The mappings come back with the second function. The first must not be in bypass: its controller
+/// reaches nothing until the next resume restores everything.
 ///
-/// `told` is what the device is told of the first endpoint after the refused mapping: what, its status, and the domain or
-/// the value.
+/// `told` lists the requests about the first endpoint after the refused mapping: type, status, and domain or value.
 fn mappings_are_refused_at_resume(injection: Option<&str>, told: &[(&str, &str, Option<u64>)], reason: &str) {
     const SUSPEND: &str = "set /sys/power/state mem";
     let [first, second] = [0x20, 0x21];
     let nvme = |function| format!("[[nvme]]\naddress = \"04.{function}\"\nimage = \"nvme{function}.img\"\n");
     let workload = [
-        // The order of the endpoints: see above.
+        // This sets the order of the endpoints: see above.
         "set /sys/bus/pci/devices/0000:00:04.1/remove 1",
         "set /sys/bus/pci/rescan 1",
         "set /sys/power/pm_test devices",
         SUSPEND,
-        // The controller's driver waits for its first command, and gives up; what is dead is not suspended.
+        // The controller's driver waits for its first command, and gives up. A dead controller is not suspended.
         "set --refused /sys/power/state mem",
         "set /sys/bus/pci/drivers/nvme/unbind 0000:00:04.0",
         "rebind nvme 0000:00:04.1",
@@ -203,13 +202,13 @@ fn mappings_are_refused_at_resume(injection: Option<&str>, told: &[(&str, &str, 
     assert_eq!(of_first("dma").next(), None);
 }
 
-/// What the device is told of endpoints, in its order: the endpoint, what is said, and the domain or the value.
+/// The requests about endpoints, and writes of `bypass`, in their order: endpoint, type, status, and domain or value.
 fn told_of_endpoints(events: &[Value]) -> Vec<(u64, &str, &str, u64)> {
     let told = events.iter().filter_map(|event| {
         let text = |name: &str| event[name].as_str().unwrap_or_default();
         let number = |name: &str| event[name].as_u64().unwrap_or_default();
         match text("kind") {
-            // It is for all of them.
+            // It applies to all of them.
             "bypass" => Some((0, "bypass", "", number("value"))),
             "request" if ["ATTACH", "DETACH"].contains(&text("type")) => {
                 Some((number("endpoint"), text("type"), text("status"), number("domain")))

@@ -1,4 +1,4 @@
-//! On QEMU's own virtio-iommu, which offers nothing of the protocol, with QEMU's own NVMe controller behind it.
+//! Guests on QEMU's own virtio-iommu, which does not offer the protocol, with QEMU's own NVMe controller behind it.
 
 use viommu_testkit::guest::{Folder, Guest, Outcome};
 
@@ -16,14 +16,14 @@ const QEMUS_OWN: [&str; 10] = [
     "nvme,drive=disk,serial=test,addr=04.0",
 ];
 
-/// A guest without a process of ours.
+/// A guest without a process of viommu.
 fn guest(append: &str, workload: &str) -> Guest {
     let folder = Folder::new();
     std::fs::File::create(folder.join("disk.img")).unwrap().set_len(64 << 20).unwrap();
     Guest::plain(QEMUS_OWN, workload).folder(&folder).kernel("patched").append(append)
 }
 
-/// Boots it, and makes sure that nothing of ours was used.
+/// Boots it, and checks that nothing of viommu was used.
 fn run(guest: Guest) -> Outcome {
     let outcome = guest.run();
     super::assert_no_complaint(&outcome);
