@@ -88,7 +88,7 @@ fn under_load(machine: Machine, times: u32, mut act: impl FnMut(&Held)) {
         for _ in 0..times {
             let (before, begun) = (rounds.load(Ordering::Acquire), Instant::now());
             while rounds.load(Ordering::Acquire) == before {
-                assert!(!driver.is_finished() && begun.elapsed() < PATIENCE, "the driver does not get on");
+                assert!(!driver.is_finished() && begun.elapsed() < PATIENCE, "the driver makes no progress");
                 thread::yield_now();
             }
             act(&held);
@@ -218,7 +218,7 @@ fn a_state_of_another_version_is_refused_and_leaves_a_device_that_works() {
             // The message has what was found and what was expected.
             let told = if key == "value" { [json!("cannot"), json!("be read")] } else { [value, before] };
             for told in told.map(|told| told.to_string()) {
-                assert!(refused.contains(told.trim_matches('"')), "{told} is not told: {refused}");
+                assert!(refused.contains(told.trim_matches('"')), "{told} is not in the message: {refused}");
             }
         }
         machine.held.resume();

@@ -117,7 +117,7 @@ fn connects_without_descriptors() {
     let (mut connections, mut frontends) = (0, 0);
     let begun = Instant::now();
     while connections < 3 || frontends < 3 {
-        assert!(begun.elapsed() < PATIENCE, "{connections} and {frontends} of 3 tries were told");
+        assert!(begun.elapsed() < PATIENCE, "{connections} and {frontends} of 3 failed tries were logged");
         let said = logged.recv_timeout(PATIENCE).unwrap();
         connections += u32::from(said.contains("The connection on"));
         frontends += u32::from(said.contains("The vhost-user connection ended"));

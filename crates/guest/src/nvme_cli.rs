@@ -64,7 +64,7 @@ impl Workload for Args {
             }
         }
         results.emit("result", json!({ "workload": "nvme-cli", "commands": commands, "wrong": wrong }));
-        ensure!(wrong.is_empty(), "nvme commands did not come to what they must: {wrong:?}");
+        ensure!(wrong.is_empty(), "nvme commands ended in the wrong way: {wrong:?}");
         Ok(())
     }
 }

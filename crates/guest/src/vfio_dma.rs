@@ -164,7 +164,7 @@ impl Workload for Args {
             cases.push(report);
         }
         results.emit("result", json!({ "workload": "vfio-dma", "bdf": bdf, "cases": cases, "wrong": wrong }));
-        ensure!(wrong.is_empty(), "DMA did not come out as it must: {wrong:?}");
+        ensure!(wrong.is_empty(), "DMA with a wrong result: {wrong:?}");
         Ok(())
     }
 }

@@ -97,7 +97,7 @@ fn suspends(topology: &str, mode: &str) -> Outcome {
     assert_eq!((&outcome.summary["verified"], outcome.count("requests_failed")), (&json!(true), 0));
     assert_no_complaint(&outcome);
     assert_always_translated(&outcome);
-    assert_eq!(outcome.requests("attach"), 1 + TIMES, "{mode}: the device is told again each time");
+    assert_eq!(outcome.requests("attach"), 1 + TIMES, "{mode}: an ATTACH at each resume");
     assert_eq!(resets(&outcome) as u64, TIMES, "{mode}");
     outcome
 }

@@ -32,7 +32,7 @@ fn check_queues(events: &[Event]) -> HashMap<(u8, bool), u64> {
         match before {
             None => assert!(started, "queue {queue} stops before it starts"),
             Some((was_started, at)) => {
-                assert_ne!(was_started, started, "queue {queue} is told twice, at {at} and at {index}");
+                assert_ne!(was_started, started, "queue {queue} has the same event twice, at {at} and at {index}");
                 assert!(!started || [0, at].contains(&index), "queue {queue} stopped at {at} and starts at {index}");
             }
         }

@@ -121,7 +121,7 @@ fn large_links_do_not_delay_faults_and_the_end() {
     driver.dma(&device, EP2).read(0x1234, &mut [0]).unwrap_err();
     assert_eq!(driver.wait_fault(fault).address.get(), 0x1234);
     let answered = driver.read_u16(driver.queues[REQUESTS].used + 2) - first;
-    assert!(answered < COUNT, "the fault was told after {answered} of {COUNT} requests");
+    assert!(answered < COUNT, "the fault came after {answered} of {COUNT} requests");
     let stopped = driver.frontend.get_vring_base(REQUESTS).unwrap() as u16 - first;
     assert!(stopped < COUNT, "the queue was stopped after all requests");
     // The remaining requests are done when the queue resumes.
