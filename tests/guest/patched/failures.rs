@@ -228,7 +228,7 @@ fn a_device_that_answers_too_late_is_used_again() {
 
 /// Sixteen reads are made at once, small enough for Linux to map all of them before it starts the first. The device is
 /// away from the first RELEASE of the second sixteen on (or from one a little later, if drivers have released memory of
-/// their own). The others are unmapped meanwhile, and the driver cannot wait for that. All their RELEASEs reach the
+/// their own). The others are unmapped meanwhile, and the driver cannot wait for that. All those requests reach the
 /// device when it is back.
 #[test]
 fn what_is_unmapped_while_the_device_is_away_is_undone_later() {
