@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::concurrent::{Beside, RATE};
 use super::{COUNTS, LAYOUTS, Set};
 
-/// What criterion does not keep.
+/// The results that criterion does not keep.
 pub struct Report {
     begin: SystemTime,
     /// Resident bytes a mapping, by layout, count and subject.
@@ -30,7 +30,7 @@ const ROWS: [(&str, &str, Option<f64>); 6] = [
 ];
 
 impl Report {
-    /// Of a run that begins now.
+    /// The report of a run that begins now.
     pub fn new() -> Self {
         Report { begin: SystemTime::now(), memory: BTreeMap::new(), beside: None, missed: 0 }
     }
@@ -120,7 +120,7 @@ impl Report {
         estimates["median"]["point_estimate"].as_f64()
     }
 
-    /// Of the largest set, where the process's own pages do not matter.
+    /// The row of the largest set, in which the process's own pages do not matter.
     fn memory_row(&mut self, layout: &'static str) -> Option<Value> {
         let count = *COUNTS.last()?;
         let of = |subject| self.memory.get(&(layout, count, subject)).copied();

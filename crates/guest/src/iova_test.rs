@@ -76,7 +76,7 @@ impl Case {
 #[derive(Debug)]
 struct Suite {
     cases: Vec<Case>,
-    /// What cases said.
+    /// The messages of the cases.
     messages: Vec<String>,
 }
 

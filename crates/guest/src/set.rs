@@ -14,7 +14,7 @@ use crate::workload::Workload;
 pub struct Args {
     /// The file, for example /sys/kernel/debug/failslab/probability.
     file: PathBuf,
-    /// What is written to it.
+    /// The value to write.
     #[arg(allow_hyphen_values = true)]
     value: String,
     /// The kernel is to refuse it

@@ -70,7 +70,7 @@ impl Moves<'_> {
     }
 }
 
-/// What a driver saw: numbers, and bytes.
+/// The results that a driver saw: numbers, and bytes.
 #[derive(Debug, PartialEq)]
 pub struct Seen(pub Vec<u64>, pub Vec<u8>);
 
