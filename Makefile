@@ -76,7 +76,7 @@ fuzz:
 	@scripts/fuzz $(SECONDS)
 
 soak:
-	VIOMMU_SOAK=1 cargo test --release --test soak -- --nocapture --test-threads=1
+	VIOMMU_SOAK=1 cargo test --release --test daemon soak:: -- --nocapture --test-threads=1
 
 bench:
 	@scripts/setup stock

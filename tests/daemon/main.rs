@@ -6,6 +6,7 @@
 mod backlog;
 mod image;
 mod sandbox;
+mod soak;
 mod startup;
 
 use std::fs;

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
 mod bar_memory;
+mod battery;
 mod ioat;
 mod null;
 mod nvme;

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use crate::daemon::*;
+use super::daemon::*;
 use viommu_testkit::engine::Engine;
 use viommu_testkit::frontend::split::{link_bytes, range};
 use viommu_testkit::frontend::{Driver, EVENTS, OK, Part, RAM, READ, REQUESTS, WRITE};

@@ -1,7 +1,5 @@
 //! Tests that every model in MODELS must pass. Nothing here names a model: `drivers` has a driver for each.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
-
 mod drivers;
 mod held;
 mod runs;

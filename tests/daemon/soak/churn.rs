@@ -5,7 +5,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use crate::daemon::*;
+use super::daemon::*;
 use viommu_testkit::engine::Engine;
 use viommu_testkit::frontend;
 use viommu_testkit::memfd;

@@ -1,6 +1,6 @@
 //! Memory that is allocated and freed, and must not grow.
 
-use crate::daemon::*;
+use super::daemon::*;
 use viommu_testkit::frontend;
 use viommu_testkit::memfd;
 use viommu_testkit::nvme::{self, io};

@@ -1,6 +1,6 @@
 //! Reservations and tables up to the budget, repeatedly: the number is the same each time, and all memory comes back.
 
-use crate::daemon::amount;
+use super::daemon::amount;
 use viommu::iommu::Limits;
 use viommu_testkit::frontend::split::{link_bytes, range};
 use viommu_testkit::frontend::*;

@@ -4,7 +4,7 @@ use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::daemon::*;
+use super::daemon::*;
 use viommu_testkit::engine::{Descriptor, Engine};
 use viommu_testkit::memfd;
 use viommu_testkit::nvme::{self, io};
@@ -56,7 +56,7 @@ fn the_next_peer_is_served_after_one_is_killed() {
     let mut longest = Duration::ZERO;
     for _ in 0..amount(3, 30) {
         let mut peer = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "peers::peer", "--ignored", "--nocapture"])
+            .args(["--exact", "soak::peers::peer", "--ignored", "--nocapture"])
             .env(FOLDER, daemon.socket("").as_os_str())
             .stdout(Stdio::piped())
             .spawn()

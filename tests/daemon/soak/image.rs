@@ -2,7 +2,7 @@
 
 use std::fs::OpenOptions;
 
-use crate::daemon::*;
+use super::daemon::*;
 use viommu_testkit::memfd;
 use viommu_testkit::nvme::{self, io};
 
