@@ -44,6 +44,7 @@ const ANY: &[c_long] = &[
     libc::SYS_newfstatat,
     libc::SYS_statx,
     libc::SYS_fstatfs,
+    // An image is unlocked when it is closed, and a refusal would panic.
     libc::SYS_flock,
     libc::SYS_dup,
     libc::SYS_close,

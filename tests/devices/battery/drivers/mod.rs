@@ -26,7 +26,7 @@ pub struct Driver {
 /// The driver of a model.
 pub fn of(model: &str) -> Driver {
     let found = DRIVERS.into_iter().find(|driver| driver.model == model);
-    found.unwrap_or_else(|| panic!("{model} has no driver in tests/battery/drivers/: add one"))
+    found.unwrap_or_else(|| panic!("{model} has no driver in tests/devices/battery/drivers/: add one"))
 }
 
 /// Keeps a device busy, and checks what it did.
