@@ -1,7 +1,8 @@
 //! The request queue when another thread than its worker serves it, over a real vhost-user socket.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use viommu::poller::QueuePoller;
 use viommu_testkit::StopOnDrop;
@@ -129,18 +130,18 @@ fn no_request_is_lost_and_no_kick_counted_twice_while_the_queue_changes_hands() 
         let mut driver = Driver::accepting(&device, features);
         assert_eq!(driver.attach(1, EP), OK);
         wait_for_kicks(&device, &driver, 1);
-        let (control, done) = (device.control.clone(), AtomicBool::new(false));
-        let mut kicks = 1;
+        let (control, done, served) = (device.control.clone(), AtomicBool::new(false), AtomicU64::new(0));
+        let (mut kicks, mut sent) = (1, 0);
         thread::scope(|scope| {
             let other = scope.spawn(|| {
-                let mut served = 0;
                 while !done.load(Ordering::Relaxed) {
                     // For some time it has the queue, which it releases and acquires again now and then, and for some
                     // time not.
                     let until = control.count() + HANDOFF;
                     while control.count() < until && !done.load(Ordering::Relaxed) {
                         assert!(control.acquire());
-                        served += (0..20).filter(|_| control.poll()).count();
+                        let found = (0..20).filter(|_| control.poll()).count();
+                        served.fetch_add(found as u64, Ordering::Relaxed);
                         control.release();
                     }
                     let until = control.count() + HANDOFF;
@@ -148,18 +149,23 @@ fn no_request_is_lost_and_no_kick_counted_twice_while_the_queue_changes_hands() 
                         thread::yield_now();
                     }
                 }
-                served
             });
-            let end = StopOnDrop(&done);
-            for page in 0..HANDOFFS * HANDOFF {
-                let (writable, kicked) = send(&mut driver, page);
+            let (end, begun) = (StopOnDrop(&done), Instant::now());
+            // The other thread may get no processor for long.
+            while sent < HANDOFFS * HANDOFF || served.load(Ordering::Relaxed) == 0 {
+                assert!(begun.elapsed() < PATIENCE, "the other thread serves no request");
+                let (writable, kicked) = send(&mut driver, sent);
                 kicks += u64::from(kicked);
                 assert_eq!(answer(&mut driver, &writable), OK);
+                sent += 1;
+                if sent >= HANDOFFS * HANDOFF {
+                    thread::sleep(Duration::from_millis(1));
+                }
             }
             drop(end);
-            assert_ne!(other.join().unwrap(), 0);
+            other.join().unwrap();
         });
-        assert_eq!(device.iommu.stats().requests[RequestType::Map].total, HANDOFFS * HANDOFF);
+        assert_eq!(device.iommu.stats().requests[RequestType::Map].total, sent);
         // Several kicks may have been written before the first was read.
         let seen = device.control.stats().kicks;
         assert!(seen <= kicks, "{seen} of {kicks}");
