@@ -2,9 +2,11 @@
 //! loses events. A million mappings are live, and the clients leave before they have read them all. Fails if a goal is
 //! missed.
 
-#![allow(clippy::expect_used, reason = "a benchmark that cannot start has nothing to measure")]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a benchmark that cannot start has nothing to measure")]
 
-use std::fs;
+#[path = "common/cores.rs"]
+mod cores;
+
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -14,13 +16,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use cores::Cores;
 use nix::unistd::Pid;
 use viommu::iommu::{EndpointSettings, Iommu, Live, Request, Settings};
+use viommu_testkit::frontend::{IntoBytesRequest, READ, attach, map, unmap};
+use viommu_testkit::process::{descriptors, resident};
+use viommu_testkit::{PATIENCE, wait_until};
 use viommu_trace::{self as trace, Event, Format, Kind, Options, Reader, Subscription, Tracer};
-use viommu_wire::request::RequestType;
-use viommu_wire::virtio_iommu::{Attach, Head, Map, Unmap, feature};
-use zerocopy::IntoBytes;
+use viommu_wire::virtio_iommu::feature;
 
 const PAGE: u64 = 4096;
 const MAPPINGS: u64 = 1_000_000;
@@ -55,7 +58,6 @@ fn main() -> ExitCode {
         let reader = Reader::connect(&socket, &Subscription { kinds: vec![Kind::Request], ..Subscription::default() });
         move || lost(reader.expect("a client"))
     });
-    cores.keep_one();
     let mut ratios = vec![Vec::new(); CLIENTS.len()];
     let mut most_more = 0;
     println!("{:>7} {:>12} {:>10} {:>10}", "clients", "ns a request", "to none", "MiB more");
@@ -63,12 +65,20 @@ fn main() -> ExitCode {
         let mut alone = 0.0;
         for (count, ratios) in CLIENTS.into_iter().zip(&mut ratios) {
             let (before, open) = (resident(), descriptors());
-            let clients = Clients::start(&socket, count, &cores);
-            let time = device.time_of_a_request();
-            let more = resident().saturating_sub(before);
+            let clients = Clients::start(&socket, count);
+            // On a core of its own, since what is measured is not how processors are shared.
+            let measured = thread::scope(|scope| {
+                let thread = scope.spawn(|| {
+                    cores.give_processor(Pid::from_raw(0));
+                    device.time_of_a_request()
+                });
+                thread.join()
+            });
+            let time = measured.expect("the measuring thread");
+            let more = resident().saturating_sub(before) >> 20;
             drop(clients);
             // The trace's server closes its ends a moment later.
-            wait_for("the end of the clients", || descriptors() == open);
+            wait_until(PATIENCE, "the end of the clients", || descriptors() == open);
             most_more = most_more.max(more);
             if count == 0 {
                 alone = time;
@@ -95,42 +105,6 @@ fn main() -> ExitCode {
     if reached { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// Waits until something is so.
-fn wait_for(what: &str, mut is_so: impl FnMut() -> bool) {
-    let begin = Instant::now();
-    while !is_so() {
-        assert!(begin.elapsed() < Duration::from_secs(60), "waited for {what} in vain");
-        thread::sleep(Duration::from_millis(1));
-    }
-}
-
-/// The requesting thread has a core of its own, since what is measured is not how processors are shared.
-struct Cores {
-    one: CpuSet,
-    others: CpuSet,
-}
-
-impl Cores {
-    /// Moves this thread, and those that it starts from now on, to all cores but one.
-    fn divide() -> Cores {
-        let all = sched_getaffinity(Pid::from_raw(0)).expect("the cores of this process");
-        let mut cores = (0..CpuSet::count()).filter(|core| all.is_set(*core) == Ok(true));
-        let (mut one, mut others) = (CpuSet::new(), CpuSet::new());
-        one.set(cores.next().expect("a core")).expect("it is a core");
-        cores.for_each(|core| others.set(core).expect("it is a core"));
-        sched_setaffinity(Pid::from_raw(0), &others).expect("at least two cores are wanted");
-        Cores { one, others }
-    }
-
-    fn keep_one(&self) {
-        sched_setaffinity(Pid::from_raw(0), &self.one).expect("a core");
-    }
-
-    fn share_others(&self) {
-        sched_setaffinity(Pid::from_raw(0), &self.others).expect("a core");
-    }
-}
-
 struct Device {
     iommu: Arc<Iommu>,
     tracer: Tracer,
@@ -143,23 +117,16 @@ impl Device {
         let iommu = Iommu::new(Settings { endpoints, ..Settings::default() }, Tracer::default());
         iommu.set_features(feature::MAP_UNMAP);
         let device = Device { iommu, tracer: Tracer::default() };
-        let head = head(RequestType::Attach);
-        let attach = Attach { head, domain: 1.into(), endpoint: 1.into(), flags: 0.into(), reserved: [0; 4] };
-        device.execute(attach.as_bytes());
+        device.execute(&attach(1, 1, 0).bytes());
         device
     }
 
     fn map(&self, page: u64) {
-        let (virt_start, virt_end, phys_start) = ((page * PAGE).into(), (page * PAGE + PAGE - 1).into(), 0.into());
-        let head = head(RequestType::Map);
-        let map = Map { head, domain: 1.into(), virt_start, virt_end, phys_start, flags: 3.into() };
-        self.execute(map.as_bytes());
+        self.execute(&map(1, page * PAGE, page * PAGE + PAGE - 1, 0, READ).bytes());
     }
 
     fn unmap(&self, page: u64) {
-        let (virt_start, virt_end) = ((page * PAGE).into(), (page * PAGE + PAGE - 1).into());
-        let head = head(RequestType::Unmap);
-        self.execute(Unmap { head, domain: 1.into(), virt_start, virt_end, reserved: [0; 4] }.as_bytes());
+        self.execute(&unmap(1, page * PAGE, page * PAGE + PAGE - 1).bytes());
     }
 
     /// As the request queue's thread does it.
@@ -193,10 +160,6 @@ impl Device {
     }
 }
 
-fn head(request: RequestType) -> Head {
-    Head { kind: request as u8, reserved: [0; 3] }
-}
-
 /// Clients that have asked for the live state, and read it until this is dropped.
 struct Clients {
     stop: Arc<AtomicBool>,
@@ -204,7 +167,7 @@ struct Clients {
 }
 
 impl Clients {
-    fn start(socket: &Path, count: usize, cores: &Cores) -> Clients {
+    fn start(socket: &Path, count: usize) -> Clients {
         let subscription =
             Subscription { format: Format::Binary, kinds: vec![Kind::State], state: true, ..Subscription::default() };
         let streams: Vec<_> = (0..count)
@@ -216,13 +179,11 @@ impl Clients {
             })
             .collect();
         let (stop, received) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-        cores.share_others();
         let thread = thread::spawn({
             let (stop, received) = (stop.clone(), received.clone());
             move || read(&streams, &stop, &received)
         });
-        wait_for("the state at all clients", || received.load(Ordering::Relaxed) == count as u64);
-        cores.keep_one();
+        wait_until(PATIENCE, "the state at all clients", || received.load(Ordering::Relaxed) == count as u64);
         Clients { stop, thread: Some(thread) }
     }
 }
@@ -263,15 +224,4 @@ fn lost(mut reader: Reader<UnixStream>) -> u64 {
         }
     }
     lost
-}
-
-/// How many descriptors this process has.
-fn descriptors() -> usize {
-    fs::read_dir("/proc/self/fd").map_or(0, Iterator::count)
-}
-
-/// Resident memory in MiB.
-fn resident() -> u64 {
-    let statm = fs::read_to_string("/proc/self/statm").unwrap_or_default();
-    statm.split(' ').nth(1).and_then(|pages| pages.parse::<u64>().ok()).unwrap_or(0) * PAGE / (1 << 20)
 }

@@ -137,11 +137,7 @@ impl Subject for Radix {
 fn resident() -> u64 {
     // SAFETY: Takes no pointer; it only makes the allocator give back what is free.
     unsafe { libc::malloc_trim(0) };
-    let pages = std::fs::read_to_string("/proc/self/statm")
-        .ok()
-        .and_then(|text| text.split_whitespace().nth(1)?.parse::<u64>().ok())
-        .unwrap_or(0);
-    pages * PAGE
+    viommu_testkit::process::resident()
 }
 
 /// Measures one subject with one set of mappings.

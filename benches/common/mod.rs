@@ -2,33 +2,16 @@
 
 use std::fs;
 
-use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 use viommu_testkit::guest::{Folder, Guest, Running};
 use viommu_testkit::{PATIENCE, wait_until};
 
+mod cores;
 pub mod interleaved;
 
-/// Which threads run on which of the machine's cores. If that is left to chance, the daemon shares a core with the
-/// guest's processor in some boots and not in others, which alone changes the throughput by a factor of three.
-pub struct Cores {
-    /// The guest's processor has a core of its own.
-    processor: CpuSet,
-}
+pub use cores::Cores;
 
 impl Cores {
-    /// Moves this process, and so every process that it starts from now on, to the other cores.
-    pub fn divide() -> Cores {
-        let this = Pid::from_raw(0);
-        let all = sched_getaffinity(this).unwrap();
-        let mut cores = (0..CpuSet::count()).filter(|core| all.is_set(*core).unwrap());
-        let (mut processor, mut others) = (CpuSet::new(), CpuSet::new());
-        processor.set(cores.next().unwrap()).unwrap();
-        cores.for_each(|core| others.set(core).unwrap());
-        sched_setaffinity(this, &others).expect("at least two cores are wanted");
-        Cores { processor }
-    }
-
     /// Boots a guest whose processor has its own core. QEMU names the processor's thread shortly after its start.
     pub fn start(&self, guest: Guest) -> Running {
         let running = guest.start();
@@ -41,7 +24,7 @@ impl Cores {
                 .find_map(|thread| thread.file_name().to_string_lossy().parse().ok());
             thread.is_some()
         });
-        sched_setaffinity(Pid::from_raw(thread.unwrap()), &self.processor).unwrap();
+        self.give_processor(Pid::from_raw(thread.unwrap()));
         running
     }
 }

@@ -5,6 +5,7 @@ use std::sync::mpsc;
 use std::thread;
 
 use serde_json::Value;
+use viommu_testkit::process::resident;
 use viommu_trace::event::StateItem;
 use viommu_trace::{Event, Kind, StateSource, Subscription};
 
@@ -88,12 +89,6 @@ fn all_that_is_live_comes_once_between_the_marks() {
     fixture.stop();
     assert!(named.next().is_none(), "what is live comes once");
     assert!(other.rest().iter().all(|line: &Value| line["kind"] != "state"));
-}
-
-/// Resident memory of this process, in bytes.
-fn resident() -> u64 {
-    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
-    statm.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
 }
 
 #[test]

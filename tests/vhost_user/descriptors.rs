@@ -1,7 +1,6 @@
 //! Both kinds of server when the process is out of descriptors, and how many descriptors a client's memory costs. The
 //! limit and the count belong to the process, so each of these tests has a process of its own.
 
-use std::fs;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -19,7 +18,7 @@ use viommu::vhost;
 use viommu_testkit::PATIENCE;
 use viommu_testkit::function::Served;
 use viommu_testkit::memfd;
-use viommu_testkit::process::alone;
+use viommu_testkit::process::{alone, descriptors};
 use viommu_testkit::toy::*;
 use viommu_testkit::vfio::*;
 use viommu_trace::Tracer;
@@ -68,11 +67,6 @@ impl Function for Idle {
     fn bar_write(&mut self, _bar: u8, _offset: u64, _data: &[u8]) {}
 
     fn reset(&mut self) {}
-}
-
-/// How many descriptors this process has.
-fn descriptors() -> usize {
-    fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
 /// Sets the soft limit of open descriptors and returns the one before.

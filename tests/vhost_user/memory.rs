@@ -20,6 +20,7 @@ use viommu::dma::{Dma, DmaContext, DmaError};
 use viommu::iommu::{EndpointSettings, Iommu, Settings};
 use viommu::memory::{Memory, MemoryMap, REGIONS_MAX, RegionError, sigbus};
 use viommu_testkit::frontend::*;
+use viommu_testkit::process::descriptors;
 use viommu_testkit::{PATIENCE, wait_until};
 use viommu_testkit::{StopOnDrop, memfd};
 use viommu_trace::Tracer;
@@ -219,7 +220,6 @@ fn a_client_may_have_65_535_regions() {
     let mut map = MemoryMap::new(Memory::default());
     let file = memfd(PAGE * REGIONS_MAX as u64);
     let mut dma = dma_context(map.memory()).open();
-    let descriptors = || std::fs::read_dir("/proc/self/fd").unwrap().count();
     let before = descriptors();
     let begun = Instant::now();
     for number in 0..REGIONS_MAX as u64 {

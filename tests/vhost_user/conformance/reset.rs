@@ -9,7 +9,7 @@ use viommu::iommu::{Iommu, Settings};
 use viommu::vhost::{Server, ServerError};
 use viommu_socket::SocketError;
 use viommu_testkit::frontend::*;
-use viommu_testkit::process::alone;
+use viommu_testkit::process::{alone, descriptors};
 use viommu_testkit::trace::Recorder;
 use viommu_testkit::{PATIENCE, wait_until};
 use viommu_trace::Kind;
@@ -163,18 +163,17 @@ fn many_sessions_leave_no_descriptor_behind() {
 }
 
 fn sessions_come_and_go() {
-    let count = || std::fs::read_dir("/proc/self/fd").unwrap().count();
     let device = Device::new();
     drop(busy(&device));
     drop(busy(&device));
     wait_until(PATIENCE, "the end of the session", || device.iommu.stats().mappings_live == 0);
-    let before = count();
+    let before = descriptors();
     for _ in 0..50 {
         drop(busy(&device));
     }
     wait_until(PATIENCE, "the end of the sessions", || device.iommu.stats().mappings_live == 0);
     // The last session may still be closing its descriptors.
-    wait_until(PATIENCE, "all descriptors closed", || count() <= before);
+    wait_until(PATIENCE, "all descriptors closed", || descriptors() <= before);
 }
 
 #[test]
