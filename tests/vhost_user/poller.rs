@@ -2,7 +2,6 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
 
 use viommu::poller::QueuePoller;
 use viommu_testkit::StopOnDrop;
@@ -150,18 +149,19 @@ fn no_request_is_lost_and_no_kick_counted_twice_while_the_queue_changes_hands() 
                     }
                 }
             });
-            let (end, begun) = (StopOnDrop(&done), Instant::now());
-            // The other thread may get no processor for long.
-            while sent < HANDOFFS * HANDOFF || served.load(Ordering::Relaxed) == 0 {
-                assert!(begun.elapsed() < PATIENCE, "the other thread serves no request");
+            let end = StopOnDrop(&done);
+            let mut send_one = || {
                 let (writable, kicked) = send(&mut driver, sent);
                 kicks += u64::from(kicked);
                 assert_eq!(answer(&mut driver, &writable), OK);
                 sent += 1;
-                if sent >= HANDOFFS * HANDOFF {
-                    thread::sleep(Duration::from_millis(1));
-                }
-            }
+            };
+            (0..HANDOFFS * HANDOFF).for_each(|_| send_one());
+            // The other thread may get no processor for long.
+            wait_until(PATIENCE, "a request that the other thread serves", || {
+                send_one();
+                served.load(Ordering::Relaxed) > 0
+            });
             drop(end);
             other.join().unwrap();
         });

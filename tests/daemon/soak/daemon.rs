@@ -1,9 +1,9 @@
 //! A daemon with two NVMe controllers, three DMA engines and a trace.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Read};
+use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::Child;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
@@ -11,7 +11,6 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 use vfio_user::Client;
-use viommu_testkit::process::viommu;
 
 const TOPOLOGY: &str = "[[nvme]]\naddress = \"04.0\"\nimage = \"nvme0.img\"\n[[dma-engine]]\naddress = \"05.0\"\n\
                         [[nvme]]\naddress = \"06.0\"\nimage = \"nvme1.img\"\n[[dma-engine]]\naddress = \"07.0\"\n\
@@ -42,23 +41,14 @@ impl Daemon {
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("topology.toml"), TOPOLOGY).unwrap();
-        let mut child = viommu()
-            .args(["serve", "--topology", "topology.toml", "--socket-path", "viommu.sock"])
-            .args(["--trace-socket", "trace.sock", "--create-images", "16M"])
-            .current_dir(&folder)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let arguments = ["--topology", "topology.toml", "--trace-socket", "trace.sock", "--create-images", "16M"];
+        let (mut child, _) = crate::serve_on("viommu.sock", folder.path(), &arguments);
         let mut log = child.stderr.take().unwrap();
         let log = std::thread::spawn(move || {
             let mut said = String::new();
             log.read_to_string(&mut said).unwrap();
             said
         });
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        assert_eq!(line, "viommu: serving on viommu.sock\n");
         Daemon { child, folder, log: Some(log), _alone: alone }
     }
 

@@ -7,7 +7,7 @@ mod runs;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use drivers::{Load, set_bus_master};
 use held::Held;
@@ -17,12 +17,10 @@ use viommu::devices::{Device, MODELS, Model};
 use viommu::topology::Topology;
 use viommu_testkit::function::Served;
 use viommu_testkit::trace::Recorder;
-use viommu_testkit::{Numbers, StopOnDrop};
+use viommu_testkit::{Numbers, PATIENCE, StopOnDrop};
 use viommu_trace::Kind;
 
 const ENDPOINT: u32 = 0x20;
-/// How long anything may take: only a hang takes longer.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Opens an endpoint of a model in a folder of its own, configured as the example in MODELS.
 fn open(model: &Model) -> (Arc<dyn Device>, TempDir) {

@@ -5,11 +5,10 @@ use std::time::Instant;
 
 use vfio_user::Client;
 
-use super::super::PATIENCE;
 use super::{Load, Moves, Run, Seen, Step};
 use viommu_testkit::engine::{self, COMPLETION, Descriptor, Engine, INTERRUPT, NULL, register};
-use viommu_testkit::memfd;
 use viommu_testkit::nvme::pattern;
+use viommu_testkit::{PATIENCE, memfd};
 
 pub const DRIVER: super::Driver = super::Driver {
     model: "dma-engine",

@@ -7,9 +7,8 @@ use std::time::Instant;
 
 use vfio_user::Client;
 
-use super::super::PATIENCE;
 use super::{Load, Moves, Run, Seen, Step, set_bus_master};
-use viommu_testkit::memfd;
+use viommu_testkit::{PATIENCE, memfd};
 
 pub const DRIVER: super::Driver = super::Driver {
     model: "null",
