@@ -67,8 +67,18 @@ impl Register {
     }
 }
 
-/// The names of registers by their offsets.
-pub const fn names<const N: usize>(registers: &[Register; N]) -> [(u32, &'static str); N] {
+/// Declares registers, each as a constant of its name, and `REGISTERS` with all of them and with those after the semicolon.
+macro_rules! registers {
+    ($($(#[$about:meta])* $id:ident $offset:literal $width:literal),* ; $($more:expr),*) => {
+        $($(#[$about])* pub const $id: Register = Register::new(stringify!($id), $offset, $width);)*
+
+        const REGISTERS: &[Register] = &[$($id,)* $($more,)*];
+    };
+}
+pub(crate) use registers;
+
+/// The names of all `N` registers by their offsets.
+pub const fn names<const N: usize>(registers: &[Register]) -> [(u32, &'static str); N] {
     let mut names = [(0, ""); N];
     let mut at = 0;
     while at < N {

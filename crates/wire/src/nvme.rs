@@ -1,6 +1,6 @@
 //! NVMe as the trace shows it.
 
-use crate::model::{ALWAYS, Declaration, Form, Member, Part, Register, names};
+use crate::model::{ALWAYS, Declaration, Form, Member, Part, Register, names, registers};
 use crate::named_numbers;
 
 named_numbers! {
@@ -53,52 +53,52 @@ pub const DECLARATION: Declaration = Declaration {
         Member { name: "cc", form: Form::Hex, low: 32, width: 32, is_there: ALWAYS },
         Member { name: "csts", form: Form::Hex, low: 64, width: 32, is_there: ALWAYS },
     ],
-    registers: &REGISTERS,
-    register_names: &names(&REGISTERS),
+    registers: REGISTERS,
+    register_names: &names::<{ REGISTERS.len() }>(REGISTERS),
 };
 
 /// The controller's registers, and the doorbells of these queues.
-macro_rules! registers {
-    ($($(#[$about:meta])* $id:ident $offset:literal $width:literal),*; doorbells $($queue:literal)*) => {
-        $($(#[$about])* pub const $id: Register = Register::new(stringify!($id), $offset, $width);)*
-
-        const REGISTERS: [Register; [$($offset),*].len() + 2 * [$($queue),*].len()] = [
-            $($id,)*
+macro_rules! registers_and_doorbells {
+    ({ $($registers:tt)* } $($queue:literal)*) => {
+        registers! {
+            $($registers)* ;
             $(
                 Register::new(concat!("SQ", $queue, "TDBL"), 0x1000 + 8 * $queue, 4),
-                Register::new(concat!("CQ", $queue, "HDBL"), 0x1004 + 8 * $queue, 4),
-            )*
-        ];
+                Register::new(concat!("CQ", $queue, "HDBL"), 0x1004 + 8 * $queue, 4)
+            ),*
+        }
     };
 }
 
 // The names and places are those of the NVMe base specification, section 3.1.
-registers! {
-    /// Controller capabilities.
-    CAP 0x00 8,
-    /// Version.
-    VS 0x08 4,
-    /// Interrupt mask set.
-    INTMS 0x0c 4,
-    /// Interrupt mask clear.
-    INTMC 0x10 4,
-    /// Controller configuration.
-    CC 0x14 4,
-    /// Controller status.
-    CSTS 0x1c 4,
-    /// NVM subsystem reset.
-    NSSR 0x20 4,
-    /// Admin queue attributes.
-    AQA 0x24 4,
-    /// Admin submission queue base address.
-    ASQ 0x28 8,
-    /// Admin completion queue base address.
-    ACQ 0x30 8,
-    /// Controller memory buffer location.
-    CMBLOC 0x38 4,
-    /// Controller memory buffer size.
-    CMBSZ 0x3c 4;
-    doorbells 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32 33 34 35 36 37 38 39
+registers_and_doorbells! {
+    {
+        /// Controller capabilities.
+        CAP 0x00 8,
+        /// Version.
+        VS 0x08 4,
+        /// Interrupt mask set.
+        INTMS 0x0c 4,
+        /// Interrupt mask clear.
+        INTMC 0x10 4,
+        /// Controller configuration.
+        CC 0x14 4,
+        /// Controller status.
+        CSTS 0x1c 4,
+        /// NVM subsystem reset.
+        NSSR 0x20 4,
+        /// Admin queue attributes.
+        AQA 0x24 4,
+        /// Admin submission queue base address.
+        ASQ 0x28 8,
+        /// Admin completion queue base address.
+        ACQ 0x30 8,
+        /// Controller memory buffer location.
+        CMBLOC 0x38 4,
+        /// Controller memory buffer size.
+        CMBSZ 0x3c 4
+    }
+    0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32 33 34 35 36 37 38 39
     40 41 42 43 44 45 46 47 48 49 50 51 52 53 54 55 56 57 58 59 60 61 62 63 64
 }
 
