@@ -70,6 +70,7 @@ impl Collector {
                 if self.report_losses() {
                     continue;
                 }
+                self.end_idle_rings();
                 return Drained::All;
             }
             if left == before {
@@ -80,6 +81,12 @@ impl Collector {
                 std::hint::spin_loop();
             }
         }
+    }
+
+    /// Ends rings that are not needed any more. All events were taken.
+    fn end_idle_rings(&mut self) {
+        self.shared.end_idle_rings();
+        self.rings.retain(|ring| !ring.is_abandoned());
     }
 
     /// Takes all events up to the first whose number is missing, but at most `left`, which it counts down.
@@ -203,6 +210,61 @@ mod tests {
         assert_eq!(collector.rings.len(), 2, "the collector's and one more");
         assert!(records.iter().map(|record| record.endpoint.get()).eq(0..2000));
         assert_eq!((shared.stats().emitted(), shared.stats().lost), (2000, 0));
+    }
+
+    /// As without a client: the collector sleeps until a ring fills.
+    #[test]
+    fn threads_that_come_and_go_share_a_ring_though_nobody_watches() {
+        let shared = TraceShared::new(64).unwrap();
+        let mut collector = Collector::new(shared.clone());
+        let (mut received, mut woken) = (0, 0);
+        for _ in 0..1000 {
+            let shared = shared.clone();
+            let thread = std::thread::spawn({
+                let shared = shared.clone();
+                move || (0..5).for_each(|endpoint| shared.emit(&Event::Panic { endpoint }))
+            });
+            thread.join().unwrap();
+            if shared.wake.read().is_ok() {
+                woken += 1;
+                received += all(&mut collector).len();
+            }
+        }
+        received += all(&mut collector).len();
+        assert_eq!((received, shared.stats().lost), (5000, 0));
+        assert_eq!(collector.rings.len(), 2, "the collector's and one more");
+        assert!(woken < 1000 / 5, "woken {woken} times");
+    }
+
+    #[test]
+    fn rings_of_many_threads_go_when_they_have_ended() {
+        let shared = TraceShared::new(64).unwrap();
+        let mut collector = Collector::new(shared.clone());
+        let many = |count: u32| {
+            let at_once = std::sync::Barrier::new(count as usize);
+            std::thread::scope(|scope| {
+                let threads: Vec<_> = (0..count)
+                    .map(|endpoint| {
+                        let (shared, at_once) = (&shared, &at_once);
+                        scope.spawn(move || {
+                            shared.emit(&Event::Panic { endpoint });
+                            at_once.wait();
+                        })
+                    })
+                    .collect();
+                // The end of the scope does not wait for the destructors of thread locals.
+                threads.into_iter().for_each(|thread| thread.join().unwrap());
+            });
+        };
+        many(8);
+        // Their events are still to be taken, then the rings can go.
+        assert_eq!(all(&mut collector).len(), 8);
+        assert_eq!(collector.rings.len(), 3, "the collector's and two for threads to come");
+        many(4);
+        assert_eq!(all(&mut collector).len(), 4);
+        assert_eq!(collector.rings.len(), 3);
+        let stats = shared.stats();
+        assert_eq!((stats.emitted(), stats.of(Kind::Panic), stats.lost), (12, 12, 0));
     }
 
     /// While all lanes are taken, other threads lose their events, and the losses are reported. A thread that ends

@@ -126,6 +126,11 @@ impl<const WORDS: usize> Producer<WORDS> {
         self.tail.wrapping_sub(self.head) >= slots / 2
     }
 
+    /// Whether everything in the ring was taken, and each loss.
+    pub fn is_idle(&mut self) -> bool {
+        self.free() == self.ring.slots.len() && !self.has_loss()
+    }
+
     /// Whether there is a loss that neither end has taken.
     #[inline]
     pub fn has_loss(&self) -> bool {
@@ -149,6 +154,11 @@ impl<const WORDS: usize> Producer<WORDS> {
 }
 
 impl<const WORDS: usize> Consumer<WORDS> {
+    /// Whether nobody has the writing end any more.
+    pub fn is_abandoned(&self) -> bool {
+        Arc::strong_count(&self.ring) == 1
+    }
+
     /// Looks for new events.
     pub fn refresh(&mut self) {
         // Acquire: pairs with the release in `push`.

@@ -18,6 +18,9 @@ use crate::ring::{Consumer, Producer, Sequence, ring};
 /// written to takes address space but no memory.
 const RINGS_MAX: usize = 1 << 22;
 
+/// The most rings that are kept for threads to come.
+const IDLE_MAX: usize = 2;
+
 /// One more than the highest number of a kind.
 const KINDS: usize = Kind::ALL.len() + 1;
 
@@ -97,7 +100,7 @@ struct Threads {
     counters: Vec<Arc<Counters>>,
     /// Lanes without a thread, for the next thread that needs one. Events of the last thread may still be in the ring.
     idle: Vec<Lane>,
-    /// Events of threads that had no ring.
+    /// What was counted for rings that are gone, and for threads that had none.
     ringless: TraceStats,
 }
 
@@ -234,20 +237,24 @@ impl TraceShared {
         }
     }
 
-    /// A lane for the calling thread; `None` if all that there may be are taken. It is an idle lane if half of its ring
-    /// is free, since events of the last thread that are still in it take room. Otherwise it is a new one, up to the
-    /// limit, and then any idle one.
+    /// A lane for the calling thread; `None` if all that there may be are taken. It is the idle lane with the most room,
+    /// since events of the last thread may still be in its ring, if a quarter of that is free. Otherwise it is a new one,
+    /// up to the limit, and then any idle one.
     #[cold]
     fn lane(&self) -> Option<Lane> {
         let mut threads = self.threads();
-        let events = (threads.counters.len() + 1) * self.slots;
-        let wanted = if events <= RINGS_MAX { self.slots / 2 } else { 0 };
+        let may_add = (threads.counters.len() + 1) * self.slots <= RINGS_MAX;
         let idle = threads.idle.iter_mut().map(|lane| lane.producer.free()).enumerate();
-        match idle.max_by_key(|(_, free)| *free) {
-            Some((at, free)) if free >= wanted => Some(threads.idle.swap_remove(at)),
-            _ if events <= RINGS_MAX => Some(threads.add_lane(self.slots)),
-            _ => None,
+        let Some((at, free)) = idle.max_by_key(|(_, free)| *free) else {
+            return may_add.then(|| threads.add_lane(self.slots));
+        };
+        if free < self.slots / 2 {
+            // A thread that ends may not have noticed that it filled half of the ring. If nobody woke the collector, each
+            // such lane would be replaced by another one.
+            self.wake();
         }
+        let new = free < self.slots / 4 && may_add;
+        Some(if new { threads.add_lane(self.slots) } else { threads.idle.swap_remove(at) })
     }
 
     /// A lane for the collector, regardless of the limit.
@@ -263,6 +270,17 @@ impl TraceShared {
     /// Takes the rings that were made since the last call.
     pub fn new_rings(&self) -> Vec<Consumer<WORDS>> {
         std::mem::take(&mut self.threads().new)
+    }
+
+    /// Ends rings that no thread has and whose events were all taken, except a few. When many threads end, or the collector
+    /// is late, there are more than will be needed again.
+    pub fn end_idle_rings(&self) {
+        let threads = &mut *self.threads();
+        let surplus = threads.idle.len().saturating_sub(IDLE_MAX);
+        for lane in threads.idle.extract_if(.., |lane| lane.producer.is_idle()).take(surplus) {
+            lane.counters.add_to(&mut threads.ringless);
+            threads.counters.retain(|counters| !Arc::ptr_eq(counters, &lane.counters));
+        }
     }
 
     /// The statistics so far.
