@@ -114,9 +114,8 @@ impl Threads {
     }
 }
 
-/// The writing end of a ring, and its counters. One thread has it at a time and hands it on at its end, so there are
-/// never more rings than there were threads at once. The collector sees no difference, since the numbers of the next
-/// thread's events are higher.
+/// The writing end of a ring, and its counters. One thread has it at a time and hands it on at its end. The collector sees
+/// no difference, since the numbers of the next thread's events are higher.
 pub struct Lane {
     producer: Producer<WORDS>,
     counters: Arc<Counters>,
@@ -136,7 +135,7 @@ impl Drop for Locals {
     fn drop(&mut self) {
         for Local { shared, lane, .. } in self.0.drain(..) {
             if let Some(shared) = shared.upgrade() {
-                shared.threads().idle.push(lane);
+                shared.take_back(lane);
             }
         }
     }
@@ -237,24 +236,30 @@ impl TraceShared {
         }
     }
 
-    /// A lane for the calling thread; `None` if all that there may be are taken. It is the idle lane with the most room,
-    /// since events of the last thread may still be in its ring, if a quarter of that is free. Otherwise it is a new one,
-    /// up to the limit, and then any idle one.
+    /// A lane for the calling thread; `None` if all that there may be are taken. It is an idle lane if half of its ring
+    /// is free, since events of the last thread that are still in it take room. Otherwise it is a new one, up to the
+    /// limit, and then any idle one.
     #[cold]
     fn lane(&self) -> Option<Lane> {
         let mut threads = self.threads();
-        let may_add = (threads.counters.len() + 1) * self.slots <= RINGS_MAX;
+        let events = (threads.counters.len() + 1) * self.slots;
+        let wanted = if events <= RINGS_MAX { self.slots / 2 } else { 0 };
         let idle = threads.idle.iter_mut().map(|lane| lane.producer.free()).enumerate();
-        let Some((at, free)) = idle.max_by_key(|(_, free)| *free) else {
-            return may_add.then(|| threads.add_lane(self.slots));
-        };
-        if free < self.slots / 2 {
-            // A thread that ends may not have noticed that it filled half of the ring. If nobody woke the collector, each
-            // such lane would be replaced by another one.
+        match idle.max_by_key(|(_, free)| *free) {
+            Some((at, free)) if free >= wanted => Some(threads.idle.swap_remove(at)),
+            _ if events <= RINGS_MAX => Some(threads.add_lane(self.slots)),
+            _ => None,
+        }
+    }
+
+    /// Takes back the lane of a thread that ends.
+    fn take_back(&self, mut lane: Lane) {
+        // It looks once in a quarter of a ring only whether it fills, and the next thread wants half of it.
+        let is_filling = lane.producer.free() < self.slots / 2;
+        self.threads().idle.push(lane);
+        if is_filling {
             self.wake();
         }
-        let new = free < self.slots / 4 && may_add;
-        Some(if new { threads.add_lane(self.slots) } else { threads.idle.swap_remove(at) })
     }
 
     /// A lane for the collector, regardless of the limit.
