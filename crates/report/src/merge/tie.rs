@@ -26,8 +26,8 @@ const CUTS: u32 = 4;
 /// The most operations that vote.
 const VOTERS: usize = 256;
 
-/// The most votes that are counted at once.
-const VOTES: usize = 200_000;
+/// About the most operations of the device that all voters together look at.
+const PARTNERS: usize = 200_000;
 
 /// The most clocks that are tried.
 const CANDIDATES: usize = 4096;
@@ -255,11 +255,14 @@ impl<'a> Boot<'a> {
             (0..stretch.len()).flat_map(|distance| [middle.checked_sub(distance + 1), Some(middle + distance)]);
         let nearest = nearest.flatten().filter(|index| stretch.contains(index));
         let mut votes: Vec<Vec<(i64, i64)>> = Vec::new();
-        let mut count = 0;
+        let mut looks = 0;
         for span in nearest.map(|index| &self.spans[index]).filter(|span| is_whole(span)) {
-            let mut possible: Vec<(i64, i64)> = self
-                .host
-                .of(&span.key)
+            if looks >= PARTNERS {
+                break;
+            }
+            let partners = self.host.of(&span.key);
+            looks += partners.len();
+            let mut possible: Vec<(i64, i64)> = partners
                 .iter()
                 .filter_map(|(_, host)| {
                     let Cursor { interval, .. } = Cursor { at, interval: Interval::ALL }.with(span, host)?;
@@ -277,9 +280,8 @@ impl<'a> Boot<'a> {
                 last.1 = if touches { last.1.max(next.1) } else { last.1 };
                 touches
             });
-            count += possible.len();
             votes.push(possible);
-            if votes.len() >= VOTERS || count >= VOTES {
+            if votes.len() >= VOTERS {
                 break;
             }
         }
