@@ -3,23 +3,40 @@
 # Functions of the scripts that build the guest's kernel. They need lib.sh, and
 # run in the project's folder.
 #
-# The work folder .kernel/ holds
+# The work folder .kernel/VERSION/ holds
 #   tree/     the source with the series applied
 #   origin/   the original files that the series touches
 #   source    which source tree/ was unpacked from
 #   objects*/ the compiled objects
 #   modules*/ the drivers that are built against it, source and objects
 
-readonly SERIES=6.12
-readonly PATCHES=guest-kernel-patches/linux-$SERIES
+readonly DEFAULT_SERIES=6.12
 readonly MODULES=guest-kernel-patches/modules
 # The number in a full build; it varies a little with the configuration.
 readonly ABOUT_OBJECTS=1600
 
-# use_work_folder SUFFIX [FOLDER]: reserves .kernel/, or a folder in it, for
-# this run. Objects of other configurations are kept apart.
+# Prints the versions of Linux that there is a series for.
+known_series() {
+	find guest-kernel-patches -maxdepth 1 -name 'linux-*' -printf '%f\n' | sed 's/^linux-//' | sort -V | paste -sd ' '
+}
+
+# use_series VERSION: selects the series for this Linux.
+use_series() {
+	SERIES=$1
+	PATCHES=guest-kernel-patches/linux-$SERIES
+	[[ -n $SERIES && -d $PATCHES ]] || die "There is no series for this version of Linux." \
+		"Wanted: one of $(known_series)" "Found:  ${SERIES:-no version}"
+	# Where Debian has its source.
+	case $SERIES in
+	6.12) SOURCE_SUITES=("$GUEST_SUITE" "$GUEST_SUITE-updates" "$GUEST_SUITE-security") ;;
+	*) SOURCE_SUITES=("$GUEST_SUITE-backports") ;;
+	esac
+}
+
+# use_work_folder SUFFIX [FOLDER]: reserves the series' folder in .kernel/, or a
+# folder in that, for this run. Objects of other configurations are kept apart.
 use_work_folder() {
-	work=$PWD/.kernel${2:+/$2}
+	work=$PWD/.kernel/$SERIES${2:+/$2}
 	mkdir -p "$work"
 	exec {WORK_LOCK}>"$work/lock"
 	flock -n "$WORK_LOCK" || {
@@ -70,29 +87,65 @@ patch_content() {
 	sed -n '/^---$/,$p' "$1"
 }
 
-# debian_source [--update]: prints the newest archive of linux-source-6.12 that
+# debian_source [--update]: prints the newest archive of the series' Linux that
 # was fetched; fetches one if there is none.
 debian_source() {
 	local folder
-	folder=$(cached linux-source-6.12 "${1:-}" fetch_source)
+	folder=$(cached "linux-source-$SERIES" "${1:-}" fetch_source)
 	printf '%s\n' "$folder"/*.tar.xz
 }
 
+# source_packages: "PACKAGE VERSION" of the sources to try, best first. The
+# backports drop one Linux for the next, which the series may fit as well.
+source_packages() {
+	local package version packages=("linux-source-$SERIES")
+	if [[ ${SOURCE_SUITES[*]} == *-backports && -z $(candidate "${packages[@]}" "${SOURCE_SUITES[@]}") ]]; then
+		mapfile -t packages < <(apt-cache pkgnames "linux-source-${SERIES%%.*}." |
+			grep -xE 'linux-source-[0-9.]+' | sort -rV)
+	fi
+	for package in "${packages[@]}"; do
+		version=$(candidate "$package" "${SOURCE_SUITES[@]}")
+		[[ -z $version ]] || printf '%s %s\n' "$package" "$version"
+	done
+}
+
 fetch_source() {
-	local version folder
+	local package version folder packages
 	use_private_apt
-	version=$(candidate linux-source-6.12 "$GUEST_SUITE" "$GUEST_SUITE-updates" "$GUEST_SUITE-security")
-	[[ -n $version ]] || die "Debian has no linux-source-6.12." "Looked in: $GUEST_SUITE"
-	folder=$VIOMMU_CACHE/linux-source-6.12-$(file_version "$version")
-	[[ ! -e $folder/.complete ]] || return 0
-	say "fetching Debian's source of Linux $version (150 MB)"
-	unfinished_folder
-	fetch_debs "$TEMP/debs" download "linux-source-6.12=$version"
-	manifest "$TEMP"/debs/*.deb >"$TEMP/manifest.sha256"
-	unpack_debs "$TEMP/root" "$TEMP"/debs/*.deb
-	mv "$TEMP"/root/usr/src/*.tar.xz "$TEMP/linux-$(file_version "$version").tar.xz"
-	rm -rf "$TEMP/root" "$TEMP/debs"
-	publish "$folder"
+	mapfile -t packages < <(source_packages)
+	((${#packages[@]})) || die "Debian has no linux-source-$SERIES." "Looked in: ${SOURCE_SUITES[*]}"
+	for package in "${packages[@]}"; do
+		read -r package version <<<"$package"
+		folder=$VIOMMU_CACHE/linux-source-$SERIES-$(file_version "$version")
+		[[ ! -e $folder/.complete ]] || return 0
+		say "fetching Debian's source of Linux $version (150 MB)"
+		unfinished_folder
+		fetch_debs "$TEMP/debs" download "$package=$version"
+		manifest "$TEMP"/debs/*.deb >"$TEMP/manifest.sha256"
+		unpack_debs "$TEMP/root" "$TEMP"/debs/*.deb
+		mv "$TEMP"/root/usr/src/*.tar.xz "$TEMP/linux-$(file_version "$version").tar.xz"
+		rm -rf "$TEMP/root" "$TEMP/debs"
+		if [[ $package == "linux-source-$SERIES" ]] || series_fits "$TEMP"/*.tar.xz; then
+			publish "$folder"
+			return
+		fi
+		rm -rf "$TEMP"
+	done
+	die "Debian has no source that the series for Linux $SERIES applies to." \
+		"Wanted: linux-source-$SERIES" "Found:  ${packages[*]}"
+}
+
+# series_fits SOURCE: whether it applies to an archive. If not, says which patch.
+series_fits() {
+	local tree=$TEMP/fits scratch=$TEMP/scratch source=$1 files series
+	mkdir "$tree"
+	mapfile -t series < <(series_files)
+	mapfile -t files < <(sed -n 's|^+++ b/||p' "${series[@]}" | sort -u)
+	# Those that the series adds are not there.
+	tar -xf "$source" -C "$tree" --strip-components=1 --wildcards "${files[@]/#/*/}" '*/Makefile' 2>/dev/null || true
+	cp -r "$tree" "$scratch"
+	(for patch in "${series[@]}"; do apply_one "$patch"; done) || return
+	rm -rf "$tree" "$scratch"
 }
 
 # source_id SOURCE: prints its name, or for a folder a hash that changes with
@@ -157,7 +210,7 @@ apply_one() {
 			"Patch:  ${1##*/}" \
 			"File:   $(failed_files <<<"$output")" \
 			"Source: Linux $(tree_version "$tree"), from $source" \
-			"Wanted: Linux 6.12, for example Debian's linux-source-6.12"
+			"Wanted: Linux $SERIES, for example Debian's linux-source-$SERIES"
 	fi
 }
 

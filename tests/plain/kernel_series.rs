@@ -189,7 +189,7 @@ fn another_linux_is_refused_with_patch_and_files() {
             "Wanted: Linux 6.12",
         ],
     );
-    let objects = checkout.path().join(".kernel/own/objects");
+    let objects = checkout.path().join(".kernel/6.12/own/objects");
     assert_eq!(fs::read_dir(objects).unwrap().count(), 0, "nothing was built");
 }
 
@@ -212,22 +212,28 @@ fn lines_of(patch: &str) -> (usize, usize) {
 }
 
 #[test]
-fn the_documents_describe_the_series_as_it_is() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest-kernel-patches/linux-6.12");
+fn the_documents_describe_each_series_as_it_is() {
+    for linux in ["6.12"] {
+        documents_describe(linux);
+    }
+}
+
+fn documents_describe(linux: &str) {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("guest-kernel-patches/linux-{linux}"));
     let read = |name: &str| fs::read_to_string(folder.join(name)).unwrap();
     let names = fs::read_dir(&folder).unwrap().map(|file| file.unwrap().file_name().into_string().unwrap());
     let mut patches: Vec<String> = names.filter(|name| name.ends_with(".patch")).collect();
     patches.sort();
     let cover = read(&patches.remove(0));
-    assert!(cover.contains(&format!("[PATCH 6.12 00/{}]", patches.len())), "the cover letter's subject");
+    assert!(cover.contains(&format!("[PATCH {linux} 00/{}]", patches.len())), "{linux}: the cover letter's subject");
     let readme = read("README.md");
     let range = format!("00{{01..{:02}}}-*.patch", patches.len());
-    assert!(readme.contains(&range), "README.md: {range}");
+    assert!(readme.contains(&range), "{linux}: README.md: {range}");
     let rows: Vec<&str> = readme.lines().filter(|line| line.ends_with(" |") && line.contains(" | +")).collect();
-    assert_eq!(rows.len(), patches.len(), "README.md: a row for each patch");
+    assert_eq!(rows.len(), patches.len(), "{linux}: README.md: a row for each patch");
     for (number, (name, row)) in (1..).zip(patches.iter().zip(rows)) {
         let patch = read(name);
-        assert!(patch.contains(&format!("[PATCH 6.12 {number:02}/{}]", patches.len())), "{name}");
+        assert!(patch.contains(&format!("[PATCH {linux} {number:02}/{}]", patches.len())), "{name}");
         let (added, removed) = lines_of(&patch);
         let wanted = format!("| +{added} -{removed} |");
         assert!(row.starts_with(&format!("| {number} | ")) && row.ends_with(&wanted), "{name}: {wanted}, found {row}");
