@@ -213,7 +213,7 @@ fn lines_of(patch: &str) -> (usize, usize) {
 
 #[test]
 fn the_documents_describe_each_series_as_it_is() {
-    for linux in ["6.12"] {
+    for linux in ["6.12", "7.3"] {
         documents_describe(linux);
     }
 }
