@@ -36,10 +36,10 @@ pub mod guest_key {
     pub const PAIRS: &str = "pairs";
 }
 
-/// Declares the fields of the guest's events that are read. An event has some of them.
+/// Declares the fields of the guest's events that are read, and their names. An event has some of them.
 macro_rules! fields {
-    ($($(#[$doc:meta])* $name:ident: $type:ty as $read:expr;)*) => {
-        /// Fields of an event of the guest, as the kernel names them.
+    ($($(#[$doc:meta])* $name:ident [$($key:literal),+]: $type:ty as $read:expr;)*) => {
+        /// Fields of an event of the guest.
         #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
         pub struct GuestFields {
             $($(#[$doc])* pub $name: Option<$type>,)*
@@ -49,7 +49,7 @@ macro_rules! fields {
             fn read(members: &Members<'_>) -> Self {
                 $(
                     let read: fn(&Value<'_>) -> Option<$type> = $read;
-                    let $name = members.get(stringify!($name)).and_then(read);
+                    let $name = [$($key),+].iter().find_map(|key| members.get(key)).and_then(read);
                 )*
                 GuestFields { $($name),* }
             }
@@ -67,21 +67,22 @@ fn signed(value: &Value<'_>) -> Option<i64> {
 
 fields! {
     /// The tag of an allocation, as for the split protocol's requests; 0 for none.
-    tag: u64 as |value| value.hex();
-    /// An I/O virtual address.
-    iova: u64 as |value| value.hex();
+    tag ["tag"]: u64 as |value| value.hex();
+    /// An I/O virtual address. Linux 7.3 has the second name in its events that have a physical address too, and the
+    /// third name in the others.
+    iova ["iova", "dma_addr", "addr"]: u64 as |value| value.hex();
     /// A length in bytes.
-    size: u64 as number;
+    size ["size"]: u64 as number;
     /// The return value of the function.
-    ret: i64 as signed;
+    ret ["ret", "error"]: i64 as signed;
     /// The index of a controller's queue.
-    qid: u16 as number;
+    qid ["qid"]: u16 as number;
     /// A command's identifier.
-    cid: u16 as number;
+    cid ["cid"]: u16 as number;
     /// A command's opcode.
-    opcode: u8 as number;
+    opcode ["opcode"]: u8 as number;
     /// A command's first logical block.
-    slba: u64 as number;
+    slba ["slba"]: u64 as number;
 }
 
 /// An event of the guest's kernel.

@@ -44,9 +44,11 @@ const TICK: Duration = Duration::from_millis(20);
 /// More bytes than a page of the ring buffer has.
 const PAGE_MAX: usize = 64 << 10;
 
-/// The events that are traced if none are named, as far as the kernel has them.
-const DEFAULT: [&str; 7] = [
+/// The events that are traced if none are named, as far as the kernel has them. The series for Linux 6.12 has a group of
+/// its own for the two-step API; in Linux 7.3 its events are in the group of the DMA API.
+const DEFAULT: [&str; 8] = [
     "dma_iova",
+    "dma:dma_iova_*",
     "iommu:map",
     "iommu:unmap",
     "nvme:nvme_setup_cmd",
@@ -58,9 +60,10 @@ const DEFAULT: [&str; 7] = [
 /// Send the guest's trace events to the host, while the workloads after this one run.
 #[derive(clap::Args)]
 pub struct Args {
-    /// An event, SYSTEM:NAME, or all events of a SYSTEM; may be given several times. The default is dma_iova and the
-    /// events of iommu, nvme and block that belong to mapping and I/O.
-    #[arg(long = "event", value_name = "SYSTEM[:NAME]")]
+    /// An event, SYSTEM:NAME, or all events of a SYSTEM, or those whose names begin with NAME, SYSTEM:NAME*; may be given
+    /// several times. The default is dma_iova, dma:dma_iova_*, and the events of iommu, nvme and block that belong to
+    /// mapping and I/O.
+    #[arg(long = "event", value_name = "SYSTEM[:NAME[*]]")]
     events: Vec<String>,
     /// The ring buffer of each processor.
     #[arg(long, default_value = "8M", value_parser = size::parse)]
@@ -292,13 +295,17 @@ fn set(instance: &Path, name: &str, value: &str) -> Result<()> {
     fs::write(instance.join(name), value).with_context(|| format!("Cannot set {name} to {value} in {INSTANCE}"))
 }
 
-/// Enables an event, or all events of a system. Returns their formats; none if the kernel does not have it.
+/// Enables an event, all events of a system, or those whose names begin so. Returns their formats; none if the kernel
+/// does not have it.
 fn enable(instance: &Path, name: &str) -> Result<Vec<Format>> {
-    let (system, event) = name.split_once(':').map_or((name, None), |(system, event)| (system, Some(event)));
+    let (system, event) = name.split_once(':').unwrap_or((name, "*"));
     let folder = Path::new("events").join(system);
-    let events = match event {
-        Some(event) => vec![event.to_owned()],
-        None => sysfs::names(instance.join(&folder)),
+    let events = match event.strip_suffix('*') {
+        Some(begin) => {
+            let names = sysfs::names(instance.join(&folder));
+            names.into_iter().filter(|name| name.starts_with(begin)).collect()
+        }
+        None => vec![event.to_owned()],
     };
     let mut formats = Vec::new();
     for event in events {

@@ -7,6 +7,9 @@
 //! | `dma_iova_unlink` | UNLINK | |
 //! | `dma_iova_destroy`, `dma_iova_free` | RELEASE | |
 //! | `nvme_setup_cmd` | NVMe command | `nvme_complete_rq` |
+//!
+//! The events of the two-step API are in the group `dma_iova` of Linux 6.12 with the series, and in the group `dma` of
+//! Linux 7.3 with the series.
 
 use std::collections::HashMap;
 
@@ -174,16 +177,18 @@ impl GuestStep {
     pub fn new(event: &GuestEvent) -> Option<Self> {
         let fields = &event.fields;
         let step = match event.name.as_str() {
-            "dma_iova:dma_iova_link" if fields.ret == Some(0) => {
+            "dma_iova:dma_iova_link" | "dma:dma_iova_link" if fields.ret == Some(0) => {
                 let (tag, range) = range(event)?;
                 Step::Link { tag, range }
             }
-            "dma_iova:dma_iova_sync" => {
+            "dma_iova:dma_iova_sync" | "dma:dma_iova_sync" => {
                 let (tag, range) = range(event)?;
                 Step::Sync { tag, range, waited: fields.ret == Some(0) }
             }
-            "dma_iova:dma_iova_unlink" => Step::Unlink { tag: chosen(fields.tag?)?, start: granule(event)? },
-            "dma_iova:dma_iova_destroy" | "dma_iova:dma_iova_free" => {
+            "dma_iova:dma_iova_unlink" | "dma:dma_iova_unlink" => {
+                Step::Unlink { tag: chosen(fields.tag?)?, start: granule(event)? }
+            }
+            "dma_iova:dma_iova_destroy" | "dma:dma_iova_destroy" | "dma_iova:dma_iova_free" | "dma:dma_iova_free" => {
                 Step::Release { tag: chosen(fields.tag?)?, start: granule(event)? }
             }
             "nvme:nvme_setup_cmd" if fields.qid? != 0 => Step::Setup(Key::Command {
@@ -314,4 +319,42 @@ pub fn bounds(span: &GuestSpan, host: &HostSpan) -> impl Iterator<Item = Bound> 
     ]
     .into_iter()
     .flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use viommu_trace::{Item, TraceFile};
+
+    fn steps(lines: &str) -> Vec<String> {
+        let mut file = TraceFile::new(lines.as_bytes()).unwrap();
+        let items = std::iter::from_fn(|| Some(file.next_entry().unwrap()?.item));
+        let step = |item: Item| match item {
+            Item::Guest(event) => format!("{:?}", GuestStep::new(&event).unwrap()),
+            other => panic!("{other:?}"),
+        };
+        items.map(step).collect()
+    }
+
+    #[test]
+    fn the_events_of_linux_6_12_and_7_3_are_the_same_steps() {
+        let lines = |group: &str, link: &str, other: &str, result: &str| {
+            let line = |(name, rest): (&str, String)| {
+                format!(
+                    "{{\"t\":1,\"kind\":\"guest\",\"event\":\"{group}:dma_iova_{name}\",\"cpu\":0,{rest},\"size\":8192,\"tag\":\"0x7\"}}\n"
+                )
+            };
+            let events = [
+                ("link", format!("\"phys_addr\":\"0x5000\",\"{link}\":\"0xf000\",\"{result}\":0")),
+                ("sync", format!("\"{other}\":\"0xf000\",\"{result}\":-5")),
+                ("unlink", format!("\"{other}\":\"0xf000\"")),
+                ("free", format!("\"{other}\":\"0xf000\"")),
+                ("destroy", format!("\"{other}\":\"0xf000\"")),
+            ];
+            events.map(line).concat()
+        };
+        let found = steps(&lines("dma", "dma_addr", "addr", "error"));
+        assert_eq!(found.len(), 5);
+        assert_eq!(found, steps(&lines("dma_iova", "iova", "iova", "ret")));
+    }
 }
