@@ -514,6 +514,44 @@ static void iova_test_refused_apart(struct kunit *test)
 	dma_iova_destroy(it->dev, &state, 0, DMA_TO_DEVICE, 0);
 }
 
+#ifdef SPLITS_ERRORS
+/* One link fails as a whole, and is unlinked page by page from the middle */
+static void iova_test_refused_order(struct kunit *test)
+{
+	static const unsigned int order[] = { 1, 0, 3, 2 };
+	struct iova_test *it = test->priv;
+	struct pages *p = alloc_scattered(test, 4);
+	struct dma_iova_state state;
+	unsigned int i;
+
+	alloc_sparse(test, &state, 4 * PAGE_SIZE);
+	link_all(test, &state, p);
+	for (i = 0; i < 4; i++)
+		KUNIT_ASSERT_EQ(test, 0, link_page(test, &state, p, i));
+	KUNIT_EXPECT_NE(test, 0, dma_iova_sync(it->dev, &state, 0,
+					       4 * PAGE_SIZE));
+
+	for (i = 0; i < 4; i++) {
+		size_t offset = order[i] * PAGE_SIZE;
+
+		dma_iova_unlink(it->dev, &state, offset, PAGE_SIZE,
+				DMA_TO_DEVICE, 0);
+		KUNIT_EXPECT_EQ(test, 0, dma_iova_sync(it->dev, &state, offset,
+						       PAGE_SIZE));
+		if (i < 3)
+			KUNIT_EXPECT_NE(test, 0,
+					dma_iova_sync(it->dev, &state, 0,
+						      4 * PAGE_SIZE));
+	}
+	KUNIT_EXPECT_EQ(test, 0, dma_iova_sync(it->dev, &state, 0,
+					       4 * PAGE_SIZE));
+
+	link_all(test, &state, p);
+	expect_read(test, state.addr, p->copy, 4 * PAGE_SIZE);
+	dma_iova_destroy(it->dev, &state, 4 * PAGE_SIZE, DMA_TO_DEVICE, 0);
+}
+#endif
+
 /* What is no memory is refused if anybody looks, and nothing is left of it */
 static void iova_test_no_memory(struct kunit *test)
 {
@@ -907,6 +945,9 @@ static struct kunit_case iova_test_cases[] = {
 	KUNIT_CASE(iova_test_holes),
 	KUNIT_CASE(iova_test_refused),
 	KUNIT_CASE(iova_test_refused_apart),
+#ifdef SPLITS_ERRORS
+	KUNIT_CASE(iova_test_refused_order),
+#endif
 	KUNIT_CASE(iova_test_no_memory),
 	KUNIT_CASE(iova_test_memory_short),
 	KUNIT_CASE(iova_test_exhaustion),
