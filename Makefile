@@ -1,7 +1,10 @@
 # make help says what there is. KERNEL=patched (6.12 with the project's series,
-# built here the first time), KERNEL=stock (Debian's 6.12) or KERNEL=backports (the
-# newest in trixie-backports) chooses the guest's kernel.
+# built here the first time), KERNEL=patched-7.3 (the same for 7.3), KERNEL=stock
+# (Debian's 6.12) or KERNEL=backports (the newest in trixie-backports) chooses the
+# guest's kernel.
 KERNEL ?= patched
+# The Linux whose series guest-kernel, check-patches and check-kernel-debug take.
+SERIES ?= 6.12
 
 .PHONY: help demo test lint clippy quick miri asan fuzz soak bench bench-guest compare guest-kernel check-patches check-kernel-debug setup update clean
 
@@ -24,8 +27,9 @@ help:
 	@echo 'make setup        install what this machine lacks'
 	@echo 'make update       look for a newer QEMU, kernels and guest tools'
 	@echo 'make clean        remove target/; what was fetched stays in the cache'
-	@echo 'KERNEL=patched, stock or backports chooses the kernel of the demo: patched is built the'
-	@echo 'first time (about 8 minutes), the others are Debian'"'"'s own and quick.'
+	@echo 'KERNEL=patched, patched-7.3, stock or backports chooses the kernel of the demo: the patched'
+	@echo 'ones are built the first time (about 8 minutes), the others are Debian'"'"'s own and quick.'
+	@echo 'SERIES=7.3 chooses the series of guest-kernel and the checks of it in place of 6.12.'
 
 demo:
 	@scripts/demo $(KERNEL)
@@ -42,7 +46,7 @@ test:
 	scripts/prepare-guest backports
 	cargo test --test guest -- --test-threads=1 --skip patched::
 	scripts/prepare-guest patched
-	cargo test --test guest -- --test-threads=1 patched::
+	cargo test --test guest -- --test-threads=1 --skip linux_7_3:: patched::
 
 lint: clippy
 	$$(scripts/get-typos)
@@ -94,14 +98,14 @@ compare:
 	cargo bench --bench compare
 
 guest-kernel:
-	@scripts/build-guest-kernel
+	@scripts/build-guest-kernel --series $(SERIES)
 
 check-patches:
-	@scripts/check-patches
+	@scripts/check-patches --series $(SERIES)
 
 check-kernel-debug:
 	@scripts/setup patched
-	@scripts/check-kernel-debug
+	@scripts/check-kernel-debug --series $(SERIES)
 
 setup:
 	@scripts/setup $(KERNEL)
@@ -111,6 +115,7 @@ update:
 	scripts/get-kernel stock --update
 	scripts/get-kernel backports --update
 	scripts/get-kernel patched --update
+	scripts/get-kernel patched-7.3 --update
 	scripts/get-guest-tools --update
 
 clean:
