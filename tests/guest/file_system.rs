@@ -4,7 +4,7 @@ use viommu_testkit::guest::Guest;
 
 use crate::NVME;
 
-fn files_are_as_they_were_written(kernel: &'static str) {
+fn files_are_as_they_were_written(kernel: &str) {
     let outcome = Guest::new(NVME, "fs").kernel(kernel).run();
     outcome.assert_translated();
     let result = outcome.results_of("fs").next().expect("a result");
@@ -23,6 +23,6 @@ fn real_files() {
 mod patched {
     #[test]
     fn real_files() {
-        super::files_are_as_they_were_written("patched");
+        super::files_are_as_they_were_written(&crate::patched_kernel());
     }
 }

@@ -3,7 +3,7 @@
 use serde_json::Value;
 use viommu_testkit::guest::{Guest, Outcome};
 
-use crate::NVME;
+use crate::{NVME, patched_kernel};
 
 /// Bytes of an I/O: 32 pages that are scattered in memory.
 const BYTES: u64 = 128 << 10;
@@ -33,13 +33,19 @@ fn assert_on_one_clock(outcome: &Outcome) {
     assert!(clocks[0]["pairs"].as_u64().unwrap() >= 16, "{clocks:?}");
 }
 
+/// The name of a line's event of the two-step API without its group, or its type, or its kind.
+fn name(line: &Value) -> &str {
+    let event = line["event"].as_str().map(|name| name.rsplit(':').next().unwrap_or_default());
+    event.or(line["type"].as_str()).or(line["kind"].as_str()).unwrap_or_default()
+}
+
 /// The events of one write in the merged trace, from the guest's allocation to the device's RELEASE.
 fn events_of(merged: &[Value], command: usize) -> Vec<&Value> {
     let data = &merged[command]["data"];
-    let is = |line: &Value, event: &str| line["event"] == event;
+    let starts = |line: &Value| line["iova"] == *data || line["addr"] == *data;
     let alloc = merged[..command]
         .iter()
-        .rposition(|line| is(line, "dma_iova:dma_iova_alloc") && line["iova"] == *data)
+        .rposition(|line| name(line) == "dma_iova_alloc" && starts(line))
         .expect("the allocation");
     let tag = &merged[alloc]["tag"];
     assert!(tag.as_str().unwrap().starts_with("0x1000"), "an NVMe tag: {tag}");
@@ -97,13 +103,31 @@ fn lost_events_are_counted() {
 mod patched {
     use super::*;
 
+    /// Checks that a write ends after the device has released its memory: the guest announces the RELEASE alone and at
+    /// once, and completes the command when it is answered. A driver that did not wait would leave it to the next write.
+    fn assert_released_before_the_end(merged: &[Value], command: usize) {
+        let (queue, id) = (&merged[command]["queue"], &merged[command]["id"]);
+        let after = &merged[command + 1..];
+        let release = after.iter().position(|line| line["type"] == "RELEASE").expect("the RELEASE");
+        let kicks = after[..release].iter().filter(|line| line["kind"] == "kick");
+        assert_eq!(kicks.map(|kick| &kick["requests"]).collect::<Vec<_>>(), [1], "{:#?}", &after[..=release]);
+        let of_it = |line: &&Value| name(line) == "nvme_complete_rq" && line["cid"] == *id && line["qid"] == *queue;
+        let end = after.iter().find(of_it).expect("the completion");
+        let time = |line: &Value, name: &str| line[name].as_i64().unwrap();
+        let latest = time(end, "t") + time(end, "t_error");
+        assert!(time(&after[release], "t") <= latest, "{} after {end}", after[release]);
+    }
+
     /// One write from end to end: the guest allocates, links and waits; the device reserves, links, and reads the
-    /// memory for the command; the guest destroys, and the device releases.
+    /// memory for the command; the guest destroys, and the device releases, before the write ends.
     #[test]
     fn a_write_is_followed_from_the_allocation_to_the_release() {
         let workload = "trace + nvme-io --op write --bs 128k --depth 1 --total 2M --scatter";
-        let outcome =
-            Guest::new(NVME, workload).kernel("patched").append(&format!("{CLOCK} iommu.strict=1")).guest_trace().run();
+        let outcome = Guest::new(&format!("[iommu]\npolling = false\n{NVME}"), workload)
+            .kernel(&patched_kernel())
+            .append(&format!("{CLOCK} iommu.strict=1"))
+            .guest_trace()
+            .run();
         assert_on_one_clock(&outcome);
         let merged = &outcome.merged;
         let is_write = |line: &Value| line["kind"] == "command" && line["opcode"] == "write" && line["len"] == BYTES;
@@ -111,13 +135,8 @@ mod patched {
         assert_eq!(writes.len(), 16);
         for command in writes {
             let events = events_of(merged, command);
-            let at = |wanted: &str| -> Vec<usize> {
-                let name = |line: &Value| {
-                    let event = line["event"].as_str().map(|name| name.trim_start_matches("dma_iova:").to_owned());
-                    event.or_else(|| Some(line["type"].as_str().or(line["kind"].as_str())?.to_owned()))
-                };
-                (0..events.len()).filter(|at| name(events[*at]).as_deref() == Some(wanted)).collect()
-            };
+            let at =
+                |wanted: &str| -> Vec<usize> { (0..events.len()).filter(|at| name(events[*at]) == wanted).collect() };
             let one = |wanted: &str| match at(wanted)[..] {
                 [one] => one,
                 ref several => panic!("{} times {wanted} in {events:#?}", several.len()),
@@ -144,6 +163,7 @@ mod patched {
             // The linked memory is the memory that was accessed, and none of it was left.
             let size: u64 = links.iter().filter_map(|at| events[*at]["size"].as_u64()).sum();
             assert_eq!((size, &events[one("RELEASE")]["granules"]), (BYTES, &Value::from(32)));
+            assert_released_before_the_end(merged, command);
         }
     }
 }

@@ -1,5 +1,5 @@
-//! Real guests: Linux on stock QEMU, with our devices behind our IOMMU. `scripts/prepare-guest stock`, `backports` and
-//! `patched` get what they need; each prints the guest's console when it fails.
+//! Real guests: Linux on stock QEMU, with our devices behind our IOMMU. `scripts/prepare-guest stock`, `backports`,
+//! `patched` and `patched-7.3` get what they need; each prints the guest's console when it fails.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
@@ -18,6 +18,25 @@ mod observers;
 mod patched;
 mod resets;
 mod sgl;
+
+/// The kernel of this name (`patched`, `debug`) for Linux 6.12, or with `VIOMMU_SERIES=7.3` that for Linux 7.3.
+fn of_series(name: &str) -> String {
+    match std::env::var("VIOMMU_SERIES") {
+        Ok(linux) if linux != "6.12" => format!("{name}-{linux}"),
+        _ => name.into(),
+    }
+}
+
+/// The kernel that the tests in modules named `patched` boot: Linux with one of the series.
+fn patched_kernel() -> String {
+    of_series("patched")
+}
+
+/// Whether that is Linux 6.12. Its nvme-pci answers EIO to every failure, and its virtio-iommu driver prints them; Linux
+/// 7.3 returns the reason to the application instead.
+fn is_6_12() -> bool {
+    patched_kernel() == "patched"
+}
 
 /// One NVMe controller.
 const NVME: &str = "[[nvme]]\naddress = \"04.0\"\nimage = \"nvme0.img\"\n";

@@ -139,13 +139,3 @@ fn a_function_that_vfio_owns_is_mapped_by_its_program_alone() {
     assert_eq!(outcome.events("fault").count(), expected);
     assert!(expected > 0);
 }
-
-#[test]
-fn a_function_without_a_domain_faults() {
-    let topology = "[iommu]\nbypass = false\n[[dma-engine]]\naddress = \"05.0\"\n";
-    let outcome = guest(topology, "unattached-dma").run();
-    assert_no_complaint(&outcome);
-    let reasons: Vec<_> = outcome.events("fault").map(|fault| fault["reason"].clone()).collect();
-    assert_eq!(reasons, ["DOMAIN"]);
-    assert_eq!(outcome.events("dma").count(), 0, "an access went through");
-}

@@ -1,10 +1,14 @@
-//! Linux 6.12 with the series in `guest-kernel-patches/`: the two-step DMA API, on our device and on devices without
-//! the protocol. `scripts/prepare-guest patched` gets what these tests need.
+//! Linux with a series in `guest-kernel-patches/`: the two-step DMA API, on our device and on devices without the
+//! protocol. `scripts/prepare-guest patched` gets what these tests need. With `VIOMMU_SERIES=7.3` in the environment they
+//! boot the kernel of `scripts/prepare-guest patched-7.3`. Tests in `linux_6_12` and `linux_7_3` fail on the other kernel,
+//! and those in `suspend` on Linux 7.3, whose series cannot suspend yet.
 
 mod boots;
 mod failures;
+mod linux_6_12;
 mod power;
 mod qemu;
+mod suspend;
 
 use serde_json::Value;
 use viommu_testkit::guest::{Guest, Outcome};
@@ -15,7 +19,7 @@ const IO: &str =
 
 /// A guest with the series.
 fn guest(topology: &str, workload: &str) -> Guest {
-    Guest::new(topology, workload).kernel("patched")
+    Guest::new(topology, workload).kernel(&crate::patched_kernel())
 }
 
 /// Checks that the kernel has not complained.

@@ -20,7 +20,7 @@ const QEMUS_OWN: [&str; 10] = [
 fn guest(append: &str, workload: &str) -> Guest {
     let folder = Folder::new();
     std::fs::File::create(folder.join("disk.img")).unwrap().set_len(64 << 20).unwrap();
-    Guest::plain(QEMUS_OWN, workload).folder(&folder).kernel("patched").append(append)
+    Guest::plain(QEMUS_OWN, workload).folder(&folder).kernel(&crate::patched_kernel()).append(append)
 }
 
 /// Boots it, and checks that nothing of viommu was used.
