@@ -16,8 +16,9 @@ fn root() -> &'static Path {
 /// The project's documents.
 fn documents() -> Vec<PathBuf> {
     let entries = |folder: PathBuf| fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
-    let series = entries(root().join("guest-kernel-patches"));
-    let folders = [root().to_owned(), root().join("docs")].into_iter().chain(series.filter(|path| path.is_dir()));
+    let patches = root().join("guest-kernel-patches");
+    let series = entries(patches.clone()).filter(|path| path.is_dir());
+    let folders = [root().to_owned(), root().join("docs"), patches].into_iter().chain(series);
     let files: Vec<_> = folders.flat_map(entries).filter(|file| file.extension().is_some_and(|e| e == "md")).collect();
     assert!(files.iter().any(|file| file.ends_with("docs/trace.md")), "{files:?}");
     files
