@@ -25,6 +25,7 @@ mod init;
 mod io_errors;
 mod ioat;
 mod ioat_selftest;
+mod iommufd;
 mod iova_test;
 mod kexec;
 mod kmsg;
@@ -46,6 +47,7 @@ mod sysfs;
 mod unattached_dma;
 mod vfio;
 mod vfio_dma;
+mod vfio_map;
 mod workload;
 
 use anyhow::{Context, Result};
@@ -109,6 +111,7 @@ workloads! {
     IoatSelftest(ioat_selftest),
     IovaTest(iova_test),
     VfioDma(vfio_dma),
+    VfioMap(vfio_map),
     UnattachedDma(unattached_dma),
     Null(null),
 }

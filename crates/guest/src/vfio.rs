@@ -119,7 +119,11 @@ impl Function {
     }
 }
 
-fn give_to_vfio(bdf: &str) -> Result<()> {
+/// Takes the function `bdf` from its driver, and gives it to vfio-pci.
+///
+/// # Errors
+/// The system's, with what was tried.
+pub fn give_to_vfio(bdf: &str) -> Result<()> {
     pci::set_driver_override(bdf, "vfio-pci")?;
     match pci::driver(bdf).as_deref() {
         Some("vfio-pci") => return Ok(()),
@@ -129,7 +133,11 @@ fn give_to_vfio(bdf: &str) -> Result<()> {
     pci::bind("vfio-pci", bdf)
 }
 
-fn open(path: &str) -> Result<File> {
+/// Opens a device node to read and write.
+///
+/// # Errors
+/// The system's, with the path.
+pub fn open(path: &str) -> Result<File> {
     OpenOptions::new().read(true).write(true).open(path).with_context(|| format!("Cannot open {path}"))
 }
 

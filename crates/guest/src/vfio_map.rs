@@ -1,0 +1,61 @@
+//! Memory of a program, mapped for the DMA engine through VFIO's type 1 IOMMU or through iommufd: what filling a domain
+//! costs is in the device's trace.
+
+use anyhow::{Context, Result};
+use serde_json::json;
+use viommu_wire::size;
+
+use crate::buffers::Buffers;
+use crate::iommufd::AddressSpace;
+use crate::results::Results;
+use crate::vfio::{Access, Function};
+use crate::workload::{Needs, Workload};
+use crate::{ioat, pci};
+
+/// The memory's first address for the device. Drivers' own mappings are below.
+const IOVA: u64 = 0x1_0000_0000;
+
+/// Map memory of a program for the DMA engine, through VFIO.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Bytes to map.
+    #[arg(long, default_value = "64M", value_parser = size::parse)]
+    size: u64,
+    /// Use memory whose pages are scattered.
+    #[arg(long)]
+    scatter: bool,
+    /// Map through iommufd.
+    #[arg(long)]
+    iommufd: bool,
+}
+
+impl Workload for Args {
+    const NEEDS: Needs = Needs { modules: &["vfio_pci", "vfio_iommu_type1"], optional: &["iommufd"], ..Needs::NOTHING };
+
+    /// The workload. Emits one `result`: the number of physically contiguous runs that the memory consists of.
+    ///
+    /// # Errors
+    /// If there is no engine, or not so much memory, or VFIO does not map it.
+    fn run(&self, results: &mut Results) -> Result<()> {
+        let bdf = pci::with_id(ioat::VENDOR, ioat::DEVICE).into_iter().next();
+        let bdf =
+            bdf.with_context(|| format!("The guest has no DMA engine {:04x}:{:04x}", ioat::VENDOR, ioat::DEVICE))?;
+        let memory = Buffers::new(1, self.size as usize, self.scatter)?;
+        // SAFETY: nobody refers to the memory, and the engine is not started.
+        unsafe {
+            if self.iommufd {
+                AddressSpace::of(&bdf)?.map(memory.pointer(0), IOVA, self.size)?;
+            } else {
+                Function::open(&bdf)?.map(memory.pointer(0), IOVA, self.size, Access::ReadWrite)?;
+            }
+        }
+        results.emit(
+            "result",
+            json!({
+                "workload": "vfio-map", "bdf": bdf, "iova": format!("{IOVA:#x}"), "bytes": self.size,
+                "runs": memory.physical_runs(),
+            }),
+        );
+        Ok(())
+    }
+}
