@@ -30,7 +30,7 @@ struct IoasMap {
     iova: u64,
 }
 
-/// IOMMU_IOAS_MAP_FIXED_IOVA, WRITEABLE and READABLE.
+/// IOMMU_IOAS_MAP_FIXED_IOVA, to read and to write.
 const FIXED_IOVA_READ_WRITE: u32 = 0x7;
 
 // Both types are ';' and none of the numbers encodes a size.
