@@ -47,6 +47,8 @@ test:
 	cargo test --test guest -- --test-threads=1 --skip patched::
 	scripts/prepare-guest patched
 	cargo test --test guest -- --test-threads=1 --skip linux_7_3:: patched::
+	scripts/prepare-guest patched-7.3
+	VIOMMU_SERIES=7.3 cargo test --test guest -- --test-threads=1 --skip linux_6_12:: --skip suspend:: patched::
 
 lint: clippy
 	$$(scripts/get-typos)
