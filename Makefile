@@ -46,7 +46,7 @@ test:
 	scripts/prepare-guest backports
 	cargo test --test guest -- --test-threads=1 --skip patched::
 	scripts/prepare-guest patched
-	cargo test --test guest -- --test-threads=1 --skip linux_7_3:: patched::
+	VIOMMU_SERIES=6.12 cargo test --test guest -- --test-threads=1 --skip linux_7_3:: patched::
 	scripts/prepare-guest patched-7.3
 	VIOMMU_SERIES=7.3 cargo test --test guest -- --test-threads=1 --skip linux_6_12:: --skip suspend:: patched::
 
