@@ -10,7 +10,7 @@ use viommu_trace::{Reader, Subscription};
 const GROWTH: u64 = 4 << 20;
 
 /// Does something `count` times, and compares the memory after `warm` times and at the end. The trace keeps the last
-/// 131,072 events, 9 MiB of them. That a short run does not fill it is within the growth; in a long one it is full before.
+/// 131,072 events, 9 MiB. In a long run they are there before the first look; in a short run they stay few.
 fn stays_flat(daemon: &Daemon, warm: u64, count: u64, mut something: impl FnMut()) {
     (0..warm).for_each(|_| something());
     let before = daemon.resident();
