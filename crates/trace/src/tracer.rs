@@ -254,7 +254,7 @@ impl TraceShared {
 
     /// Takes back the lane of a thread that ends.
     fn take_back(&self, mut lane: Lane) {
-        // It looks once in a quarter of a ring only whether it fills, and the next thread wants half of it.
+        // A thread looks only once in a quarter of a ring whether it fills, and the next one wants half of it.
         let is_filling = lane.producer.free() < self.slots / 2;
         self.threads().idle.push(lane);
         if is_filling {
