@@ -4,7 +4,7 @@
 use serde_json::{Value, json};
 use viommu_testkit::guest::Outcome;
 
-use super::{assert_no_complaint, assert_nothing_left, guest, requests_of, requests_of_io};
+use super::{address, assert_no_complaint, assert_nothing_left, guest, requests_of, requests_of_io};
 use crate::{NVME, is_6_12};
 
 /// The result of the reads that may fail.
@@ -42,11 +42,6 @@ fn error_of(status: &str) -> &'static str {
 /// Checks how often the IOMMU's driver said that it could not map.
 fn assert_said_that_it_could_not_map(outcome: &Outcome, times: usize) {
     assert_eq!(said(outcome, "could not map"), if is_6_12() { times } else { 0 });
-}
-
-/// An address of a request.
-fn address(request: &Value, name: &str) -> u64 {
-    u64::from_str_radix(request[name].as_str().unwrap().trim_start_matches("0x"), 16).unwrap()
 }
 
 /// Which read has the 11th request of a type, counted from 0. Memory that drivers keep may have taken the first

@@ -3,7 +3,7 @@
 
 use serde_json::Value;
 
-use super::{assert_no_complaint, guest};
+use super::{address, assert_no_complaint, guest};
 use crate::nvme_in;
 
 /// MAP requests that fit the queue.
@@ -18,8 +18,8 @@ fn domain_is_filled_with_few_kicks(arguments: &str) {
     let outcome = guest(&topology, &format!("vfio-map {arguments}")).append("transparent_hugepage=never").run();
     assert_no_complaint(&outcome);
     let result = outcome.results_of("vfio-map").next().expect("a result");
-    let (start, bytes) = (address(&result["iova"]), result["bytes"].as_u64().unwrap());
-    let is_of_program = |map: &&Value| (start..start + bytes).contains(&address(&map["virt_start"]));
+    let (start, bytes) = (address(result, "iova"), result["bytes"].as_u64().unwrap());
+    let is_of_program = |map: &&Value| (start..start + bytes).contains(&address(map, "virt_start"));
     let maps: Vec<&Value> = super::requests_of(&outcome, "MAP").filter(is_of_program).collect();
     let mapped: u64 = maps.iter().map(|map| map["size"].as_u64().unwrap()).sum();
     assert_eq!(mapped, bytes);
@@ -30,10 +30,6 @@ fn domain_is_filled_with_few_kicks(arguments: &str) {
     println!("vfio-map {arguments}: {} runs, {count} MAP, {kicks} kicks", result["runs"]);
     assert!(count > QUEUE / 2, "{count} MAP are too few to show anything");
     assert!(kicks <= 2 * count.div_ceil(QUEUE) + 1, "{kicks} kicks for {count} MAP");
-}
-
-fn address(value: &Value) -> u64 {
-    u64::from_str_radix(value.as_str().unwrap().trim_start_matches("0x"), 16).unwrap()
 }
 
 #[test]

@@ -23,6 +23,11 @@ fn guest(topology: &str, workload: &str) -> Guest {
     Guest::new(topology, workload).kernel(&crate::patched_kernel())
 }
 
+/// An address in a request or a result.
+fn address(event: &Value, name: &str) -> u64 {
+    u64::from_str_radix(event[name].as_str().unwrap().trim_start_matches("0x"), 16).unwrap()
+}
+
 /// Checks that the kernel has not complained.
 fn assert_no_complaint(outcome: &Outcome) {
     outcome.results.assert_no_complaint();
