@@ -1,10 +1,12 @@
-# make help says what there is. KERNEL=patched (6.12 with the project's series,
-# built here the first time), KERNEL=patched-7.3 (the same for 7.3), KERNEL=stock
+# make help says what there is. KERNEL=patched (7.3 with the project's series,
+# built here the first time), KERNEL=patched-6.12 (the same for 6.12), KERNEL=stock
 # (Debian's 6.12) or KERNEL=backports (the newest in trixie-backports) chooses the
 # guest's kernel.
 KERNEL ?= patched
-# The Linux whose series guest-kernel, check-patches and check-kernel-debug take.
-SERIES ?= 6.12
+# The Linux whose series guest-kernel, compare and the checks of a series take.
+SERIES ?= 7.3
+# Of its kernels' names.
+SUFFIX = $(if $(filter-out 7.3,$(SERIES)),-$(SERIES))
 
 .PHONY: help demo test lint clippy quick miri asan fuzz soak bench bench-guest compare guest-kernel check-patches check-kernel-debug setup update clean
 
@@ -27,9 +29,9 @@ help:
 	@echo 'make setup        install what this machine lacks'
 	@echo 'make update       look for a newer QEMU, kernels and guest tools'
 	@echo 'make clean        remove target/; what was fetched stays in the cache'
-	@echo 'KERNEL=patched, patched-7.3, stock or backports chooses the kernel of the demo: the patched'
-	@echo 'ones are built the first time (about 8 minutes), the others are Debian'"'"'s own and quick.'
-	@echo 'SERIES=7.3 chooses the series of guest-kernel and the checks of it in place of 6.12.'
+	@echo 'KERNEL=patched, patched-6.12, stock or backports chooses the kernel of the demo: the patched'
+	@echo 'ones are built the first time (about 12 minutes), the others are Debian'"'"'s own and quick.'
+	@echo 'SERIES=6.12 takes another Linux than 7.3 for guest-kernel, compare and the checks.'
 
 demo:
 	@scripts/demo $(KERNEL)
@@ -46,9 +48,9 @@ test:
 	scripts/prepare-guest backports
 	cargo test --test guest -- --test-threads=1 --skip patched::
 	scripts/prepare-guest patched
-	VIOMMU_SERIES=6.12 cargo test --test guest -- --test-threads=1 --skip linux_7_3:: patched::
-	scripts/prepare-guest patched-7.3
 	VIOMMU_SERIES=7.3 cargo test --test guest -- --test-threads=1 --skip linux_6_12:: --skip suspend:: patched::
+	scripts/prepare-guest patched-6.12
+	VIOMMU_SERIES=6.12 cargo test --test guest -- --test-threads=1 --skip linux_7_3:: patched::
 
 lint: clippy
 	$$(scripts/get-typos)
@@ -95,9 +97,9 @@ bench-guest:
 
 compare:
 	@scripts/setup patched
-	scripts/prepare-guest patched
-	scripts/prepare-guest unpatched
-	cargo bench --bench compare
+	scripts/prepare-guest patched$(SUFFIX)
+	scripts/prepare-guest unpatched$(SUFFIX)
+	VIOMMU_SERIES=$(SERIES) cargo bench --bench compare
 
 guest-kernel:
 	@scripts/build-guest-kernel --series $(SERIES)
@@ -117,7 +119,7 @@ update:
 	scripts/get-kernel stock --update
 	scripts/get-kernel backports --update
 	scripts/get-kernel patched --update
-	scripts/get-kernel patched-7.3 --update
+	scripts/get-kernel patched-6.12 --update
 	scripts/get-guest-tools --update
 
 clean:

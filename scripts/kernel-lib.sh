@@ -10,7 +10,7 @@
 #   objects*/ the compiled objects
 #   modules*/ the drivers that are built against it, source and objects
 
-readonly DEFAULT_SERIES=6.12
+readonly DEFAULT_SERIES=7.3
 readonly MODULES=guest-kernel-patches/modules
 # The number in a full build; it varies a little with the configuration.
 readonly ABOUT_OBJECTS=1600
@@ -298,7 +298,7 @@ configure() {
 # compile TARGET...: compiles, and prints progress now and then.
 compile() {
 	local pid start=$SECONDS next=15 done
-	say "building Linux $(tree_version "$tree") in ${work#"$PWD/"}/: about 8 minutes on 2 cores the first time, less later"
+	say "building Linux $(tree_version "$tree") in ${work#"$PWD/"}/: 8 to 12 minutes on 2 cores the first time, less later"
 	kernel_make "$@" >"$log" 2>&1 &
 	pid=$!
 	# shellcheck disable=SC2064

@@ -20,7 +20,7 @@ pub fn measure(setup: Setup, cores: &Cores, all: &mut Value) {
         let sizes = SIZES.iter().map(|size| format!("map-cost --ios {ios} {}", size.options()));
         let workload = sizes.collect::<Vec<_>>().join(" + ");
         let daemon = Serve::start(&folder, &setup.topology(true), &["--create-images", "256M"]);
-        let guest = daemon.guest(&workload).kernel(setup.variant.kernel).append(setup.mode.append);
+        let guest = daemon.guest(&workload).kernel(&setup.variant.kernel()).append(setup.mode.append);
         let outcome = cores.start(change(guest)).wait();
         daemon.end();
         setup.check(&outcome.results);

@@ -31,7 +31,7 @@ pub fn count(setup: Setup) -> Value {
         })
         .collect();
     let guest = Guest::new(&setup.topology(false), &phases.join(" + "));
-    let outcome = guest.kernel(setup.variant.kernel).append(setup.mode.append).run();
+    let outcome = guest.kernel(&setup.variant.kernel()).append(setup.mode.append).run();
     let kernel = setup.check(&outcome.results);
     for name in ["faults", "events_lost", "requests_failed"] {
         assert_eq!(outcome.count(name), 0, "{setup}: {name}");
@@ -54,7 +54,7 @@ pub fn polled_kicks(setup: Setup) -> [f64; 3] {
     let boot = |_| {
         let folder = Folder::new();
         let daemon = InProcess::start(&folder, &setup.topology(true));
-        let guest = daemon.guest(&SIZES[0].io(POLLED_IOS)).kernel(setup.variant.kernel);
+        let guest = daemon.guest(&SIZES[0].io(POLLED_IOS)).kernel(&setup.variant.kernel());
         let outcome = guest.append(setup.mode.append).run();
         setup.check(&outcome.results);
         let counts = daemon.end();

@@ -1,5 +1,6 @@
-//! The same NVMe workloads on Linux 6.12 without the series, and with it on a device without and with the split protocol:
-//! `make compare`. Prints a table, and writes target/compare/compare.json and the table in docs/results.md.
+//! The same NVMe workloads on Linux without a series, and with it on a device without and with the split protocol: `make
+//! compare`, for Linux 7.3, or with `VIOMMU_SERIES=6.12` for that. Prints a table, and writes a file in target/compare/ and
+//! the table of this Linux in docs/results.md.
 //!
 //! There are three kinds of boots: some are traced, to count requests and kicks; in some the guest measures the cost of
 //! mapping; and in some only throughput is measured.
@@ -9,6 +10,7 @@
 use std::process::ExitCode;
 
 use serde_json::{Value, json};
+use viommu_testkit::guest::of_series;
 
 mod costs;
 mod counts;
@@ -54,7 +56,7 @@ impl Size {
 pub struct Variant {
     /// Its name in compare.json.
     pub name: &'static str,
-    /// Its kernel, as `scripts/prepare-guest` names it.
+    /// Its kernel, as [`of_series`] takes it.
     pub kernel: &'static str,
     /// Whether the device offers the split protocol.
     pub split: bool,
@@ -87,6 +89,13 @@ pub const MODES: [Mode; 2] = [
 pub struct Setup {
     pub variant: Variant,
     pub mode: Mode,
+}
+
+impl Variant {
+    /// Its kernel, as `scripts/prepare-guest` names it.
+    pub fn kernel(self) -> String {
+        of_series(self.kernel)
+    }
 }
 
 impl Setup {

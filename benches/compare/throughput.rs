@@ -55,7 +55,7 @@ fn boot(setup: Setup, cores: &Cores, folder: &Folder, options: &str) -> Contende
     common::write_image(folder);
     let daemon = Serve::start(folder, &setup.topology(true), &[]);
     let workload = format!("nvme-io {options} --seconds {}", interleaved::ENDLESS_SECONDS);
-    let guest = daemon.guest(&workload).kernel(setup.variant.kernel).append(setup.mode.append);
+    let guest = daemon.guest(&workload).kernel(&setup.variant.kernel()).append(setup.mode.append);
     let check = move |results: &[Value]| drop(setup.check(results));
     Contender { guest: cores.start(guest), daemon: Some(daemon), check: Box::new(check) }
 }

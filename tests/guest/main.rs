@@ -1,7 +1,9 @@
 //! Real guests: Linux on stock QEMU, with our devices behind our IOMMU. `scripts/prepare-guest stock`, `backports`,
-//! `patched` and `patched-7.3` get what they need; each prints the guest's console when it fails.
+//! `patched` and `patched-6.12` get what they need; each prints the guest's console when it fails.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
+
+use viommu_testkit::guest::of_series;
 
 mod api;
 mod at_once;
@@ -19,14 +21,6 @@ mod patched;
 mod resets;
 mod sgl;
 
-/// The kernel of this name (`patched`, `debug`) for Linux 6.12, or with `VIOMMU_SERIES=7.3` that for Linux 7.3.
-fn of_series(name: &str) -> String {
-    match std::env::var("VIOMMU_SERIES") {
-        Ok(linux) if linux != "6.12" => format!("{name}-{linux}"),
-        _ => name.into(),
-    }
-}
-
 /// The kernel that the tests in modules named `patched` boot: Linux with one of the series.
 fn patched_kernel() -> String {
     of_series("patched")
@@ -35,7 +29,7 @@ fn patched_kernel() -> String {
 /// Whether that is Linux 6.12. Its nvme-pci answers EIO to every failure, and its virtio-iommu driver prints them; Linux
 /// 7.3 returns the reason to the application instead.
 fn is_6_12() -> bool {
-    patched_kernel() == "patched"
+    patched_kernel() == "patched-6.12"
 }
 
 /// One NVMe controller.

@@ -158,7 +158,7 @@ fn commits_that_move_take_their_numbers_and_rows_along() {
 fn build(checkout: &Path, source: &Path) -> Output {
     let script = checkout.join("scripts/build-guest-kernel");
     let cache = checkout.join("cache");
-    Command::new(script).arg("--source").arg(source).env("VIOMMU_CACHE", cache).output().unwrap()
+    Command::new(script).args(["--series", "6.12", "--source"]).arg(source).env("VIOMMU_CACHE", cache).output().unwrap()
 }
 
 /// Checks that it failed with these words, and printed no folder.

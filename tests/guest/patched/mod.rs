@@ -1,7 +1,7 @@
 //! Linux with a series in `guest-kernel-patches/`: the two-step DMA API, on our device and on devices without the
-//! protocol. `scripts/prepare-guest patched` gets what these tests need. With `VIOMMU_SERIES=7.3` in the environment they
-//! boot the kernel of `scripts/prepare-guest patched-7.3`. Tests in `linux_6_12` and `linux_7_3` fail on the other kernel,
-//! and those in `suspend` on Linux 7.3, whose series cannot suspend yet.
+//! protocol. `scripts/prepare-guest patched` gets what these tests need. With `VIOMMU_SERIES=6.12` in the environment
+//! they boot the kernel of `scripts/prepare-guest patched-6.12`. Tests in `linux_6_12` and `linux_7_3` fail on the
+//! other kernel, and those in `suspend` on Linux 7.3, whose series cannot suspend yet.
 
 mod boots;
 mod failures;

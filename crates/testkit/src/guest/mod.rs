@@ -50,6 +50,15 @@ pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().unwrap()
 }
 
+/// The name of a kernel (`patched`, `unpatched`, `debug`) of Linux 7.3, or with `VIOMMU_SERIES=6.12` in the environment
+/// that of Linux 6.12.
+pub fn of_series(name: &str) -> String {
+    match std::env::var("VIOMMU_SERIES") {
+        Ok(linux) if linux != "7.3" => format!("{name}-{linux}"),
+        _ => name.into(),
+    }
+}
+
 /// The folder with QEMU, kernel and initial RAM file system, which `scripts/prepare-guest` makes.
 pub fn guest_files(kernel: &str) -> PathBuf {
     let folder = root().join("target/guest").join(kernel);
