@@ -39,18 +39,23 @@ demo:
 # What is quick comes first. Guests one at a time: each has threads enough for
 # two processors.
 test:
-	@scripts/setup patched
-	@$(MAKE) --no-print-directory lint
-	VIOMMU_STRESS_SECONDS=60 cargo test --workspace
-	scripts/fuzz 20
-	RUSTFLAGS='--cfg loom' cargo test --release --target-dir target/loom -p viommu -p viommu-trace --lib loom_
-	scripts/prepare-guest stock
-	scripts/prepare-guest backports
-	cargo test --test guest -- --test-threads=1 --skip patched::
-	scripts/prepare-guest patched
-	VIOMMU_SERIES=7.3 cargo test --test guest -- --test-threads=1 --skip linux_6_12:: --skip suspend:: patched::
-	scripts/prepare-guest patched-6.12
-	VIOMMU_SERIES=6.12 cargo test --test guest -- --test-threads=1 --skip linux_7_3:: patched::
+	@scripts/step --begin
+	scripts/step 'packages' scripts/setup patched
+	scripts/step 'lints' $(MAKE) --no-print-directory lint
+	scripts/step 'unit and socket tests' env VIOMMU_STRESS_SECONDS=60 cargo test --workspace
+	scripts/step 'fuzzing' scripts/fuzz 20
+	scripts/step 'loom' env RUSTFLAGS='--cfg loom' \
+		cargo test --release --target-dir target/loom -p viommu -p viommu-trace --lib loom_
+	scripts/step 'guest of Debian' scripts/prepare-guest stock
+	scripts/step 'guest of its backports' scripts/prepare-guest backports
+	scripts/step 'tests of Debian'"'"'s kernels' cargo test --test guest -- --test-threads=1 --skip patched::
+	scripts/step 'guest with the series for 7.3' scripts/prepare-guest patched
+	scripts/step 'tests of the series for 7.3' env VIOMMU_SERIES=7.3 \
+		cargo test --test guest -- --test-threads=1 --skip linux_6_12:: --skip suspend:: patched::
+	scripts/step 'guest with the series for 6.12' scripts/prepare-guest patched-6.12
+	scripts/step 'tests of the series for 6.12' env VIOMMU_SERIES=6.12 \
+		cargo test --test guest -- --test-threads=1 --skip linux_7_3:: patched::
+	@scripts/step --end
 
 lint: clippy
 	$$(scripts/get-typos)
