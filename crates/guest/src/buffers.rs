@@ -27,32 +27,37 @@ pub struct Buffers {
 impl Buffers {
     /// Makes buffers of any whole number of bytes; each starts on a page.
     ///
-    /// Scattered: pages are touched in a shuffled order, so that neighbours in a buffer are not neighbours in physical
-    /// memory. Otherwise it asks for huge pages, which the kernel may or may not have; [`Self::physical_runs`] says
+    /// Scattered: neighbours in a buffer are not neighbours in physical memory. Otherwise it asks for huge pages, which the kernel may or may not have; [`Self::physical_runs`] says
     /// what it got.
     ///
     /// # Errors
-    /// If the kernel does not give the memory.
+    /// If the kernel does not give the memory, or none that is scattered.
     pub fn new(count: usize, size: usize, scatter: bool) -> Result<Self> {
         let stride = size.next_multiple_of(PAGE);
         let mapped = (stride * count).next_multiple_of(HUGE_PAGE);
         let mapped = NonZeroUsize::new(mapped).context("Buffers of no bytes were asked for")?;
+        let advice = if scatter { MmapAdvise::MADV_NOHUGEPAGE } else { MmapAdvise::MADV_HUGEPAGE };
+        let buffers = Self::untouched(mapped, stride, size, count, advice)?;
+        if scatter {
+            buffers.touch_shuffled();
+            buffers.separate_neighbours()?;
+        }
+        // SAFETY: the range is the mapping just made; locking does not change its contents.
+        unsafe { mlock(buffers.start.cast(), mapped.get()) }.context("Cannot lock the I/O buffers in memory")?;
+        Ok(buffers)
+    }
+
+    /// Buffers whose pages have no frames yet.
+    fn untouched(mapped: NonZeroUsize, stride: usize, size: usize, count: usize, advice: MmapAdvise) -> Result<Self> {
         // SAFETY: a fresh private anonymous mapping; the kernel chooses an address that nothing else uses.
         let start = unsafe {
             mmap_anonymous(None, mapped, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_PRIVATE)
         };
         let start = start.with_context(|| format!("Cannot get {mapped} bytes for I/O buffers"))?;
-        let buffers = Self { start: start.cast(), mapped, size, stride, count };
-        let advice = if scatter { MmapAdvise::MADV_NOHUGEPAGE } else { MmapAdvise::MADV_HUGEPAGE };
         // SAFETY: the range is the mapping just made; this advice does not change its contents.
         // A kernel without huge pages refuses the advice, and then needs none.
         let _ = unsafe { madvise(start, mapped.get(), advice) };
-        if scatter {
-            buffers.touch_shuffled();
-        }
-        // SAFETY: the range is the mapping just made; locking does not change its contents.
-        unsafe { mlock(start, mapped.get()) }.context("Cannot lock the I/O buffers in memory")?;
-        Ok(buffers)
+        Ok(Self { start: start.cast(), mapped, size, stride, count })
     }
 
     /// Gives each page its frame, in shuffled order (Fisher-Yates with a fixed seed: every run is the same).
@@ -62,10 +67,48 @@ impl Buffers {
         for last in (1..order.len()).rev() {
             order.swap(last, random.below(last as u64 + 1) as usize);
         }
-        for page in order {
-            // SAFETY: the page is inside the mapping, which is writable and not yet shared with anybody.
-            unsafe { self.start.add(page * PAGE).write_volatile(0) };
+        order.into_iter().for_each(|page| self.touch(page));
+    }
+
+    /// Gives a page of the mapping its frame.
+    fn touch(&self, page: usize) {
+        assert!(page < self.mapped.get() / PAGE, "page {page}");
+        // SAFETY: the page is inside the mapping, which is writable and not yet shared with anybody.
+        unsafe { self.start.add(page * PAGE).write_volatile(0) };
+    }
+
+    /// Gives another frame to each page whose frame follows that of the page before it: by chance some do.
+    fn separate_neighbours(&self) -> Result<()> {
+        // The kernel hands out first what was freed last, so a spare page takes each frame that a page gives up.
+        let advice = MmapAdvise::MADV_NOHUGEPAGE;
+        let spare = Self::untouched(self.mapped, self.stride, self.size, self.count, advice)?;
+        let mut spares = 0..self.mapped.get() / PAGE;
+        loop {
+            let Some(neighbours) = self.neighbours() else { return Ok(()) };
+            if neighbours.is_empty() {
+                return Ok(());
+            }
+            for page in neighbours {
+                let spare_page = spares.next().context("The kernel gives no memory that is scattered")?;
+                // SAFETY: the page is inside the mapping, and nothing that matters has been written to it.
+                unsafe { madvise(self.start.add(page * PAGE).cast(), PAGE, MmapAdvise::MADV_DONTNEED) }
+                    .context("Cannot give up a page")?;
+                spare.touch(spare_page);
+                self.touch(page);
+            }
         }
+    }
+
+    /// The pages of the mapping whose frames follow those of the pages before them in the same buffer.
+    fn neighbours(&self) -> Option<Vec<usize>> {
+        let mut found = Vec::new();
+        for index in 0..self.count {
+            let first = index * self.stride / PAGE;
+            let frames = self.frames(index)?;
+            let follows = |at: &usize| frames[at - 1] + 1 == frames[*at];
+            found.extend((1..frames.len()).filter(follows).map(|at| first + at));
+        }
+        Some(found)
     }
 
     /// How many buffers there are.
@@ -97,22 +140,21 @@ impl Buffers {
     /// How many physically contiguous runs a buffer consists of, on average; `None` if the kernel does not say
     /// (`/proc/self/pagemap` shows frame numbers to root only).
     pub fn physical_runs(&self) -> Option<f64> {
+        let pages = self.count * self.stride / PAGE;
+        Some((pages - self.neighbours()?.len()) as f64 / self.count as f64)
+    }
+
+    /// The frame numbers of a buffer's pages.
+    fn frames(&self, index: usize) -> Option<Vec<u64>> {
         let map = File::open("/proc/self/pagemap").ok()?;
-        let mut runs = 0_u64;
-        for index in 0..self.count {
-            let mut entries = vec![0; self.stride / PAGE * 8];
-            map.read_exact_at(&mut entries, (self.pointer(index).as_ptr().addr() / PAGE * 8) as u64).ok()?;
-            // Documentation/admin-guide/mm/pagemap.rst: bits 0-54 are the frame number.
-            let frames: Vec<u64> = entries
-                .chunks_exact(8)
-                .map(|entry| entry.iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte)) & ((1 << 55) - 1))
-                .collect();
-            if frames.contains(&0) {
-                return None;
-            }
-            runs += 1 + frames.windows(2).filter(|pair| pair[0] + 1 != pair[1]).count() as u64;
-        }
-        Some(runs as f64 / self.count as f64)
+        let mut entries = vec![0; self.stride / PAGE * 8];
+        map.read_exact_at(&mut entries, (self.pointer(index).as_ptr().addr() / PAGE * 8) as u64).ok()?;
+        // Documentation/admin-guide/mm/pagemap.rst: bits 0-54 are the frame number.
+        let frames: Vec<u64> = entries
+            .chunks_exact(8)
+            .map(|entry| entry.iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte)) & ((1 << 55) - 1))
+            .collect();
+        (!frames.contains(&0)).then_some(frames)
     }
 }
 
