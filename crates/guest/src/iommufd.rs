@@ -30,6 +30,22 @@ struct IoasMap {
     iova: u64,
 }
 
+/// `struct iommu_hwpt_alloc`
+#[repr(C)]
+struct HwptAlloc {
+    size: u32,
+    flags: u32,
+    dev_id: u32,
+    pt_id: u32,
+    out_hwpt_id: u32,
+    reserved: u32,
+    data_type: u32,
+    data_len: u32,
+    data_uptr: u64,
+    fault_id: u32,
+    reserved_2: u32,
+}
+
 /// IOMMU_IOAS_MAP_FIXED_IOVA, to read and to write.
 const FIXED_IOVA_READ_WRITE: u32 = 0x7;
 
@@ -38,17 +54,19 @@ nix::ioctl_readwrite_bad!(bind_iommufd, request_code_none!(b';', 118), vfio_devi
 nix::ioctl_readwrite_bad!(attach_iommufd_pt, request_code_none!(b';', 119), vfio_device_attach_iommufd_pt);
 nix::ioctl_readwrite_bad!(ioas_alloc, request_code_none!(b';', 0x81), IoasAlloc);
 nix::ioctl_readwrite_bad!(ioas_map, request_code_none!(b';', 0x85), IoasMap);
+nix::ioctl_readwrite_bad!(hwpt_alloc, request_code_none!(b';', 0x89), HwptAlloc);
 
-/// An address space of iommufd that a function is attached to.
+/// An address space of iommufd, and a function that iommufd owns.
 pub struct AddressSpace {
     iommufd: File,
     ioas: u32,
     /// Held open: closing it would detach the function.
-    _device: File,
+    device: File,
+    device_id: u32,
 }
 
 impl AddressSpace {
-    /// Takes the function `bdf` from its driver, gives it to vfio-pci, and attaches it to an address space.
+    /// Takes the function `bdf` from its driver, gives it to vfio-pci and iommufd, and makes an address space.
     ///
     /// # Errors
     /// The step that failed.
@@ -75,16 +93,48 @@ impl AddressSpace {
             bind_iommufd(device.as_raw_fd(), &mut bind).context("VFIO does not bind the function to iommufd")?;
             ioas_alloc(iommufd.as_raw_fd(), &mut alloc).context("iommufd does not make an address space")?;
         }
-        let mut attach = vfio_device_attach_iommufd_pt {
-            argsz: size_of::<vfio_device_attach_iommufd_pt>() as u32,
+        Ok(Self { iommufd, ioas: alloc.out_ioas_id, device, device_id: bind.out_devid })
+    }
+
+    /// Attaches the function to the address space, in a new domain. What is mapped later is mapped there.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn attach(&self) -> Result<()> {
+        self.attach_to(self.ioas)
+    }
+
+    /// Makes a domain of the address space and what is mapped in it, and attaches the function to that. The IOMMU then
+    /// gets all mappings at once.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn attach_filled(&self) -> Result<()> {
+        let mut alloc = HwptAlloc {
+            size: size_of::<HwptAlloc>() as u32,
             flags: 0,
-            pt_id: alloc.out_ioas_id,
-            pasid: 0,
+            dev_id: self.device_id,
+            pt_id: self.ioas,
+            out_hwpt_id: 0,
+            reserved: 0,
+            data_type: 0,
+            data_len: 0,
+            data_uptr: 0,
+            fault_id: 0,
+            reserved_2: 0,
         };
-        // SAFETY: as above.
-        unsafe { attach_iommufd_pt(device.as_raw_fd(), &mut attach) }
+        // SAFETY: a live value of the type that the ioctl reads and writes, without pointers in it.
+        unsafe { hwpt_alloc(self.iommufd.as_raw_fd(), &mut alloc) }.context("iommufd does not make a domain")?;
+        self.attach_to(alloc.out_hwpt_id)
+    }
+
+    fn attach_to(&self, pt_id: u32) -> Result<()> {
+        let argsz = size_of::<vfio_device_attach_iommufd_pt>() as u32;
+        let mut attach = vfio_device_attach_iommufd_pt { argsz, flags: 0, pt_id, pasid: 0 };
+        // SAFETY: a live value of the type that the ioctl reads and writes.
+        unsafe { attach_iommufd_pt(self.device.as_raw_fd(), &mut attach) }
             .context("VFIO does not attach the function to the address space")?;
-        Ok(Self { iommufd, ioas: alloc.out_ioas_id, _device: device })
+        Ok(())
     }
 
     /// Maps memory of this process for the device's DMA, to read and write. It stays mapped until this is dropped.

@@ -27,12 +27,16 @@ pub struct Args {
     /// Map through iommufd.
     #[arg(long)]
     iommufd: bool,
+    /// Attach the function afterwards only: the IOMMU then gets all mappings at once, and may refuse them.
+    #[arg(long, requires = "iommufd")]
+    filled: bool,
 }
 
 impl Workload for Args {
     const NEEDS: Needs = Needs { modules: &["vfio_pci", "vfio_iommu_type1"], optional: &["iommufd"], ..Needs::NOTHING };
 
-    /// The workload. Emits one `result`: the number of physically contiguous runs that the memory consists of.
+    /// The workload. Emits one `result`: the number of physically contiguous runs that the memory consists of, and whether
+    /// the function could be attached.
     ///
     /// # Errors
     /// If there is no engine, or not so much memory, or VFIO does not map it.
@@ -41,10 +45,17 @@ impl Workload for Args {
         let bdf =
             bdf.with_context(|| format!("The guest has no DMA engine {:04x}:{:04x}", ioat::VENDOR, ioat::DEVICE))?;
         let memory = Buffers::new(1, self.size as usize, self.scatter)?;
+        let mut attached = true;
         // SAFETY: nobody refers to the memory, and the engine is not started.
         unsafe {
-            if self.iommufd {
-                AddressSpace::of(&bdf)?.map(memory.pointer(0), IOVA, self.size)?;
+            if self.filled {
+                let space = AddressSpace::of(&bdf)?;
+                space.map(memory.pointer(0), IOVA, self.size)?;
+                attached = space.attach_filled().is_ok();
+            } else if self.iommufd {
+                let space = AddressSpace::of(&bdf)?;
+                space.attach()?;
+                space.map(memory.pointer(0), IOVA, self.size)?;
             } else {
                 Function::open(&bdf)?.map(memory.pointer(0), IOVA, self.size, Access::ReadWrite)?;
             }
@@ -53,7 +64,7 @@ impl Workload for Args {
             "result",
             json!({
                 "workload": "vfio-map", "bdf": bdf, "iova": format!("{IOVA:#x}"), "bytes": self.size,
-                "runs": memory.physical_runs(),
+                "runs": memory.physical_runs(), "attached": attached,
             }),
         );
         Ok(())

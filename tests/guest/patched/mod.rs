@@ -7,6 +7,7 @@ mod boots;
 mod failures;
 mod linux_6_12;
 mod linux_7_3;
+mod mainline;
 mod power;
 mod qemu;
 mod suspend;
