@@ -25,6 +25,8 @@ pub const DECLARATION: Declaration = Declaration {
         Member { name: "src", form: Form::Hex, low: 32, width: 64, is_there: ALWAYS },
         Member { name: "dst", form: Form::Hex, low: 96, width: 64, is_there: ALWAYS },
     ],
+    addresses: &["src", "dst"],
+    tag: |_, _| None,
     state: &[
         Member { name: "chansts", form: Form::Hex, low: 32, width: 32, is_there: ALWAYS },
         Member { name: "chanerr", form: Form::Hex, low: 64, width: 32, is_there: ALWAYS },

@@ -41,6 +41,10 @@ pub struct Declaration {
     pub opcodes: fn(queue: u32) -> &'static [(u8, &'static str)],
     /// The model's part of a command.
     pub command: &'static [Member],
+    /// The names of those members of `command` that are first addresses of its data.
+    pub addresses: &'static [&'static str],
+    /// The tag that a driver gives what it maps for a command, by the command's queue and id, if tags are made of these.
+    pub tag: fn(queue: u32, id: u64) -> Option<u64>,
     /// What its state is made of.
     pub state: &'static [Member],
     /// The registers of its first BAR, in the order of their offsets; none overlaps another.

@@ -2,6 +2,7 @@
 
 use crate::model::{ALWAYS, Declaration, Form, Member, Part, Register, names, registers};
 use crate::named_numbers;
+use crate::split::Flow;
 
 named_numbers! {
     /// How a command described its data.
@@ -49,6 +50,8 @@ impl From<Part> for Command {
 pub const DECLARATION: Declaration = Declaration {
     opcodes: |queue| if queue == 0 { ADMIN } else { IO },
     command: &[SLBA, POINTER, DATA],
+    addresses: &[DATA.name],
+    tag: |queue, id| Some(Flow::NVME.tag(u64::from(queue) << 16 | id)),
     state: &[
         Member { name: "cc", form: Form::Hex, low: 32, width: 32, is_there: ALWAYS },
         Member { name: "csts", form: Form::Hex, low: 64, width: 32, is_there: ALWAYS },

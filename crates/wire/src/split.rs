@@ -24,6 +24,33 @@ pub mod request_type {
     pub const RELEASE: u8 = RequestType::Release as u8;
 }
 
+/// Bits 63 to 56 of a tag: what the driver works for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Flow(pub u8);
+
+impl Flow {
+    /// The first of the tag's bits that name the flow.
+    const SHIFT: u32 = 56;
+
+    /// NVMe, whose tags are made of queue and command.
+    pub const NVME: Flow = Flow(1);
+
+    /// That of a tag.
+    pub fn of(tag: u64) -> Flow {
+        Flow((tag >> Self::SHIFT) as u8)
+    }
+
+    /// The tag of one of its operations; `number` has the other bits.
+    pub fn tag(self, number: u64) -> u64 {
+        u64::from(self.0) << Self::SHIFT | number & ((1 << Self::SHIFT) - 1)
+    }
+
+    /// Its name, if it has one.
+    pub fn name(self) -> Option<&'static str> {
+        ["unspecified", "nvme", "rdma", "vfio", "gpu", "network"].get(usize::from(self.0)).copied()
+    }
+}
+
 /// The most extents of a LINK.
 pub const EXTENTS_MAX: usize = 512;
 

@@ -1,0 +1,392 @@
+//! Reads a trace and says what was done, what it cost, and what was wrong.
+
+mod faults;
+mod findings;
+mod groups;
+mod histogram;
+mod lives;
+mod operations;
+mod requests;
+mod view;
+
+use std::collections::{BTreeMap, HashMap};
+
+use viommu_trace::event::{ResetKind, Route, StateItem};
+use viommu_trace::{Event, Item, Stamped};
+use viommu_wire::model::{Model, Part};
+use viommu_wire::split::Flow;
+
+use findings::Findings;
+pub use findings::{Breach, Finding, Rule, Severity};
+pub use groups::By;
+use groups::{Group, Key, Owner};
+use histogram::Histogram;
+use lives::{How, Life, Moment, Space};
+use operations::Operations;
+pub use view::{junit, to_json, to_text};
+
+/// The granule of the device's mappings.
+const GRANULE: u64 = 4096;
+
+/// How long after its command a mapping may live before it is called leaked, ns. Lazy unmapping takes 10 ms.
+const LEAKED_AFTER: u64 = 1_000_000_000;
+
+/// Groups that are kept apart.
+const GROUPS_MAX: usize = 4096;
+
+/// The name of a flow.
+fn flow_name(flow: Flow) -> String {
+    flow.name().map_or_else(|| format!("flow-{}", flow.0), Into::into)
+}
+
+/// What to look for.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// What groups are made by.
+    pub by: Vec<By>,
+    /// After how many ns an unmapping is late.
+    pub late_ns: u64,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Settings { by: vec![By::Endpoint, By::Flow], late_ns: 1_000_000 }
+    }
+}
+
+/// A domain.
+#[derive(Debug, Default)]
+struct Domain {
+    space: Space,
+    endpoints: Vec<u32>,
+    /// The last address of the last MAP, and how many in a row began where the one before ended.
+    adjacent: (u64, u64),
+    /// The last requests of the domain that were refused: first and last address, and the event.
+    refused: Vec<(u64, u64, Moment)>,
+}
+
+impl Domain {
+    /// Whose requests these are: those of its only endpoint.
+    fn endpoint(&self) -> Option<u32> {
+        if let [only] = self.endpoints[..] { Some(only) } else { None }
+    }
+}
+
+/// A trace that is being read.
+pub struct Audit {
+    settings: Settings,
+    first: Option<Moment>,
+    last: Moment,
+    events: u64,
+    lost: u64,
+    unreadable: u64,
+    kinds: BTreeMap<&'static str, u64>,
+    kicks: u64,
+    batches: Histogram,
+    resets: u64,
+    all: Group,
+    flows: BTreeMap<Flow, Group>,
+    groups: BTreeMap<Key, Group>,
+    domains: HashMap<u32, Domain>,
+    attached: HashMap<u32, u32>,
+    operations: Operations,
+    findings: Findings,
+    /// MAPs that a LINK could have carried, with the LINKs that it takes.
+    joinable: (u64, u64),
+}
+
+impl Audit {
+    /// Nothing was read yet.
+    pub fn new(settings: Settings) -> Audit {
+        Audit {
+            settings,
+            first: None,
+            last: Moment::default(),
+            events: 0,
+            lost: 0,
+            unreadable: 0,
+            kinds: BTreeMap::new(),
+            kicks: 0,
+            batches: Histogram::default(),
+            resets: 0,
+            all: Group::default(),
+            flows: BTreeMap::new(),
+            groups: BTreeMap::new(),
+            domains: HashMap::new(),
+            attached: HashMap::new(),
+            operations: Operations::default(),
+            findings: Findings::default(),
+            joinable: (0, 0),
+        }
+    }
+
+    /// Reads the next entry of the trace.
+    pub fn read(&mut self, item: &Item) {
+        match item {
+            Item::Event(event) => self.event(event),
+            Item::Unreadable(_) => self.unreadable += 1,
+            // The guest's own events are not evaluated.
+            _ => {}
+        }
+    }
+
+    /// Does something to all groups that `owner` belongs to.
+    fn count(&mut self, owner: Owner, change: impl Fn(&mut Group)) {
+        change(&mut self.all);
+        let flow = owner.flow.unwrap_or_else(|| Flow::of(owner.tag));
+        change(self.flows.entry(flow).or_default());
+        let key = Key::of(&self.settings.by, owner);
+        // A group of everything else has no name at all.
+        let is_full = self.groups.len() >= GROUPS_MAX && !self.groups.contains_key(&key);
+        change(self.groups.entry(if is_full { Key::default() } else { key }).or_default());
+    }
+
+    fn event(&mut self, event: &Stamped) {
+        let now = Moment { seq: event.seq, time_ns: event.time_ns };
+        // Items of the live state are no events of the run.
+        if !matches!(event.event, Event::State { .. }) {
+            self.events += 1;
+            self.first.get_or_insert(now);
+            self.last = now;
+            *self.kinds.entry(event.event.kind().name()).or_default() += 1;
+        }
+        match event.event {
+            Event::Request { .. } | Event::Split { .. } => self.request(&event.event, now),
+            Event::Dma { endpoint, access, failed, iova, len, domain, tag, route, .. } => {
+                let owner = Owner { endpoint: Some(endpoint), tag, size: len.into(), flow: None };
+                self.count(owner, |group| group.access(access, iova, len.into(), failed));
+                if route == Route::Mapped {
+                    self.access(now, endpoint, domain, iova, len.into(), tag, failed);
+                }
+            }
+            Event::Fault { endpoint, reason, access, address, domain, .. } => {
+                self.count(Owner { endpoint: Some(endpoint), ..Owner::default() }, |group| group.faults += 1);
+                self.fault(now, endpoint, reason, access, address, domain);
+            }
+            Event::Command { endpoint, model, queue, id, status, len, duration, part, .. } => {
+                let command = Command { model, queue, id, ok: status == 0, len: len.into(), ns: duration, part };
+                self.command(now, endpoint, &command);
+            }
+            Event::Kick { requests, .. } => {
+                self.kicks += 1;
+                self.batches.add(requests.into());
+            }
+            Event::Reset { endpoint: None, reset } if ends_domains(reset) => self.end_domains(now),
+            Event::Session { endpoint: None, connected: false, .. } => self.end_domains(now),
+            Event::Lost { count, .. } => self.lost += count,
+            Event::State { endpoint, item, domain, virt_start, virt_end, flags, tag, .. } => {
+                self.state(now, endpoint, item, domain, (virt_start, virt_end), flags, tag);
+            }
+            _ => {}
+        }
+    }
+
+    /// The driver or the machine ended all domains.
+    fn end_domains(&mut self, now: Moment) {
+        self.resets += 1;
+        let domains = std::mem::take(&mut self.domains);
+        for (id, mut domain) in domains {
+            self.look_for_leaks(id, &domain, now);
+            self.join(domain.adjacent.1);
+            self.end_mappings(&mut domain, now, |_| true);
+            self.end_reservations(&mut domain, now);
+        }
+        self.attached.clear();
+        self.operations.clear();
+    }
+
+    /// An item of what was live when the trace began.
+    #[allow(clippy::too_many_arguments, reason = "the fields of the event")]
+    fn state(
+        &mut self,
+        now: Moment,
+        endpoint: Option<u32>,
+        item: StateItem,
+        domain: u32,
+        (start, end): (u64, u64),
+        flags: u32,
+        tag: u64,
+    ) {
+        let how = match item {
+            StateItem::Endpoint => {
+                if let Some(endpoint) = endpoint {
+                    self.attach(endpoint, domain, now);
+                }
+                return;
+            }
+            StateItem::Reservation => {
+                self.reserve(domain, (start, end), tag, now);
+                return;
+            }
+            StateItem::Mapping => How::Mapped,
+            StateItem::Linked => How::Linked,
+            StateItem::Begin | StateItem::Domain | StateItem::End => return,
+        };
+        self.make(domain, (start, end), Life::new(start, end, how, tag, flags, now));
+    }
+
+    /// An access that was translated by a mapping.
+    #[allow(clippy::too_many_arguments, reason = "the fields of the event")]
+    fn access(&mut self, now: Moment, endpoint: u32, domain: u32, iova: u64, len: u64, tag: u64, failed: bool) {
+        self.operations.accessed(domain, tag, now);
+        let Some(life) = self.domains.get_mut(&domain).and_then(|domain| domain.space.live_at_mut(iova)) else {
+            return;
+        };
+        life.access(iova, len);
+        if failed {
+            let (made, how) = (life.made, life.how);
+            self.findings.add(Rule::NoMemory, Some(endpoint), || Breach {
+                text: format!("{iova:#x} leads to where the guest has no memory, since the {}", how.request()),
+                evidence: vec![made.seq, now.seq],
+                tag,
+            });
+        }
+    }
+
+    fn command(&mut self, now: Moment, endpoint: u32, command: &Command) {
+        let domain = self.attached.get(&endpoint).copied();
+        let tag = command.tag();
+        let tagged = tag.filter(|tag| domain.is_some_and(|domain| self.operations.has(domain, *tag)));
+        let owner = Owner { endpoint: Some(endpoint), tag: tagged.unwrap_or_default(), size: command.len, flow: None };
+        self.count(owner, |group| group.command(command.ok, command.len, command.ns));
+        let Some(domain) = domain else { return };
+        if let Some(tag) = tagged {
+            self.operations.completed(domain, tag, now, command.ns);
+        }
+        if !command.ok || command.len == 0 {
+            return;
+        }
+        let Some(space) = self.domains.get_mut(&domain).map(|domain| &mut domain.space) else { return };
+        for start in command.addresses() {
+            let end = start.saturating_add(command.len - 1);
+            space.serve(start, end, now, command.ns);
+            if let Some((first, _)) = space.reservation_at(start)
+                && let Some(reservation) = space.reservations.get_mut(&first)
+            {
+                reservation.completed.get_or_insert(now);
+            }
+        }
+    }
+
+    /// What was never undone although its command ended long ago.
+    fn look_for_leaks(&mut self, id: u32, domain: &Domain, now: Moment) {
+        let long_ago = |completed: Option<Moment>| {
+            completed.filter(|completed| now.time_ns.saturating_sub(completed.time_ns) >= LEAKED_AFTER)
+        };
+        for (start, life) in &domain.space.live {
+            let Some(completed) = long_ago(life.served_once().map(|served| served.completed)) else { continue };
+            let ms = (now.time_ns - completed.time_ns) / 1_000_000;
+            self.findings.add(Rule::Leaked, domain.endpoint(), || Breach {
+                text: format!(
+                    "{start:#x} to {:#x} in domain {id} is there {ms} ms after the command that it was {} for",
+                    life.end,
+                    life.how.participle()
+                ),
+                evidence: vec![life.made.seq, completed.seq],
+                tag: life.tag,
+            });
+        }
+        for (start, reservation) in &domain.space.reservations {
+            let Some(completed) = long_ago(reservation.completed) else { continue };
+            self.findings.add(Rule::ReservationLeaked, domain.endpoint(), || Breach {
+                text: format!("{start:#x} to {:#x} in domain {id} is reserved still", reservation.end),
+                evidence: vec![reservation.made.seq, completed.seq],
+                tag: reservation.tag,
+            });
+        }
+    }
+
+    /// The end of the trace.
+    pub fn finish(mut self) -> Report {
+        let now = self.last;
+        let domains = std::mem::take(&mut self.domains);
+        for (id, domain) in &domains {
+            self.look_for_leaks(*id, domain, now);
+        }
+        let adjacent: Vec<_> = domains.values().map(|domain| domain.adjacent.1).collect();
+        self.look_at_costs(&adjacent);
+        Report {
+            events: self.events,
+            lost: self.lost,
+            unreadable: self.unreadable,
+            first: self.first.unwrap_or_default(),
+            last: self.last,
+            kinds: self.kinds,
+            kicks: self.kicks,
+            batches: self.batches,
+            resets: self.resets,
+            all: self.all,
+            flows: self.flows,
+            by: self.settings.by,
+            groups: self.groups,
+            operations: self.operations,
+            findings: self.findings.into_vec(),
+        }
+    }
+}
+
+fn ends_domains(reset: ResetKind) -> bool {
+    matches!(reset, ResetKind::Device | ResetKind::System)
+}
+
+/// What a trace says.
+pub struct Report {
+    events: u64,
+    lost: u64,
+    unreadable: u64,
+    first: Moment,
+    last: Moment,
+    kinds: BTreeMap<&'static str, u64>,
+    kicks: u64,
+    /// Requests that were found at each kick.
+    batches: Histogram,
+    resets: u64,
+    all: Group,
+    flows: BTreeMap<Flow, Group>,
+    by: Vec<By>,
+    groups: BTreeMap<Key, Group>,
+    operations: Operations,
+    /// What was wrong, the worst first.
+    pub findings: Vec<Finding>,
+}
+
+/// A command that a device model completed.
+struct Command {
+    model: Model,
+    queue: u32,
+    id: u64,
+    ok: bool,
+    len: u64,
+    ns: u64,
+    part: Part,
+}
+
+impl Command {
+    /// The tag of what a driver maps for it.
+    fn tag(&self) -> Option<u64> {
+        (self.model.declaration().tag)(self.queue, self.id)
+    }
+
+    /// The first addresses of the data that it names.
+    fn addresses(&self) -> impl Iterator<Item = u64> {
+        let declaration = self.model.declaration();
+        let members = declaration.command.iter().filter(|member| declaration.addresses.contains(&member.name));
+        members.filter(|member| (member.is_there)(self.queue, &self.part)).map(|member| member.get(&self.part))
+    }
+}
+
+impl How {
+    fn request(self) -> &'static str {
+        match self {
+            How::Mapped => "MAP",
+            How::Linked => "LINK",
+        }
+    }
+
+    fn participle(self) -> &'static str {
+        match self {
+            How::Mapped => "mapped",
+            How::Linked => "linked",
+        }
+    }
+}
