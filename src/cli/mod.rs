@@ -10,6 +10,7 @@ mod machine;
 mod merge;
 mod qemu;
 mod qmp;
+mod report;
 mod run;
 mod sandbox;
 mod serve;
@@ -48,6 +49,7 @@ enum Command {
     Run(Box<run::Args>),
     Args(args::Args),
     Trace(trace::Args),
+    Report(report::Args),
     Merge(merge::Args),
     Viot(viot::Args),
     Check(check::Args),
@@ -64,7 +66,20 @@ pub fn main() -> ExitCode {
         _ => log::LevelFilter::Debug,
     };
     logger::start(level);
-    let result = match cli.command {
+    let result = run(cli.command);
+    log::logger().flush();
+    match result {
+        Ok(status) => status,
+        Err(error) => {
+            eprintln!("viommu: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<ExitCode> {
+    match command {
+        Command::Report(args) => return report::main(&args),
         Command::Serve(args) => serve::main(&args),
         Command::Run(args) => run::main(&args),
         Command::Args(args) => args::main(&args),
@@ -74,15 +89,8 @@ pub fn main() -> ExitCode {
         Command::Check(args) => check::main(&args),
         Command::Completions(args) => generate::completions(&args),
         Command::Man(args) => generate::man(&args),
-    };
-    log::logger().flush();
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("viommu: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    }?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Writes to the standard output. That nobody reads it any more is no error, and ends nothing.

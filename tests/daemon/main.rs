@@ -5,6 +5,7 @@
 
 mod backlog;
 mod image;
+mod report;
 mod sandbox;
 mod soak;
 mod startup;
