@@ -19,7 +19,7 @@ help:
 	@echo 'make asan         unit and socket tests under the address sanitizer'
 	@echo 'make fuzz         each fuzz target, SECONDS=60 long'
 	@echo 'make soak         what must hold for hours: an hour of it'
-	@echo 'make bench        the address space beside a BTreeMap, events, and the live state'
+	@echo 'make bench        the address space beside a BTreeMap, events, the live state, and reports'
 	@echo 'make bench-guest  guest I/O here and on the devices inside QEMU'
 	@echo 'make compare      Linux without the series and with it, with the protocol off and on:'
 	@echo '                  what an I/O costs in requests, kicks, time and memory'
@@ -93,7 +93,7 @@ soak:
 
 bench:
 	@scripts/setup stock
-	cargo bench --no-fail-fast --bench address_space --bench trace --bench live_state
+	cargo bench --no-fail-fast --bench address_space --bench trace --bench live_state --bench report
 
 bench-guest:
 	@scripts/setup stock
