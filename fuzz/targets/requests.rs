@@ -158,8 +158,13 @@ impl Pair {
         let domain = self.domain(id);
         domain.endpoints -= 1;
         if domain.endpoints == 0 {
-            self.domains.remove(&id);
+            domain.mappings.clear();
         }
+        self.end_unused();
+    }
+
+    fn end_unused(&mut self) {
+        self.domains.retain(|_, domain| domain.endpoints > 0 || !domain.reservations.is_empty());
     }
 
     fn attach(&mut self, id: u32, endpoint: u32, bypass: bool) {
@@ -200,7 +205,7 @@ impl Pair {
         };
         if self.is_ok(request.as_bytes()) {
             let domain = self.domain(id);
-            assert!(!domain.bypass && start <= end, "MAP");
+            assert!(!domain.bypass && domain.endpoints > 0 && start <= end, "MAP");
             assert!(!domain.maps_any(start, end) && !domain.reserves_any(start, end), "MAP of what is taken");
             domain.mappings.insert(start, (end, target));
         }
@@ -211,10 +216,11 @@ impl Pair {
         let request = Unmap { head: head(base::UNMAP), domain, virt_start, virt_end, reserved: [0; 4] };
         if self.is_ok(request.as_bytes()) {
             let domain = self.domain(id);
-            assert!(start <= end && !domain.splits(start, end), "UNMAP of a part of a mapping");
+            assert!(domain.endpoints > 0 && start <= end && !domain.splits(start, end), "UNMAP of a part of a mapping");
             domain.mappings.retain(|first, (last, _)| *first < start || *last > end);
         } else if let Some(domain) = self.domains.get(&id)
             && !domain.bypass
+            && domain.endpoints > 0
             && start <= end
             && !domain.reserves_any(start, end)
         {
@@ -269,6 +275,7 @@ impl Pair {
         if outcome.status == Status::Ok {
             assert_eq!(self.domain(id).reservations.remove(&start), Some(end), "RELEASE of no reservation");
             assert_eq!(outcome.granules, self.unlinked(id, start, end), "RELEASE");
+            self.end_unused();
         }
     }
 

@@ -3,8 +3,6 @@
 use std::ops::Index;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::domain::Ended;
-use super::reservation::Reservations;
 use viommu_wire::request::RequestType;
 use viommu_wire::virtio_iommu::Status;
 
@@ -118,13 +116,6 @@ impl Counters {
 
     pub(super) fn unlinked(&self, bytes: u64) {
         self.linked_bytes.fetch_sub(bytes, Ordering::Relaxed);
-    }
-
-    pub(super) fn ended(&self, domain: &Ended) {
-        self.unmapped(domain.mappings);
-        self.unlinked(domain.linked_bytes);
-        let reservations = domain.reservations.as_ref().map_or(0, Reservations::count);
-        self.reservations_live.fetch_sub(reservations, Ordering::Relaxed);
     }
 
     pub(super) fn all_ended(&self) {

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::address_space::{AddressSpace, PAGE};
+use super::address_space::AddressSpace;
 use super::endpoint::Endpoint;
 use super::reservation::Reservations;
 use viommu_wire::virtio_iommu::Status;
@@ -16,30 +16,31 @@ pub(super) struct Domain {
     pub(super) space: Option<AddressSpace>,
 }
 
-/// A domain with the part that only the writer uses.
+/// A domain with the part that only the writer uses. It exists while it has a member or a reservation (rule S12 of the
+/// split protocol).
 pub(super) struct DomainEntry {
     pub(super) domain: Arc<Domain>,
     pub(super) members: Vec<Arc<Endpoint>>,
     pub(super) reservations: Reservations,
+    /// Reservations have outlived its last member.
+    pub(super) survived: bool,
 }
 
 impl DomainEntry {
+    /// Removes everything that MAP mapped. Returns the number of mappings.
+    fn remove_mappings(&self) -> u64 {
+        match &self.domain.space {
+            // Each linked page is a mapping of the address space.
+            Some(space) if space.mappings() > self.reservations.linked => space.clear_maps().mappings,
+            _ => 0,
+        }
+    }
+
     /// Whether the inclusive range touches a reserved region of an endpoint in the domain.
     pub(super) fn is_reserved(&self, start: u64, end: u64) -> bool {
         let mut regions = self.members.iter().flat_map(|member| member.reserved());
         regions.any(|region| region.start <= end && start <= region.end)
     }
-}
-
-/// What ended with a domain. To be dropped when the domains are no longer locked, since millions of reservations take
-/// time.
-#[derive(Default)]
-pub(super) struct Ended {
-    /// Mappings that MAP made.
-    pub(super) mappings: u64,
-    pub(super) reservations: Option<Reservations>,
-    /// Bytes that were linked.
-    pub(super) linked_bytes: u64,
 }
 
 /// All domains and their endpoints: the writer's side, under one lock.
@@ -64,6 +65,11 @@ impl Domains {
         self.by_id.values()
     }
 
+    /// The domain `id`, if an endpoint is attached to it.
+    pub(super) fn get_attached(&mut self, id: u32) -> Option<&mut DomainEntry> {
+        self.get(id).filter(|entry| !entry.members.is_empty())
+    }
+
     /// The domain that the endpoint is attached to.
     pub(super) fn of(&self, endpoint: u32) -> Option<u32> {
         self.attached.get(&endpoint).copied()
@@ -71,13 +77,14 @@ impl Domains {
 
     /// The number of domains that remain after `endpoint` has left its own.
     pub(super) fn count_without(&self, endpoint: u32) -> usize {
-        let alone = self.of(endpoint).and_then(|id| self.by_id.get(&id)).is_some_and(|entry| entry.members.len() == 1);
-        self.by_id.len() - usize::from(alone)
+        let ends = |entry: &DomainEntry| entry.members.len() == 1 && entry.reservations.count() == 0;
+        let ends = self.of(endpoint).and_then(|id| self.by_id.get(&id)).is_some_and(ends);
+        self.by_id.len() - usize::from(ends)
     }
 
     /// Attaches `endpoint` to the domain `id`, which `make` creates if it does not exist. It replaces the endpoint's
-    /// previous domain: a reader sees the old one or the new one, never none. Returns what ended with the old domain.
-    pub(super) fn attach(&mut self, endpoint: &Arc<Endpoint>, id: u32, make: impl FnOnce() -> DomainEntry) -> Ended {
+    /// previous domain: a reader sees the old one or the new one, never none. Returns how many mappings the old domain lost.
+    pub(super) fn attach(&mut self, endpoint: &Arc<Endpoint>, id: u32, make: impl FnOnce() -> DomainEntry) -> u64 {
         let entry = self.by_id.entry(id).or_insert_with(make);
         entry.members.push(endpoint.clone());
         let old = endpoint.domain.replace(Some(entry.domain.clone()));
@@ -85,12 +92,12 @@ impl Domains {
         self.retire(old);
         match self.attached.insert(endpoint.id(), id) {
             Some(left) => self.leave(endpoint.id(), left),
-            None => Ended::default(),
+            None => 0,
         }
     }
 
-    /// Detaches `endpoint` from the domain `id`. Returns what ended with the domain.
-    pub(super) fn detach(&mut self, endpoint: &Endpoint, id: u32) -> Result<Ended, Status> {
+    /// Detaches `endpoint` from the domain `id`. Returns how many mappings the domain lost.
+    pub(super) fn detach(&mut self, endpoint: &Endpoint, id: u32) -> Result<u64, Status> {
         if self.of(endpoint.id()) != Some(id) {
             return Err(Status::Inval);
         }
@@ -133,18 +140,31 @@ impl Domains {
         std::mem::take(&mut self.removed).then(|| std::mem::take(&mut self.retired))
     }
 
-    /// Removes a member from a domain, and the domain itself if that was its last member. Returns what ended.
-    fn leave(&mut self, endpoint: u32, id: u32) -> Ended {
-        let Some(entry) = self.by_id.get_mut(&id) else { return Ended::default() };
+    /// Ends a domain that has neither members nor reservations.
+    pub(super) fn end_if_unused(&mut self, id: u32) {
+        let unused = |entry: &DomainEntry| entry.members.is_empty() && entry.reservations.count() == 0;
+        if self.by_id.get(&id).is_some_and(unused) {
+            let ended = self.by_id.remove(&id).map(|entry| entry.domain);
+            self.retire(ended);
+        }
+    }
+
+    /// Removes a member from a domain. With its last member a domain loses what MAP mapped, and it ends unless it has
+    /// reservations. Returns the number of mappings that it lost.
+    fn leave(&mut self, endpoint: u32, id: u32) -> u64 {
+        let Some(entry) = self.by_id.get_mut(&id) else { return 0 };
         entry.members.retain(|member| member.id() != endpoint);
         if !entry.members.is_empty() {
-            return Ended::default();
+            return 0;
         }
-        let Some(entry) = self.by_id.remove(&id) else { return Ended::default() };
-        // Each linked page is a mapping of the address space.
-        let (all, pages) = (entry.domain.space.as_ref().map_or(0, AddressSpace::mappings), entry.reservations.linked);
-        self.retired.push(entry.domain);
-        Ended { mappings: all - pages, reservations: Some(entry.reservations), linked_bytes: pages * PAGE }
+        let mappings = if entry.reservations.count() > 0 {
+            entry.survived = true;
+            entry.remove_mappings()
+        } else {
+            entry.domain.space.as_ref().map_or(0, AddressSpace::mappings)
+        };
+        self.end_if_unused(id);
+        mappings
     }
 
     fn retire(&mut self, domain: Option<Arc<Domain>>) {

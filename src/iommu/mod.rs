@@ -20,7 +20,7 @@ mod sync;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, Once, TryLockError};
 
 use address_space::{AddressSpace, Budget};
 use counters::Counters;
@@ -57,6 +57,8 @@ pub struct Iommu {
     features: AtomicU64,
     faults: FaultQueue,
     counters: Counters,
+    /// That reservations outlive a domain's endpoints was said.
+    explained_survivor: Once,
 }
 
 impl Iommu {
@@ -87,6 +89,7 @@ impl Iommu {
             features: AtomicU64::new(0),
             faults: FaultQueue::new(settings.limits.pending_faults),
             counters: Counters::default(),
+            explained_survivor: Once::new(),
             settings,
         })
     }
@@ -253,6 +256,7 @@ impl Iommu {
             domain: Arc::new(Domain { id, space }),
             members: Vec::new(),
             reservations: Reservations::new(self.budget.clone()),
+            survived: false,
         }
     }
 }

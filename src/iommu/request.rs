@@ -158,6 +158,7 @@ impl Iommu {
 
         let mut domains = self.domains();
         match domains.get(id) {
+            Some(entry) if bypass && entry.members.is_empty() => return Err(self.reserved_status(entry)),
             Some(entry) => require(bypass == entry.domain.space.is_none(), Status::Inval)?,
             None => {
                 let others = domains.count_without(endpoint.id());
@@ -166,9 +167,8 @@ impl Iommu {
         }
         // Attaching to the same domain again changes nothing. In particular it does not end the domain.
         if domains.of(endpoint.id()) != Some(id) {
-            let died = domains.attach(endpoint, id, || self.new_domain(id, bypass));
-            drop(domains);
-            self.counters.ended(&died);
+            let lost = domains.attach(endpoint, id, || self.new_domain(id, bypass));
+            self.counters.unmapped(lost);
         }
         Ok(())
     }
@@ -176,8 +176,8 @@ impl Iommu {
     /// Section 5.13.6.4.2. `reserved` is ignored, as the specification demands.
     fn detach(&self, request: &Detach) -> Done {
         let endpoint = self.endpoints.get(&request.endpoint.get()).ok_or(Status::NoEnt)?;
-        let died = self.domains().detach(endpoint, request.domain.get())?;
-        self.counters.ended(&died);
+        let lost = self.domains().detach(endpoint, request.domain.get())?;
+        self.counters.unmapped(lost);
         Ok(())
     }
 
@@ -188,10 +188,13 @@ impl Iommu {
         let (start, end, phys) = (request.virt_start.get(), request.virt_end.get(), request.phys_start.get());
 
         let mut domains = self.domains();
-        let entry = domains.get(request.domain.get()).ok_or(Status::NoEnt)?;
+        let entry = domains.get_attached(request.domain.get()).ok_or(Status::NoEnt)?;
         let space = entry.domain.space.as_ref().ok_or(Status::Inval)?;
         self.check_map_range(start, end, phys)?;
-        require(!entry.is_reserved(start, end) && !entry.reservations.touch(start, end), Status::Inval)?;
+        require(!entry.is_reserved(start, end), Status::Inval)?;
+        if entry.reservations.touch(start, end) {
+            return Err(self.reserved_status(entry));
+        }
         space.map(start, end, phys, flags)?;
         self.counters.mapped();
         Ok(())
@@ -205,10 +208,12 @@ impl Iommu {
         let (start, end) = (request.virt_start.get(), request.virt_end.get());
 
         let mut domains = self.domains();
-        let entry = domains.get(request.domain.get()).ok_or(Status::NoEnt)?;
+        let entry = domains.get_attached(request.domain.get()).ok_or(Status::NoEnt)?;
         let space = entry.domain.space.as_ref().ok_or(Status::Inval)?;
         require(start <= end, Status::Range)?;
-        require(!entry.reservations.touch(start, end), Status::Inval)?;
+        if entry.reservations.touch(start, end) {
+            return Err(self.reserved_status(entry));
+        }
         let removed = space.unmap(start, end).map_err(|_| Status::Range)?;
         self.counters.unmapped(removed.mappings);
         if removed.mappings > 0 {

@@ -7,6 +7,9 @@ use super::address_space::Budget;
 
 /// The bytes charged for a reservation: at least those that the map uses for it when its nodes are as empty as they can be.
 const RESERVATION_BYTES: u64 = 64;
+/// The bytes charged for a domain that has reservations, since it exists without endpoints for as long as it has them: at
+/// least those of its root table, of its entry, of the first node of its reservations and of its list of idle tables.
+pub(super) const DOMAIN_BYTES: u64 = 3072;
 
 /// Ranges that do not overlap.
 pub(super) struct Reservations {
@@ -15,6 +18,11 @@ pub(super) struct Reservations {
     budget: Arc<Budget>,
     /// The number of pages that are linked, in all reservations together.
     pub(super) linked: u64,
+}
+
+/// The bytes charged for this many reservations of a domain.
+fn charge(count: u64) -> u64 {
+    if count == 0 { 0 } else { DOMAIN_BYTES + count * RESERVATION_BYTES }
 }
 
 /// The budget is used up.
@@ -38,7 +46,7 @@ impl Reservations {
 
     /// Adds the inclusive range, which must not overlap another.
     pub(super) fn add(&mut self, start: u64, end: u64) -> Result<(), NoMemory> {
-        if !self.budget.take(RESERVATION_BYTES) {
+        if !self.budget.take(charge(self.count() + 1) - charge(self.count())) {
             return Err(NoMemory);
         }
         self.ranges.insert(start, end);
@@ -51,7 +59,7 @@ impl Reservations {
             return false;
         }
         self.ranges.remove(&start);
-        self.budget.give_back(RESERVATION_BYTES);
+        self.budget.give_back(charge(self.count() + 1) - charge(self.count()));
         true
     }
 
@@ -68,6 +76,22 @@ impl Reservations {
 
 impl Drop for Reservations {
     fn drop(&mut self) {
-        self.budget.give_back(RESERVATION_BYTES * self.count());
+        self.budget.give_back(charge(self.count()));
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use super::*;
+    use crate::iommu::domain::{Domain, DomainEntry};
+
+    #[test]
+    fn a_domain_is_charged_what_it_takes() {
+        // A map of entries takes at most twice their size. The other numbers are those of the allocations beside it: a
+        // node of 11 ranges, a list of up to 64 idle tables, one member, and the counts of the shared domain.
+        let beside = 16 * 12 + 64 * size_of::<(u32, u64)>() + 4 * size_of::<usize>() + 2 * size_of::<usize>();
+        let bytes = size_of::<Domain>() + 2 * size_of::<(u32, DomainEntry)>() + beside;
+        assert!(bytes as u64 <= DOMAIN_BYTES, "{bytes}");
     }
 }

@@ -19,7 +19,10 @@ impl Iommu {
         let entry = self.entry(&mut domains, request.domain.get())?;
         let (start, end) = self.check_range_request(entry, request)?;
         let (space, reservations) = parts(entry)?;
-        require(!reservations.touch(start, end) && space.is_empty(start, end), Status::Inval)?;
+        if reservations.touch(start, end) {
+            return Err(self.reserved_status(entry));
+        }
+        require(space.is_empty(start, end), Status::Inval)?;
         require(!entry.is_reserved(start, end), Status::Inval)?;
         entry.reservations.add(start, end).map_err(|NoMemory| Status::NoMem)?;
         self.counters.reserved();
@@ -64,7 +67,26 @@ impl Iommu {
         let (start, end) = self.check_range_request(entry, request)?;
         require(entry.reservations.remove(start, end), Status::NoEnt)?;
         self.counters.released();
-        self.remove_links(&mut domains, request)
+        let unlinked = self.remove_links(&mut domains, request);
+        domains.end_if_unused(request.domain.get());
+        unlinked
+    }
+
+    /// The status of a request of which a reservation is in the way. Says once what a driver of an older version of the
+    /// protocol does not know.
+    pub(super) fn reserved_status(&self, entry: &DomainEntry) -> Status {
+        if entry.survived {
+            self.explained_survivor.call_once(|| {
+                log::warn!(
+                    "A request for domain {} is refused because of a reservation. The domain was without endpoints \
+                     before, and its reservations outlived that, as they do until the driver releases them (rule S12 of \
+                     docs/split-protocol.md). A driver that was made for an older version of the protocol takes them for \
+                     gone. This is not said again",
+                    entry.domain.id
+                );
+            });
+        }
+        Status::Inval
     }
 
     /// Unlinks whatever is linked in a range that lies inside a reservation. Needs no memory and does not fail, since each

@@ -9,6 +9,7 @@ mod report;
 mod sandbox;
 mod soak;
 mod startup;
+mod survivors;
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};

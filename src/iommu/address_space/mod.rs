@@ -145,6 +145,15 @@ impl AddressSpace {
         Ok(Removed { mappings: result? })
     }
 
+    /// Removes all mappings of [`AddressSpace::map`], and none of [`AddressSpace::link`]. Otherwise this is like
+    /// [`AddressSpace::clear`].
+    pub fn clear_maps(&self) -> Removed {
+        let mut unlinked = Unlinked::new();
+        let mappings = lock(&self.writer.0).clear_maps(&self.root, &mut unlinked);
+        self.retire(unlinked);
+        Removed { mappings }
+    }
+
     /// Removes all mappings, as an UNMAP of all 2^64 addresses does, and retires all tables.
     pub fn clear(&self) -> Removed {
         let mut unlinked = Unlinked::new();

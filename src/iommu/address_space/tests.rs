@@ -285,3 +285,56 @@ fn a_walk_finds_links_as_runs_and_each_map_whole() {
     assert_eq!(found, expected);
     assert!(steps >= 2, "one section must not be long");
 }
+
+#[test]
+fn all_maps_go_and_all_links_stay() {
+    let tables = 200;
+    let space = Space::with_tables(tables);
+    let link = |start: u64, pages| {
+        space.space.link(start, [Run { phys: start ^ (1 << 45), pages }].into_iter(), RW, start | 1).unwrap();
+    };
+    let table = 512 * PAGE;
+    // A lone page, pages in a table of their own, pages beside linked ones, leaves of several levels, and the last page.
+    let maps = [
+        (10 * table, 1),
+        (20 * table, 3),
+        (30 * table + 5 * PAGE, 1),
+        (40 * table, 512),
+        ((1 << 40) - 7 * PAGE, (1 << 28) + 14),
+        (u64::MAX - PAGE + 1, 1),
+    ];
+    for (start, pages) in maps {
+        space.map(start, start + (pages * PAGE - 1), 0x7000).unwrap();
+    }
+    let links = [(30 * table, 5), (30 * table + 6 * PAGE, 700), (50 * table, 1), (1 << 50, 512)];
+    for (start, pages) in links {
+        link(start, pages);
+    }
+    // More than a few tables are idle by now.
+    for number in 0..40 {
+        let start = (1 << 42) + number * table;
+        space.map_two(start).unwrap();
+        assert_eq!(space.unmap(start, start + 2 * PAGE - 1), Ok(2));
+    }
+    let linked: u64 = links.iter().map(|(_, pages)| pages).sum();
+    assert_eq!(space.space.clear_maps(), Removed { mappings: maps.len() as u64 });
+    assert_eq!(space.space.mappings(), linked);
+    for (start, pages) in maps {
+        for iova in [start, start + (pages / 2) * PAGE, start + (pages * PAGE - 1)] {
+            assert_eq!(space.at(iova), None, "{iova:#x}");
+        }
+    }
+    for (start, pages) in links {
+        for page in 0..pages {
+            let iova = start + page * PAGE;
+            let found = space.at(iova).map(|found| (found.phys, found.tag));
+            assert_eq!(found, Some(((start ^ (1 << 45)) + page * PAGE, start | 1)), "{iova:#x}");
+        }
+    }
+    // All that is left serves the links: without them there is no table, and everything can be mapped.
+    assert_eq!(space.space.clear_maps(), Removed { mappings: 0 });
+    assert_eq!(space.unmap(0, u64::MAX), Ok(linked));
+    space.grace.synchronize();
+    assert_eq!(space.map(0, u64::MAX, 0), Ok(()));
+    assert_eq!(space.space.bytes(), 0);
+}

@@ -289,6 +289,45 @@ impl Writer {
         removed
     }
 
+    /// Removes everything that MAP mapped and nothing that LINK linked. Returns the number of mappings.
+    pub(super) fn clear_maps(&mut self, root: &Root, unlinked: &mut Unlinked) -> u64 {
+        let removed = self.remove_maps(root, None, unlinked);
+        self.mappings -= removed;
+        // The list may name tables that are gone, and a new one in their place would be taken for one of them.
+        self.unlink_idle(root, unlinked);
+        removed
+    }
+
+    /// The same below a table with these `slots`, to which `parent` leads. Tables that are empty then are unlinked, except
+    /// the one with these slots. Their places on the list of idle tables are left to the caller.
+    fn remove_maps(&mut self, slots: &[Slot], parent: Option<&Slot>, unlinked: &mut Unlinked) -> u64 {
+        let live = parent.map_or(slots.len() as u64, |slot| slot.load().live());
+        let used = slots.iter().filter(|slot| !slot.load().is_empty()).take(live as usize);
+        let (mut mappings, mut cleared) = (0, 0);
+        for slot in used {
+            let entry = slot.load();
+            if entry.is_table() {
+                // SAFETY: A table, and we are the writer.
+                mappings += self.remove_maps(unsafe { entry.node() }.slots(), Some(slot), unlinked);
+                let entry = slot.load();
+                if entry.live() > 0 {
+                    continue;
+                }
+                self.retire(entry, unlinked);
+            } else if entry.is_linked() {
+                continue;
+            } else {
+                mappings += u64::from(entry.is_lone() || entry.is_first());
+            }
+            slot.store(TableEntry::EMPTY);
+            cleared += 1;
+        }
+        if let Some(parent) = parent {
+            parent.store(parent.load().minus(cleared));
+        }
+        mappings
+    }
+
     /// Unlinks the oldest idle tables until only as many are left as the address space keeps.
     pub(super) fn trim(&mut self, root: &Root, unlinked: &mut Unlinked) {
         while self.idle.len() > IDLE_MAX {

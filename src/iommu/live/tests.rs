@@ -135,6 +135,7 @@ impl State {
                         self.pages(domain).retain(|page, _| !pages.contains(page));
                         if request == RequestType::Release {
                             self.domains.entry(domain).or_default().reservations.remove(&virt_start);
+                            self.end_unused();
                         }
                     }
                 }
@@ -149,10 +150,20 @@ impl State {
         &mut self.domains.entry(domain).or_default().pages
     }
 
-    /// Detaches an endpoint from its domain, unless that is `stays`. A domain without endpoints ends.
+    /// Detaches an endpoint from its domain, unless that is `stays`. A domain that has no endpoint any more loses what MAP
+    /// mapped.
     fn leave(&mut self, endpoint: u32, stays: Option<u32>) {
-        self.domains
-            .retain(|&id, domain| Some(id) == stays || !domain.members.remove(&endpoint) || !domain.members.is_empty());
+        for (id, domain) in &mut self.domains {
+            if Some(*id) != stays && domain.members.remove(&endpoint) && domain.members.is_empty() {
+                domain.pages.retain(|_, page| page.is_err());
+            }
+        }
+        self.end_unused();
+    }
+
+    /// A domain ends when it has neither endpoints nor reservations.
+    fn end_unused(&mut self) {
+        self.domains.retain(|_, domain| !domain.members.is_empty() || !domain.reservations.is_empty());
     }
 }
 

@@ -35,17 +35,28 @@ fn until_full(driver: &mut Driver, request: impl Fn(u64) -> Vec<u8>) -> u64 {
     }
 }
 
-/// The ways to end everything in a domain.
-const ENDS: [fn(&Device, Driver) -> Driver; 3] = [
-    |_, mut driver| {
+/// The first and the last address of a reservation.
+type Reserved = (u64, u64);
+
+/// Ends all reservations, which are those given.
+type End = fn(&Device, Driver, Vec<Reserved>) -> Driver;
+
+const ENDS: [End; 3] = [
+    |_, mut driver, reserved| {
+        // They outlive their last endpoint.
         assert_eq!(driver.detach(1, EP), OK);
+        for (start, end) in reserved {
+            assert_eq!(driver.request(&range(RELEASE, 1, start, end, 0)), OK);
+        }
         driver
     },
-    |_, mut driver| {
-        assert_eq!(driver.attach(2, EP), OK);
+    |_, mut driver, _| {
+        driver.reset();
+        // The device has seen the reset when it answers.
+        assert_eq!(driver.detach(1, EP), INVAL);
         driver
     },
-    |device, driver| {
+    |device, driver, _| {
         drop(driver);
         Driver::new(device)
     },
@@ -60,20 +71,21 @@ fn the_budget_is_the_same_in_each_lap() {
     let mut laps = Vec::new();
     for end in ENDS.iter().cycle().take(6) {
         assert_eq!(driver.attach(1, EP), OK);
+        // Above the addresses that are reserved for interrupts.
+        let page = |number| ((1 << 40) + number * 2 * PAGE, (1 << 40) + number * 2 * PAGE + PAGE - 1);
         let reserved = until_full(&mut driver, |number| {
-            // Above the addresses that are reserved for interrupts.
-            let start = (1 << 40) + number * 2 * PAGE;
-            range(RESERVE, 1, start, start + PAGE - 1, 0).bytes()
+            let (start, end) = page(number);
+            range(RESERVE, 1, start, end, 0).bytes()
         });
-        driver = end(&device, driver);
+        driver = end(&device, driver, (0..reserved).map(page).collect());
         assert_eq!(device.iommu.stats().reservations_live, 0);
 
         assert_eq!(driver.attach(1, EP), OK);
         let base = 1 << 40;
-        let whole = range(RESERVE, 1, base, base + (1 << 39) - 1, 0);
-        assert_eq!(driver.request(&whole), OK);
+        let whole = (base, base + (1 << 39) - 1);
+        assert_eq!(driver.request(&range(RESERVE, 1, whole.0, whole.1, 0)), OK);
         let linked = until_full(&mut driver, |number| link_bytes(1, base + number * STRIDE, &[(0, 1)], READ, 0));
-        driver = end(&device, driver);
+        driver = end(&device, driver, vec![whole]);
         assert_eq!(device.iommu.stats().linked_bytes, 0);
         laps.push((reserved, linked));
     }

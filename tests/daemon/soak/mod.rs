@@ -3,7 +3,7 @@
 
 mod budget;
 mod churn;
-mod daemon;
+pub mod daemon;
 mod image;
 mod memory;
 mod peers;

@@ -114,7 +114,7 @@ fn nothing_is_written_after_a_removal_is_answered() {
     let mut engine = Engine::new(daemon.client("dma0.sock"), &ram, (DESCRIPTOR, DESCRIPTOR));
     let controllers = [("nvme0.sock", 34 << 20), ("nvme1.sock", 40 << 20)]
         .map(|(socket, free)| nvme::Driver::new(daemon.client(socket), driver.file(), free));
-    // The devices' queues are mapped in both domains. A domain exists as long as it has an endpoint.
+    // The devices' queues are mapped in both domains. A domain keeps its mappings as long as it has an endpoint.
     for (domain, endpoint) in [DOMAIN, ELSEWHERE].into_iter().zip(IDLE) {
         assert_eq!(driver.attach(domain, endpoint), OK);
         assert_eq!(driver.map(domain, 0, RAM - 1, 0, READ | WRITE), OK);

@@ -1,6 +1,8 @@
 //! Rows 13 to 24: ATTACH and DETACH.
 
 use viommu::iommu::Limits;
+use viommu_testkit::frontend::split::{PAGE, range};
+use viommu_wire::split::request_type;
 use viommu_wire::virtio_iommu::*;
 
 use viommu_testkit::frontend::*;
@@ -77,6 +79,14 @@ fn row_16_domains_are_limited() {
     assert_eq!(driver.attach(3, EP), OK, "its own domain ends");
     assert_eq!(driver.detach(3, EP), OK);
     assert_eq!(driver.attach(1, EP), OK);
+    // A domain with a reservation does not end with its last endpoint.
+    let range = |kind| range(kind, 1, PAGE, 2 * PAGE - 1, 0);
+    assert_eq!(driver.request(&range(request_type::RESERVE)), OK);
+    assert_eq!(driver.attach(3, EP), NOMEM);
+    assert_eq!(driver.detach(1, EP), OK);
+    assert_eq!(driver.attach(3, EP), NOMEM);
+    assert_eq!(driver.request(&range(request_type::RELEASE)), OK);
+    assert_eq!(driver.attach(3, EP), OK);
 }
 
 #[test]

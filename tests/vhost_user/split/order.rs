@@ -60,6 +60,9 @@ fn requests_are_done_and_returned_in_their_order() {
         (unmap(1, START, END).bytes(), OK),
         (range(request_type::RESERVE, 1, START, END, 0).bytes(), OK),
         (detach(1, EP).bytes(), OK),
+        (link(), OK),
+        (map(1, END + 1, END + PAGE, 0, READ).bytes(), NOENT),
+        (range(request_type::RELEASE, 1, START, END, 0).bytes(), OK),
         (link(), NOENT),
     ];
     let chains: Vec<_> =
