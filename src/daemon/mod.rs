@@ -160,6 +160,9 @@ impl Bound<'_> {
             if !endpoint.msix {
                 slot = slot.without_msix();
             }
+            if endpoint.ats {
+                slot = slot.with_ats();
+            }
             if endpoint.behind.is_some() {
                 slot = slot.behind_root_port();
             }

@@ -44,7 +44,7 @@ impl<'a> Backend<'a> {
         let function = catch_panic(&context, || make(context.clone()))?;
         let mut identity = function.identity();
         identity.integrated &= !slot.behind_root_port;
-        let config = Config::new(identity, slot.msix);
+        let config = Config::new(identity, slot.msix, slot.ats);
         let memory = MemoryMap::new(slot.memory.clone());
         let msix_table = vec![0; config.msix_bar().map_or(0, |bar| bar.size as usize / 2)];
         let bars = identity.bars.iter().map(|bar| bar.index);

@@ -45,6 +45,13 @@ const DEVCTL_RESET: u16 = 1 << 4 | 1 << 11;
 /// One lane at 2.5 GT/s, the lowest: a faster link would make nothing faster here.
 const LINK: u32 = 1 << 4 | 1;
 
+/// ATS: Page Aligned Request; then the Smallest Translation Unit and Enable, which have no effect here.
+const ATS: Capability = Capability {
+    id: CapabilityId::Extended { id: 0x0f, version: 1 },
+    body: &[1 << 5, 0, 0, 0],
+    writable: &[0, 0, 0x1f, 0x80],
+};
+
 /// The most vectors of MSI.
 const MSI_VECTORS_MAX: u16 = 32;
 
@@ -73,15 +80,17 @@ pub(super) struct Effect {
 pub(super) struct Config {
     identity: Identity,
     msix: Option<MsixBar>,
+    ats: bool,
     bytes: Box<[u8; SIZE]>,
     writable: Box<[u8; SIZE]>,
 }
 
 impl Config {
-    /// The configuration space at power-on, with MSI-X or without it.
-    pub fn new(identity: Identity, msix: bool) -> Self {
+    /// The configuration space at power-on, with MSI-X or without it, and so with ATS.
+    pub fn new(identity: Identity, msix: bool, ats: bool) -> Self {
         let mut config = Config {
             msix: msix.then(|| msix_bar(identity.bars, identity.vectors)),
+            ats,
             identity,
             bytes: Box::new([0; SIZE]),
             writable: Box::new([0; SIZE]),
@@ -221,12 +230,13 @@ impl Config {
         }
     }
 
-    /// Adds the model's own capabilities, in the order in which it names them. Returns the offset of the first standard
-    /// one, or 0.
+    /// Adds the model's own capabilities, in the order in which it names them, and then ATS. Returns the offset of the
+    /// first standard one, or 0.
     fn own_capabilities(&mut self) -> u8 {
         let (mut at, mut extended_at) = (OWN, EXTENDED);
         let (mut first, mut last, mut last_extended) = (0, None::<usize>, None::<usize>);
-        for capability in self.identity.capabilities {
+        let own = self.identity.capabilities;
+        for capability in own.iter().chain(self.ats.then_some(&ATS)) {
             let Capability { id, body, writable } = *capability;
             let (start, header, end) = match id {
                 CapabilityId::Standard(_) => (&mut at, 2, EXTENDED),
@@ -289,7 +299,7 @@ mod tests {
     use super::*;
 
     fn config(integrated: bool) -> Config {
-        Config::new(identity(integrated), true)
+        Config::new(identity(integrated), true, false)
     }
 
     fn identity(integrated: bool) -> Identity {
@@ -331,7 +341,7 @@ mod tests {
 
     #[test]
     fn without_msix_there_is_neither_its_capability_nor_its_bar() {
-        let mut config = Config::new(identity(false), false);
+        let mut config = Config::new(identity(false), false, false);
         assert_eq!(capabilities(&config), [0x01, 0x05, 0x10]);
         config.write(0x18, &[0xff; 4]);
         assert_eq!(read32(&config, 0x18), 0);
@@ -348,7 +358,7 @@ mod tests {
             Capability { id: CapabilityId::Extended { id: 0x03, version: 2 }, body: &[0; 8], writable: &[0xff; 8] },
         ];
         let identity = Identity { capabilities: OWN, ..identity(false) };
-        let mut config = Config::new(identity, true);
+        let mut config = Config::new(identity, true, false);
         assert_eq!(capabilities(&config), [0x01, 0x05, 0x11, 0x10, 0x09, 0x09]);
         let at = super::OWN as u64;
         config.write(at + 2, &[0xff; 3]);
@@ -361,10 +371,26 @@ mod tests {
     }
 
     #[test]
+    fn ats_is_the_last_extended_capability_and_can_be_enabled() {
+        const NONE: &[Capability] = &[];
+        const OWN: &[Capability] =
+            &[Capability { id: CapabilityId::Extended { id: 0x03, version: 1 }, body: &[0; 8], writable: &[] }];
+        for (capabilities, at) in [(NONE, EXTENDED as u64), (OWN, EXTENDED as u64 + 12)] {
+            let mut config = Config::new(Identity { capabilities, ..identity(false) }, true, true);
+            assert_eq!(read32(&config, at), 0x0001_000f);
+            config.write(at + 4, &[0xff; 4]);
+            assert_eq!(read32(&config, at + 4), 0x801f_0020);
+            config.reset();
+            assert_eq!(read32(&config, at + 4), 0x20);
+        }
+        assert_eq!(read32(&config(false), EXTENDED as u64), 0);
+    }
+
+    #[test]
     fn memory_is_prefetchable() {
         let identity =
             Identity { bars: const { &[Bar::registers(0, 0x1000), Bar::memory(2, 1 << 33)] }, ..identity(false) };
-        let mut config = Config::new(identity, true);
+        let mut config = Config::new(identity, true, false);
         config.write(0x10, &[0xff; 16]);
         assert_eq!((read32(&config, 0x10), read32(&config, 0x18)), (0xffff_f004, 0x0000_000c));
         assert_eq!(read32(&config, 0x1c), 0xffff_fffe);

@@ -25,6 +25,7 @@ pub struct Slot {
     pub(super) context: FunctionContext,
     pub(super) memory: Memory,
     pub(super) msix: bool,
+    pub(super) ats: bool,
     pub(super) behind_root_port: bool,
 }
 
@@ -38,6 +39,7 @@ impl Slot {
             context: FunctionContext { dma, interrupts, tracer, poller: None },
             memory,
             msix: true,
+            ats: false,
             behind_root_port: false,
         }
     }
@@ -51,6 +53,14 @@ impl Slot {
     /// The same slot, but its functions have no MSI-X, only MSI and an interrupt pin.
     pub fn without_msix(mut self) -> Self {
         self.msix = false;
+        self
+    }
+
+    /// The same slot, but its functions have the capability for ATS (PCI Express Base Specification, section 10.5.1).
+    /// Whether software enables it makes no difference: all of their requests are untranslated, and they keep no
+    /// translations that could be invalidated.
+    pub fn with_ats(mut self) -> Self {
+        self.ats = true;
         self
     }
 

@@ -116,7 +116,7 @@ pub struct RootPort {
 }
 
 /// The keys that every endpoint may have, whatever its model.
-const COMMON_KEYS: [&str; 5] = ["name", "address", "behind", "hotplug", "msix"];
+const COMMON_KEYS: [&str; 6] = ["name", "address", "behind", "hotplug", "msix", "ats"];
 
 /// See [`COMMON_KEYS`].
 #[derive(Clone, Debug, Deserialize)]
@@ -127,6 +127,8 @@ struct Common {
     #[serde(default)]
     hotplug: bool,
     msix: Option<bool>,
+    #[serde(default)]
+    ats: bool,
 }
 
 /// The tables that are not of endpoints.
@@ -157,6 +159,8 @@ pub struct Endpoint {
     pub hotplug: bool,
     /// Whether it has MSI-X in addition to MSI and its interrupt pin.
     pub msix: bool,
+    /// Whether it has the capability for ATS.
+    pub ats: bool,
     /// Its model.
     pub model: &'static Model,
     /// Its model's configuration.
@@ -251,7 +255,7 @@ fn option_value(model: &Model, key: &str, value: &str) -> Result<toml::Value, St
     if matches!(key, "behind" | "hotplug") {
         return Err("root ports, and what is behind them, need a topology file".into());
     }
-    if key == "msix" {
+    if matches!(key, "msix" | "ats") {
         let flag = value.parse::<bool>();
         return flag
             .map_err(|_| format!("{value:?} was found where true or false was expected"))
@@ -350,7 +354,7 @@ impl Topology {
             common.extend(own.remove_entry(key));
         }
         let common = Deserializer::from(Spanned::new(span.clone(), common));
-        let Common { name, address, behind, hotplug, msix } = Common::deserialize(common)?;
+        let Common { name, address, behind, hotplug, msix, ats } = Common::deserialize(common)?;
         let behind = behind.map(|port| root_port(&self.root_ports, &port)).transpose()?;
         if behind.is_none() && hotplug {
             return Err(Problem::of(
@@ -372,7 +376,7 @@ impl Topology {
         let bus = behind.map_or(0, |port| bus_behind(&self.root_ports, port));
         let address = *address.get_ref();
         let bdf = Bdf { bus, address };
-        self.endpoints.push(Endpoint { name, address, behind, hotplug, msix, model, configuration, bdf });
+        self.endpoints.push(Endpoint { name, address, behind, hotplug, msix, ats, model, configuration, bdf });
         Ok(())
     }
 

@@ -230,6 +230,16 @@ fn what_can_be_unplugged_has_no_msix_unless_it_is_wanted() {
 }
 
 #[test]
+fn a_function_has_ats_only_if_it_is_wanted() {
+    let table = endpoint("dma-engine", "05.0");
+    for (keys, ats) in [("", false), ("ats = false\n", false), ("ats = true\n", true)] {
+        assert_eq!(parse(&format!("{table}{keys}")).unwrap().endpoints[0].ats, ats, "{keys}");
+    }
+    assert!(Topology::of_endpoint("null,address=05.0,ats=true").unwrap().endpoints[0].ats);
+    refused(&format!("{table}ats = 1\n"), &["line 3", "`ats`", "boolean"]);
+}
+
+#[test]
 fn what_is_no_model_or_no_key_of_one_is_named_with_what_is_known() {
     refused("[machine]\n[[floppy]]\naddress = \"04.0\"", &["line 2, column 3", "`floppy`", "`machine`", "`root-port`"]);
     for model in MODELS {

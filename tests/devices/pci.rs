@@ -128,6 +128,20 @@ fn a_slot_without_msix_has_msi_and_a_pin() {
 }
 
 #[test]
+fn a_slot_with_ats_says_so_and_goes_on_when_it_is_enabled() {
+    let setup = Setup::in_slot(Slot::with_ats);
+    let mut client = setup.client();
+    assert_eq!(read32(&mut client, CONFIG, 0x100), 0x0001_000f);
+    enable(&mut client);
+    let ram = memfd(RAM);
+    client.dma_map(0, 0x4000_0000, RAM, ram.as_raw_fd()).unwrap();
+    client.region_write(CONFIG, 0x106, &[0, 0x80]).unwrap();
+    assert_eq!(read32(&mut client, CONFIG, 0x104), 0x8000_0020);
+    assert!(dma_write(&mut client, 0x4000_0000, 42));
+    assert_eq!(dma_read(&mut client, 0x4000_0000), 42);
+}
+
+#[test]
 fn memory_is_reached_only_while_mapped_and_with_bus_mastering() {
     let setup = Setup::new();
     let mut client = setup.client();
