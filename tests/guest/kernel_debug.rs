@@ -39,6 +39,7 @@ const HARMLESS: [&str; 2] = ["DMA-API: preallocated", "DMA-API: debugging enable
 
 const NVME: &str = "[machine]\nmemory = \"1G\"\nvcpus = 2\n[[nvme]]\naddress = \"04.0\"\nimage = \"nvme0.img\"\n";
 const ENGINE: &str = "[[dma-engine]]\naddress = \"05.0\"\n";
+const NULL: &str = "[[null]]\naddress = \"06.0\"\nats = true\n";
 const NO_SPLIT: &str = "[iommu]\nsplit = false\n";
 
 const IO: &str =
@@ -56,7 +57,8 @@ fn failing(probability: u32, only_asked: bool) -> String {
 /// The workloads for the series' own tests, with a function that has no driver.
 fn tests() -> String {
     let failing = failing(100, true);
-    format!("ioat-selftest + set /sys/bus/pci/drivers/nvme/unbind 0000:00:04.0 + {failing} + iova-test")
+    let unbind = "set /sys/bus/pci/drivers/nvme/unbind 0000:00:04.0";
+    format!("ioat-selftest + {unbind} + {failing} + iova-test + iova-test --reset")
 }
 
 /// Whether a line of the console is a complaint from the kernel, or a failed KUnit case.
@@ -162,19 +164,19 @@ fn failing_some_base() {
 #[test]
 #[ignore = "scripts/check-kernel-debug runs it"]
 fn tests_strict() {
-    content("tests_strict", &[NVME, ENGINE].concat(), "iommu.strict=1 swiotlb=force", &tests());
+    content("tests_strict", &[NVME, ENGINE, NULL].concat(), "iommu.strict=1 swiotlb=force", &tests());
 }
 
 #[test]
 #[ignore = "scripts/check-kernel-debug runs it"]
 fn tests_lazy() {
-    content("tests_lazy", &[NVME, ENGINE].concat(), "iommu.strict=0 swiotlb=force", &tests());
+    content("tests_lazy", &[NVME, ENGINE, NULL].concat(), "iommu.strict=0 swiotlb=force", &tests());
 }
 
 #[test]
 #[ignore = "scripts/check-kernel-debug runs it"]
 fn tests_base() {
-    content("tests_base", &[NVME, ENGINE, NO_SPLIT].concat(), "iommu.strict=1 swiotlb=force", &tests());
+    content("tests_base", &[NVME, ENGINE, NULL, NO_SPLIT].concat(), "iommu.strict=1 swiotlb=force", &tests());
 }
 
 #[test]

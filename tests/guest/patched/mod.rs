@@ -4,6 +4,7 @@
 //! other kernel, and those in `suspend` on Linux 7.3, whose series cannot suspend yet.
 
 mod boots;
+mod domains;
 mod failures;
 mod linux_6_12;
 mod linux_7_3;
