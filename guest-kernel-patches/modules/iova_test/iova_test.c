@@ -514,7 +514,6 @@ static void iova_test_refused_apart(struct kunit *test)
 	dma_iova_destroy(it->dev, &state, 0, DMA_TO_DEVICE, 0);
 }
 
-#ifdef SPLITS_ERRORS
 /* One link fails as a whole, and is unlinked page by page from the middle */
 static void iova_test_refused_order(struct kunit *test)
 {
@@ -550,7 +549,6 @@ static void iova_test_refused_order(struct kunit *test)
 	expect_read(test, state.addr, p->copy, 4 * PAGE_SIZE);
 	dma_iova_destroy(it->dev, &state, 4 * PAGE_SIZE, DMA_TO_DEVICE, 0);
 }
-#endif
 
 /* What is no memory is refused if anybody looks, and nothing is left of it */
 static void iova_test_no_memory(struct kunit *test)
@@ -945,9 +943,7 @@ static struct kunit_case iova_test_cases[] = {
 	KUNIT_CASE(iova_test_holes),
 	KUNIT_CASE(iova_test_refused),
 	KUNIT_CASE(iova_test_refused_apart),
-#ifdef SPLITS_ERRORS
 	KUNIT_CASE(iova_test_refused_order),
-#endif
 	KUNIT_CASE(iova_test_no_memory),
 	KUNIT_CASE(iova_test_memory_short),
 	KUNIT_CASE(iova_test_exhaustion),
