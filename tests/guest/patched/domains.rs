@@ -57,9 +57,11 @@ fn what_is_linked_outlasts_the_last_endpoint() {
         assert_passed(&outcome);
         assert_eq!(outcome.count("requests_failed"), 0, "{mode}");
         assert_eq!(types_while_away(&outcome), BTreeSet::from(["LINK", "UNLINK", "RELEASE"]), "{mode}");
-        // Each range is reserved once, and released.
-        let ranges = |name| requests_of(&outcome, name).map(|request| &request["virt_start"]).count();
-        assert_eq!(ranges("RESERVE"), ranges("RELEASE"), "{mode}");
+        // Each range is reserved once, and released. The last case ends with the RELEASE of a range in which nothing is
+        // linked. Linux 7.3 does not wait for that, so the device may be reset before it sees it.
+        let ranges = |name| requests_of(&outcome, name).count();
+        let (reserved, released) = (ranges("RESERVE"), ranges("RELEASE"));
+        assert!(reserved == released || (!is_6_12() && reserved == released + 1), "{mode}: {reserved}, {released}");
         assert_eq!((outcome.count("reservations_live"), outcome.count("linked_bytes")), (0, 0), "{mode}");
     }
 }
