@@ -27,8 +27,8 @@ pub struct Buffers {
 impl Buffers {
     /// Makes buffers of any whole number of bytes; each starts on a page.
     ///
-    /// Scattered: neighbours in a buffer are not neighbours in physical memory. Otherwise it asks for huge pages, which the kernel may or may not have; [`Self::physical_runs`] says
-    /// what it got.
+    /// Scattered: neighbours in a buffer are not neighbours in physical memory. Otherwise it asks for huge pages, which
+    /// the kernel may or may not have; [`Self::physical_runs`] says what it got.
     ///
     /// # Errors
     /// If the kernel does not give the memory, or none that is scattered.
@@ -39,12 +39,30 @@ impl Buffers {
         let advice = if scatter { MmapAdvise::MADV_NOHUGEPAGE } else { MmapAdvise::MADV_HUGEPAGE };
         let buffers = Self::untouched(mapped, stride, size, count, advice)?;
         if scatter {
-            buffers.touch_shuffled();
+            buffers.touch_shuffled(PAGE);
             buffers.separate_neighbours()?;
         }
-        // SAFETY: the range is the mapping just made; locking does not change its contents.
-        unsafe { mlock(buffers.start.cast(), mapped.get()) }.context("Cannot lock the I/O buffers in memory")?;
-        Ok(buffers)
+        buffers.locked()
+    }
+
+    /// Makes one buffer that consists of physically contiguous runs of `run` bytes, if the kernel has free memory in longer
+    /// ones.
+    ///
+    /// # Errors
+    /// If the kernel does not give the memory.
+    pub fn of_runs(size: usize, run: usize) -> Result<Self> {
+        let mapped =
+            NonZeroUsize::new(size.next_multiple_of(HUGE_PAGE)).context("A buffer of no bytes was asked for")?;
+        let stride = size.next_multiple_of(PAGE);
+        let buffers = Self::untouched(mapped, stride, size, 1, MmapAdvise::MADV_NOHUGEPAGE)?;
+        buffers.touch_shuffled(run.max(1).next_multiple_of(PAGE));
+        buffers.locked()
+    }
+
+    fn locked(self) -> Result<Self> {
+        // SAFETY: the range is this mapping; locking does not change its contents.
+        unsafe { mlock(self.start.cast(), self.mapped.get()) }.context("Cannot lock the I/O buffers in memory")?;
+        Ok(self)
     }
 
     /// Buffers whose pages have no frames yet.
@@ -60,14 +78,16 @@ impl Buffers {
         Ok(Self { start: start.cast(), mapped, size, stride, count })
     }
 
-    /// Gives each page its frame, in shuffled order (Fisher-Yates with a fixed seed: every run is the same).
-    fn touch_shuffled(&self) {
-        let mut order: Vec<usize> = (0..self.mapped.get() / PAGE).collect();
+    /// Gives each page its frame: pages in order in runs of `run` bytes, and these in shuffled order (Fisher-Yates with a
+    /// fixed seed, which is the same every time).
+    fn touch_shuffled(&self, run: usize) {
+        let (pages, run) = (self.mapped.get() / PAGE, run / PAGE);
+        let mut order: Vec<usize> = (0..pages).step_by(run).collect();
         let mut random = pattern::Random::new(1);
         for last in (1..order.len()).rev() {
             order.swap(last, random.below(last as u64 + 1) as usize);
         }
-        order.into_iter().for_each(|page| self.touch(page));
+        order.into_iter().flat_map(|start| start..(start + run).min(pages)).for_each(|page| self.touch(page));
     }
 
     /// Gives a page of the mapping its frame.

@@ -5,7 +5,7 @@ use anyhow::{Context, Result};
 use serde_json::json;
 use viommu_wire::size;
 
-use crate::buffers::Buffers;
+use crate::buffers::{Buffers, PAGE};
 use crate::iommufd::AddressSpace;
 use crate::results::Results;
 use crate::vfio::{Access, Function};
@@ -14,6 +14,8 @@ use crate::{ioat, pci};
 
 /// The memory's first address for the device. Drivers' own mappings are below.
 const IOVA: u64 = 0x1_0000_0000;
+/// More than a guest that was just booted has free in pieces of less than a few MiB.
+const PIECES: usize = 128 << 20;
 
 /// Map memory of a program for the DMA engine, through VFIO.
 #[derive(clap::Args)]
@@ -24,6 +26,9 @@ pub struct Args {
     /// Use memory whose pages are scattered.
     #[arg(long)]
     scatter: bool,
+    /// Use memory that consists of physically contiguous runs of this many bytes.
+    #[arg(long, conflicts_with = "scatter", value_parser = size::parse)]
+    run: Option<u64>,
     /// Map through iommufd.
     #[arg(long)]
     iommufd: bool,
@@ -44,7 +49,12 @@ impl Workload for Args {
         let bdf = pci::with_id(ioat::VENDOR, ioat::DEVICE).into_iter().next();
         let bdf =
             bdf.with_context(|| format!("The guest has no DMA engine {:04x}:{:04x}", ioat::VENDOR, ioat::DEVICE))?;
-        let memory = Buffers::new(1, self.size as usize, self.scatter)?;
+        // What a boot leaves free in small pieces is taken first, and kept.
+        let _pieces = self.run.map(|_| Buffers::of_runs(PIECES, PAGE)).transpose()?;
+        let memory = match self.run {
+            Some(run) => Buffers::of_runs(self.size as usize, run as usize)?,
+            None => Buffers::new(1, self.size as usize, self.scatter)?,
+        };
         let mut attached = true;
         // SAFETY: nobody refers to the memory, and the engine is not started.
         unsafe {

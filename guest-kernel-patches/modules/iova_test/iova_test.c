@@ -221,6 +221,52 @@ static void iova_test_link_large(struct kunit *test)
 	iova_test_link(test, NR_LARGE);
 }
 
+#ifdef LINKS_PIECES
+/* An array of pages, at no address but one that a page can have */
+static void iova_test_link_vec(struct kunit *test)
+{
+	struct iova_test *it = test->priv;
+	struct pages *p = alloc_scattered(test, NR_LARGE);
+	size_t size = NR_LARGE * PAGE_SIZE;
+	struct dma_iova_state state;
+	struct phys_vec *vecs;
+	unsigned int i;
+
+	vecs = kunit_kcalloc(test, NR_LARGE, sizeof(*vecs), GFP_KERNEL);
+	KUNIT_ASSERT_NOT_NULL(test, vecs);
+	for (i = 0; i < NR_LARGE; i++) {
+		vecs[i].paddr = phys_of(p, i);
+		vecs[i].len = PAGE_SIZE;
+	}
+
+	alloc(test, &state, 0, size);
+	KUNIT_EXPECT_EQ(test, -EINVAL,
+			dma_iova_link_vec(it->dev, &state, 512, vecs, 1,
+					  DMA_TO_DEVICE, 0, 0));
+	KUNIT_ASSERT_EQ(test, 0,
+			dma_iova_link_vec(it->dev, &state, 0, vecs, NR_LARGE,
+					  DMA_TO_DEVICE, 0, 0));
+	KUNIT_ASSERT_EQ(test, 0, dma_iova_sync(it->dev, &state, 0, size));
+	expect_read(test, state.addr, p->copy, size);
+	dma_iova_destroy(it->dev, &state, size, DMA_TO_DEVICE, 0);
+
+	/* An offset can make up for an allocation that begins in a granule */
+	alloc(test, &state, 512, size);
+	KUNIT_EXPECT_EQ(test, -EINVAL,
+			dma_iova_link_vec(it->dev, &state, 0, vecs, 1,
+					  DMA_TO_DEVICE, 0, 0));
+	KUNIT_EXPECT_EQ(test, 0,
+			dma_iova_link_vec(it->dev, &state, PAGE_SIZE - 512,
+					  vecs, 2, DMA_TO_DEVICE, 0, 0));
+	KUNIT_EXPECT_EQ(test, 0, dma_iova_sync(it->dev, &state, PAGE_SIZE - 512,
+					       2 * PAGE_SIZE));
+	expect_read(test, state.addr + PAGE_SIZE - 512, p->copy, 2 * PAGE_SIZE);
+	dma_iova_unlink(it->dev, &state, PAGE_SIZE - 512, 2 * PAGE_SIZE,
+			DMA_TO_DEVICE, 0);
+	dma_iova_free(it->dev, &state);
+}
+#endif
+
 /* A device can write, and only what it should */
 static void iova_test_write(struct kunit *test)
 {
@@ -935,6 +981,9 @@ static struct kunit_case iova_test_cases[] = {
 	KUNIT_CASE(iova_test_alloc),
 	KUNIT_CASE(iova_test_link_small),
 	KUNIT_CASE(iova_test_link_large),
+#ifdef LINKS_PIECES
+	KUNIT_CASE(iova_test_link_vec),
+#endif
 	KUNIT_CASE(iova_test_write),
 	KUNIT_CASE(iova_test_unaligned),
 	KUNIT_CASE(iova_test_untrusted),

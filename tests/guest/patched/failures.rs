@@ -114,6 +114,15 @@ fn mappings_in_one_step_that_are_refused_fail_the_reads() {
     assert_eq!(said(&outcome, "could not map") > 0, is_6_12());
 }
 
+/// With this switch there is no second way to map: LINK, which the device accepts, is not used.
+#[test]
+fn mappings_that_are_refused_fail_the_reads_if_there_is_no_other_way() {
+    let outcome =
+        guest(NVME, "io-errors --ios 400 --bs 4k").append("dma_iommu.oneshot=1").inject("map=inval:after=200").run();
+    assert_all_fail_after_200_maps(reads(&outcome), "EIO");
+    assert_no_complaint(&outcome);
+}
+
 /// The device refuses to move an endpoint to another domain. Linux goes back to the old domain, and must be able to map
 /// there.
 #[test]

@@ -67,7 +67,7 @@ fn an_endpoint_that_is_refused_at_resume_leaves_the_mappings_to_the_next() {
 }
 
 /// The domain in which nothing is mapped: the last one.
-const BLOCKED: u64 = u32::MAX as u64;
+pub(super) const BLOCKED: u64 = u32::MAX as u64;
 
 /// Two functions share a slot, and so a domain. When the guest resumes, the device attaches the first, but refuses its
 /// first mapping. The mappings come back with the second function. The first must not be in bypass: its controller
@@ -123,7 +123,7 @@ fn mappings_are_refused_at_resume(injection: Option<&str>, told: &[(&str, &str, 
 }
 
 /// The requests about endpoints, and writes of `bypass`, in their order: endpoint, type, status, and domain or value.
-fn told_of_endpoints(events: &[Value]) -> Vec<(u64, &str, &str, u64)> {
+pub(super) fn told_of_endpoints(events: &[Value]) -> Vec<(u64, &str, &str, u64)> {
     let told = events.iter().filter_map(|event| {
         let text = |name: &str| event[name].as_str().unwrap_or_default();
         let number = |name: &str| event[name].as_u64().unwrap_or_default();
