@@ -92,7 +92,7 @@ fn a_reservation_that_is_refused_fails_one_read() {
 
 /// Checks 400 reads of one page, which is mapped in one step: the read with the 201st MAP fails with this error, and all
 /// later ones. Memory that drivers keep took some of the earlier MAPs.
-fn assert_all_fail_after_200_maps(result: &Value, error: &str) {
+pub(super) fn assert_all_fail_after_200_maps(result: &Value, error: &str) {
     let (first, failed) = (result["first_failed"].as_u64().unwrap(), result["failed"].as_u64().unwrap());
     assert!((100..=200).contains(&first), "{result}");
     assert_eq!((failed, &result["errors"][error]), (400 - first, &json!(failed)));
@@ -112,15 +112,6 @@ fn reads_that_are_refused_after_200_maps(status: &str) -> Outcome {
 fn mappings_in_one_step_that_are_refused_fail_the_reads() {
     let outcome = reads_that_are_refused_after_200_maps("inval");
     assert_eq!(said(&outcome, "could not map") > 0, is_6_12());
-}
-
-/// With this switch there is no second way to map: LINK, which the device accepts, is not used.
-#[test]
-fn mappings_that_are_refused_fail_the_reads_if_there_is_no_other_way() {
-    let outcome =
-        guest(NVME, "io-errors --ios 400 --bs 4k").append("dma_iommu.oneshot=1").inject("map=inval:after=200").run();
-    assert_all_fail_after_200_maps(reads(&outcome), "EIO");
-    assert_no_complaint(&outcome);
 }
 
 /// The device refuses to move an endpoint to another domain. Linux goes back to the old domain, and must be able to map

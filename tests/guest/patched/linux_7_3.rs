@@ -1,12 +1,13 @@
 //! What only the series for Linux 7.3 does: VFIO and iommufd map all runs of a program's memory before they wait for the
-//! IOMMU, and an endpoint that the device does not attach is not lost.
+//! IOMMU, a request that is refused is not retried for ever, and an endpoint that the device does not attach is not lost.
 
 use serde_json::{Value, json};
 use viommu_testkit::guest::Outcome;
 
+use super::failures::{assert_all_fail_after_200_maps, reads};
 use super::suspend::{BLOCKED, told_of_endpoints};
 use super::{address, assert_no_complaint, guest, requests_of};
-use crate::nvme_in;
+use crate::{NVME, nvme_in};
 
 /// MAP requests that fit the queue.
 const QUEUE: u64 = 128;
@@ -60,6 +61,15 @@ fn scattered_pages_take_a_kick_for_each_full_queue() {
         assert!(maps > 32 * QUEUE, "{maps} MAP are not scattered");
         assert!(kicks <= maps.div_ceil(QUEUE), "{kicks} kicks for {maps} MAP");
     }
+}
+
+/// With this switch there is no second way to map: LINK, which the device accepts, is not used.
+#[test]
+fn mappings_that_are_refused_fail_the_reads_if_there_is_no_other_way() {
+    let outcome =
+        guest(NVME, "io-errors --ios 400 --bs 4k").append("dma_iommu.oneshot=1").inject("map=inval:after=200").run();
+    assert_all_fail_after_200_maps(reads(&outcome), "EIO");
+    assert_no_complaint(&outcome);
 }
 
 const ENDPOINT: u64 = 0x30;
