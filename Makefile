@@ -8,7 +8,7 @@ SERIES ?= 7.3
 # Of its kernels' names.
 SUFFIX = $(if $(filter-out 7.3,$(SERIES)),-$(SERIES))
 
-.PHONY: help demo test lint clippy quick miri asan fuzz soak bench bench-guest compare guest-kernel check-patches check-kernel-debug setup update clean
+.PHONY: help demo test lint clippy quick miri asan fuzz soak bench bench-guest compare guest-kernel check-patches check-arches check-kernel-debug setup update clean
 
 help:
 	@echo 'make demo         the NVMe flow from end to end, and its summary'
@@ -25,6 +25,7 @@ help:
 	@echo '                  what an I/O costs in requests, kicks, time and memory'
 	@echo 'make guest-kernel build the guest kernel with the series in guest-kernel-patches/'
 	@echo 'make check-patches apply, build and check that series, patch by patch'
+	@echo 'make check-arches compile what that series changes for i386 and arm64 with 64 KiB pages'
 	@echo 'make check-kernel-debug boot that series with KASAN, lockdep and DMA_API_DEBUG'
 	@echo 'make setup        install what this machine lacks'
 	@echo 'make update       look for a newer QEMU, kernels and guest tools'
@@ -111,6 +112,9 @@ guest-kernel:
 
 check-patches:
 	@scripts/check-patches --series $(SERIES)
+
+check-arches:
+	@scripts/check-arches --series $(SERIES)
 
 check-kernel-debug:
 	@scripts/setup patched

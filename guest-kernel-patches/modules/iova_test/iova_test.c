@@ -17,6 +17,11 @@
 
 #include <kunit/test.h>
 
+/* Without SPARSEMEM nothing says how far memory can reach */
+#ifndef MAX_PHYSMEM_BITS
+#define MAX_PHYSMEM_BITS	BITS_PER_TYPE(phys_addr_t)
+#endif
+
 #define NR_SMALL	32
 #define NR_LARGE	600
 /* As many extents as one request to a virtio-iommu holds */
