@@ -20,7 +20,7 @@ fn fill_history(daemon: &Daemon) {
     driver.set_memory();
     driver.start_queue(frontend::REQUESTS, 0);
     driver.start_queue(frontend::EVENTS, 0);
-    assert_eq!(driver.attach(1, NVME[0]), frontend::OK);
+    assert_eq!(driver.attach(1, IDLE[0]), frontend::OK);
     for _ in 0..amount(0, FILL) {
         assert_eq!(driver.map(1, 0, 0xfff, 0x5000, frontend::READ), frontend::OK);
         assert_eq!(driver.unmap(1, 0, 0xfff), frontend::OK);
