@@ -84,7 +84,7 @@ impl Fails {
 
 /// Prints the report to the standard output.
 pub fn main(args: &Args) -> Result<ExitCode> {
-    // With what was before, and what is live: a leak may be older than the connection.
+    // With what is live: a leak may be older than the connection.
     let subscription = Subscription { backlog: Backlog::None, state: true, ..Subscription::default() };
     let mut trace = TraceFile::open(&args.trace, &subscription)
         .with_context(|| format!("Cannot read the trace {}", args.trace.display()))?;

@@ -35,20 +35,27 @@ fn explain(id: u32, domain: &Domain, access: Access, address: u64, now: Moment, 
     let space = &domain.space;
     let us = |since: Moment| now.time_ns.saturating_sub(since.time_ns) / 1000;
     if let Some((start, life)) = space.live_at(address) {
-        let text =
-            format!("{what} in domain {id}, where {} is for {} only", range(start, life.end), allowed(life.flags));
-        let denied = !allows(life.flags, access);
-        // An access that is allowed faults only if its event is older than the mapping's.
-        let rule = if denied { Rule::AccessDenied } else { Rule::AccessUnmapped };
+        // An access that is allowed faults only if it was older than the mapping.
+        let of = range(start, life.end);
+        let (rule, text) = if allows(life.flags, access) {
+            (Rule::AccessUnmapped, format!("{what} in domain {id}, where {of} was mapped meanwhile"))
+        } else {
+            (Rule::AccessDenied, format!("{what} in domain {id}, where {of} is for {} only", allowed(life.flags)))
+        };
         return (rule, Breach { text, evidence: vec![life.made.seq, now.seq], tag: life.tag });
     }
     let refused = domain.refused.iter().rev().find(|(start, end, _)| (*start..=*end).contains(&address));
     let ended = space.ended_at(address);
     let reservation = space.reservation_at(address);
     // The last thing that happened to the address is what matters.
-    let is_newer = |at: Moment| ended.is_none_or(|(_, ended)| ended.removed.seq < at.seq);
+    let last = [
+        refused.map(|(_, _, at)| at.seq),
+        ended.map(|(_, ended)| ended.removed.seq),
+        reservation.map(|(_, reservation)| reservation.made.seq),
+    ];
+    let is_newest = |at: Moment| last.into_iter().flatten().max() == Some(at.seq);
     if let Some((start, end, at)) = refused
-        && is_newer(*at)
+        && is_newest(*at)
     {
         let text = format!(
             "{what} in domain {id}, for which the request for {} was refused {} us before",
@@ -58,7 +65,7 @@ fn explain(id: u32, domain: &Domain, access: Access, address: u64, now: Moment, 
         return (Rule::RefusalUnnoticed, Breach { text, evidence: vec![at.seq, now.seq], tag: 0 });
     }
     if let Some((start, reservation)) = reservation
-        && is_newer(reservation.made)
+        && is_newest(reservation.made)
     {
         let text = format!(
             "{what} in domain {id}, in the reservation of {}, where nothing is linked",

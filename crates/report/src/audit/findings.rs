@@ -177,6 +177,11 @@ impl Findings {
         }
     }
 
+    /// Forgets the breaches of a rule.
+    pub fn remove(&mut self, rule: Rule) {
+        self.0.retain(|(_, other, _), _| *other != rule);
+    }
+
     /// All, the worst first.
     pub fn into_vec(self) -> Vec<Finding> {
         self.0.into_values().collect()

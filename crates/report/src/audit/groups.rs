@@ -36,8 +36,6 @@ pub struct Owner {
     pub endpoint: Option<u32>,
     pub tag: u64,
     pub size: u64,
-    /// Of what has no tag of its own, such as a command.
-    pub flow: Option<Flow>,
 }
 
 /// The name of a group: only what it is made by is not `None`.
@@ -53,7 +51,7 @@ pub struct Key {
 impl Key {
     /// The group of an owner.
     pub fn of(by: &[By], owner: Owner) -> Key {
-        let flow = owner.flow.unwrap_or_else(|| Flow::of(owner.tag));
+        let flow = Flow::of(owner.tag);
         let has = |wanted| by.contains(&wanted);
         Key {
             endpoint: has(By::Endpoint).then_some(owner.endpoint),
@@ -152,7 +150,7 @@ impl Group {
     pub fn access(&mut self, access: Access, iova: u64, len: u64, failed: bool) {
         let of = &mut self.accesses[access as usize];
         of.runs += 1;
-        of.bytes += len;
+        of.bytes = of.bytes.saturating_add(len);
         of.crossing += u64::from(len > 0 && iova / GRANULE != iova.saturating_add(len - 1) / GRANULE);
         of.failed += u64::from(failed);
     }
@@ -160,7 +158,7 @@ impl Group {
     pub fn command(&mut self, ok: bool, bytes: u64, ns: u64) {
         self.commands += 1;
         self.commands_failed += u64::from(!ok);
-        self.command_bytes += bytes;
+        self.command_bytes = self.command_bytes.saturating_add(bytes);
         self.command_times.add(ns);
     }
 
@@ -183,7 +181,7 @@ impl Group {
     pub fn ended(&mut self, start: u64, life: &Life, now_ns: u64) {
         let bytes = (life.end - start).saturating_add(1);
         self.ranges(life.how).ended(bytes, now_ns.saturating_sub(life.made.time_ns));
-        self.granules += bytes.div_ceil(GRANULE);
+        self.granules = self.granules.saturating_add(bytes.div_ceil(GRANULE));
         self.granules_accessed += life.accessed_pages();
         self.unused += u64::from(life.runs == 0);
     }

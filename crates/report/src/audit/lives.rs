@@ -3,12 +3,13 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use super::GRANULE;
+use super::groups::Owner;
 
 /// How many ended lives a domain remembers, so that a fault can be explained by the last life of its address.
-const REMEMBERED: usize = 1 << 16;
+const REMEMBERED: usize = 1 << 14;
 
 /// The most pages of a life whose accesses are told apart. Of a longer one only the bytes count.
-const PAGES_MAX: u64 = 1 << 16;
+const PAGES_MAX: u64 = 1 << 12;
 
 /// An event of the trace.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -40,6 +41,10 @@ pub struct Life {
     pub flags: u32,
     /// The MAP or LINK, or the item of the live state.
     pub made: Moment,
+    /// Whom it belongs to, as long as it lives.
+    pub owner: Owner,
+    /// Whether it was there before the trace, so that what happened to it is not known.
+    pub is_old: bool,
     /// The pages that were accessed, a bit each, from `first_page` on; empty if none was.
     pages: Vec<u64>,
     first_page: u64,
@@ -63,9 +68,24 @@ pub struct Served {
 }
 
 impl Life {
+    /// One of this trace. Its owner has the tag, and is still to be completed.
     pub fn new(start: u64, end: u64, how: How, tag: u64, flags: u32, made: Moment) -> Life {
+        let owner = Owner { tag, size: (end - start).saturating_add(1), endpoint: None };
         let first_page = start / GRANULE;
-        Life { end, how, tag, flags, made, pages: Vec::new(), first_page, runs: 0, command: None, commands: 0 }
+        Life {
+            end,
+            how,
+            tag,
+            flags,
+            made,
+            owner,
+            is_old: false,
+            pages: Vec::new(),
+            first_page,
+            runs: 0,
+            command: None,
+            commands: 0,
+        }
     }
 
     /// Notes a command whose data are from `start` to `end`, and of which this range has a part and nothing else.
@@ -92,7 +112,7 @@ impl Life {
             self.pages = vec![0; pages.div_ceil(64) as usize];
         }
         let first = (start / GRANULE).saturating_sub(self.first_page);
-        let last = ((start + (len - 1)) / GRANULE).saturating_sub(self.first_page).min(pages - 1);
+        let last = (start.saturating_add(len - 1) / GRANULE).saturating_sub(self.first_page).min(pages - 1);
         for page in first..=last {
             self.pages[page as usize / 64] |= 1 << (page % 64);
         }
@@ -107,6 +127,7 @@ impl Life {
     fn split_off(&mut self, own_start: u64, start: u64) -> Life {
         let mut rest = Life::new(start, self.end, self.how, self.tag, self.flags, self.made);
         (rest.runs, rest.command, rest.commands) = (self.runs, self.command, self.commands);
+        (rest.owner, rest.is_old) = (self.owner, self.is_old);
         let accessed: Vec<u64> = (0..self.pages.len() as u64 * 64)
             .filter(|page| self.pages[*page as usize / 64] >> (page % 64) & 1 == 1)
             .map(|page| (self.first_page + page) * GRANULE)
@@ -144,8 +165,11 @@ pub struct Reservation {
     pub made: Moment,
     /// Whether anything was ever linked in it.
     pub linked: bool,
-    /// When a command with its tag was completed.
+    /// Whom it belongs to, as long as it lives.
+    pub owner: Owner,
+    /// The completion of the command that has all of it and more, and how many such commands there were.
     pub completed: Option<Moment>,
+    pub commands: u32,
 }
 
 /// The addresses of a domain.
@@ -171,10 +195,14 @@ impl Space {
         at(&self.live, address, |life| life.end)
     }
 
-    /// The same, to change.
-    pub fn live_at_mut(&mut self, address: u64) -> Option<&mut Life> {
-        let life = self.live.range_mut(..=address).next_back()?.1;
-        (life.end >= address).then_some(life)
+    /// Notes an access, which may go over the end of one range into the next.
+    pub fn access(&mut self, start: u64, len: u64) {
+        let end = start.saturating_add(len.saturating_sub(1));
+        let first = self.live_at(start).map_or(start, |(first, _)| first);
+        for (own_start, life) in self.live.range_mut(first..=end) {
+            let from = start.max(*own_start);
+            life.access(from, life.end.min(end).saturating_sub(from).saturating_add(u64::from(len > 0)));
+        }
     }
 
     /// The reservation that has an address.
@@ -206,6 +234,13 @@ impl Space {
         }
         for (own_start, life) in self.live.range_mut(first..=end) {
             life.serve(*own_start, (start, end), completed, ns);
+        }
+        let pages = start / GRANULE * GRANULE..=end | (GRANULE - 1);
+        for (own_start, reservation) in self.reservations.range_mut(start / GRANULE * GRANULE..=end) {
+            if pages.contains(own_start) && pages.contains(&reservation.end) {
+                reservation.commands += 1;
+                reservation.completed.get_or_insert(completed);
+            }
         }
     }
 

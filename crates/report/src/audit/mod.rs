@@ -7,9 +7,11 @@ mod histogram;
 mod lives;
 mod operations;
 mod requests;
+#[cfg(test)]
+mod tests;
 mod view;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
 use viommu_trace::event::{ResetKind, Route, StateItem};
 use viommu_trace::{Event, Item, Stamped};
@@ -54,18 +56,34 @@ impl Default for Settings {
     }
 }
 
+/// MAPs of adjacent addresses.
+#[derive(Clone, Copy, Debug, Default)]
+struct Adjacent {
+    /// The last address of the last one.
+    last: u64,
+    count: u64,
+    /// The kicks of the trace before the last one, and how many of them had a kick of their own.
+    kicks: u64,
+    kicked: u64,
+}
+
 /// A domain.
 #[derive(Debug, Default)]
 struct Domain {
     space: Space,
     endpoints: Vec<u32>,
-    /// The last address of the last MAP, and how many in a row began where the one before ended.
-    adjacent: (u64, u64),
+    /// MAPs in a row, each of the addresses after those of the one before.
+    adjacent: Adjacent,
     /// The last requests of the domain that were refused: first and last address, and the event.
     refused: Vec<(u64, u64, Moment)>,
 }
 
 impl Domain {
+    /// Whether nothing of it is on the device.
+    fn is_over(&self) -> bool {
+        self.endpoints.is_empty() && self.space.reservations.is_empty()
+    }
+
     /// Whose requests these are: those of its only endpoint.
     fn endpoint(&self) -> Option<u32> {
         if let [only] = self.endpoints[..] { Some(only) } else { None }
@@ -87,12 +105,14 @@ pub struct Audit {
     all: Group,
     flows: BTreeMap<Flow, Group>,
     groups: BTreeMap<Key, Group>,
-    domains: HashMap<u32, Domain>,
-    attached: HashMap<u32, u32>,
+    domains: BTreeMap<u32, Domain>,
+    attached: BTreeMap<u32, u32>,
     operations: Operations,
     findings: Findings,
-    /// MAPs that a LINK could have carried, with the LINKs that it takes.
-    joinable: (u64, u64),
+    /// MAPs that a LINK could have carried, the LINKs that it takes, and MAPs of these that had a kick of their own.
+    joinable: (u64, u64, u64),
+    /// While the live state is sent, what comes meanwhile. An item may be older than an event that was sent before it.
+    waiting: Option<Vec<Stamped>>,
 }
 
 impl Audit {
@@ -112,29 +132,50 @@ impl Audit {
             all: Group::default(),
             flows: BTreeMap::new(),
             groups: BTreeMap::new(),
-            domains: HashMap::new(),
-            attached: HashMap::new(),
+            domains: BTreeMap::new(),
+            attached: BTreeMap::new(),
             operations: Operations::default(),
             findings: Findings::default(),
-            joinable: (0, 0),
+            joinable: (0, 0, 0),
+            waiting: None,
         }
     }
 
     /// Reads the next entry of the trace.
     pub fn read(&mut self, item: &Item) {
         match item {
-            Item::Event(event) => self.event(event),
+            Item::Event(event) => self.sort(event),
             Item::Unreadable(_) => self.unreadable += 1,
             // The guest's own events are not evaluated.
             _ => {}
         }
     }
 
+    /// Reads an event, after all that are older.
+    fn sort(&mut self, event: &Stamped) {
+        let mark = match event.event {
+            Event::State { item, .. } => Some(item),
+            _ => None,
+        };
+        match (mark, &mut self.waiting) {
+            (Some(StateItem::Begin), waiting) => *waiting = Some(Vec::new()),
+            (Some(StateItem::End), _) => self.catch_up(),
+            (_, Some(waiting)) => waiting.push(*event),
+            (_, None) => self.event(event),
+        }
+    }
+
+    /// Reads what came while the live state was sent. An item was read before the event that has its number.
+    fn catch_up(&mut self) {
+        let mut waiting = self.waiting.take().unwrap_or_default();
+        waiting.sort_by_key(|event| (event.seq, !matches!(event.event, Event::State { .. })));
+        waiting.iter().for_each(|event| self.event(event));
+    }
+
     /// Does something to all groups that `owner` belongs to.
     fn count(&mut self, owner: Owner, change: impl Fn(&mut Group)) {
         change(&mut self.all);
-        let flow = owner.flow.unwrap_or_else(|| Flow::of(owner.tag));
-        change(self.flows.entry(flow).or_default());
+        change(self.flows.entry(Flow::of(owner.tag)).or_default());
         let key = Key::of(&self.settings.by, owner);
         // A group of everything else has no name at all.
         let is_full = self.groups.len() >= GROUPS_MAX && !self.groups.contains_key(&key);
@@ -153,7 +194,7 @@ impl Audit {
         match event.event {
             Event::Request { .. } | Event::Split { .. } => self.request(&event.event, now),
             Event::Dma { endpoint, access, failed, iova, len, domain, tag, route, .. } => {
-                let owner = Owner { endpoint: Some(endpoint), tag, size: len.into(), flow: None };
+                let owner = Owner { endpoint: Some(endpoint), tag, size: len.into() };
                 self.count(owner, |group| group.access(access, iova, len.into(), failed));
                 if route == Route::Mapped {
                     self.access(now, endpoint, domain, iova, len.into(), tag, failed);
@@ -173,7 +214,7 @@ impl Audit {
             }
             Event::Reset { endpoint: None, reset } if ends_domains(reset) => self.end_domains(now),
             Event::Session { endpoint: None, connected: false, .. } => self.end_domains(now),
-            Event::Lost { count, .. } => self.lost += count,
+            Event::Lost { count, .. } => self.lost = self.lost.saturating_add(count),
             Event::State { endpoint, item, domain, virt_start, virt_end, flags, tag, .. } => {
                 self.state(now, endpoint, item, domain, (virt_start, virt_end), flags, tag);
             }
@@ -184,10 +225,9 @@ impl Audit {
     /// The driver or the machine ended all domains.
     fn end_domains(&mut self, now: Moment) {
         self.resets += 1;
-        let domains = std::mem::take(&mut self.domains);
-        for (id, mut domain) in domains {
+        for (id, mut domain) in std::mem::take(&mut self.domains) {
             self.look_for_leaks(id, &domain, now);
-            self.join(domain.adjacent.1);
+            self.join(domain.adjacent);
             self.end_mappings(&mut domain, now, |_| true);
             self.end_reservations(&mut domain, now);
         }
@@ -215,25 +255,32 @@ impl Audit {
                 return;
             }
             StateItem::Reservation => {
-                self.reserve(domain, (start, end), tag, now);
+                let of = self.domains.get(&domain);
+                if !of.is_some_and(|of| of.space.reservations.contains_key(&start)) {
+                    self.reserve(domain, (start, end), tag, now);
+                }
                 return;
             }
             StateItem::Mapping => How::Mapped,
             StateItem::Linked => How::Linked,
             StateItem::Begin | StateItem::Domain | StateItem::End => return,
         };
-        self.make(domain, (start, end), Life::new(start, end, how, tag, flags, now));
+        let is_known = self.domains.get(&domain).is_some_and(|domain| domain.space.live.contains_key(&start));
+        if start <= end && !is_known {
+            let mut life = Life::new(start, end, how, tag, flags, now);
+            life.is_old = true;
+            self.note_linked(domain, start);
+            self.make(domain, start, life);
+        }
     }
 
     /// An access that was translated by a mapping.
     #[allow(clippy::too_many_arguments, reason = "the fields of the event")]
     fn access(&mut self, now: Moment, endpoint: u32, domain: u32, iova: u64, len: u64, tag: u64, failed: bool) {
         self.operations.accessed(domain, tag, now);
-        let Some(life) = self.domains.get_mut(&domain).and_then(|domain| domain.space.live_at_mut(iova)) else {
-            return;
-        };
-        life.access(iova, len);
-        if failed {
+        let Some(space) = self.domains.get_mut(&domain).map(|domain| &mut domain.space) else { return };
+        space.access(iova, len);
+        if let Some((_, life)) = space.live_at(iova).filter(|_| failed) {
             let (made, how) = (life.made, life.how);
             self.findings.add(Rule::NoMemory, Some(endpoint), || Breach {
                 text: format!("{iova:#x} leads to where the guest has no memory, since the {}", how.request()),
@@ -247,7 +294,7 @@ impl Audit {
         let domain = self.attached.get(&endpoint).copied();
         let tag = command.tag();
         let tagged = tag.filter(|tag| domain.is_some_and(|domain| self.operations.has(domain, *tag)));
-        let owner = Owner { endpoint: Some(endpoint), tag: tagged.unwrap_or_default(), size: command.len, flow: None };
+        let owner = Owner { endpoint: Some(endpoint), tag: tagged.unwrap_or_default(), size: command.len };
         self.count(owner, |group| group.command(command.ok, command.len, command.ns));
         let Some(domain) = domain else { return };
         if let Some(tag) = tagged {
@@ -260,11 +307,6 @@ impl Audit {
         for start in command.addresses() {
             let end = start.saturating_add(command.len - 1);
             space.serve(start, end, now, command.ns);
-            if let Some((first, _)) = space.reservation_at(start)
-                && let Some(reservation) = space.reservations.get_mut(&first)
-            {
-                reservation.completed.get_or_insert(now);
-            }
         }
     }
 
@@ -276,7 +318,7 @@ impl Audit {
         for (start, life) in &domain.space.live {
             let Some(completed) = long_ago(life.served_once().map(|served| served.completed)) else { continue };
             let ms = (now.time_ns - completed.time_ns) / 1_000_000;
-            self.findings.add(Rule::Leaked, domain.endpoint(), || Breach {
+            self.findings.add(Rule::Leaked, life.owner.endpoint, || Breach {
                 text: format!(
                     "{start:#x} to {:#x} in domain {id} is there {ms} ms after the command that it was {} for",
                     life.end,
@@ -287,8 +329,9 @@ impl Audit {
             });
         }
         for (start, reservation) in &domain.space.reservations {
-            let Some(completed) = long_ago(reservation.completed) else { continue };
-            self.findings.add(Rule::ReservationLeaked, domain.endpoint(), || Breach {
+            let once = reservation.completed.filter(|_| reservation.commands == 1);
+            let Some(completed) = long_ago(once) else { continue };
+            self.findings.add(Rule::ReservationLeaked, reservation.owner.endpoint, || Breach {
                 text: format!("{start:#x} to {:#x} in domain {id} is reserved still", reservation.end),
                 evidence: vec![reservation.made.seq, completed.seq],
                 tag: reservation.tag,
@@ -298,13 +341,17 @@ impl Audit {
 
     /// The end of the trace.
     pub fn finish(mut self) -> Report {
+        self.catch_up();
         let now = self.last;
-        let domains = std::mem::take(&mut self.domains);
-        for (id, domain) in &domains {
-            self.look_for_leaks(*id, domain, now);
+        for (id, domain) in std::mem::take(&mut self.domains) {
+            self.look_for_leaks(id, &domain, now);
+            self.join(domain.adjacent);
         }
-        let adjacent: Vec<_> = domains.values().map(|domain| domain.adjacent.1).collect();
-        self.look_at_costs(&adjacent);
+        self.look_at_costs();
+        // Accesses may be among what was lost, or were never in the trace.
+        if self.lost > 0 || !self.kinds.contains_key("dma") {
+            self.findings.remove(Rule::NeverAccessed);
+        }
         Report {
             events: self.events,
             lost: self.lost,

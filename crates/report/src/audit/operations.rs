@@ -118,7 +118,11 @@ impl Operations {
     }
 
     pub fn linked(&mut self, domain: u32, tag: u64, range: (u64, u64), now: Moment) {
-        if tag == 0 || (self.active.len() >= ACTIVE_MAX && !self.has(domain, tag)) {
+        if tag == 0 {
+            return;
+        }
+        if self.active.len() >= ACTIVE_MAX && !self.has(domain, tag) {
+            self.untracked += 1;
             return;
         }
         let new = || Operation { domain, tag, range, ..Operation::default() };
@@ -145,6 +149,18 @@ impl Operations {
         if let Some(operation) = self.active.remove(&(domain, tag)) {
             self.end(Operation { released: Some(now), ..operation });
         }
+    }
+
+    /// What was linked with this tag is not any more. That ends an operation whose range was reserved under another tag.
+    pub fn unlinked(&mut self, domain: u32, tag: u64, now: Moment) {
+        if self.active.get(&(domain, tag)).is_some_and(|operation| operation.reserved.is_none()) {
+            self.released(domain, tag, now);
+        }
+    }
+
+    /// How many were not followed.
+    pub fn untracked(&self) -> u64 {
+        self.untracked
     }
 
     /// An operation that was mapped in one step, known by its command.

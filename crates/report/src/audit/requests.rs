@@ -7,10 +7,17 @@ use viommu_wire::split::EXTENTS_MAX;
 use super::findings::{Breach, Rule};
 use super::groups::Owner;
 use super::lives::{How, Life, Moment, Reservation};
-use super::{Audit, Domain};
+use super::{Adjacent, Audit, Domain};
 
 /// Requests that were refused, of each domain, that are remembered.
 const REFUSED: usize = 64;
+
+/// The longest of these: a request for all addresses says nothing of a fault.
+const REFUSED_MAX: u64 = 1 << 40;
+
+/// Domains from which a domain without endpoints and reservations is forgotten. Until then its past may explain a fault
+/// in a domain of the same id.
+const PAST_MAX: usize = 1024;
 
 /// MAPs in a row that are worth a word.
 const JOINABLE: u64 = 8;
@@ -30,55 +37,37 @@ impl Audit {
         let is_range = !matches!(request, RequestType::Attach | RequestType::Detach | RequestType::Probe);
         let bytes = if is_range { range.1.saturating_sub(range.0).saturating_add(1) } else { 0 };
         let endpoint = endpoint.or_else(|| self.domains.get(&domain)?.endpoint());
-        self.count(Owner { endpoint, tag, size: bytes, flow: None }, |group| {
+        self.count(Owner { endpoint, tag, size: bytes }, |group| {
             group.request(request, status == 0, bytes, ns);
         });
         if status != 0 {
-            if matches!(request, RequestType::Map | RequestType::Link | RequestType::Reserve) {
-                let refused = &mut self.domains.entry(domain).or_default().refused;
-                if refused.len() == REFUSED {
-                    refused.remove(0);
+            let is_for_use = matches!(request, RequestType::Map | RequestType::Link | RequestType::Reserve);
+            if let Some(domain) = self.domains.get_mut(&domain).filter(|_| is_for_use && bytes <= REFUSED_MAX) {
+                if domain.refused.len() == REFUSED {
+                    domain.refused.remove(0);
                 }
-                refused.push((range.0, range.1, now));
+                domain.refused.push((range.0, range.1, now));
             }
             return;
         }
-        match request {
-            RequestType::Attach => {
-                if let Some(endpoint) = endpoint {
-                    self.attach(endpoint, domain, now);
-                }
-            }
-            RequestType::Detach => {
-                if let Some(endpoint) = endpoint {
-                    self.leave(endpoint, now);
-                }
-            }
-            RequestType::Map => {
+        match (request, endpoint) {
+            (RequestType::Attach, Some(endpoint)) => self.attach(endpoint, domain, now),
+            (RequestType::Detach, Some(endpoint)) => self.leave(endpoint, now),
+            _ if !is_range || range.0 > range.1 => {}
+            (RequestType::Map, _) => {
                 self.note_adjacent(domain, range);
-                self.make(domain, range, Life::new(range.0, range.1, How::Mapped, 0, flags, now));
+                self.make(domain, range.0, Life::new(range.0, range.1, How::Mapped, 0, flags, now));
             }
-            RequestType::Link => {
+            (RequestType::Link, _) => {
                 self.operations.linked(domain, tag, range, now);
-                let space = &mut self.domains.entry(domain).or_default().space;
-                if let Some((start, _)) = space.reservation_at(range.0)
-                    && let Some(reservation) = space.reservations.get_mut(&start)
-                {
-                    reservation.linked = true;
-                }
-                self.make(domain, range, Life::new(range.0, range.1, How::Linked, tag, flags, now));
+                self.note_linked(domain, range.0);
+                self.make(domain, range.0, Life::new(range.0, range.1, How::Linked, tag, flags, now));
             }
-            RequestType::Unmap | RequestType::Unlink => self.remove(domain, range, now),
-            RequestType::Reserve => self.reserve(domain, range, tag, now),
-            RequestType::Release => self.release(domain, range, now),
-            RequestType::Probe => {}
+            (RequestType::Reserve, _) => self.reserve(domain, range, tag, now),
+            (RequestType::Release, _) => self.release(domain, range, now),
+            // UNMAP and UNLINK.
+            _ => self.remove(domain, range, now),
         }
-    }
-
-    /// The owner of a range of a domain.
-    fn owner(&self, domain: u32, tag: u64, (start, end): (u64, u64)) -> Owner {
-        let endpoint = self.domains.get(&domain).and_then(Domain::endpoint);
-        Owner { endpoint, tag, size: (end - start).saturating_add(1), flow: None }
     }
 
     pub(super) fn attach(&mut self, endpoint: u32, domain: u32, now: Moment) {
@@ -95,24 +84,31 @@ impl Audit {
         let Some(id) = self.attached.remove(&endpoint) else { return };
         let Some(mut domain) = self.domains.remove(&id) else { return };
         if domain.endpoints == [endpoint] {
-            self.look_for_leaks(id, &domain, now);
-            self.join(std::mem::take(&mut domain.adjacent).1);
+            self.join(std::mem::take(&mut domain.adjacent));
             self.end_mappings(&mut domain, now, |life| life.how == How::Mapped);
         }
         domain.endpoints.retain(|other| *other != endpoint);
-        if !domain.endpoints.is_empty() || !domain.space.reservations.is_empty() {
+        if !domain.is_over() || self.domains.len() < PAST_MAX {
             self.domains.insert(id, domain);
         }
     }
 
-    /// A range becomes accessible.
-    pub(super) fn make(&mut self, domain: u32, (start, end): (u64, u64), life: Life) {
-        if start > end {
-            return;
+    /// Something is linked in the reservation that has this address.
+    pub(super) fn note_linked(&mut self, domain: u32, address: u64) {
+        let Some(space) = self.domains.get_mut(&domain).map(|domain| &mut domain.space) else { return };
+        if let Some((start, _)) = space.reservation_at(address)
+            && let Some(reservation) = space.reservations.get_mut(&start)
+        {
+            reservation.linked = true;
         }
+    }
+
+    /// A range becomes accessible.
+    pub(super) fn make(&mut self, domain: u32, start: u64, mut life: Life) {
         // Nothing is there, unless the trace has a gap.
-        self.remove(domain, (start, end), life.made);
-        let (owner, how) = (self.owner(domain, life.tag, (start, end)), life.how);
+        self.remove(domain, (start, life.end), life.made);
+        life.owner.endpoint = self.domains.get(&domain).and_then(Domain::endpoint);
+        let (owner, how) = (life.owner, life.how);
         self.count(owner, |group| group.made(how, owner.size));
         self.domains.entry(domain).or_default().space.live.insert(start, life);
     }
@@ -120,60 +116,56 @@ impl Audit {
     /// All that is accessible in a range ends.
     fn remove(&mut self, domain: u32, (start, end): (u64, u64), now: Moment) {
         let Some(space) = self.domains.get_mut(&domain).map(|domain| &mut domain.space) else { return };
-        if start > end {
-            return;
-        }
         let before = space.live.len();
         let mut ended = Vec::new();
         space.remove(start, end, now, |first, life| ended.push((first, life.clone())));
-        let splits = (space.live.len() + ended.len()).saturating_sub(before);
-        let endpoint = self.domains.get(&domain).and_then(Domain::endpoint);
+        // What lives on at the ends of the range: one piece more at each, at most.
+        let pieces = (space.live.len() + ended.len()).saturating_sub(before);
+        let ends = [ended.first(), ended.last()].map(|found| found.map(|(_, life)| (life.owner, life.how)));
         for (first, life) in &ended {
-            let owner = Owner { endpoint, tag: life.tag, size: (life.end - first).saturating_add(1), flow: None };
-            if splits > 0 {
-                self.count(owner, |group| group.split(life.how));
-            }
-            self.ended(domain, owner, *first, life, now);
+            self.ended(domain, *first, life, now);
+        }
+        for (owner, how) in ends.into_iter().flatten().take(pieces) {
+            self.count(owner, |group| group.split(how));
         }
     }
 
     /// Those of a domain's lives end for which `ends` is true, since their domain does.
     pub(super) fn end_mappings(&mut self, domain: &mut Domain, now: Moment, ends: impl Fn(&Life) -> bool) {
-        let endpoint = domain.endpoint();
-        let starts: Vec<_> =
-            domain.space.live.iter().filter(|(_, life)| ends(life)).map(|(start, life)| (*start, life.end)).collect();
-        for (start, end) in starts {
+        let ending = domain.space.live.iter().filter(|(_, life)| ends(life));
+        let ranges: Vec<_> = ending.map(|(start, life)| (*start, life.end)).collect();
+        for (start, end) in ranges {
             let mut ended = None;
             domain.space.remove(start, end, now, |_, life| ended = Some(life.clone()));
             if let Some(life) = ended {
-                let owner = Owner { endpoint, tag: life.tag, size: (end - start).saturating_add(1), flow: None };
-                self.count(owner, |group| group.ended(start, &life, now.time_ns));
+                self.count(life.owner, |group| group.ended(start, &life, now.time_ns));
             }
         }
     }
 
     /// All reservations of a domain end with it.
     pub(super) fn end_reservations(&mut self, domain: &mut Domain, now: Moment) {
-        let endpoint = domain.endpoint();
-        for (start, reservation) in std::mem::take(&mut domain.space.reservations) {
-            let size = (reservation.end - start).saturating_add(1);
-            let lifetime = now.time_ns.saturating_sub(reservation.made.time_ns);
-            self.count(Owner { endpoint, tag: reservation.tag, size, flow: None }, |group| {
-                group.released(size, lifetime);
-            });
+        for reservation in std::mem::take(&mut domain.space.reservations).into_values() {
+            self.count_released(&reservation, now);
         }
     }
 
+    fn count_released(&mut self, reservation: &Reservation, now: Moment) {
+        let lifetime = now.time_ns.saturating_sub(reservation.made.time_ns);
+        self.count(reservation.owner, |group| group.released(reservation.owner.size, lifetime));
+    }
+
     /// Counts a life that ended by a request, and looks whether it was of use.
-    fn ended(&mut self, domain: u32, owner: Owner, start: u64, life: &Life, now: Moment) {
-        self.count(owner, |group| group.ended(start, life, now.time_ns));
+    fn ended(&mut self, domain: u32, start: u64, life: &Life, now: Moment) {
+        self.count(life.owner, |group| group.ended(start, life, now.time_ns));
+        self.operations.unlinked(domain, life.tag, now);
         let Some(served) = life.served_once() else { return };
-        let end = life.end;
-        if life.tag == 0 && served.first {
+        let (end, endpoint) = (life.end, life.owner.endpoint);
+        if life.how == How::Mapped && served.first {
             self.operations.untagged(domain, (start, end), life.made, served, now);
         }
-        if life.runs == 0 {
-            self.findings.add(Rule::NeverAccessed, owner.endpoint, || Breach {
+        if life.runs == 0 && !life.is_old {
+            self.findings.add(Rule::NeverAccessed, endpoint, || Breach {
                 text: format!(
                     "{start:#x} to {end:#x} in domain {domain} was {} and not accessed",
                     life.how.participle()
@@ -184,7 +176,7 @@ impl Audit {
         }
         let late = now.time_ns.saturating_sub(served.completed.time_ns);
         if late > self.settings.late_ns {
-            self.findings.add(Rule::UnlinkedLate, owner.endpoint, || Breach {
+            self.findings.add(Rule::UnlinkedLate, endpoint, || Breach {
                 text: format!("{start:#x} to {end:#x} in domain {domain}: {} us after its command", late / 1000),
                 evidence: vec![served.completed.seq, now.seq],
                 tag: life.tag,
@@ -196,28 +188,25 @@ impl Audit {
         if start > end {
             return;
         }
-        let owner = self.owner(domain, tag, (start, end));
+        let endpoint = self.domains.get(&domain).and_then(Domain::endpoint);
+        let owner = Owner { endpoint, tag, size: (end - start).saturating_add(1) };
         self.count(owner, |group| group.reserved(owner.size));
         self.operations.reserved(domain, tag, (start, end), now);
-        let reservation = Reservation { end, tag, made: now, linked: false, completed: None };
+        let reservation = Reservation { end, tag, made: now, linked: false, owner, completed: None, commands: 0 };
         self.domains.entry(domain).or_default().space.reservations.insert(start, reservation);
     }
 
     fn release(&mut self, domain: u32, (start, end): (u64, u64), now: Moment) {
         self.remove(domain, (start, end), now);
         let Some(entry) = self.domains.get_mut(&domain) else { return };
-        let endpoint = entry.endpoint();
         let Some(reservation) = entry.space.reservations.remove(&start) else { return };
-        if entry.endpoints.is_empty() && entry.space.reservations.is_empty() {
+        if entry.is_over() && self.domains.len() > PAST_MAX {
             self.domains.remove(&domain);
         }
-        let size = (end.saturating_sub(start)).saturating_add(1);
-        let lifetime = now.time_ns.saturating_sub(reservation.made.time_ns);
-        let owner = Owner { endpoint, tag: reservation.tag, size, flow: None };
-        self.count(owner, |group| group.released(size, lifetime));
+        self.count_released(&reservation, now);
         self.operations.released(domain, reservation.tag, now);
         if !reservation.linked {
-            self.findings.add(Rule::NeverLinked, endpoint, || Breach {
+            self.findings.add(Rule::NeverLinked, reservation.owner.endpoint, || Breach {
                 text: format!("{start:#x} to {end:#x} in domain {domain}"),
                 evidence: vec![reservation.made.seq, now.seq],
                 tag: reservation.tag,
@@ -227,40 +216,41 @@ impl Audit {
 
     /// Notes whether a MAP continues the one before it.
     fn note_adjacent(&mut self, domain: u32, (start, end): (u64, u64)) {
-        let (last, count) = &mut self.domains.entry(domain).or_default().adjacent;
-        if *count > 0 && last.checked_add(1) == Some(start) {
-            (*last, *count) = (end, *count + 1);
-            return;
+        let kicks = self.kicks;
+        let adjacent = &mut self.domains.entry(domain).or_default().adjacent;
+        let before = *adjacent;
+        let continues = before.count > 0 && before.last.checked_add(1) == Some(start);
+        *adjacent = Adjacent { last: end, count: 1, kicks, kicked: 0 };
+        if continues {
+            adjacent.count += before.count;
+            adjacent.kicked = before.kicked + u64::from(kicks > before.kicks);
+        } else {
+            self.join(before);
         }
-        let ended = *count;
-        (*last, *count) = (end, 1);
-        self.join(ended);
     }
 
     /// Counts adjacent MAPs.
-    pub(super) fn join(&mut self, count: u64) {
+    pub(super) fn join(&mut self, Adjacent { count, kicked, .. }: Adjacent) {
         if count >= JOINABLE {
             self.joinable.0 += count;
             self.joinable.1 += count.div_ceil(EXTENTS_MAX as u64);
+            self.joinable.2 += kicked;
         }
     }
 
     /// What could have cost less.
-    pub(super) fn look_at_costs(&mut self, domains: &[u64]) {
-        domains.iter().for_each(|count| self.join(*count));
-        let (maps, links) = self.joinable;
+    pub(super) fn look_at_costs(&mut self) {
+        let (maps, links, kicked) = self.joinable;
         if maps > 0 {
             self.findings.add(Rule::PageAtATime, None, || Breach {
-                text: format!("{maps} MAPs of adjacent addresses; {links} LINKs could have carried them"),
+                text: format!("{maps} MAPs of adjacent addresses; LINKs that could have carried them: {links}"),
                 evidence: Vec::new(),
                 tag: 0,
             });
         }
-        let made = self.all.requests_of(RequestType::Map) + self.all.requests_of(RequestType::Link);
-        if made >= 64 && self.kicks >= made && self.kicks * 10 >= self.all.all_requests() * 9 {
-            let kicks = self.kicks;
+        if kicked > 0 && kicked * 2 >= maps {
             self.findings.add(Rule::KickPerMapping, None, || Breach {
-                text: format!("{kicks} kicks for {made} MAPs and LINKs"),
+                text: format!("{kicked} of {maps} MAPs of adjacent addresses had a kick of their own"),
                 evidence: Vec::new(),
                 tag: 0,
             });

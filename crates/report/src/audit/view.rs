@@ -205,6 +205,9 @@ fn write_operations(report: &Report, text: &mut String) -> std::fmt::Result {
             writeln!(text, "  {name:<22} {p50:>10.1} {p99:>10.1} {max:>10.1}")?;
         }
     }
+    if report.operations.untracked() > 0 {
+        writeln!(text, "  {} more were not followed: too many at a time", report.operations.untracked())?;
+    }
     slowest.first().map_or(Ok(()), |operation| write_chain(operation, text))
 }
 
