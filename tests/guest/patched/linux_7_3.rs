@@ -1,6 +1,8 @@
 //! What only the series for Linux 7.3 does: VFIO and iommufd map all runs of a program's memory before they wait for the
 //! IOMMU, a request that is refused is not retried for ever, and an endpoint that the device does not attach is not lost.
 
+mod mainline;
+
 use serde_json::{Value, json};
 use viommu_testkit::guest::Outcome;
 

@@ -8,7 +8,6 @@ mod domains;
 mod failures;
 mod linux_6_12;
 mod linux_7_3;
-mod mainline;
 mod power;
 mod qemu;
 mod suspend;

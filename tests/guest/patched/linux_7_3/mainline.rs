@@ -3,7 +3,7 @@
 
 use serde_json::Value;
 
-use super::{assert_no_complaint, guest};
+use crate::patched::{assert_no_complaint, guest};
 
 /// A domain that iommufd has filled before an endpoint is in it. The device takes the endpoint and then refuses the
 /// mappings, so that attaching fails; the endpoint must be moved back to where the kernel takes it to be.
