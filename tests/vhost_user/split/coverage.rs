@@ -2,7 +2,7 @@
 
 #[test]
 fn every_rule_has_a_test_and_is_documented() {
-    let source = include_str!("rules.rs");
+    let source = [include_str!("rules.rs"), include_str!("lifetimes.rs")].concat();
     let documentation = include_str!("../../../docs/split-protocol.md");
     for rule in 1..=14 {
         let test = format!("#[test]\nfn rule_s{rule:02}_");

@@ -3,6 +3,7 @@
 mod coverage;
 mod hostile;
 mod injected;
+mod lifetimes;
 mod many;
 mod model;
 mod order;
