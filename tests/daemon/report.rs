@@ -11,7 +11,7 @@ use vfio_user::Client;
 use viommu_report::audit::Rule;
 use viommu_testkit::engine::Engine;
 use viommu_testkit::frontend::split::{Split, link_bytes, range};
-use viommu_testkit::frontend::{self, EVENTS, OK, Part, READ, REQUESTS, WRITE};
+use viommu_testkit::frontend::{self, OK, Part, READ, WRITE};
 use viommu_testkit::process::viommu;
 use viommu_testkit::{memfd, nvme};
 use viommu_trace::event::Kind;
@@ -50,11 +50,7 @@ impl Case {
             let header = trace.header().upgrade().as_bytes().to_vec();
             (header, std::iter::from_fn(|| trace.next_record().unwrap()).collect())
         });
-        let mut driver = frontend::Driver::connect(&folder.path().join("viommu.sock"));
-        driver.negotiate(u64::MAX);
-        driver.set_memory();
-        driver.start_queue(REQUESTS, 0);
-        driver.start_queue(EVENTS, 0);
+        let mut driver = frontend::Driver::started(&folder.path().join("viommu.sock"), u64::MAX);
         driver.write_bypass(0);
         Case { daemon, folder, driver, trace }
     }

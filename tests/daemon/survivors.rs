@@ -2,18 +2,14 @@
 
 use crate::soak::daemon::{Daemon, IDLE};
 use viommu_testkit::frontend::split::{PAGE, range};
-use viommu_testkit::frontend::{Driver, EVENTS, INVAL, OK, READ, REQUESTS};
+use viommu_testkit::frontend::{Driver, INVAL, OK, READ};
 use viommu_wire::split::request_type::RESERVE;
 
 #[test]
 fn a_driver_that_takes_reservations_for_gone_is_told_once() {
     for request in 0..4 {
         let daemon = Daemon::start();
-        let mut driver = Driver::connect(&daemon.socket("viommu.sock"));
-        driver.negotiate(u64::MAX);
-        driver.set_memory();
-        driver.start_queue(REQUESTS, 0);
-        driver.start_queue(EVENTS, 0);
+        let mut driver = Driver::started(&daemon.socket("viommu.sock"), u64::MAX);
         let (endpoint, reserve) = (IDLE[0], range(RESERVE, 1, 0, PAGE - 1, 0));
         assert_eq!(driver.attach(1, endpoint), OK);
         assert_eq!(driver.request(&reserve), OK);

@@ -15,11 +15,7 @@ const FILL: u64 = 66_000;
 
 /// Fills what the trace keeps, so that its growth to that size is not taken for a leak.
 fn fill_history(daemon: &Daemon) {
-    let mut driver = frontend::Driver::connect(&daemon.socket("viommu.sock"));
-    driver.negotiate(u64::MAX);
-    driver.set_memory();
-    driver.start_queue(frontend::REQUESTS, 0);
-    driver.start_queue(frontend::EVENTS, 0);
+    let mut driver = frontend::Driver::started(&daemon.socket("viommu.sock"), u64::MAX);
     assert_eq!(driver.attach(1, IDLE[0]), frontend::OK);
     for _ in 0..amount(0, FILL) {
         assert_eq!(driver.map(1, 0, 0xfff, 0x5000, frontend::READ), frontend::OK);
@@ -69,11 +65,7 @@ fn frontends_that_come_and_go() {
     let daemon = Daemon::start();
     let socket = daemon.socket("viommu.sock");
     stays_flat(&daemon, amount(100, 1000), amount(400, 11_000), || {
-        let mut driver = frontend::Driver::connect(&socket);
-        driver.negotiate(u64::MAX);
-        driver.set_memory();
-        driver.start_queue(frontend::REQUESTS, 0);
-        driver.start_queue(frontend::EVENTS, 0);
+        let mut driver = frontend::Driver::started(&socket, u64::MAX);
         assert_eq!(driver.attach(1, NVME[0]), frontend::OK);
         assert_eq!(driver.map(1, 0, 0xfff, 0x5000, frontend::READ), frontend::OK);
     });

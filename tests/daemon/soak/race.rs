@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::daemon::*;
 use viommu_testkit::engine::Engine;
 use viommu_testkit::frontend::split::{link_bytes, range};
-use viommu_testkit::frontend::{Driver, EVENTS, OK, Part, RAM, READ, REQUESTS, WRITE};
+use viommu_testkit::frontend::{Driver, OK, Part, RAM, READ, WRITE};
 use viommu_testkit::nvme::{self, io};
 use viommu_wire::split::request_type::*;
 
@@ -105,11 +105,7 @@ fn attach_all(driver: &mut Driver) {
 #[test]
 fn nothing_is_written_after_a_removal_is_answered() {
     let daemon = Daemon::start();
-    let mut driver = Driver::connect(&daemon.socket("viommu.sock"));
-    driver.negotiate(u64::MAX);
-    driver.set_memory();
-    driver.start_queue(REQUESTS, 0);
-    driver.start_queue(EVENTS, 0);
+    let mut driver = Driver::started(&daemon.socket("viommu.sock"), u64::MAX);
     let ram = driver.file();
     let mut engine = Engine::new(daemon.client("dma0.sock"), &ram, (DESCRIPTOR, DESCRIPTOR));
     let controllers = [("nvme0.sock", 34 << 20), ("nvme1.sock", 40 << 20)]

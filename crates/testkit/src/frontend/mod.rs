@@ -123,7 +123,12 @@ impl Driver {
 
     /// Connects, accepts those of the offered features that are in `features`, and starts both queues.
     pub fn accepting(device: &Device, features: u64) -> Driver {
-        let mut driver = Driver::connect(&device.path);
+        Driver::started(&device.path, features)
+    }
+
+    /// The same on the socket at `path`.
+    pub fn started(path: &Path, features: u64) -> Driver {
+        let mut driver = Driver::connect(path);
         driver.negotiate(features);
         driver.set_memory();
         driver.start_queue(REQUESTS, 0);
