@@ -33,11 +33,8 @@ impl Buffers {
     /// # Errors
     /// If the kernel does not give the memory, or none that is scattered.
     pub fn new(count: usize, size: usize, scatter: bool) -> Result<Self> {
-        let stride = size.next_multiple_of(PAGE);
-        let mapped = (stride * count).next_multiple_of(HUGE_PAGE);
-        let mapped = NonZeroUsize::new(mapped).context("Buffers of no bytes were asked for")?;
         let advice = if scatter { MmapAdvise::MADV_NOHUGEPAGE } else { MmapAdvise::MADV_HUGEPAGE };
-        let buffers = Self::untouched(mapped, stride, size, count, advice)?;
+        let buffers = Self::untouched(count, size, advice)?;
         if scatter {
             buffers.touch_shuffled(PAGE);
             buffers.separate_neighbours()?;
@@ -51,10 +48,7 @@ impl Buffers {
     /// # Errors
     /// If the kernel does not give the memory.
     pub fn of_runs(size: usize, run: usize) -> Result<Self> {
-        let mapped =
-            NonZeroUsize::new(size.next_multiple_of(HUGE_PAGE)).context("A buffer of no bytes was asked for")?;
-        let stride = size.next_multiple_of(PAGE);
-        let buffers = Self::untouched(mapped, stride, size, 1, MmapAdvise::MADV_NOHUGEPAGE)?;
+        let buffers = Self::untouched(1, size, MmapAdvise::MADV_NOHUGEPAGE)?;
         buffers.touch_shuffled(run.max(1).next_multiple_of(PAGE));
         buffers.locked()
     }
@@ -66,7 +60,10 @@ impl Buffers {
     }
 
     /// Buffers whose pages have no frames yet.
-    fn untouched(mapped: NonZeroUsize, stride: usize, size: usize, count: usize, advice: MmapAdvise) -> Result<Self> {
+    fn untouched(count: usize, size: usize, advice: MmapAdvise) -> Result<Self> {
+        let stride = size.next_multiple_of(PAGE);
+        let mapped = (stride * count).next_multiple_of(HUGE_PAGE);
+        let mapped = NonZeroUsize::new(mapped).context("Buffers of no bytes were asked for")?;
         // SAFETY: a fresh private anonymous mapping; the kernel chooses an address that nothing else uses.
         let start = unsafe {
             mmap_anonymous(None, mapped, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_PRIVATE)
@@ -100,8 +97,7 @@ impl Buffers {
     /// Gives another frame to each page whose frame follows that of the page before it: by chance some do.
     fn separate_neighbours(&self) -> Result<()> {
         // The kernel hands out first what was freed last, so a spare page takes each frame that a page gives up.
-        let advice = MmapAdvise::MADV_NOHUGEPAGE;
-        let spare = Self::untouched(self.mapped, self.stride, self.size, self.count, advice)?;
+        let spare = Self::untouched(self.count, self.size, MmapAdvise::MADV_NOHUGEPAGE)?;
         let mut spares = 0..self.mapped.get() / PAGE;
         loop {
             let Some(neighbours) = self.neighbours() else { return Ok(()) };
