@@ -265,16 +265,20 @@ kernel_make() {
 		make -C "$tree" O="$objects" CC="$compiler" -j"$(nproc)" "$@"
 }
 
-# configure FRAGMENT...: makes a configuration of tinyconfig and the fragments,
-# and checks each of their lines.
-configure() {
-	local line option wrong='' fragments
+# merge_config FRAGMENT...: makes a configuration of tinyconfig and the fragments.
+merge_config() {
+	local fragments
 	fragments=$(realpath "$@")
 	kernel_make -s tinyconfig >"$log" 2>&1 || die "The kernel could not be configured." "Log: $log"
 	# shellcheck disable=SC2086
 	(cd "$objects" && KCONFIG_CONFIG=.config "$tree/scripts/kconfig/merge_config.sh" -m -O . .config $fragments) \
 		>"$log" 2>&1 || die "The configuration could not be merged." "Log: $log"
 	kernel_make -s olddefconfig >"$log" 2>&1 || die "The kernel could not be configured." "Log: $log"
+}
+
+# check_config FRAGMENT...: checks that each of their lines has come true.
+check_config() {
+	local line option wrong=''
 	while read -r line; do
 		case $line in
 		CONFIG_*) option=${line%%=*} ;;
@@ -293,6 +297,18 @@ configure() {
 	done < <(cat "$@")
 	[[ -z $wrong ]] || die "The kernel cannot be configured as wanted." "Options:$wrong" \
 		"Wanted: what $* say" "Found:  $objects/.config"
+}
+
+# configure FRAGMENT...: makes a configuration of them, and checks it.
+configure() {
+	merge_config "$@"
+	check_config "$@"
+}
+
+# warnings_in PATCH...: prints the compiler's warnings about the files that they
+# touch.
+warnings_in() {
+	grep -iE "($(sed -n 's|^+++ b/||p' "$@" | sort -u | paste -sd '|')):[0-9:]+ warning" "$log" || true
 }
 
 # compile TARGET...: compiles, and prints progress now and then.

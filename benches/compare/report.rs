@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::{Command, ExitCode};
 
 use serde_json::{Value, json};
-use viommu_testkit::guest::{ACCEL, guest_files, of_series};
+use viommu_testkit::guest::{ACCEL, guest_files, of_series, other_series};
 
 use super::common::{MISSED, Median, REACHED, verdict};
 use super::throughput::CASES;
@@ -88,8 +88,7 @@ fn large_io_in_front(all: &mut Value) {
 
 /// What runs this benchmark.
 fn command() -> String {
-    let series = std::env::var("VIOMMU_SERIES").ok().filter(|linux| linux != "7.3");
-    series.map_or("make compare".into(), |linux| format!("make compare SERIES={linux}"))
+    other_series().map_or("make compare".into(), |linux| format!("make compare SERIES={linux}"))
 }
 
 fn about(measured: &Value, rounds: usize, cores: usize) -> Value {

@@ -50,13 +50,14 @@ pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().unwrap()
 }
 
-/// The name of a kernel (`patched`, `unpatched`, `debug`) of Linux 7.3, or with `VIOMMU_SERIES=6.12` in the environment
-/// that of Linux 6.12.
+/// The Linux that `VIOMMU_SERIES` in the environment names, unless it is 7.3, the default.
+pub fn other_series() -> Option<String> {
+    std::env::var("VIOMMU_SERIES").ok().filter(|linux| linux != "7.3")
+}
+
+/// The name of a kernel (`patched`, `unpatched`, `debug`) of Linux 7.3, or of that which [`other_series`] says.
 pub fn of_series(name: &str) -> String {
-    match std::env::var("VIOMMU_SERIES") {
-        Ok(linux) if linux != "7.3" => format!("{name}-{linux}"),
-        _ => name.into(),
-    }
+    other_series().map_or_else(|| name.into(), |linux| format!("{name}-{linux}"))
 }
 
 /// The folder with QEMU, kernel and initial RAM file system, which `scripts/prepare-guest` makes.
