@@ -4,10 +4,12 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use viommu_report::audit::{self, Audit, By, Rule, Settings, Severity};
 use viommu_trace::{Backlog, Subscription, TraceFile};
+
+use super::trace::check;
 
 /// The exit status if there are findings that --fail-on names.
 const FOUND: u8 = 3;
@@ -93,13 +95,8 @@ pub fn main(args: &Args) -> Result<ExitCode> {
         audit.read(&entry.item);
     }
     let tally = trace.tally();
-    if let Some((at, why)) = &tally.first {
-        ensure!(tally.events > 0, "Nothing of {} can be read: what begins at byte {at}: {why}", args.trace.display());
-        log::warn!("{} entries cannot be read; the first begins at byte {at}: {why}", tally.unreadable);
-    }
-    if tally.events == 0 {
-        bail!("{} has no events", args.trace.display());
-    }
+    check(tally).with_context(|| format!("Nothing of {} can be read", args.trace.display()))?;
+    ensure!(tally.events > 0, "{} has no events", args.trace.display());
     let report = audit.finish();
     let fails = |rule: Rule| args.fail_on.iter().any(|fails| fails.has(rule));
     if args.json {

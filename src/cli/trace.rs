@@ -159,7 +159,7 @@ fn print(
 ///
 /// # Errors
 /// It is all.
-fn check(Tally { events, unreadable, first }: &Tally) -> Result<()> {
+pub(super) fn check(Tally { events, unreadable, first }: &Tally) -> Result<()> {
     if let Some((at, why)) = first {
         let message = format!(
             "{events} events were read, and {unreadable} could not be: the first of them begins at byte {at}: {why}"

@@ -40,7 +40,7 @@ pub use codec::{CodecError, MemberError};
 pub use event::{Event, Kind};
 pub use file::{Entry, Item, Tally, TraceFile, Unreadable};
 pub use guest::{ClockLine, GUEST_VERSION, GuestEvent, GuestFields, GuestTime, guest_key, split_time};
-pub use line::{LineError, Stamped, json, text};
+pub use line::{LineError, Stamped, endpoint_text, json, text};
 pub use members::{Members, Value};
 pub use reader::{ReadError, Reader};
 pub use record::{Header, Record};

@@ -103,15 +103,20 @@ pub(crate) fn put_key(before: &str, key: &str, after: &str, out: &mut Vec<u8>) {
 
 /// Appends the beginning of a line for people: seconds, kind and endpoint.
 pub(crate) fn put_head(time: u64, kind: &str, endpoint: Option<u32>, out: &mut Vec<u8>) {
-    let mut name = Vec::with_capacity(16);
-    match endpoint.map(|id| (id, u16::try_from(id))) {
-        None => name.push(b'-'),
-        Some((_, Ok(id))) => put::bdf(id, &mut name),
-        Some((id, Err(_))) => put::hex(id.into(), &mut name),
-    }
+    let name = endpoint.map_or_else(|| "-".to_owned(), endpoint_text);
     let (seconds, rest) = (time / 1_000_000_000, time % 1_000_000_000);
     // Writing to a Vec cannot fail.
-    let _ = write!(out, "{seconds:5}.{rest:09} {kind:<9} {:<8}", String::from_utf8_lossy(&name));
+    let _ = write!(out, "{seconds:5}.{rest:09} {kind:<9} {name:<8}");
+}
+
+/// An endpoint for people: a PCI function by bus, device and function, any other by its id.
+pub fn endpoint_text(id: u32) -> String {
+    let mut name = Vec::with_capacity(16);
+    match u16::try_from(id) {
+        Ok(id) => put::bdf(id, &mut name),
+        Err(_) => put::hex(id.into(), &mut name),
+    }
+    String::from_utf8_lossy(&name).into_owned()
 }
 
 /// Appends the record as one line of JSON. On an error nothing is appended.

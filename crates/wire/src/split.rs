@@ -2,6 +2,8 @@
 //!
 //! Everything is little endian and without implicit padding. Ranges are inclusive. The tail is that of virtio-iommu.
 
+use std::fmt;
+
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -44,10 +46,15 @@ impl Flow {
     pub fn tag(self, number: u64) -> u64 {
         u64::from(self.0) << Self::SHIFT | number & ((1 << Self::SHIFT) - 1)
     }
+}
 
-    /// Its name, if it has one.
-    pub fn name(self) -> Option<&'static str> {
-        ["unspecified", "nvme", "rdma", "vfio", "gpu", "network"].get(usize::from(self.0)).copied()
+impl fmt::Display for Flow {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names = ["unspecified", "nvme", "rdma", "vfio", "gpu", "network"];
+        match names.get(usize::from(self.0)) {
+            Some(name) => f.write_str(name),
+            None => write!(f, "flow-{}", self.0),
+        }
     }
 }
 

@@ -1,23 +1,19 @@
 //! Why accesses faulted.
 
+use viommu_trace::Event;
 use viommu_trace::event::Access;
 use viommu_wire::virtio_iommu::{FaultReason, MapFlags};
 
 use super::findings::{Breach, Rule};
+use super::groups::Owner;
 use super::lives::{Life, Moment, Space};
 use super::{Audit, Domain};
 
 impl Audit {
     /// An access faulted: says which rule was broken, and what is known of the address.
-    pub(super) fn fault(
-        &mut self,
-        now: Moment,
-        endpoint: u32,
-        reason: u8,
-        access: Access,
-        address: u64,
-        domain: Option<u32>,
-    ) {
+    pub(super) fn fault(&mut self, event: &Event, now: Moment) {
+        let Event::Fault { endpoint, reason, access, address, domain, .. } = *event else { return };
+        self.count(Owner { endpoint: Some(endpoint), ..Owner::default() }, |group| group.faults += 1);
         let found = domain.and_then(|id| Some((id, self.domains.get(&id)?)));
         let what = format!("a {} of {address:#x}", access.name());
         let (rule, breach) = match found {
@@ -42,7 +38,7 @@ fn explain(id: u32, domain: &Domain, access: Access, address: u64, now: Moment, 
         } else {
             (Rule::AccessDenied, format!("{what} in domain {id}, where {of} is for {} only", allowed(life.flags)))
         };
-        return (rule, Breach { text, evidence: vec![life.made.seq, now.seq], tag: life.tag });
+        return (rule, Breach { text, evidence: vec![life.made.seq, now.seq], tag: life.owner.tag });
     }
     let refused = domain.refused.iter().rev().find(|(start, end, _)| (*start..=*end).contains(&address));
     let ended = space.ended_at(address);
@@ -73,7 +69,7 @@ fn explain(id: u32, domain: &Domain, access: Access, address: u64, now: Moment, 
         );
         return (
             Rule::AccessInHole,
-            Breach { text, evidence: vec![reservation.made.seq, now.seq], tag: reservation.tag },
+            Breach { text, evidence: vec![reservation.made.seq, now.seq], tag: reservation.owner.tag },
         );
     }
     if let Some((start, ended)) = ended {
@@ -117,7 +113,7 @@ fn allowed(flags: u32) -> &'static str {
 fn neighbours(space: &Space, address: u64) -> String {
     let mut text = String::new();
     let [below, above] = space.neighbours(address);
-    let tagged = |life: &Life| if life.tag == 0 { String::new() } else { format!(", tag {:#x}", life.tag) };
+    let tagged = |life: &Life| if life.owner.tag == 0 { String::new() } else { format!(", tag {:#x}", life.owner.tag) };
     if let Some((start, life)) = below {
         text += &format!("; {} ends {:#x} bytes before it{}", range(start, life.end), address - life.end, tagged(life));
     }

@@ -35,13 +35,11 @@ pub struct Life {
     /// The last address.
     pub end: u64,
     pub how: How,
-    /// The tag of the LINK.
-    pub tag: u64,
     /// `VIRTIO_IOMMU_MAP_F_*`
     pub flags: u32,
     /// The MAP or LINK, or the item of the live state.
     pub made: Moment,
-    /// Whom it belongs to, as long as it lives.
+    /// Whom it belongs to, as long as it lives, with the tag of the LINK.
     pub owner: Owner,
     /// Whether it was there before the trace, so that what happened to it is not known.
     pub is_old: bool,
@@ -50,10 +48,31 @@ pub struct Life {
     first_page: u64,
     /// Accesses.
     pub runs: u64,
-    /// The command that it was made for.
-    pub command: Option<Served>,
-    /// Commands that were for this range alone.
-    pub commands: u32,
+    /// The commands that it served.
+    pub uses: Uses,
+}
+
+/// The commands whose data had all pages of a range.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Uses {
+    first: Option<Served>,
+    count: u32,
+}
+
+impl Uses {
+    /// Notes a command whose data are from `data.0` to `data.1`, if the range from `start` to `end` has nothing but pages
+    /// of them.
+    fn note(&mut self, (start, end): (u64, u64), data: (u64, u64), completed: Moment, ns: u64) {
+        if start >= data.0 / GRANULE * GRANULE && end <= data.1 | (GRANULE - 1) {
+            self.count += 1;
+            self.first.get_or_insert(Served { completed, ns, first: start <= data.0 });
+        }
+    }
+
+    /// The only one.
+    pub fn once(&self) -> Option<Served> {
+        self.first.filter(|_| self.count == 1)
+    }
 }
 
 /// A command that a range was made for.
@@ -75,7 +94,6 @@ impl Life {
         Life {
             end,
             how,
-            tag,
             flags,
             made,
             owner,
@@ -83,22 +101,8 @@ impl Life {
             pages: Vec::new(),
             first_page,
             runs: 0,
-            command: None,
-            commands: 0,
+            uses: Uses::default(),
         }
-    }
-
-    /// Notes a command whose data are from `start` to `end`, and of which this range has a part and nothing else.
-    fn serve(&mut self, own_start: u64, (start, end): (u64, u64), completed: Moment, ns: u64) {
-        if own_start >= start / GRANULE * GRANULE && self.end <= end | (GRANULE - 1) {
-            self.commands += 1;
-            self.command.get_or_insert(Served { completed, ns, first: own_start <= start });
-        }
-    }
-
-    /// The completion of the only command that it served.
-    pub fn served_once(&self) -> Option<Served> {
-        self.command.filter(|_| self.commands == 1)
     }
 
     /// Notes an access to these addresses, which are in the range.
@@ -125,9 +129,8 @@ impl Life {
 
     /// The part from `start` on, as a life of its own. This one keeps what is before.
     fn split_off(&mut self, own_start: u64, start: u64) -> Life {
-        let mut rest = Life::new(start, self.end, self.how, self.tag, self.flags, self.made);
-        (rest.runs, rest.command, rest.commands) = (self.runs, self.command, self.commands);
-        (rest.owner, rest.is_old) = (self.owner, self.is_old);
+        let mut rest = Life::new(start, self.end, self.how, self.owner.tag, self.flags, self.made);
+        (rest.owner, rest.is_old, rest.uses) = (self.owner, self.is_old, self.uses);
         let accessed: Vec<u64> = (0..self.pages.len() as u64 * 64)
             .filter(|page| self.pages[*page as usize / 64] >> (page % 64) & 1 == 1)
             .map(|page| (self.first_page + page) * GRANULE)
@@ -160,16 +163,14 @@ pub struct Ended {
 pub struct Reservation {
     /// The last address.
     pub end: u64,
-    pub tag: u64,
     /// The RESERVE, or the item of the live state.
     pub made: Moment,
     /// Whether anything was ever linked in it.
     pub linked: bool,
-    /// Whom it belongs to, as long as it lives.
+    /// Whom it belongs to, as long as it lives, with its tag.
     pub owner: Owner,
-    /// The completion of the command that has all of it and more, and how many such commands there were.
-    pub completed: Option<Moment>,
-    pub commands: u32,
+    /// The commands that it served.
+    pub uses: Uses,
 }
 
 /// The addresses of a domain.
@@ -233,14 +234,10 @@ impl Space {
             return;
         }
         for (own_start, life) in self.live.range_mut(first..=end) {
-            life.serve(*own_start, (start, end), completed, ns);
+            life.uses.note((*own_start, life.end), (start, end), completed, ns);
         }
-        let pages = start / GRANULE * GRANULE..=end | (GRANULE - 1);
         for (own_start, reservation) in self.reservations.range_mut(start / GRANULE * GRANULE..=end) {
-            if pages.contains(own_start) && pages.contains(&reservation.end) {
-                reservation.commands += 1;
-                reservation.completed.get_or_insert(completed);
-            }
+            reservation.uses.note((*own_start, reservation.end), (start, end), completed, ns);
         }
     }
 
@@ -272,7 +269,7 @@ impl Space {
     }
 
     fn remember(&mut self, start: u64, life: &Life, removed: Moment) {
-        self.ended.insert(start, Ended { end: life.end, how: life.how, tag: life.tag, made: life.made, removed });
+        self.ended.insert(start, Ended { end: life.end, how: life.how, tag: life.owner.tag, made: life.made, removed });
         self.order.push_back((start, removed.seq));
         while self.order.len() > REMEMBERED {
             let Some((start, seq)) = self.order.pop_front() else { break };

@@ -23,7 +23,7 @@ pub use findings::{Breach, Finding, Rule, Severity};
 pub use groups::By;
 use groups::{Group, Key, Owner};
 use histogram::Histogram;
-use lives::{How, Life, Moment, Space};
+use lives::{How, Life, Moment, Space, Uses};
 use operations::Operations;
 pub use view::{junit, to_json, to_text};
 
@@ -35,11 +35,6 @@ const LEAKED_AFTER: u64 = 1_000_000_000;
 
 /// Groups that are kept apart.
 const GROUPS_MAX: usize = 4096;
-
-/// The name of a flow.
-fn flow_name(flow: Flow) -> String {
-    flow.name().map_or_else(|| format!("flow-{}", flow.0), Into::into)
-}
 
 /// What to look for.
 #[derive(Clone, Debug)]
@@ -93,21 +88,9 @@ impl Domain {
 /// A trace that is being read.
 pub struct Audit {
     settings: Settings,
-    first: Option<Moment>,
-    last: Moment,
-    events: u64,
-    lost: u64,
-    unreadable: u64,
-    kinds: BTreeMap<&'static str, u64>,
-    kicks: u64,
-    batches: Histogram,
-    resets: u64,
-    all: Group,
-    flows: BTreeMap<Flow, Group>,
-    groups: BTreeMap<Key, Group>,
+    totals: Totals,
     domains: BTreeMap<u32, Domain>,
     attached: BTreeMap<u32, u32>,
-    operations: Operations,
     findings: Findings,
     /// MAPs that a LINK could have carried, the LINKs that it takes, and MAPs of these that had a kick of their own.
     joinable: (u64, u64, u64),
@@ -120,21 +103,9 @@ impl Audit {
     pub fn new(settings: Settings) -> Audit {
         Audit {
             settings,
-            first: None,
-            last: Moment::default(),
-            events: 0,
-            lost: 0,
-            unreadable: 0,
-            kinds: BTreeMap::new(),
-            kicks: 0,
-            batches: Histogram::default(),
-            resets: 0,
-            all: Group::default(),
-            flows: BTreeMap::new(),
-            groups: BTreeMap::new(),
+            totals: Totals::default(),
             domains: BTreeMap::new(),
             attached: BTreeMap::new(),
-            operations: Operations::default(),
             findings: Findings::default(),
             joinable: (0, 0, 0),
             waiting: None,
@@ -145,7 +116,7 @@ impl Audit {
     pub fn read(&mut self, item: &Item) {
         match item {
             Item::Event(event) => self.sort(event),
-            Item::Unreadable(_) => self.unreadable += 1,
+            Item::Unreadable(_) => self.totals.unreadable += 1,
             // The guest's own events are not evaluated.
             _ => {}
         }
@@ -174,57 +145,46 @@ impl Audit {
 
     /// Does something to all groups that `owner` belongs to.
     fn count(&mut self, owner: Owner, change: impl Fn(&mut Group)) {
-        change(&mut self.all);
-        change(self.flows.entry(Flow::of(owner.tag)).or_default());
+        change(&mut self.totals.all);
+        change(self.totals.flows.entry(Flow::of(owner.tag)).or_default());
         let key = Key::of(&self.settings.by, owner);
         // A group of everything else has no name at all.
-        let is_full = self.groups.len() >= GROUPS_MAX && !self.groups.contains_key(&key);
-        change(self.groups.entry(if is_full { Key::default() } else { key }).or_default());
+        let is_full = self.totals.groups.len() >= GROUPS_MAX && !self.totals.groups.contains_key(&key);
+        change(self.totals.groups.entry(if is_full { Key::default() } else { key }).or_default());
     }
 
     fn event(&mut self, event: &Stamped) {
         let now = Moment { seq: event.seq, time_ns: event.time_ns };
         // Items of the live state are no events of the run.
         if !matches!(event.event, Event::State { .. }) {
-            self.events += 1;
-            self.first.get_or_insert(now);
-            self.last = now;
-            *self.kinds.entry(event.event.kind().name()).or_default() += 1;
+            self.totals.events += 1;
+            self.totals.first.get_or_insert(now);
+            self.totals.last = now;
+            *self.totals.kinds.entry(event.event.kind().name()).or_default() += 1;
         }
         match event.event {
             Event::Request { .. } | Event::Split { .. } => self.request(&event.event, now),
-            Event::Dma { endpoint, access, failed, iova, len, domain, tag, route, .. } => {
-                let owner = Owner { endpoint: Some(endpoint), tag, size: len.into() };
-                self.count(owner, |group| group.access(access, iova, len.into(), failed));
-                if route == Route::Mapped {
-                    self.access(now, endpoint, domain, iova, len.into(), tag, failed);
-                }
-            }
-            Event::Fault { endpoint, reason, access, address, domain, .. } => {
-                self.count(Owner { endpoint: Some(endpoint), ..Owner::default() }, |group| group.faults += 1);
-                self.fault(now, endpoint, reason, access, address, domain);
-            }
+            Event::Dma { .. } => self.access(&event.event, now),
+            Event::Fault { .. } => self.fault(&event.event, now),
             Event::Command { endpoint, model, queue, id, status, len, duration, part, .. } => {
                 let command = Command { model, queue, id, ok: status == 0, len: len.into(), ns: duration, part };
                 self.command(now, endpoint, &command);
             }
             Event::Kick { requests, .. } => {
-                self.kicks += 1;
-                self.batches.add(requests.into());
+                self.totals.kicks += 1;
+                self.totals.batches.add(requests.into());
             }
             Event::Reset { endpoint: None, reset } if ends_domains(reset) => self.end_domains(now),
             Event::Session { endpoint: None, connected: false, .. } => self.end_domains(now),
-            Event::Lost { count, .. } => self.lost = self.lost.saturating_add(count),
-            Event::State { endpoint, item, domain, virt_start, virt_end, flags, tag, .. } => {
-                self.state(now, endpoint, item, domain, (virt_start, virt_end), flags, tag);
-            }
+            Event::Lost { count, .. } => self.totals.lost = self.totals.lost.saturating_add(count),
+            Event::State { .. } => self.state(&event.event, now),
             _ => {}
         }
     }
 
     /// The driver or the machine ended all domains.
     fn end_domains(&mut self, now: Moment) {
-        self.resets += 1;
+        self.totals.resets += 1;
         for (id, mut domain) in std::mem::take(&mut self.domains) {
             self.look_for_leaks(id, &domain, now);
             self.join(domain.adjacent);
@@ -232,21 +192,14 @@ impl Audit {
             self.end_reservations(&mut domain, now);
         }
         self.attached.clear();
-        self.operations.clear();
+        self.totals.operations.clear();
     }
 
     /// An item of what was live when the trace began.
-    #[allow(clippy::too_many_arguments, reason = "the fields of the event")]
-    fn state(
-        &mut self,
-        now: Moment,
-        endpoint: Option<u32>,
-        item: StateItem,
-        domain: u32,
-        (start, end): (u64, u64),
-        flags: u32,
-        tag: u64,
-    ) {
+    fn state(&mut self, event: &Event, now: Moment) {
+        let Event::State { endpoint, item, domain, virt_start: start, virt_end: end, flags, tag, .. } = *event else {
+            return;
+        };
         let how = match item {
             StateItem::Endpoint => {
                 if let Some(endpoint) = endpoint {
@@ -274,10 +227,15 @@ impl Audit {
         }
     }
 
-    /// An access that was translated by a mapping.
-    #[allow(clippy::too_many_arguments, reason = "the fields of the event")]
-    fn access(&mut self, now: Moment, endpoint: u32, domain: u32, iova: u64, len: u64, tag: u64, failed: bool) {
-        self.operations.accessed(domain, tag, now);
+    fn access(&mut self, event: &Event, now: Moment) {
+        let Event::Dma { endpoint, access, failed, iova, len, domain, tag, route, .. } = *event else { return };
+        let len = u64::from(len);
+        let owner = Owner { endpoint: Some(endpoint), tag, size: len };
+        self.count(owner, |group| group.access(access, iova, len, failed));
+        if route != Route::Mapped {
+            return;
+        }
+        self.totals.operations.accessed(domain, tag, now);
         let Some(space) = self.domains.get_mut(&domain).map(|domain| &mut domain.space) else { return };
         space.access(iova, len);
         if let Some((_, life)) = space.live_at(iova).filter(|_| failed) {
@@ -293,12 +251,12 @@ impl Audit {
     fn command(&mut self, now: Moment, endpoint: u32, command: &Command) {
         let domain = self.attached.get(&endpoint).copied();
         let tag = command.tag();
-        let tagged = tag.filter(|tag| domain.is_some_and(|domain| self.operations.has(domain, *tag)));
+        let tagged = tag.filter(|tag| domain.is_some_and(|domain| self.totals.operations.has(domain, *tag)));
         let owner = Owner { endpoint: Some(endpoint), tag: tagged.unwrap_or_default(), size: command.len };
         self.count(owner, |group| group.command(command.ok, command.len, command.ns));
         let Some(domain) = domain else { return };
         if let Some(tag) = tagged {
-            self.operations.completed(domain, tag, now, command.ns);
+            self.totals.operations.completed(domain, tag, now, command.ns);
         }
         if !command.ok || command.len == 0 {
             return;
@@ -312,11 +270,12 @@ impl Audit {
 
     /// What was never undone although its command ended long ago.
     fn look_for_leaks(&mut self, id: u32, domain: &Domain, now: Moment) {
-        let long_ago = |completed: Option<Moment>| {
-            completed.filter(|completed| now.time_ns.saturating_sub(completed.time_ns) >= LEAKED_AFTER)
+        let long_ago = |uses: &Uses| {
+            let completed = uses.once()?.completed;
+            (now.time_ns.saturating_sub(completed.time_ns) >= LEAKED_AFTER).then_some(completed)
         };
         for (start, life) in &domain.space.live {
-            let Some(completed) = long_ago(life.served_once().map(|served| served.completed)) else { continue };
+            let Some(completed) = long_ago(&life.uses) else { continue };
             let ms = (now.time_ns - completed.time_ns) / 1_000_000;
             self.findings.add(Rule::Leaked, life.owner.endpoint, || Breach {
                 text: format!(
@@ -325,16 +284,15 @@ impl Audit {
                     life.how.participle()
                 ),
                 evidence: vec![life.made.seq, completed.seq],
-                tag: life.tag,
+                tag: life.owner.tag,
             });
         }
         for (start, reservation) in &domain.space.reservations {
-            let once = reservation.completed.filter(|_| reservation.commands == 1);
-            let Some(completed) = long_ago(once) else { continue };
+            let Some(completed) = long_ago(&reservation.uses) else { continue };
             self.findings.add(Rule::ReservationLeaked, reservation.owner.endpoint, || Breach {
                 text: format!("{start:#x} to {:#x} in domain {id} is reserved still", reservation.end),
                 evidence: vec![reservation.made.seq, completed.seq],
-                tag: reservation.tag,
+                tag: reservation.owner.tag,
             });
         }
     }
@@ -342,33 +300,17 @@ impl Audit {
     /// The end of the trace.
     pub fn finish(mut self) -> Report {
         self.catch_up();
-        let now = self.last;
+        let now = self.totals.last;
         for (id, domain) in std::mem::take(&mut self.domains) {
             self.look_for_leaks(id, &domain, now);
             self.join(domain.adjacent);
         }
         self.look_at_costs();
         // Accesses may be among what was lost, or were never in the trace.
-        if self.lost > 0 || !self.kinds.contains_key("dma") {
+        if self.totals.lost > 0 || !self.totals.kinds.contains_key("dma") {
             self.findings.remove(Rule::NeverAccessed);
         }
-        Report {
-            events: self.events,
-            lost: self.lost,
-            unreadable: self.unreadable,
-            first: self.first.unwrap_or_default(),
-            last: self.last,
-            kinds: self.kinds,
-            kicks: self.kicks,
-            batches: self.batches,
-            resets: self.resets,
-            all: self.all,
-            flows: self.flows,
-            by: self.settings.by,
-            groups: self.groups,
-            operations: self.operations,
-            findings: self.findings.into_vec(),
-        }
+        Report { by: self.settings.by, totals: self.totals, findings: self.findings.into_vec() }
     }
 }
 
@@ -376,13 +318,14 @@ fn ends_domains(reset: ResetKind) -> bool {
     matches!(reset, ResetKind::Device | ResetKind::System)
 }
 
-/// What a trace says.
-pub struct Report {
+/// What was counted.
+#[derive(Default)]
+struct Totals {
+    first: Option<Moment>,
+    last: Moment,
     events: u64,
     lost: u64,
     unreadable: u64,
-    first: Moment,
-    last: Moment,
     kinds: BTreeMap<&'static str, u64>,
     kicks: u64,
     /// Requests that were found at each kick.
@@ -390,9 +333,21 @@ pub struct Report {
     resets: u64,
     all: Group,
     flows: BTreeMap<Flow, Group>,
-    by: Vec<By>,
     groups: BTreeMap<Key, Group>,
     operations: Operations,
+}
+
+impl Totals {
+    /// The time of the first event, ns.
+    fn began_ns(&self) -> u64 {
+        self.first.map_or(0, |first| first.time_ns)
+    }
+}
+
+/// What a trace says.
+pub struct Report {
+    by: Vec<By>,
+    totals: Totals,
     /// What was wrong, the worst first.
     pub findings: Vec<Finding>,
 }

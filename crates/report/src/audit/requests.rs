@@ -6,7 +6,7 @@ use viommu_wire::split::EXTENTS_MAX;
 
 use super::findings::{Breach, Rule};
 use super::groups::Owner;
-use super::lives::{How, Life, Moment, Reservation};
+use super::lives::{How, Life, Moment, Reservation, Uses};
 use super::{Adjacent, Audit, Domain};
 
 /// Requests that were refused, of each domain, that are remembered.
@@ -59,7 +59,7 @@ impl Audit {
                 self.make(domain, range.0, Life::new(range.0, range.1, How::Mapped, 0, flags, now));
             }
             (RequestType::Link, _) => {
-                self.operations.linked(domain, tag, range, now);
+                self.totals.operations.linked(domain, tag, range, now);
                 self.note_linked(domain, range.0);
                 self.make(domain, range.0, Life::new(range.0, range.1, How::Linked, tag, flags, now));
             }
@@ -158,11 +158,11 @@ impl Audit {
     /// Counts a life that ended by a request, and looks whether it was of use.
     fn ended(&mut self, domain: u32, start: u64, life: &Life, now: Moment) {
         self.count(life.owner, |group| group.ended(start, life, now.time_ns));
-        self.operations.unlinked(domain, life.tag, now);
-        let Some(served) = life.served_once() else { return };
+        self.totals.operations.unlinked(domain, life.owner.tag, now);
+        let Some(served) = life.uses.once() else { return };
         let (end, endpoint) = (life.end, life.owner.endpoint);
         if life.how == How::Mapped && served.first {
-            self.operations.untagged(domain, (start, end), life.made, served, now);
+            self.totals.operations.untagged(domain, (start, end), life.made, served, now);
         }
         if life.runs == 0 && !life.is_old {
             self.findings.add(Rule::NeverAccessed, endpoint, || Breach {
@@ -171,7 +171,7 @@ impl Audit {
                     life.how.participle()
                 ),
                 evidence: vec![life.made.seq, served.completed.seq, now.seq],
-                tag: life.tag,
+                tag: life.owner.tag,
             });
         }
         let late = now.time_ns.saturating_sub(served.completed.time_ns);
@@ -179,7 +179,7 @@ impl Audit {
             self.findings.add(Rule::UnlinkedLate, endpoint, || Breach {
                 text: format!("{start:#x} to {end:#x} in domain {domain}: {} us after its command", late / 1000),
                 evidence: vec![served.completed.seq, now.seq],
-                tag: life.tag,
+                tag: life.owner.tag,
             });
         }
     }
@@ -191,8 +191,8 @@ impl Audit {
         let endpoint = self.domains.get(&domain).and_then(Domain::endpoint);
         let owner = Owner { endpoint, tag, size: (end - start).saturating_add(1) };
         self.count(owner, |group| group.reserved(owner.size));
-        self.operations.reserved(domain, tag, (start, end), now);
-        let reservation = Reservation { end, tag, made: now, linked: false, owner, completed: None, commands: 0 };
+        self.totals.operations.reserved(domain, tag, (start, end), now);
+        let reservation = Reservation { end, made: now, linked: false, owner, uses: Uses::default() };
         self.domains.entry(domain).or_default().space.reservations.insert(start, reservation);
     }
 
@@ -204,19 +204,19 @@ impl Audit {
             self.domains.remove(&domain);
         }
         self.count_released(&reservation, now);
-        self.operations.released(domain, reservation.tag, now);
+        self.totals.operations.released(domain, reservation.owner.tag, now);
         if !reservation.linked {
             self.findings.add(Rule::NeverLinked, reservation.owner.endpoint, || Breach {
                 text: format!("{start:#x} to {end:#x} in domain {domain}"),
                 evidence: vec![reservation.made.seq, now.seq],
-                tag: reservation.tag,
+                tag: reservation.owner.tag,
             });
         }
     }
 
     /// Notes whether a MAP continues the one before it.
     fn note_adjacent(&mut self, domain: u32, (start, end): (u64, u64)) {
-        let kicks = self.kicks;
+        let kicks = self.totals.kicks;
         let adjacent = &mut self.domains.entry(domain).or_default().adjacent;
         let before = *adjacent;
         let continues = before.count > 0 && before.last.checked_add(1) == Some(start);

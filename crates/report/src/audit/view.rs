@@ -3,12 +3,13 @@
 use std::fmt::Write;
 
 use serde_json::{Map, Value, json};
+use viommu_trace::endpoint_text;
 use viommu_wire::request::RequestType;
 
 use super::groups::{By, Group, Key, times};
 use super::histogram::Histogram;
 use super::operations::Operation;
-use super::{Report, Rule, flow_name};
+use super::{Report, Rule};
 
 /// Groups that text shows.
 const SHOWN: usize = 20;
@@ -17,10 +18,12 @@ const SHOWN: usize = 20;
 pub fn to_json(report: &Report) -> Value {
     let requests: Map<_, _> = RequestType::ALL
         .iter()
-        .map(|request| (request.name().to_lowercase(), report.all.requests_of(*request).into()))
+        .map(|request| (request.name().to_lowercase(), report.totals.all.requests_of(*request).into()))
         .collect();
-    let flows: Map<_, _> = report.flows.iter().map(|(flow, group)| (flow_name(*flow), group.to_json())).collect();
+    let flows: Map<_, _> =
+        report.totals.flows.iter().map(|(flow, group)| (flow.to_string(), group.to_json())).collect();
     let groups: Vec<_> = report
+        .totals
         .groups
         .iter()
         .map(|(key, group)| {
@@ -32,22 +35,22 @@ pub fn to_json(report: &Report) -> Value {
     let findings: Vec<_> = report.findings.iter().map(super::Finding::to_json).collect();
     json!({
         "version": 1,
-        "events": report.events,
-        "events_lost": report.lost,
-        "unreadable": report.unreadable,
-        "first_ns": report.first.time_ns,
-        "last_ns": report.last.time_ns,
-        "kinds": report.kinds,
+        "events": report.totals.events,
+        "events_lost": report.totals.lost,
+        "unreadable": report.totals.unreadable,
+        "first_ns": report.totals.began_ns(),
+        "last_ns": report.totals.last.time_ns,
+        "kinds": report.totals.kinds,
         "requests": requests,
-        "requests_failed": report.all.requests().map(|(_, of)| of.failed).sum::<u64>(),
-        "kicks": report.kicks,
-        "requests_by_kick": times(&report.batches),
-        "faults": report.all.faults,
-        "resets": report.resets,
-        "all": report.all.to_json(),
+        "requests_failed": report.totals.all.requests().map(|(_, of)| of.failed).sum::<u64>(),
+        "kicks": report.totals.kicks,
+        "requests_by_kick": times(&report.totals.batches),
+        "faults": report.totals.all.faults,
+        "resets": report.totals.resets,
+        "all": report.totals.all.to_json(),
         "flows": flows,
         "groups": groups,
-        "operations": report.operations.to_json(),
+        "operations": report.totals.operations.to_json(),
         "findings": findings,
     })
 }
@@ -62,7 +65,7 @@ fn names_of(by: &[By], key: &Key) -> Vec<(String, Value)> {
         names.push(("endpoint".into(), json!(endpoint)));
     }
     if let Some(flow) = key.flow {
-        names.push(("flow".into(), flow_name(flow).into()));
+        names.push(("flow".into(), flow.to_string().into()));
     }
     if let Some(tag) = key.tag {
         names.push(("tag".into(), format!("{tag:#x}").into()));
@@ -82,25 +85,30 @@ pub fn to_text(report: &Report) -> String {
 }
 
 fn write_text(report: &Report, text: &mut String) -> std::fmt::Result {
-    let seconds = report.last.time_ns.saturating_sub(report.first.time_ns) as f64 / 1e9;
+    let seconds = report.totals.last.time_ns.saturating_sub(report.totals.began_ns()) as f64 / 1e9;
     writeln!(
         text,
         "{} events in {seconds:.3} s, {} lost, {} unreadable",
-        report.events, report.lost, report.unreadable
+        report.totals.events, report.totals.lost, report.totals.unreadable
     )?;
-    write!(text, "{} kicks", report.kicks)?;
-    if report.batches.count() > 0 {
-        write!(text, " with {:.1} requests each, at most {}", mean(&report.batches), report.batches.max())?;
+    write!(text, "{} kicks", report.totals.kicks)?;
+    if report.totals.batches.count() > 0 {
+        write!(
+            text,
+            " with {:.1} requests each, at most {}",
+            mean(&report.totals.batches),
+            report.totals.batches.max()
+        )?;
     }
-    writeln!(text, "; {} faults", report.all.faults)?;
-    for (key, group) in report.groups.iter().take(SHOWN) {
+    writeln!(text, "; {} faults", report.totals.all.faults)?;
+    for (key, group) in report.totals.groups.iter().take(SHOWN) {
         let names = names_of(&report.by, key);
         let names: Vec<_> = names.iter().map(|(name, value)| shown(name, value)).collect();
         writeln!(text, "\n{}", if names.is_empty() { "all".to_owned() } else { names.join(", ") })?;
         write_group(group, text)?;
     }
-    if report.groups.len() > SHOWN {
-        writeln!(text, "\n{} more groups: --json has them", report.groups.len() - SHOWN)?;
+    if report.totals.groups.len() > SHOWN {
+        writeln!(text, "\n{} more groups: --json has them", report.totals.groups.len() - SHOWN)?;
     }
     write_operations(report, text)?;
     if report.findings.is_empty() {
@@ -116,20 +124,14 @@ fn mean(histogram: &Histogram) -> f64 {
 
 fn shown(name: &str, value: &Value) -> String {
     match (name, value) {
-        ("endpoint", Value::Null) => "no endpoint, or several".into(),
-        ("endpoint", value) => format!("endpoint {}", bdf(value.as_u64().unwrap_or_default())),
+        ("endpoint", value) => match value.as_u64().and_then(|id| u32::try_from(id).ok()) {
+            Some(id) => format!("endpoint {}", endpoint_text(id)),
+            None => "no endpoint, or several".into(),
+        },
         ("others", _) => "all other groups".into(),
         (name, Value::String(text)) => format!("{name} {text}"),
         (name, value) => format!("{name} {value}"),
     }
-}
-
-/// A PCI function's endpoint by its address.
-fn bdf(endpoint: u64) -> String {
-    if endpoint > 0xffff {
-        return format!("{endpoint:#x}");
-    }
-    format!("{:02x}:{:02x}.{}", endpoint >> 8, endpoint >> 3 & 0x1f, endpoint & 7)
 }
 
 fn write_group(group: &Group, text: &mut String) -> std::fmt::Result {
@@ -194,7 +196,7 @@ fn write_group(group: &Group, text: &mut String) -> std::fmt::Result {
 }
 
 fn write_operations(report: &Report, text: &mut String) -> std::fmt::Result {
-    let (total, steps, slowest) = report.operations.all();
+    let (total, steps, slowest) = report.totals.operations.all();
     if total.count() == 0 {
         return Ok(());
     }
@@ -205,8 +207,8 @@ fn write_operations(report: &Report, text: &mut String) -> std::fmt::Result {
             writeln!(text, "  {name:<22} {p50:>10.1} {p99:>10.1} {max:>10.1}")?;
         }
     }
-    if report.operations.untracked() > 0 {
-        writeln!(text, "  {} more were not followed: too many at a time", report.operations.untracked())?;
+    if report.totals.operations.untracked() > 0 {
+        writeln!(text, "  {} more were not followed: too many at a time", report.totals.operations.untracked())?;
     }
     slowest.first().map_or(Ok(()), |operation| write_chain(operation, text))
 }
